@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make` alone lists the targets. Everything runs in .venv, which `make setup` creates.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# What `make serve` serves. An empty MODEL is the demo model, an empty QUANT means unquantised.
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?=
+QUANT ?= smoothquant_plus
+# Passed through to `vllm serve` or pytest, for instance ARGS="--max-num-seqs 8".
+ARGS ?=
+
+# GiB for the KV cache on CPU; vLLM would otherwise take half of the memory.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-slow lint format clean
+
+help:  ## list the targets
+	@echo "usage: make TARGET [VARIABLE=value ...]"
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo "serve takes PORT=8000 HOST=127.0.0.1 MODEL=<folder or hub name> QUANT=smoothquant_plus ARGS=..."
+
+setup:  ## make .venv with vLLM, this package and the demo model
+	@$(PYTHON) tools/setup_env.py
+
+serve: setup  ## start an OpenAI-compatible server with a compressed model
+ifeq ($(strip $(MODEL)),)
+	@model=$$($(BIN)/python -m vllm_plugin.demo_model) && \
+	exec $(BIN)/vllm serve "$$model" --served-model-name smollm2-135m --max-model-len 2048 \
+	    --host $(HOST) --port $(PORT) $(if $(QUANT),--quantization $(QUANT)) $(ARGS)
+else
+	@exec $(BIN)/vllm serve "$(MODEL)" \
+	    --host $(HOST) --port $(PORT) $(if $(QUANT),--quantization $(QUANT)) $(ARGS)
+endif
+
+test: setup  ## run the fast tests
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup  ## run the slow tests: servers, whole models
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(BIN)/ruff  ## check style, types and spelling, as pre-commit does
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/typos
+
+format: $(BIN)/ruff  ## let ruff repair and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/ruff: | setup
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+
+clean:  ## remove what builds and tools left behind (.venv stays)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint formats: the tensors of a quantised linear and the ``quantization_config`` naming them.
+
+Both formats are stock vLLM's own, so that what we write also loads where this package is not
+installed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quant_methods.architecture import LINEARS
+from quant_methods.errors import CompressError
+from quant_methods.grid import Grid, QuantizedWeight
+from quant_methods.packing import to_awq, to_compressed_tensors
+
+# Marks a compressed-tensors config as ours; stock loaders ignore the key.
+MARKER = "vllm_compress"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to store int4 linears: ``config(grids, marker)`` and ``tensors(weight, scale dtype)``."""
+
+    name: str
+    config: Callable[[dict[str, Grid], dict[str, Any]], dict[str, Any]]
+    tensors: Callable[[QuantizedWeight, torch.dtype], dict[str, torch.Tensor]]
+    uniform: bool
+
+
+def compressed_tensors_config(grids: dict[str, Grid], marker: dict[str, Any]) -> dict[str, Any]:
+    """``quantization_config`` of a pack-quantized checkpoint; ``grids`` by linear of a layer."""
+    by_grid: dict[Grid, list[str]] = {}
+    for name, grid in grids.items():
+        by_grid.setdefault(grid, []).append(name.rpartition(".")[2])
+    groups = {}
+    for number, (grid, names) in enumerate(by_grid.items()):
+        everything = len(by_grid) == 1 and len(names) == len(LINEARS)
+        groups[f"group_{number}"] = {
+            "targets": ["Linear"] if everything else [rf"re:.*\.({'|'.join(sorted(names))})$"],
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "symmetric": grid.symmetric,
+                "strategy": "group",
+                "group_size": grid.group_size,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        MARKER: marker,
+    }
+
+
+def _awq_config(grids: dict[str, Grid], marker: dict[str, Any]) -> dict[str, Any]:
+    sizes = {grid.group_size for grid in grids.values()}
+    if len(sizes) > 1:
+        raise CompressError(f"the awq format has one group size for all linears, not {sizes}")
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": sizes.pop(),
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": ["lm_head"],
+        MARKER: marker,
+    }
+
+
+FORMATS = {
+    entry.name: entry
+    for entry in (
+        Format(
+            "compressed-tensors", compressed_tensors_config, to_compressed_tensors, uniform=False
+        ),
+        Format("awq", _awq_config, to_awq, uniform=True),
+    )
+}

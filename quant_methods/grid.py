@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Group-wise int4 rounding of a weight matrix: pure functions, fp32 maths.
+
+A weight is ``[N, K]`` (output, input channels). Each row is cut along K into groups of
+``group_size`` channels; each group has one scale and, when asymmetric, one zero point.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from quant_methods.errors import CompressError
+
+LEVELS = 16
+GROUP_SIZES = (128, 64, 32)
+# The scale of an all-zero group; any positive number dequantises it to zero.
+_SCALE_FLOOR = 1e-8
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How one linear is rounded: ``group_size`` input channels share a scale; symmetric or not."""
+
+    group_size: int
+    symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """``weight ~ (q - zero) * scale``: q uint8 [N, K] in 0..15; scale and zero fp32 [N, K/group]."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    grid: Grid
+
+    def dequantize(self) -> torch.Tensor:
+        """The represented weight, fp32 [N, K]."""
+        n, k = self.q.shape
+        groups = self.q.view(n, -1, self.grid.group_size).float()
+        return ((groups - self.zero[..., None]) * self.scale[..., None]).view(n, k)
+
+
+def pick_group_size(in_features: int, cap: int = GROUP_SIZES[0]) -> int:
+    """The largest of 128, 64, 32 that divides ``in_features`` and does not exceed ``cap``.
+
+    Raises CompressError when none does: every int4 kernel of vLLM needs whole groups.
+    """
+    for size in GROUP_SIZES:
+        if size <= cap and in_features % size == 0:
+            return size
+    raise CompressError(
+        f"no group size of {[g for g in GROUP_SIZES if g <= cap]} divides an input size of "
+        f"{in_features}; set group_size to one of {list(GROUP_SIZES)} that does"
+    )
+
+
+def quantize(
+    weight: torch.Tensor,
+    grid: Grid,
+    *,
+    shrink: torch.Tensor | None = None,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> QuantizedWeight:
+    """Round ``weight`` [N, K] to the nearest point of ``grid``.
+
+    The range of a group always spans zero, and the codes are clamped, so that neither an
+    all-positive group nor a .5 tie leaves 0..15. ``shrink`` [N, K/group] in (0, 1] narrows the
+    range (1 = min/max). The scale is rounded to ``scale_dtype`` first, because the kernel will
+    see it so. Raises CompressError on a non-finite weight.
+    """
+    codes, scale, zero = _round(weight, grid, shrink, scale_dtype)
+    return QuantizedWeight(codes.to(torch.uint8).view(weight.shape), scale, zero, grid)
+
+
+def fake_quantize(
+    weight: torch.Tensor, grid: Grid, shrink: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``quantize`` and ``dequantize`` without the integer copy: fp32 [N, K] on the grid."""
+    codes, scale, zero = _round(weight, grid, shrink, torch.bfloat16)
+    return codes.sub_(zero[..., None]).mul_(scale[..., None]).view(weight.shape)
+
+
+def _round(
+    weight: torch.Tensor, grid: Grid, shrink: torch.Tensor | None, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes as fp32 [N, K/group, group], scale and zero [N, K/group]."""
+    groups = weight.float().reshape(weight.shape[0], -1, grid.group_size)
+    low, high = torch.aminmax(groups, dim=-1)
+    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        raise CompressError("a weight holds NaN or infinity; the checkpoint is damaged")
+    if grid.symmetric:
+        scale = torch.maximum(-low / (LEVELS // 2), high / (LEVELS // 2 - 1))
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / (LEVELS - 1)
+    if shrink is not None:
+        low, scale = low * shrink, scale * shrink
+    scale = scale.clamp_(min=_SCALE_FLOOR).to(scale_dtype).float()
+    if grid.symmetric:
+        zero = torch.full_like(scale, LEVELS // 2)
+    else:
+        zero = (-low / scale).round_().clamp_(0, LEVELS - 1)
+    codes = groups.div(scale[..., None]).round_().add_(zero[..., None]).clamp_(0, LEVELS - 1)
+    return codes, scale, zero

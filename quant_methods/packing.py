@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bit layouts that stock vLLM loads: compressed-tensors ``pack-quantized`` and AWQ GEMM."""
+
+import torch
+
+from quant_methods.grid import Grid, QuantizedWeight
+
+_PER_WORD = 8  # eight 4-bit codes in one int32
+# AWQ interleaves the eight columns of a word in this order, lowest nibble first.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+def pack_int32(codes: torch.Tensor) -> torch.Tensor:
+    """Pack codes in 0..15 along the last dimension, lowest nibble first: [.., K] -> int32 [.., K/8]."""
+    nibbles = codes.view(*codes.shape[:-1], -1, _PER_WORD).to(torch.int32)
+    shifts = torch.arange(_PER_WORD, dtype=torch.int32, device=codes.device) * 4
+    return (nibbles << shifts).sum(-1, dtype=torch.int32)
+
+
+def unpack_int32(words: torch.Tensor) -> torch.Tensor:
+    """Inverse of ``pack_int32``: int32 [.., K/8] -> uint8 [.., K]."""
+    shifts = torch.arange(_PER_WORD, dtype=torch.int32, device=words.device) * 4
+    return ((words[..., None] >> shifts) & 0xF).flatten(-2).to(torch.uint8)
+
+
+def to_compressed_tensors(
+    weight: QuantizedWeight, scale_dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
+    """The tensors of one linear in compressed-tensors' ``pack-quantized`` layout.
+
+    ``weight_packed`` int32 [N, K/8], ``weight_scale`` [N, K/g], ``weight_shape`` int64 [2] and,
+    when asymmetric, ``weight_zero_point`` int32 [N/8, K/g], packed along N.
+    """
+    tensors = {
+        "weight_packed": pack_int32(weight.q),
+        "weight_scale": weight.scale.to(scale_dtype),
+        "weight_shape": torch.tensor(weight.q.shape, dtype=torch.int64),
+    }
+    if not weight.grid.symmetric:
+        tensors["weight_zero_point"] = pack_int32(weight.zero.to(torch.uint8).t()).t().contiguous()
+    return tensors
+
+
+def from_compressed_tensors(tensors: dict[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
+    """Inverse of ``to_compressed_tensors``."""
+    scale = tensors["weight_scale"].float()
+    if grid.symmetric:
+        zero = torch.full_like(scale, 8)
+    else:
+        zero = unpack_int32(tensors["weight_zero_point"].t().contiguous()).t().float()
+    return QuantizedWeight(unpack_int32(tensors["weight_packed"]), scale, zero, grid)
+
+
+def to_awq(
+    weight: QuantizedWeight, scale_dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
+    """The tensors of one linear in AWQ's GEMM layout.
+
+    ``qweight`` int32 [K, N/8], ``scales`` [K/g, N], ``qzeros`` int32 [K/g, N/8]. AWQ has no
+    symmetric form: a symmetric grid is written with every zero point at 8.
+    """
+
+    def interleave(codes: torch.Tensor) -> torch.Tensor:
+        blocks = codes.to(torch.uint8).view(codes.shape[0], -1, _PER_WORD)
+        return pack_int32(blocks[..., _AWQ_ORDER].reshape(codes.shape))
+
+    return {
+        "qweight": interleave(weight.q.t().contiguous()),
+        "scales": weight.scale.t().contiguous().to(scale_dtype),
+        "qzeros": interleave(weight.zero.t().contiguous()),
+    }
+
+
+def from_awq(tensors: dict[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
+    """Inverse of ``to_awq``."""
+
+    def straighten(words: torch.Tensor) -> torch.Tensor:
+        codes = unpack_int32(words).view(words.shape[0], -1, _PER_WORD)
+        return codes[..., _AWQ_INVERSE].flatten(1)
+
+    scale = tensors["scales"].t().float().contiguous()
+    zero = straighten(tensors["qzeros"]).t().float().contiguous()
+    return QuantizedWeight(straighten(tensors["qweight"]).t().contiguous(), scale, zero, grid)

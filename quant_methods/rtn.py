@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Round to nearest: the control that every other method has to beat."""
+
+from typing import ClassVar
+
+from quant_methods.base import Capabilities, GridSettings, Progress, silent
+from quant_methods.blocks import Blocks
+from quant_methods.plan import Plan
+
+
+class RoundToNearest:
+    """Group-wise min/max int4 rounding without smoothing or calibration."""
+
+    name: ClassVar[str] = "rtn"
+    settings_type: ClassVar[type[GridSettings]] = GridSettings
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        calibrates=False, at_load=True, formats=("compressed-tensors", "awq"), paper=""
+    )
+
+    def __init__(self, settings: GridSettings) -> None:
+        self.settings = settings
+
+    def plan(self, blocks: Blocks, progress: Progress = silent) -> Plan:
+        grids = self.settings.grids(blocks.model.config)
+        return Plan(
+            self.name,
+            {
+                f"{blocks.arch.layers_prefix}.{index}.{name}": grid
+                for index in range(len(blocks))
+                for name, grid in grids.items()
+            },
+        )

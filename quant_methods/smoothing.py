@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The maths of channel smoothing, as pure functions on vectors and matrices."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from quant_methods.architecture import Fold
+from quant_methods.grid import Grid, fake_quantize
+
+_FLOOR = 1e-5
+_LIMIT = 1e4
+# Shares of the min/max range tried by the clip search, in percent.
+CLIP_PERCENTS = (100, 95, 90, 85, 80, 75)
+
+
+def smoothing_vector(amax: torch.Tensor, wmax: torch.Tensor, alpha: float) -> torch.Tensor:
+    """``amax^alpha / wmax^(1-alpha)`` per channel, centred to a geometric mean of one.
+
+    ``amax`` [K] is the largest |activation| and ``wmax`` [K] the largest |weight| of a channel.
+    alpha 0 flattens the weights alone, 1 moves all of the activations' range into the weights.
+    The centring changes no rounding (a constant factor passes into every group's scale) and keeps
+    a folded norm in range.
+    """
+    log = alpha * amax.clamp(min=_FLOOR).log() - (1 - alpha) * wmax.clamp(min=_FLOOR).log()
+    return (log - log.mean()).exp().clamp(1 / _LIMIT, _LIMIT)
+
+
+def to_producer(fold: Fold, per_consumer_channel: torch.Tensor) -> torch.Tensor:
+    """Largest value over the query heads that share a producer channel: [K] -> [K / repeat]."""
+    if fold.repeat == 1:
+        return per_consumer_channel
+    return per_consumer_channel.view(-1, fold.repeat, fold.head_dim).amax(1).reshape(-1)
+
+
+def to_consumer(fold: Fold, per_producer_channel: torch.Tensor) -> torch.Tensor:
+    """Each producer channel's value, repeated for the query heads it feeds."""
+    if fold.repeat == 1:
+        return per_producer_channel
+    heads = per_producer_channel.view(-1, 1, fold.head_dim)
+    return heads.expand(-1, fold.repeat, -1).reshape(-1)
+
+
+def fold_into_norm(
+    weight: torch.Tensor, scale: torch.Tensor, offset: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide a norm by ``scale``; returns the stored weight and the scale it really realises.
+
+    The stored weight is rounded to the norm's dtype, and the returned scale [K] makes up for that
+    rounding exactly, so that only the linear's own rounding changes the function. ``offset`` is 1
+    for norms that multiply by ``1 + weight`` (Gemma): bf16 is coarse near -1, so such a norm is
+    not shrunk below 1/32.
+    """
+    total = weight.float() + offset
+    if offset:
+        scale = torch.minimum(scale, total.abs().clamp(min=_FLOOR) * 32)
+    stored = (total / scale - offset).to(weight.dtype)
+    realised = stored.float() + offset
+    exact = (total != 0) & (realised != 0)
+    return stored, torch.where(exact, total / realised.where(exact, 1), scale)
+
+
+def clip_percents(weight: torch.Tensor, grid: Grid, mean_square: torch.Tensor) -> torch.Tensor:
+    """Range of each group, in percent, with the least expected output error: uint8 [N, K/g].
+
+    ``mean_square`` [K] is the mean of the squared input per channel, which weighs the error.
+    """
+    best = torch.full((weight.shape[0], weight.shape[1] // grid.group_size), torch.inf)
+    best = best.to(weight.device)
+    percents = torch.full_like(best, 100, dtype=torch.uint8)
+    for percent in CLIP_PERCENTS:
+        rounded = fake_quantize(weight, grid, torch.full_like(best, percent / 100))
+        error = rounded.sub_(weight).square_().mul_(mean_square)
+        error = error.view(*best.shape, grid.group_size).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        percents[better] = percent
+    return percents
+
+
+def search_alpha(
+    loss: Callable[[float], float], step: float = 0.05, coarse: float = 0.2
+) -> tuple[float, dict[float, float]]:
+    """Minimise ``loss`` over alpha in 0..1 on a grid of ``step``: the best alpha and the curve.
+
+    Starts on the inner points of a grid of ``coarse``, follows the best point, and halves the
+    distance around it down to ``step``. ``coarse = step`` tries all 21 points, as the paper does.
+    """
+    last = round(1 / step)
+    stride = max(1, round(coarse / step))
+    curve: dict[int, float] = {}
+
+    def visit(points: Iterable[int]) -> int:
+        for point in points:
+            if 0 <= point <= last and point not in curve:
+                curve[point] = loss(point * step)
+        return min(curve, key=curve.__getitem__)
+
+    best = visit(range(0, last + 1) if stride == 1 else range(stride, last, stride))
+    best = visit([best - stride, best + stride])  # new points only next to an end
+    while stride > 1:
+        stride //= 2
+        best = visit([best - stride, best + stride])
+    return round(best * step, 6), {round(p * step, 6): curve[p] for p in sorted(curve)}

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SmoothQuant+: one global smoothing strength, then group-wise int4 rounding.
+
+Paper: SmoothQuant+: Accurate and Efficient 4-bit Post-Training Weight Quantization for LLM,
+https://arxiv.org/abs/2312.03788
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from quant_methods.architecture import LINEARS, Fold
+from quant_methods.base import Capabilities, GridSettings, Progress, silent
+from quant_methods.blocks import Blocks
+from quant_methods.grid import fake_quantize
+from quant_methods.plan import Plan
+from quant_methods.smoothing import (
+    clip_percents,
+    fold_into_norm,
+    search_alpha,
+    smoothing_vector,
+    to_consumer,
+    to_producer,
+)
+
+_KL_POSITIONS = 256
+_KL_TOP = 128
+
+
+class SmoothQuantPlusSettings(GridSettings):
+    """Knobs of the method. The paper's own setting: ``folds="norms", clip=False, search="full"``."""
+
+    alpha: float | None = Field(
+        None, ge=0, le=1, description="fixed smoothing strength; unset: searched on calibration text"
+    )
+    search: Literal["coarse", "full"] = Field(
+        "coarse", description="alphas tried on the 0.05 grid: about 8 around the best, or all 21"
+    )
+    folds: Literal["norms", "all"] = Field(
+        "norms", description="smooth norm-fed linears only (paper), or o_proj and down_proj too"
+    )
+    clip: bool = Field(True, description="narrow each group's range where that lowers the error")
+
+
+@dataclass
+class _Statistics:
+    """Per channel, of one block at full precision: of the first consumer of each fold the input's
+    largest value and mean square, and the largest weight over all consumers."""
+
+    amax: dict[str, torch.Tensor]
+    mean_square: dict[str, torch.Tensor]
+    wmax: dict[str, torch.Tensor]
+
+
+class SmoothQuantPlus:
+    """Fold ``s = amax^alpha / wmax^(1-alpha)`` into norms (and v_proj, up_proj), then round.
+
+    alpha is one number for the whole model, chosen by the top-k KL divergence of the next-token
+    distribution on the calibration text with every block running on the quantised output of the
+    one before. Cost: about 8 (search="coarse") passes of calibration plus rounding.
+    Limits: dense decoders of ``architecture.ARCHITECTURES``; int4 only.
+    """
+
+    name: ClassVar[str] = "smoothquant_plus"
+    settings_type: ClassVar[type[GridSettings]] = SmoothQuantPlusSettings
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        calibrates=True,
+        at_load=True,
+        formats=("compressed-tensors", "awq"),
+        paper="https://arxiv.org/abs/2312.03788",
+    )
+
+    def __init__(self, settings: SmoothQuantPlusSettings) -> None:
+        self.settings = settings
+
+    @torch.no_grad()
+    def plan(self, blocks: Blocks, progress: Progress = silent) -> Plan:
+        folds = blocks.arch.folds(blocks.model.config)
+        self.sharing = {f.consumers[0]: f.consumers for f in folds}
+        self.folds = [f for f in folds if f.from_norm or self.settings.folds == "all"]
+        self.grids = self.settings.grids(blocks.model.config)
+        self.statistics, final = self._observe(blocks, tuple(self.sharing), progress)
+        report: dict[str, Any] = {}
+        if (alpha := self.settings.alpha) is None:
+            reference = _Reference(blocks.model, blocks.arch.layers_prefix, final)
+            coarse = 0.2 if self.settings.search == "coarse" else 0.05
+            tried = 0
+
+            def loss(alpha: float) -> float:
+                nonlocal tried
+                tried += 1
+                progress(f"alpha {alpha:.2f} ({tried})", tried, 8 if coarse > 0.05 else 21)
+                return reference.divergence(self._propagate(blocks, alpha))
+
+            alpha, curve = search_alpha(loss, coarse=coarse)
+            report["loss_curve"] = {f"{a:.2f}": value for a, value in curve.items()}
+        report["alpha"] = alpha
+        return self._assemble(blocks, alpha, report, progress)
+
+    def _observe(
+        self, blocks: Blocks, watched: tuple[str, ...], progress: Progress
+    ) -> tuple[list[_Statistics], torch.Tensor]:
+        """One full-precision pass: input statistics of each block, and the last hidden states."""
+        statistics, hidden = [], blocks.hidden
+        for index in range(len(blocks)):
+            progress("activations", index + 1, len(blocks))
+            seen = _Statistics({}, {}, {})
+
+            def see(name: str, x: torch.Tensor, seen: _Statistics = seen) -> None:
+                x = x.flatten(0, -2).float()
+                seen.amax[name] = x.abs().amax(0)
+                seen.mean_square[name] = x.square().mean(0)
+
+            with blocks.resident(index) as block, blocks.watch(index, watched, see):
+                hidden = blocks.run(index, hidden)
+                for fold in self.folds:
+                    weights = [block.get_submodule(c).weight for c in fold.consumers]
+                    wmax = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
+                    seen.wmax[fold.consumers[0]] = wmax
+            statistics.append(seen)
+        return statistics, hidden
+
+    def _vectors(self, index: int, alpha: float) -> dict[Fold, torch.Tensor]:
+        """The smoothing vector of each fold of a block, over the producer's channels."""
+        seen = self.statistics[index]
+        return {
+            fold: smoothing_vector(
+                to_producer(fold, seen.amax[fold.consumers[0]]),
+                to_producer(fold, seen.wmax[fold.consumers[0]]),
+                alpha,
+            )
+            for fold in self.folds
+        }
+
+    def _propagate(self, blocks: Blocks, alpha: float) -> torch.Tensor:
+        """Last hidden states with every block quantised at ``alpha``.
+
+        The block's norms are left alone and the weights divided back after rounding: the same
+        function. An output scale changes no rounding (it passes into the row's scales).
+        """
+        hidden = blocks.hidden
+        for index in range(len(blocks)):
+            vectors = self._vectors(index, alpha)
+            inputs = {c: to_consumer(f, v) for f, v in vectors.items() for c in f.consumers}
+            with blocks.resident(index) as block:
+                weights = {}
+                for name in LINEARS:
+                    weight = block.get_submodule(name).weight.float()
+                    if (scale := inputs.get(name)) is None:
+                        weights[name] = fake_quantize(weight, self.grids[name])
+                    else:
+                        rounded = fake_quantize(weight * scale, self.grids[name])
+                        weights[name] = rounded.div_(scale)
+                with blocks.replaced(index, weights):
+                    hidden = blocks.run(index, hidden)
+        return hidden
+
+    def _assemble(
+        self, blocks: Blocks, alpha: float, report: dict[str, Any], progress: Progress
+    ) -> Plan:
+        plan = Plan(self.name, {}, report=report)
+        for index in range(len(blocks)):
+            progress("clip search" if self.settings.clip else "folds", index + 1, len(blocks))
+            prefix = f"{blocks.arch.layers_prefix}.{index}."
+            plan.grids |= {prefix + name: self.grids[name] for name in LINEARS}
+            with blocks.resident(index) as block:
+                self._fold(plan, prefix, block, self._vectors(index, alpha), blocks.arch.norm_offset)
+                if self.settings.clip:
+                    self._clip(plan, prefix, block, self.statistics[index].mean_square)
+        plan.vectors = {name: vector.cpu() for name, vector in plan.vectors.items()}
+        return plan
+
+    def _fold(
+        self,
+        plan: Plan,
+        prefix: str,
+        block: nn.Module,
+        vectors: dict[Fold, torch.Tensor],
+        norm_offset: float,
+    ) -> None:
+        """Enter one block's smoothing vectors into the plan, under full tensor names."""
+        for fold, vector in vectors.items():
+            if fold.from_norm:
+                norm = block.get_submodule(fold.producer)
+                stored, vector = fold_into_norm(norm.weight, vector, norm_offset)
+                plan.vectors[f"{prefix}{fold.producer}.weight"] = stored.float()
+            else:
+                plan.vectors[f"{prefix}{fold.producer}.output"] = vector
+            for consumer in fold.consumers:
+                plan.vectors[f"{prefix}{consumer}.input"] = to_consumer(fold, vector)
+
+    def _clip(
+        self, plan: Plan, prefix: str, block: nn.Module, mean_square: dict[str, torch.Tensor]
+    ) -> None:
+        """Enter one block's clip search into the plan; the inputs shrink as the weights grow."""
+        for first, names in self.sharing.items():
+            for name in names:
+                weight = plan.smoothed(prefix + name, block.get_submodule(name).weight)
+                inputs = mean_square[first]
+                if (scale := plan.vectors.get(f"{prefix}{name}.input")) is not None:
+                    inputs = inputs / scale.square()
+                percents = clip_percents(weight, self.grids[name], inputs)
+                plan.shrinks[prefix + name] = percents.cpu()
+
+
+class _Reference:
+    """The full-precision next-token distribution at a sample of positions, as its top k."""
+
+    def __init__(self, model: nn.Module, layers_prefix: str, final: torch.Tensor) -> None:
+        self.norm = model.get_submodule(layers_prefix.rpartition(".")[0]).norm
+        self.head = model.get_output_embeddings()
+        total = final.shape[0] * final.shape[1]
+        self.positions = torch.linspace(0, total - 1, min(total, _KL_POSITIONS)).long()
+        log_p = self._log_probabilities(final)
+        self.log_p, self.tokens = log_p.topk(min(_KL_TOP, log_p.shape[-1]), dim=-1)
+
+    @torch.no_grad()
+    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows = hidden.flatten(0, 1)[self.positions.to(hidden.device)].to(self.head.weight.device)
+        return torch.log_softmax(self.head(self.norm(rows)).float(), dim=-1)
+
+    def divergence(self, hidden: torch.Tensor) -> float:
+        """Mean KL(full || quantised) in nats per token; all tokens outside the top k are one."""
+        log_q = self._log_probabilities(hidden).gather(-1, self.tokens)
+        p = self.log_p.exp()
+        rest_p = (1 - p.sum(-1)).clamp(min=1e-9)
+        rest_q = (1 - log_q.exp().sum(-1)).clamp(min=1e-9)
+        inside = (p * (self.log_p - log_q)).sum(-1)
+        return (inside + rest_p * (rest_p / rest_q).log()).mean().item()

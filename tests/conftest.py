@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for all tests: the demo model, and tiny random models of several architectures."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# A small CPU engine that talks to nobody. Set before any test module imports vLLM or transformers.
+for _name, _value in {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+# name -> (config class in transformers, what differs from SHARED). Each entry has something that a
+# weight method can get wrong.
+TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": None, "tie_word_embeddings": False}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": False}),  # biases on q, k, v
+    "qwen3": ("Qwen3Config", {"tie_word_embeddings": False}),  # norms on q and k
+    "gemma3": (  # norm weights stored minus one, four norms a layer, local and global attention
+        "Gemma3TextConfig",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 64,
+            "query_pre_attn_scalar": 32,
+        },
+    ),
+}
+
+# Groups of 32, 64 and 128 divide every width; 32 is the smallest head vLLM's CPU attention takes.
+SHARED: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    # Logits of about unit variance. Two implementations agree to 0.05 in log-probability; compare
+    # those rather than greedy tokens, whose two best can be equal in bfloat16.
+    "initializer_range": 0.1,
+}
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct in bfloat16 (converted on the first use, 20 seconds)."""
+    from vllm_plugin.demo_model import demo_model_path
+
+    return demo_model_path()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Callable[..., Path]:
+    """Return ``make(arch, seed=0, **config)``: the folder of a random bfloat16 model.
+
+    ``arch`` is a key of TINY_MODELS, ``config`` overrides fields of its Hugging Face config. The
+    same call gives the same folder, so tests must copy it before they change anything in it. The
+    tokenizer is the demo model's.
+    """
+    made: dict[str, Path] = {}
+
+    def make(arch: str = "llama", seed: int = 0, **config: Any) -> Path:
+        key = repr((arch, seed, sorted(config.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"tiny-{arch}-")
+            _save_tiny_model(folder, arch, seed, config, demo_model)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(params=sorted(TINY_MODELS))
+def each_tiny_model(request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Path:
+    """Run the test once for each architecture."""
+    return tiny_model(request.param)
+
+
+def _save_tiny_model(
+    folder: Path, arch: str, seed: int, overrides: dict[str, Any], tokenizer: Path
+) -> None:
+    import torch
+    import transformers
+
+    source = transformers.AutoConfig.from_pretrained(tokenizer)
+    tokens = {k: getattr(source, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    class_name, own = TINY_MODELS[arch]
+    fields = SHARED | {"vocab_size": source.vocab_size} | tokens | own | overrides
+    config = getattr(transformers, class_name)(**fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            # Fresh norms are all one and fresh biases all zero, which would hide a forgotten one.
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(tokenizer / name, folder)

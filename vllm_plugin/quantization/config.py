@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--quantization smoothquant_plus`` (and ``rtn``): on a 16-bit checkpoint or on one we wrote."""
+
+from typing import Any, ClassVar
+
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsScheme,
+    CompressedTensorsWNA16,
+)
+
+from quant_methods.architecture import LINEARS
+from quant_methods.errors import CompressError
+from quant_methods.formats import MARKER, compressed_tensors_config
+from quant_methods.grid import Grid
+from vllm_plugin.quantization.scheme import Int4Scheme
+
+
+class SmoothQuantPlusConfig(CompressedTensorsConfig):
+    """Compressed-tensors' config under the method's name.
+
+    vLLM builds it without arguments for a 16-bit checkpoint; the config edge then calls
+    ``describe`` with the grids that the loader will quantise to. For a checkpoint that
+    ``vllm-compress quantize`` wrote, vLLM builds it from config.json.
+    """
+
+    method: ClassVar[str] = "smoothquant_plus"
+
+    def __init__(
+        self,
+        target_scheme_map: dict[str, Any] | None = None,
+        ignore: list[str] | None = None,
+        quant_format: str = "pack-quantized",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(target_scheme_map or {}, ignore or [], quant_format, **kwargs)
+        self.activations = "auto"
+
+    def get_name(self) -> str:  # type: ignore[override]
+        return self.method
+
+    @property
+    def quantises_at_load(self) -> bool:
+        """True for a 16-bit checkpoint."""
+        return self.config is None
+
+    def describe(self, grids: dict[str, Grid]) -> None:
+        """Set the scheme of each linear that the loader will quantise."""
+        config = compressed_tensors_config(grids, {"method": self.method})
+        self.target_scheme_map = self._quantization_scheme_map_from_config(config)
+        self.ignore = config["ignore"]
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim our own checkpoints (they carry a marker) unless the user names another method."""
+        marker = hf_quant_cfg.get(MARKER) or {}
+        ours = hf_quant_cfg.get("quant_method") == "compressed-tensors" and marker.get("method")
+        if ours == cls.method and user_quant in (None, cls.method):
+            return cls.method
+        if user_quant == cls.method:
+            raise CompressError(
+                f"--quantization {cls.method} needs a 16-bit checkpoint or one written by "
+                f"`vllm-compress quantize --method {cls.method}`; this one is already quantised "
+                f"({ours or hf_quant_cfg.get('quant_method')}); remove the flag to serve it as is"
+            )
+        return None
+
+    def _get_scheme_from_parts(self, *args: Any, **kwargs: Any) -> CompressedTensorsScheme:
+        scheme = super()._get_scheme_from_parts(*args, **kwargs)
+        if type(scheme) is not CompressedTensorsWNA16:
+            return scheme
+        return Int4Scheme(
+            activations=self.activations,
+            strategy=scheme.strategy,
+            num_bits=scheme.num_bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            layer_name=scheme.layer_name,
+        )
+
+    def get_scheme(self, layer: Any, layer_name: str | None = None) -> Any:
+        if not self.target_scheme_map:
+            raise CompressError(
+                "the engine was not configured through EngineArgs.create_engine_config, so the "
+                f"settings of --quantization {self.method} are unknown; use LLM, vllm serve or "
+                f"EngineArgs (linears expected: {', '.join(LINEARS)})"
+            )
+        return super().get_scheme(layer, layer_name)
+
+
+class RoundToNearestConfig(SmoothQuantPlusConfig):
+    """The same serving path for the control method."""
+
+    method: ClassVar[str] = "rtn"
+
+
+CONFIGS = (SmoothQuantPlusConfig, RoundToNearestConfig)

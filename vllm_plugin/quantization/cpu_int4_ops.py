@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""int4 weights on CPU: packing, dequantisation and the linear custom op.
+
+Input is the compressed-tensors layout: codes int32 [N, K/8], scales [N, K/g] and zero points int32
+[N/8, K/g] or None (then every zero point is 8); a weight is (code - zero point) * scale.
+
+bfloat16 activations use torch's int4pack layout: codes uint8 [N, K/2] and `scale_zero` bfloat16
+[K/g, N, 2], a weight being (code - 8) * scale + zero. Symmetric weights have zero = 0 and are
+exact. Otherwise zero = (8 - zero point) * scale rounded to bfloat16, which shifts the weights of a
+group together by at most 2^-8 |zero|, so by at most scale / 32.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.logger import init_logger
+from vllm.utils.torch_utils import direct_register_custom_op
+
+logger = init_logger(f"vllm.{__name__}")
+
+_CHUNK = 1 << 21  # weights packed at a time: at most 16 bytes of temporaries each, so 32 MiB
+_TILE_BYTES = 4 << 20  # dequantised weights alive at a time: stays in the cache until the GEMM
+_NEVER = 1 << 62
+# Nibble i of a word of vLLM's W4A8 packer holds output 8 j + _W4A8_ORDER[i].
+_W4A8_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+_crossovers: dict[tuple[int, int, int], int] = {}
+
+
+def unpack_codes(words: torch.Tensor) -> torch.Tensor:
+    """Words int32 [rows, cols] with 8 codes each, lowest bits first -> uint8 [rows, 8 cols]."""
+    spread = words.contiguous().view(torch.uint8).to(torch.int16)
+    spread |= spread << 4
+    return (spread & 0x0F0F).view(torch.uint8)
+
+
+def unpack_zero_points(words: torch.Tensor) -> torch.Tensor:
+    """Words int32 [N/8, groups], packed along N, lowest bits first -> uint8 [groups, N]."""
+    return unpack_codes(words.t().contiguous())
+
+
+def _row_chunks(rows: int, k: int, multiple: int) -> list[tuple[int, int]]:
+    step = max(1, _CHUNK // (k * multiple)) * multiple
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def pack_int4(
+    words: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compressed-tensors weights -> int4pack codes and `scale_zero` (see the module docstring)."""
+    n, k = words.shape[0], words.shape[1] * 8
+    packed = torch.empty(n, k // 2, dtype=torch.uint8)
+    for start, stop in _row_chunks(n, k, 64):  # int4pack interleaves up to 64 rows
+        codes = unpack_codes(words[start:stop]).to(torch.int32)
+        packed[start:stop] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scale = scales.t().to(torch.bfloat16)
+    zero = torch.zeros_like(scale)
+    if zero_points is not None:
+        offset = 8 - unpack_zero_points(zero_points).float()
+        zero = (offset * scale.float()).to(torch.bfloat16)
+    return packed, torch.stack([scale, zero], dim=-1).contiguous()
+
+
+def pack_w4a8(
+    words: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compressed-tensors weights -> vLLM's AMX W4A8 blocks.
+
+    Returns weights uint8 [N/32, blocks, bytes], scales float32 and zero points int8, both
+    [N/32, K/g, 32]. N must be a multiple of 32.
+    """
+
+    def awq(codes: torch.Tensor) -> torch.Tensor:  # uint8 [n, cols] -> int32 [cols, n/8]
+        octets = codes.view(-1, 8, codes.shape[1])[:, _W4A8_ORDER]
+        pairs = octets[:, 0::2] | (octets[:, 1::2] << 4)
+        words = pairs.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+        return words.view(torch.int32).squeeze(-1)
+
+    n, k = words.shape[0], words.shape[1] * 8
+    if zero_points is None:
+        zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
+    else:
+        zeros = unpack_zero_points(zero_points).t().contiguous()
+    done: tuple[torch.Tensor, ...] = ()
+    for start, stop in _row_chunks(n, k, 32):
+        blocks = ops.convert_weight_packed_scale_zp(
+            awq(unpack_codes(words[start:stop])),
+            awq(zeros[start:stop]),
+            scales[start:stop].t().to(torch.bfloat16).contiguous(),
+            ops.CPUQuantAlgo.AWQ,
+        )
+        # Blocks of 32 outputs are independent, so chunks only have to be laid one after the other.
+        done = done or tuple(b.new_empty(n // 32, *b.shape[1:]) for b in blocks)
+        for whole, part in zip(done, blocks, strict=True):
+            whole[start // 32 : stop // 32] = part
+    weights, zero_blocks, scale_blocks = done
+    return weights, scale_blocks, zero_blocks
+
+
+def _dequantise(
+    codes: torch.Tensor, mask: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> torch.Tensor:
+    return ((codes & mask).float() * scale + zero).bfloat16().contiguous()
+
+
+def _dequantise_rows(
+    packed: torch.Tensor,
+    scale_zero: torch.Tensor,
+    block: int,
+    halves: bool,
+    run: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """int4pack rows uint8 [n, K/2], scale_zero [K/g, n, 2] -> transposed weights bfloat16 [K, n].
+
+    int4pack holds, per `block` outputs and input, block/2 bytes. The low nibbles are the first half
+    of the block and the high ones the second (`halves`), or the two are neighbours.
+    """
+    n, k = packed.shape[0], packed.shape[1] * 2
+    groups, blocks, half = scale_zero.shape[0], n // block, block // 2
+    # The high nibble is used in place, 16 times too large, with 1/16 of its scale: no shift.
+    shape = (2, 1) if halves else (2,)
+    mask = torch.tensor([15, 240], dtype=torch.uint8).view(shape)
+    factor = torch.tensor([1.0, 0.0625]).view(shape)
+    pair = (2, half) if halves else (half, 2)
+    scale, zero = scale_zero.float().unbind(-1)
+    # Exact: a code of 4 bits times a bfloat16 scale fits float32, and so does 8 * scale.
+    zero = torch.add(zero, scale, alpha=-8.0).view(groups, 1, blocks, *pair)
+    scale = scale.reshape(groups, 1, blocks, *pair) * factor
+    codes = packed.view(blocks, groups, k // groups, half).permute(1, 2, 0, 3)
+    return run(codes.unsqueeze(3 if halves else 4), mask, scale, zero).view(k, n)
+
+
+@functools.cache
+def int4pack_layout() -> tuple[int, bool] | None:
+    """(block, halves) of this CPU's int4pack layout (AVX-512, AVX2 and others differ), by trial.
+
+    None if it is none of those known to `_dequantise_rows`; then nothing is ever dequantised.
+    """
+    n, k = 208, 64  # has a last block that is smaller than any of the sizes but 16
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    unit = torch.tensor([1.0, 8.0]).to(torch.bfloat16).expand(1, n, 2)
+    for block in (64, 32, 16):
+        for halves in (True, False):
+            main = n // block * block
+            got = _dequantise_rows(packed[:main], unit[:, :main], block, halves, _dequantise)
+            if torch.equal(got.t().to(torch.int32), codes[:main]):
+                return block, halves
+    logger.warning("Unknown int4pack layout: large batches will be slow on this CPU")
+    return None
+
+
+@functools.cache
+def _compiled_dequantise() -> Callable[..., torch.Tensor]:
+    """`_dequantise` as one fused C++ loop (about ten times faster), or itself if that fails."""
+    block, halves = int4pack_layout() or (64, True)
+    packed = torch.randint(0, 256, (7 * block, 160), dtype=torch.uint8)
+    scale_zero = torch.rand(5, 7 * block, 2).to(torch.bfloat16)
+    logger.info("Compiling the int4 dequantiser: up to 20 s, 2 s once torch has it in its cache")
+    try:
+        # dynamic_threads: the number of threads may change between loading and serving.
+        fused = torch.compile(_dequantise, options={"cpp.dynamic_threads": True})
+        got, expected = (
+            _dequantise_rows(packed, scale_zero, block, halves, run) for run in (fused, _dequantise)
+        )
+        if torch.equal(got, expected):
+            return fused
+        logger.warning("The compiled int4 dequantiser is wrong; using the slower eager one")
+    except Exception as error:  # no C++ compiler, no writable cache, ...: many types
+        logger.warning("Cannot compile the int4 dequantiser, using the slower eager one: %s", error)
+    return _dequantise
+
+
+@functools.cache
+def _tiles(n: int, k: int) -> tuple[tuple[int, int, int, bool], ...]:
+    """(start, stop, block, halves) that cover N outputs, each of about _TILE_BYTES or less."""
+    layout = int4pack_layout()
+    if layout is None:
+        raise RuntimeError("int4pack layout unknown: cannot dequantise")
+    block, halves = layout
+    blocks = n // block
+    count = max(1, math.ceil(blocks * block * k * 2 / _TILE_BYTES))
+    # Equal tiles where possible: each new shape may compile the dequantiser once more.
+    count = next((c for c in range(count, 2 * count) if blocks % c == 0), count)
+    step = max(1, math.ceil(blocks / count)) * block
+    end = blocks * block
+    tiles = [(start, min(start + step, end), block, halves) for start in range(0, end, step)]
+    if end < n:
+        tiles.append((end, n, n - end, False))  # the last, smaller block always has neighbours
+    return tuple(tiles)
+
+
+def dequantised_tile(
+    packed: torch.Tensor, scale_zero: torch.Tensor, tile: tuple[int, int, int, bool]
+) -> torch.Tensor:
+    """Transposed weights bfloat16 [K, stop - start] of one of `_tiles(N, K)`."""
+    start, stop, block, halves = tile
+    # The compiled function is specialised on the grad mode, and vLLM loads and runs in two modes.
+    with torch.inference_mode(False), torch.no_grad():
+        run = _compiled_dequantise() if stop - start > block else _dequantise
+        return _dequantise_rows(packed[start:stop], scale_zero[:, start:stop], block, halves, run)
+
+
+def linear_int4pack(
+    x: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor, group_size: int
+) -> torch.Tensor:
+    """x bfloat16 [M, K] -> [M, N] by torch's int4 GEMM: float32 weights and sums."""
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scale_zero)
+
+
+def linear_dequantised(
+    x: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor
+) -> torch.Tensor:
+    """x bfloat16 [M, K] -> [M, N] by torch's bfloat16 GEMM on weights rounded to bfloat16."""
+    n, k = packed.shape[0], x.shape[1]
+    tiles = _tiles(n, k)
+    if len(tiles) == 1:
+        return torch.mm(x, dequantised_tile(packed, scale_zero, tiles[0]))
+    out = x.new_empty(x.shape[0], n)
+    for tile in tiles:
+        out[:, tile[0] : tile[1]] = torch.mm(x, dequantised_tile(packed, scale_zero, tile))
+    return out
+
+
+def crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_size: int) -> int:
+    """Largest M for which `linear_int4pack` is the faster one; measured once per (K, N, g)."""
+    n, k = packed.shape[0], packed.shape[1] * 2
+    key = k, n, group_size
+    if key not in _crossovers:
+        _crossovers[key] = _measure_crossover(packed, scale_zero, group_size)
+        m = _crossovers[key]
+        logger.info("int4 linear K=%d N=%d g=%d: int4pack GEMM up to M=%d", k, n, group_size, m)
+    return _crossovers[key]
+
+
+def _measure_crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_size: int) -> int:
+    if int4pack_layout() is None:
+        return _NEVER
+    x = torch.randn(64, packed.shape[1] * 2, dtype=torch.bfloat16)
+    runs: dict[int, Callable[[], torch.Tensor]] = {
+        8: lambda: linear_int4pack(x[:8], packed, scale_zero, group_size),
+        16: lambda: linear_dequantised(x[:16], packed, scale_zero),
+        64: lambda: linear_dequantised(x, packed, scale_zero),
+    }
+    best = dict.fromkeys(runs, math.inf)  # seconds
+    for attempt in range(4):  # interleaved, the best of three: other processes disturb less
+        for m, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if attempt:
+                best[m] = min(best[m], time.perf_counter() - start)
+    # int4pack costs best[8] / 2 per 4 rows, a dequantised GEMM fixed + slope * M.
+    slope = max(0.0, (best[64] - best[16]) / 48)
+    gain = best[8] / 8 - slope
+    fixed = best[16] - 16 * slope
+    return min(_NEVER, max(0, int(fixed / gain / 4)) * 4) if gain > 0 else _NEVER
+
+
+def _cpu_int4_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale_zero: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if rows.shape[0] == 0:
+        out = x.new_empty(0, packed.shape[0])
+    elif rows.shape[0] <= crossover(packed, scale_zero, group_size):
+        out = linear_int4pack(rows, packed, scale_zero, group_size)
+    else:
+        out = linear_dequantised(rows, packed, scale_zero)
+    if bias is not None:
+        out += bias
+    return out.view(*x.shape[:-1], packed.shape[0])
+
+
+def _cpu_int4_linear_fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale_zero: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+# One opaque op, because the choice depends on M, which is symbolic under torch.compile.
+direct_register_custom_op("cpu_int4_linear", _cpu_int4_linear, fake_impl=_cpu_int4_linear_fake)
+
+
+def cpu_int4_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale_zero: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
+    """x bfloat16 [..., K], any strides -> bfloat16 [..., N]; M, the number of rows, may be 0."""
+    return torch.ops.vllm.cpu_int4_linear(x, packed, scale_zero, bias, group_size)
+
+
+def cpu_w4a8_linear(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Like `cpu_int4_linear`, with activations rounded to int8 per row; for `pack_w4a8` weights."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # vLLM's kernel takes unit stride for granted
+    n = scales.shape[0] * scales.shape[2]
+    # vLLM's kernel divides by M. Under torch.compile the test would cost a guard, and vLLM never
+    # compiles an empty batch.
+    if not torch.compiler.is_compiling() and rows.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], n)
+    float_bias = None if bias is None else bias.float()
+    out = ops.int4_scaled_mm_cpu(rows, weights, zero_points, scales, float_bias)
+    return out.view(*x.shape[:-1], n)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a 16-bit checkpoint as int4: calibrate (or reuse the cached plan), then round the stream.
+
+The plan works on Hugging Face tensors before vLLM fuses and shards them, and hands on the tensors
+of a compressed-tensors checkpoint. So what is served is bit for bit what ``vllm-compress quantize``
+writes, fused layers and tensor parallelism are vLLM's own affair, and the 16-bit model is never
+resident in the engine: beyond the int4 model, one tensor at a time.
+"""
+
+import ctypes
+import gc
+import sys
+import time
+from collections.abc import Generator
+from dataclasses import replace
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from quant_methods.checkpoint import Checkpoint, resolve
+from quant_methods.grid import QuantizedWeight
+from quant_methods.packing import to_compressed_tensors
+from quant_methods.plan import Plan
+from quant_methods.planning import obtain_plan
+from vllm_plugin.progress import bar
+from vllm_plugin.settings import WeightSettings, parse_settings
+
+logger = init_logger(f"vllm.{__name__}")
+
+LOAD_FORMAT = "compress"
+
+
+class QuantisingLoader(DefaultModelLoader):
+    """``--load-format compress``: set by the config edge, not by users."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(replace(load_config, load_format="auto"))
+        self.plan: Plan | None = None
+        self.device = torch.device("cpu")
+
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> nn.Module:
+        settings = parse_settings(vllm_config.additional_config).weights or WeightSettings()
+        request = settings.request(
+            str(model_config.quantization), vllm_config.parallel_config.tensor_parallel_size
+        )
+        self.device = torch.device(vllm_config.device_config.device or "cpu")
+        folder = resolve(model_config.model, model_config.revision, self.load_config.download_dir)
+        started = time.perf_counter()
+        with bar(disable=get_tensor_model_parallel_rank() != 0) as progress:
+            self.plan, cached = obtain_plan(
+                Checkpoint(folder), request, device=self.device, progress=progress
+            )
+        _return_free_memory()
+        logger.info(
+            "%s plan %s in %.1f s: alpha %s, %d linears",
+            self.plan.method,
+            "from the cache" if cached else "calibrated",
+            time.perf_counter() - started,
+            self.plan.report.get("alpha", "-"),
+            len(self.plan.grids),
+        )
+        model = super().load_model(vllm_config, model_config, prefix)
+        self.plan = None
+        _return_free_memory()
+        return model
+
+    def get_all_weights(
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        assert self.plan is not None
+        dtype = model_config.dtype
+        before = after = 0
+
+        def on_device() -> Generator[tuple[str, torch.Tensor], None, None]:
+            nonlocal before
+            for name, tensor in super(QuantisingLoader, self).get_all_weights(model_config, model):
+                before += tensor.numel() * dtype.itemsize
+                yield name, tensor.to(self.device)
+
+        for name, value in self.plan.transform(on_device(), dtype):
+            parts = {name: value}
+            if isinstance(value, QuantizedWeight):
+                packed = to_compressed_tensors(value, dtype)
+                parts = {f"{name}.{part}": tensor for part, tensor in packed.items()}
+            for part, tensor in parts.items():
+                after += tensor.nbytes
+                yield part, tensor
+        logger.info(
+            "Weights: %.1f MiB in %s, %.1f MiB quantised (%.3f)",
+            before / 2**20,
+            dtype,
+            after / 2**20,
+            after / max(before, 1),
+        )
+
+
+def _return_free_memory() -> None:
+    """Give freed heap pages back to the system: glibc keeps what calibration used."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
