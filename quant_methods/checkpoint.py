@@ -58,8 +58,7 @@ class Checkpoint:
         self.files: dict[str, Path] = {}  # tensor -> file
         for file in self._weight_files():
             try:
-                with safe_open(file, framework="pt") as opened:
-                    self.files.update(dict.fromkeys(opened.keys(), file))
+                self.files.update(dict.fromkeys(self.names_in(file), file))
             except (SafetensorError, OSError) as error:
                 raise CompressError(
                     f"{file} is damaged or incomplete ({error}); fetch the checkpoint again"
@@ -80,6 +79,12 @@ class Checkpoint:
         pickled = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt"))
         hint = "; pickled weights are not read: convert them to safetensors" if pickled else ""
         raise CompressError(f"{self.folder} has no *.safetensors files{hint}")
+
+    @staticmethod
+    def names_in(file: Path) -> list[str]:
+        """The tensors of one safetensors file."""
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """``{tensor: (shape, bytes)}`` from the headers alone."""

@@ -73,14 +73,11 @@ class Plan:
 
         ``dtype`` is what the model will run in: scales are rounded to it.
         A quantised linear's weight comes out as ``(linear, QuantizedWeight)``, everything else as
-        ``(tensor name, tensor)``. Raises CompressError at the end when a tensor of the plan never
-        came: the checkpoint is incomplete or the plan is of another model.
+        ``(tensor name, tensor)``.
         """
-        missing = set(self.grids)
         for name, tensor in tensors:
             module, _, kind = name.rpartition(".")
             if kind == "weight" and module in self.grids:
-                missing.discard(module)
                 yield module, self.quantized(module, tensor, dtype)
             elif name in self.vectors:
                 yield name, self.vectors[name].to(tensor)
@@ -89,10 +86,18 @@ class Plan:
                 yield name, (tensor.float() / scale).to(tensor.dtype)
             else:
                 yield name, tensor
-        if missing:
+
+    def layer_grids(self) -> dict[str, Grid]:
+        """The grids by linear of a decoder layer: they are the same in every layer."""
+        return {name.split(".", 3)[3]: grid for name, grid in self.grids.items()}
+
+    def require(self, tensors: Iterable[str]) -> None:
+        """CompressError when a weight of the plan is not among the names of a checkpoint."""
+        have = set(tensors)
+        if missing := sorted(n for n in self.grids if f"{n}.weight" not in have):
             raise CompressError(
-                f"the checkpoint lacks {len(missing)} weights of the plan, "
-                f"{sorted(missing)[0]}.weight for one: incomplete download or another model"
+                f"the checkpoint lacks {len(missing)} of {len(self.grids)} weights, "
+                f"{missing[0]}.weight for one: incomplete, or of another model"
             )
 
     def save(self, path: Path) -> None:

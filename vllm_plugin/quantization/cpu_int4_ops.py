@@ -107,6 +107,15 @@ def _dequantise(
     return ((codes & mask).float() * scale + zero).bfloat16().contiguous()
 
 
+@functools.cache
+def _nibble_constants(half: int, halves: bool) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor]:
+    """Shape of a block as (nibbles, bytes) or the reverse; mask and factor that broadcast to it."""
+    shape = (2, 1) if halves else (2,)
+    # The high nibble is used in place, 16 times too large, with 1/16 of its scale: no shift.
+    mask = torch.tensor([15, 240], dtype=torch.uint8).view(shape)
+    return (2, half) if halves else (half, 2), mask, torch.tensor([1.0, 0.0625]).view(shape)
+
+
 def _dequantise_rows(
     packed: torch.Tensor,
     scale_zero: torch.Tensor,
@@ -121,11 +130,7 @@ def _dequantise_rows(
     """
     n, k = packed.shape[0], packed.shape[1] * 2
     groups, blocks, half = scale_zero.shape[0], n // block, block // 2
-    # The high nibble is used in place, 16 times too large, with 1/16 of its scale: no shift.
-    shape = (2, 1) if halves else (2,)
-    mask = torch.tensor([15, 240], dtype=torch.uint8).view(shape)
-    factor = torch.tensor([1.0, 0.0625]).view(shape)
-    pair = (2, half) if halves else (half, 2)
+    pair, mask, factor = _nibble_constants(half, halves)
     scale, zero = scale_zero.float().unbind(-1)
     # Exact: a code of 4 bits times a bfloat16 scale fits float32, and so does 8 * scale.
     zero = torch.add(zero, scale, alpha=-8.0).view(groups, 1, blocks, *pair)
@@ -222,7 +227,7 @@ def linear_dequantised(
         return torch.mm(x, dequantised_tile(packed, scale_zero, tiles[0]))
     out = x.new_empty(x.shape[0], n)
     for tile in tiles:
-        out[:, tile[0] : tile[1]] = torch.mm(x, dequantised_tile(packed, scale_zero, tile))
+        torch.mm(x, dequantised_tile(packed, scale_zero, tile), out=out[:, tile[0] : tile[1]])
     return out
 
 

@@ -54,9 +54,11 @@ class QuantisingLoader(DefaultModelLoader):
         folder = resolve(model_config.model, model_config.revision, self.load_config.download_dir)
         started = time.perf_counter()
         with bar(disable=get_tensor_model_parallel_rank() != 0) as progress:
+            checkpoint = Checkpoint(folder)
             self.plan, cached = obtain_plan(
-                Checkpoint(folder), request, device=self.device, progress=progress
+                checkpoint, request, device=self.device, progress=progress
             )
+        self.plan.require(checkpoint.files)
         _return_free_memory()
         logger.info(
             "%s plan %s in %.1f s: alpha %s, %d linears",

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a quantised checkpoint: shard by shard, resumable, and complete or absent."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+
+from quant_methods.architecture import architecture_of
+from quant_methods.base import Progress, silent
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.errors import CompressError
+from quant_methods.formats import FORMATS, Format
+from quant_methods.grid import QuantizedWeight
+from quant_methods.plan import Plan
+from quant_methods.planning import PlanRequest, obtain_plan, plan_path
+
+_SHARD_BYTES = 2 << 30  # of source weights
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes a run needs: peak memory beyond the interpreter, and disk."""
+
+    memory: int
+    disk: int
+
+
+def estimate(checkpoint: Checkpoint) -> Estimate:
+    """Memory: the 16-bit model plus fp32 working copies of one block; disk: the int4 checkpoint."""
+    shapes = checkpoint.shapes()
+    total = sum(size for _, size in shapes.values())
+    layers = max(int(checkpoint.config.get("num_hidden_layers") or 1), 1)
+    linears = sum(s for n, (shape, s) in shapes.items() if "layers." in n and len(shape) == 2)
+    return Estimate(memory=total + 6 * linears // layers, disk=total - linears + linears * 5 // 16)
+
+
+def quantize_checkpoint(
+    source: Path,
+    target: Path,
+    request: PlanRequest,
+    *,
+    format_name: str = "compressed-tensors",
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Quantise ``source`` into the new folder ``target``; returns the report it also writes.
+
+    Work goes to ``.<target>.partial`` beside the target and is renamed at the end, so ``target``
+    is complete or absent. A run with the same request goes on where an interrupted one stopped.
+    Raises CompressError for bad input, an existing target, or a folder that cannot be written.
+    """
+    if format_name not in FORMATS:
+        raise CompressError(f"unknown format {format_name!r}; valid: {', '.join(FORMATS)}")
+    chosen = FORMATS[format_name]
+    if chosen.uniform:
+        request = request.model_copy(update={"settings": request.settings | {"uniform": True}})
+    checkpoint = Checkpoint(source)
+    architecture_of(_AttributeView(checkpoint.config))
+    if target.exists():
+        raise CompressError(f"{target} exists; give another folder or remove it")
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        _check_space(partial, estimate(checkpoint).disk)
+        with FileLock(partial / ".lock", timeout=0):
+            _start_or_resume(partial, plan_path(checkpoint, request).name, chosen)
+            plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)
+            dtype = _serving_dtype(checkpoint.config)
+            index = _write_shards(checkpoint, plan, chosen, dtype, partial, device, progress)
+            report = _write_metadata(checkpoint, plan, chosen, dtype, index, partial)
+        for leftover in (".lock", "state.json"):
+            (partial / leftover).unlink(missing_ok=True)
+        partial.rename(target)
+    except Timeout as error:
+        raise CompressError(f"another process is writing {target} right now") from error
+    except OSError as error:
+        raise CompressError(
+            f"cannot write {partial}: {error.strerror or error}; free space or give a writable "
+            "--out, then run the same command again to go on"
+        ) from error
+    return report
+
+
+class _AttributeView:
+    """A config.json dict read like transformers' config object."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.__dict__.update(config)
+
+
+def _check_space(folder: Path, need: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise CompressError(
+            f"{folder.parent} has {free / 2**30:.1f} GiB free, about {need / 2**30:.1f} GiB are "
+            "needed; free space or give another --out"
+        )
+
+
+def _start_or_resume(partial: Path, plan_name: str, chosen: Format) -> None:
+    """Keep finished shards of the same request; drop those of another."""
+    state = partial / "state.json"
+    now = json.dumps({"plan": plan_name, "format": chosen.name})
+    if not state.is_file() or state.read_text(encoding="utf-8") != now:
+        for old in partial.glob("*.safetensors"):
+            old.unlink()
+        state.write_text(now, encoding="utf-8")
+
+
+def _serving_dtype(config: dict[str, Any]) -> torch.dtype:
+    """fp16 stays fp16; everything else is written for bf16."""
+    return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
+
+
+def _shards(checkpoint: Checkpoint) -> Iterator[list[str]]:
+    """Tensor names in checkpoint order, cut into runs of about two gigabytes."""
+    sizes = checkpoint.shapes()
+    shard: list[str] = []
+    held = 0
+    for name in checkpoint.files:
+        if held and held + sizes[name][1] > _SHARD_BYTES:
+            yield shard
+            shard, held = [], 0
+        shard.append(name)
+        held += sizes[name][1]
+    yield shard
+
+
+def _write_shards(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    chosen: Format,
+    dtype: torch.dtype,
+    folder: Path,
+    device: str,
+    progress: Progress,
+) -> dict[str, str]:
+    """Write every shard that is not there yet; returns ``{tensor: file}``."""
+    shards = list(_shards(checkpoint))
+    plan.require(checkpoint.files)
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        progress("write", number - 1, len(shards))
+        file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
+        if not file.is_file():
+            out: dict[str, torch.Tensor] = {}
+            stream = ((n, t.to(device)) for n, t in checkpoint.tensors(names))
+            for name, value in plan.transform(stream, dtype):
+                if isinstance(value, QuantizedWeight):
+                    parts = chosen.tensors(value, dtype)
+                    out |= {f"{name}.{part}": t.cpu() for part, t in parts.items()}
+                else:
+                    out[name] = (value.to(dtype) if value.is_floating_point() else value).cpu()
+            out = {name: tensor.contiguous() for name, tensor in out.items()}
+            save_file(out, file.with_suffix(".tmp"), metadata={"format": "pt"})
+            os.replace(file.with_suffix(".tmp"), file)
+        index |= dict.fromkeys(Checkpoint.names_in(file), file.name)
+    progress("write", len(shards), len(shards))
+    return index
+
+
+def _write_metadata(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    chosen: Format,
+    dtype: torch.dtype,
+    index: dict[str, str],
+    folder: Path,
+) -> dict[str, Any]:
+    for pattern in _COPIED:
+        for file in checkpoint.folder.glob(pattern):
+            if not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)
+    written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    report = {
+        "method": plan.method,
+        "format": chosen.name,
+        "weight_bytes_before": sum(size for _, size in checkpoint.shapes().values()),
+        "weight_bytes_after": written,
+        **plan.report,
+    }
+    marker = {"schema": 1, "method": plan.method, "alpha": plan.report.get("alpha")}
+    config = checkpoint.config | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization_config": chosen.config(plan.layer_grids(), marker),
+    }
+    config.pop("torch_dtype", None)
+    contents = {
+        "config.json": config,
+        "report.json": report,
+        "model.safetensors.index.json": {
+            "metadata": {"total_size": written},
+            "weight_map": dict(sorted(index.items())),
+        },
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return report
