@@ -27,9 +27,10 @@ setup:  ## make .venv with vLLM, this package and the demo model
 	@$(PYTHON) tools/setup_env.py
 
 serve: setup  ## start an OpenAI-compatible server with a compressed model
+# The demo model runs eagerly: compiling takes a minute and a C++ compiler, and gains it nothing.
 ifeq ($(strip $(MODEL)),)
 	@model=$$($(BIN)/python -m vllm_plugin.demo_model) && \
-	exec $(BIN)/vllm serve "$$model" --served-model-name smollm2-135m --max-model-len 2048 \
+	exec $(BIN)/vllm serve "$$model" --served-model-name smollm2-135m --max-model-len 2048 --enforce-eager \
 	    --host $(HOST) --port $(PORT) $(if $(QUANT),--quantization $(QUANT)) $(ARGS)
 else
 	@exec $(BIN)/vllm serve "$(MODEL)" \

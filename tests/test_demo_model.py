@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from quant_methods.cache import cache_dir
 from vllm_plugin import demo_model as module
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+# A question whose answer has wide margins, see the module's docstring.
+QUESTION = [{"role": "user", "content": "Name the capital of France."}]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_chat_template_is_chatml(tokenizer):
     assert text == (
         "<|im_start|>system\n"
         "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
+        "<|im_start|>user\nName the capital of France.<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 

