@@ -8,7 +8,7 @@ a fold along a wrong edge would corrupt the model without an error.
 from dataclasses import dataclass
 from typing import Any
 
-from quant_methods.errors import CompressError, joined
+from quant_methods.errors import joined
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 O_PROJ = "self_attn.o_proj"
@@ -78,7 +78,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 def architecture_of(config: Any) -> Architecture:
     """The entry for a Hugging Face config; CompressError lists everything that is in the way."""
     problems = []
-    kind = getattr(config, "model_type", None)
+    kind = str(getattr(config, "model_type", None))
     if kind not in ARCHITECTURES:
         problems.append(
             f"model_type {kind!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"

@@ -42,7 +42,7 @@ class Blocks:
 
     @torch.no_grad()
     def _record(self, tokens: torch.Tensor) -> torch.Tensor:
-        """One pass with every block replaced by the identity: records its arguments, costs nothing."""
+        """One cheap pass, every block replaced by the identity, that records their arguments."""
         first: list[torch.Tensor] = []
 
         def identity(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

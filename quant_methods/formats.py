@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint formats: the tensors of a quantised linear and the ``quantization_config`` naming them.
+"""Checkpoint formats: a quantised linear's tensors and the ``quantization_config`` naming them.
 
 Both formats are stock vLLM's own, so that what we write also loads where this package is not
 installed.
@@ -22,7 +22,7 @@ MARKER = "vllm_compress"
 
 @dataclass(frozen=True)
 class Format:
-    """A way to store int4 linears: ``config(grids, marker)`` and ``tensors(weight, scale dtype)``."""
+    """How int4 linears are stored: ``config(grids, marker)``, ``tensors(weight, scale dtype)``."""
 
     name: str
     config: Callable[[dict[str, Grid], dict[str, Any]], dict[str, Any]]

@@ -27,7 +27,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """``weight ~ (q - zero) * scale``: q uint8 [N, K] in 0..15; scale and zero fp32 [N, K/group]."""
+    """``(q - zero) * scale``: q uint8 [N, K] in 0..15, scale and zero fp32 [N, K/group]."""
 
     q: torch.Tensor
     scale: torch.Tensor

@@ -12,7 +12,7 @@ _AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def pack_int32(codes: torch.Tensor) -> torch.Tensor:
-    """Pack codes in 0..15 along the last dimension, lowest nibble first: [.., K] -> int32 [.., K/8]."""
+    """Pack codes in 0..15, lowest nibble first: [.., K] -> int32 [.., K/8]."""
     nibbles = codes.view(*codes.shape[:-1], -1, _PER_WORD).to(torch.int32)
     shifts = torch.arange(_PER_WORD, dtype=torch.int32, device=codes.device) * 4
     return (nibbles << shifts).sum(-1, dtype=torch.int32)

@@ -31,10 +31,13 @@ _KL_TOP = 128
 
 
 class SmoothQuantPlusSettings(GridSettings):
-    """Knobs of the method. The paper's own setting: ``folds="norms", clip=False, search="full"``."""
+    """Knobs of the method. The paper: ``folds="norms", clip=False, search="full"``."""
 
     alpha: float | None = Field(
-        None, ge=0, le=1, description="fixed smoothing strength; unset: searched on calibration text"
+        None,
+        ge=0,
+        le=1,
+        description="fixed smoothing strength; unset: searched on calibration text",
     )
     search: Literal["coarse", "full"] = Field(
         "coarse", description="alphas tried on the 0.05 grid: about 8 around the best, or all 21"
@@ -167,7 +170,9 @@ class SmoothQuantPlus:
             prefix = f"{blocks.arch.layers_prefix}.{index}."
             plan.grids |= {prefix + name: self.grids[name] for name in LINEARS}
             with blocks.resident(index) as block:
-                self._fold(plan, prefix, block, self._vectors(index, alpha), blocks.arch.norm_offset)
+                self._fold(
+                    plan, prefix, block, self._vectors(index, alpha), blocks.arch.norm_offset
+                )
                 if self.settings.clip:
                     self._clip(plan, prefix, block, self.statistics[index].mean_square)
         plan.vectors = {name: vector.cpu() for name, vector in plan.vectors.items()}

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-compress``: quantise, evaluate, list methods. Errors are one message; --debug adds a traceback."""
+"""``vllm-compress``: quantise, evaluate, list methods. Errors are one line unless ``--debug``."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +18,7 @@ from quant_methods.formats import FORMATS
 from quant_methods.planning import PlanRequest
 from quant_methods.registry import build_method, methods
 from quant_methods.writing import estimate, quantize_checkpoint
+from vllm_plugin.evaluate import as_rows, evaluate
 from vllm_plugin.progress import bar
 
 app = typer.Typer(
@@ -40,9 +42,7 @@ def _gib(size: float) -> str:
 def quantize(
     model: Model,
     target: Annotated[Path, typer.Option("--out", help="new folder for the int4 checkpoint")],
-    method: Annotated[
-        str, typer.Option(help="see `vllm-compress methods`")
-    ] = "smoothquant_plus",
+    method: Annotated[str, typer.Option(help="see `vllm-compress methods`")] = "smoothquant_plus",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="a setting of the method, KEY=VALUE; may be repeated"),
@@ -54,9 +54,7 @@ def quantize(
     format_name: Annotated[
         str, typer.Option("--format", help=f"checkpoint format: {', '.join(FORMATS)}")
     ] = "compressed-tensors",
-    calibration: Annotated[
-        str, typer.Option(help="'self', or a .txt or .jsonl file")
-    ] = SELF,
+    calibration: Annotated[str, typer.Option(help="'self', or a .txt or .jsonl file")] = SELF,
     samples: Annotated[int, typer.Option(help="calibration sequences")] = 16,
     length: Annotated[int, typer.Option(help="tokens per calibration sequence")] = 64,
     tensor_parallel_size: Annotated[
@@ -121,10 +119,66 @@ def _literal(text: str) -> Any:
         return text
 
 
+@app.command("eval")
+def evaluate_models(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="model folders or hub ids; MODEL@METHOD quantises while loading. The first is "
+            "what the others are compared with"
+        ),
+    ],
+    text: Annotated[Path, typer.Option(help="text file, held out from calibration")],
+    windows: Annotated[int, typer.Option(min=1, help="windows of text: more are steadier")] = 32,
+    length: Annotated[int, typer.Option(min=16, help="tokens per window")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="requests at once when decoding is timed")] = 8,
+    engine_args: Annotated[
+        str, typer.Option(help="JSON object of engine arguments for all models")
+    ] = "{}",
+    as_json: AsJson = False,
+) -> None:
+    """Compare models through vLLM itself: perplexity, bytes, tokens per second.
+
+    Speeds are single readings on this machine; benchmarks/ has ratios of interleaved runs.
+
+    Example: vllm-compress eval BASE BASE@smoothquant_plus INT4_FOLDER --text book.txt
+    """
+    try:
+        extra = json.loads(engine_args)
+    except json.JSONDecodeError as error:
+        raise CompressError(f"--engine-args is not JSON: {error}") from error
+    with bar() as progress:
+        results = evaluate(
+            models,
+            text,
+            windows=windows,
+            length=length,
+            batch=batch,
+            engine_args=extra,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps(as_rows(results)))
+        return
+    columns = ("perplexity", "nats vs first", "on disk", "resident", "prefill/s", "decode/s")
+    table = Table("model", *columns)
+    for row in results:
+        table.add_row(
+            row.model,
+            f"{row.perplexity:.3f}",
+            f"{row.nats_difference:+.4f} ± {row.standard_error:.4f}",
+            _gib(row.disk_bytes),
+            _gib(row.resident_bytes),
+            f"{row.prefill_tokens_per_s:.0f}",
+            f"{row.decode_tokens_per_s:.1f}",
+        )
+    out.print(table)
+
+
 @app.command("methods")
 def list_methods(as_json: AsJson = False) -> None:
     """List the quantisation methods that are registered, with their settings."""
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         name: {
             "at_load": kind.capabilities.at_load,
             "calibrates": kind.capabilities.calibrates,
@@ -142,8 +196,10 @@ def list_methods(as_json: AsJson = False) -> None:
     for name, row in rows.items():
         serve = f"vllm serve MODEL --quantization {name}" if row["at_load"] else "offline only"
         out.print(f"[bold]{name}[/bold]  {row['paper']}")
-        out.print(f"  {serve}; formats: {', '.join(row['formats'])}; "
-                  f"calibration: {'yes' if row['calibrates'] else 'none'}")
+        out.print(
+            f"  {serve}; formats: {', '.join(row['formats'])}; "
+            f"calibration: {'yes' if row['calibrates'] else 'none'}"
+        )
         defaults = build_method(name, {}).settings
         for key, text in row["settings"].items():
             out.print(f"  --set {key}={json.dumps(getattr(defaults, key))}  [dim]{text}[/dim]")
@@ -171,11 +227,9 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted; nothing half-written is left", style="red")
         sys.exit(130)
-    except Exception as error:  # typer's usage errors carry their own exit code and message
-        if hasattr(error, "show"):
-            error.show()
-            sys.exit(error.exit_code)
-        raise
+    except click.ClickException as error:  # wrong usage of the command line
+        error.show()
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def _apply_weights(
 ) -> None:
     quant_config.activations = settings.activations
     if not quant_config.quantises_at_load:
-        if changed := set(settings.model_extra or {}) | (settings.model_fields_set - {"activations"}):
+        if changed := settings.model_fields_set - {"activations"}:
             raise CompressError(
                 f"{KEY}.weights.{', '.join(sorted(changed))}: the checkpoint is already quantised, "
                 "these settings were fixed when it was written; remove them"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's settings: ``--additional-config '{"compress": {...}}'``, validated here and only here."""
+"""The ``compress`` section of ``--additional-config``, validated here and only here."""
 
 from typing import Any, Literal
 

@@ -150,7 +150,8 @@ def int4pack_layout() -> tuple[int, bool] | None:
     None if it is none of those known to `_dequantise_rows`; then nothing is ever dequantised.
     """
     n, k = 208, 64  # has a last block that is smaller than any of the sizes but 16
-    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    random = torch.Generator().manual_seed(0)  # leave vLLM's own random numbers alone
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32, generator=random)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     unit = torch.tensor([1.0, 8.0], dtype=torch.bfloat16).expand(1, n, 2)
     for block in (64, 32, 16):
@@ -167,8 +168,8 @@ def int4pack_layout() -> tuple[int, bool] | None:
 def _compiled_dequantise() -> Callable[..., torch.Tensor]:
     """`_dequantise` as one fused C++ loop (about ten times faster), or itself if that fails."""
     block, halves = int4pack_layout() or (64, True)
-    packed = torch.randint(0, 256, (7 * block, 160), dtype=torch.uint8)
-    scale_zero = torch.rand(5, 7 * block, 2, dtype=torch.float32).to(torch.bfloat16)
+    packed = torch.arange(7 * block * 160).to(torch.uint8).view(7 * block, 160)  # modulo 256
+    scale_zero = torch.arange(5 * 7 * block * 2).to(torch.bfloat16).view(5, 7 * block, 2)
 
     def keep(guards: Sequence[Any]) -> list[bool]:
         # Threads and default dtype differ between loading and serving, and do not matter here.
@@ -259,7 +260,7 @@ def _measure_crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_siz
     k = packed.shape[1] * 2
     rows = max(64, (1 << 22) // k // 64 * 64)  # a slice is enough, as both times grow with N
     packed, scale_zero = packed[:rows], scale_zero[:, :rows].contiguous()
-    x = torch.randn(64, k, dtype=torch.bfloat16)
+    x = torch.ones(64, k, dtype=torch.bfloat16)
     runs: dict[int, Callable[[], torch.Tensor]] = {
         8: lambda: linear_int4pack(x[:8], packed, scale_zero, group_size),
         16: lambda: linear_dequantised(x[:16], packed, scale_zero),
@@ -269,7 +270,7 @@ def _measure_crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_siz
     threads = torch.get_num_threads()
 
     def measure() -> None:
-        torch.set_num_threads(1)
+        torch._C.set_num_threads(1)  # vLLM replaces torch.set_num_threads by a warning
         try:
             for attempt in range(6):  # interleaved, and the best of five
                 for m, run in runs.items():
@@ -278,7 +279,7 @@ def _measure_crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_siz
                     if attempt:  # the first may compile
                         best[m] = min(best[m], time.thread_time() - start)
         finally:
-            torch.set_num_threads(threads)  # also sets the default of later threads
+            torch._C.set_num_threads(threads)  # also sets the default of later threads
 
     # CPU time of one thread, for wall times are worthless where cores are shared. In its own thread
     # because the number of OpenMP threads is per thread, and vLLM has bound those of this one.

@@ -87,10 +87,11 @@ class QuantisingLoader(DefaultModelLoader):
                 yield name, tensor.to(self.device)
 
         for name, value in self.plan.transform(on_device(), dtype):
-            parts = {name: value}
             if isinstance(value, QuantizedWeight):
                 packed = to_compressed_tensors(value, dtype)
                 parts = {f"{name}.{part}": tensor for part, tensor in packed.items()}
+            else:
+                parts = {name: value}
             for part, tensor in parts.items():
                 after += tensor.nbytes
                 yield part, tensor

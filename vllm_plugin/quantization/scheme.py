@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compressed-tensors' int4 linear with our choice of kernel on CPU, vLLM's on every other device."""
+"""compressed-tensors' int4 linear with our kernel on CPU and vLLM's on every other device."""
 
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.model_executor.kernels.linear import MPLinearKernel
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsWNA16,
 )
 from vllm.platforms import current_platform
 
-from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel
+from vllm_plugin.quantization.cpu_int4 import Activations, CpuInt4LinearKernel
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -18,7 +19,9 @@ logger = init_logger(f"vllm.{__name__}")
 class Int4Scheme(CompressedTensorsWNA16):
     """Parameters and sharding as in the base class; ``activations`` as in ``WeightSettings``."""
 
-    def __init__(self, *, activations: str, **kwargs: Any) -> None:
+    kernel: MPLinearKernel  # the base class sets it in create_weights
+
+    def __init__(self, *, activations: Activations, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.activations = activations
 

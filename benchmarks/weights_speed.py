@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of int4 weights: five engines of one random 1.1B Llama that take turns.
+
+All serve the same weights, four of them from the same int4 checkpoint. Eager mode: compiling
+changes the linears, which are what differs here, in no way.
+"""
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Options, Result, alternate, cache_folder
+from benchmarks.engine import Engine
+from benchmarks.models import bench_model, write_rtn
+
+PROMPT, PREFILL = 32, 512
+BATCHES = {1: 24, 8: 24, 32: 16}  # requests at once -> tokens each
+TRUE_W4A16 = {"VLLM_CPU_INT4_W4A8": "0"}
+BF16_ACTIVATIONS = {"compress": {"weights": {"activations": "bf16"}}}
+
+# Contender -> (serves the int4 checkpoint, what differs in its Engine).
+CONTENDERS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "bf16": (False, {"plugin": False}),
+    "ours": (True, {}),
+    "ours, bf16 activations": (True, {"additional_config": BF16_ACTIVATIONS}),
+    "vLLM W4A16": (True, {"plugin": False, "env": TRUE_W4A16}),
+    "vLLM default": (True, {"plugin": False}),
+}
+# Suffix of extra keys -> (ours, theirs).
+EXTRAS = {
+    "vs_vllm_w4a16": ("ours", "vLLM W4A16"),
+    "vs_vllm_default": ("ours", "vLLM default"),
+    "bf16_activations_ratio": ("ours, bf16 activations", "bf16"),
+    "bf16_activations_vs_vllm_w4a16": ("ours, bf16 activations", "vLLM W4A16"),
+}
+
+
+def speed(options: Options, result: Result) -> None:
+    """Fill decode_ratio_*, prefill_ratio and the comparisons with vLLM's own int4 kernel."""
+    model = bench_model(options)
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=cache_folder()))
+        int4 = write_rtn(model, Path(scratch) / "int4", options)
+        engines = {
+            name: stack.enter_context(
+                Engine(
+                    int4 if quantised else model,
+                    skip_tokenizer_init=True,
+                    preloaded=options.smoke,
+                    **arguments,
+                )
+            )
+            for name, (quantised, arguments) in CONTENDERS.items()
+        }
+        started = {name: engine.started for name, engine in engines.items()}
+        result.details["speed_engines"] = started
+        for name in ("ours", "ours, bf16 activations"):
+            if started[name]["quantization"] != "rtn":  # then the figures would be vLLM's own
+                raise RuntimeError(f"{name} is served as {started[name]['quantization']}, not rtn")
+
+        for batch, tokens in BATCHES.items():
+            request = {"batch": batch, "prompt": PROMPT, "tokens": tokens, "seed": options.seed}
+            if options.smoke:
+                request |= {"prompt": 8, "tokens": 4}
+            samples = alternate(
+                list(engines),
+                options.rounds,
+                lambda name, request=request: engines[name].ask("decode", **request),
+                f"decode, batch {batch}",
+            )
+            _record(result, f"b{batch}", f"decode_ratio_b{batch}", samples)
+        length = 64 if options.smoke else PREFILL
+        samples = alternate(
+            list(engines),
+            options.rounds,
+            lambda name: engines[name].ask("prefill", tokens=length, seed=options.seed),
+            "prefill",
+        )
+        _record(result, "prefill", "prefill_ratio", samples)
+
+
+def _record(result: Result, what: str, key: str, samples: dict[str, list[float]]) -> None:
+    result.details[f"tokens_per_s_{what}"] = samples
+    result.ratio(key, samples["ours"], samples["bf16"])
+    for name, (ours, theirs) in EXTRAS.items():
+        result.ratio(f"{name}_{what}", samples[ours], samples[theirs])

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant_methods.errors import CompressError
+from quant_methods.grid import GROUP_SIZES, Grid, fake_quantize, pick_group_size, quantize
+
+grids = st.builds(Grid, st.sampled_from(GROUP_SIZES), st.booleans())
+
+
+@st.composite
+def weights(draw) -> torch.Tensor:
+    """[N, 256] of many magnitudes: centred, all positive, all negative, zero, with outliers."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    weight = torch.randn(draw(st.integers(1, 5)), 256, generator=generator)
+    weight = weight * 10.0 ** draw(st.integers(-6, 3)) + draw(st.sampled_from([0.0, 1.0, -1.0]))
+    if draw(st.booleans()):
+        weight[:, draw(st.integers(0, 255))] *= 100
+    return weight * draw(st.sampled_from([0.0, 1.0]))
+
+
+@given(weights(), grids)
+@settings(deadline=None, max_examples=150)
+def test_codes_stay_in_range_and_error_is_half_a_step(weight: torch.Tensor, grid: Grid) -> None:
+    rounded = quantize(weight, grid, scale_dtype=torch.float32)
+    assert rounded.q.dtype == torch.uint8
+    assert rounded.q.max() <= 15
+    assert (rounded.zero >= 0).all()
+    assert (rounded.zero <= 15).all()
+    step = rounded.scale.repeat_interleave(grid.group_size, dim=1)
+    # Half a step from rounding, half a step from the rounded zero point at the ends of the range.
+    assert ((rounded.dequantize() - weight).abs() <= step * 1.001 + 1e-7).all()
+
+
+@given(weights(), grids)
+@settings(deadline=None, max_examples=50)
+def test_fake_quantize_is_quantize_then_dequantize(weight: torch.Tensor, grid: Grid) -> None:
+    assert torch.equal(fake_quantize(weight, grid), quantize(weight, grid).dequantize())
+
+
+def test_all_positive_group_does_not_overflow() -> None:
+    """The published loader gives codes of 75 to 90 for weights between 1.0 and 1.2."""
+    weight = torch.linspace(1.0, 1.2, 32).view(1, 32)
+    rounded = quantize(weight, Grid(32))
+    assert rounded.q.max() == 15
+    assert (rounded.dequantize() - weight).abs().max() <= 1.2 / 15 / 2 * 1.01
+
+
+def test_zero_survives_exactly() -> None:
+    weight = torch.cat([torch.zeros(1, 16), torch.rand(1, 16) + 0.5], dim=1)
+    assert (quantize(weight, Grid(32)).dequantize()[0, :16] == 0).all()
+
+
+def test_a_weight_on_the_grid_is_reproduced() -> None:
+    codes = torch.arange(16).repeat(4, 4).float()
+    weight = (codes - 5) * 0.25
+    assert torch.equal(quantize(weight, Grid(64)).dequantize(), weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_weight_is_refused(bad: float) -> None:
+    weight = torch.zeros(2, 64)
+    weight[1, 3] = bad
+    with pytest.raises(CompressError, match="NaN or infinity"):
+        quantize(weight, Grid(64))
+
+
+@pytest.mark.parametrize(("size", "expected"), [(576, 64), (1536, 128), (2048, 128), (96, 32)])
+def test_pick_group_size(size: int, expected: int) -> None:
+    assert pick_group_size(size) == expected
+    assert pick_group_size(size, 32) == 32
+
+
+def test_pick_group_size_refuses() -> None:
+    with pytest.raises(CompressError, match="group_size"):
+        pick_group_size(100)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The method on small random models of every architecture covered."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quant_methods.architecture import architecture_of, linear_shapes
+from quant_methods.blocks import Blocks
+from quant_methods.errors import CompressError
+from quant_methods.grid import QuantizedWeight
+from quant_methods.plan import Plan
+from quant_methods.registry import build_method
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+TOKENS = torch.randint(0, 1000, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+def load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def plan_for(model: torch.nn.Module, **settings: object) -> Plan:
+    method = build_method("smoothquant_plus", {"group_size": 32} | settings)
+    return method.plan(Blocks(model, architecture_of(model.config), TOKENS))
+
+
+@torch.no_grad()
+def with_plan(model: torch.nn.Module, plan: Plan, rounded: bool) -> torch.Tensor:
+    """Logits after the plan is applied to the model's own weights, rounded or only smoothed."""
+    state = model.state_dict()
+    new = {}
+    for name, value in plan.transform(state.items(), next(model.parameters()).dtype):
+        if isinstance(value, QuantizedWeight):
+            weight = state[f"{name}.weight"]
+            smooth = value.dequantize() if rounded else plan.smoothed(name, weight)
+            new[f"{name}.weight"] = smooth.to(weight.dtype)
+        else:
+            new[name] = value
+    model.load_state_dict(new)
+    return model(TOKENS).logits.float()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("alpha", [0.3, 0.8])
+def test_smoothing_alone_preserves_the_function(
+    tiny_model: Callable[..., Path], arch: str, alpha: float
+) -> None:
+    folder = tiny_model(arch)
+    exact = load(folder, torch.float32)
+    with torch.no_grad():
+        reference = exact(TOKENS).logits
+        in_bf16 = load(folder, torch.bfloat16)(TOKENS).logits.float()
+    rounding = (in_bf16 - reference).abs().max()  # what bf16 costs without any smoothing
+    plan = plan_for(exact, alpha=alpha, folds="all", clip=False)
+    smoothed = with_plan(exact, plan, rounded=False)
+    assert (smoothed - reference).abs().max() < 1e-3 * reference.abs().max()
+    model = load(folder, torch.bfloat16)
+    plan = plan_for(model, alpha=alpha, folds="all", clip=False)
+    smoothed = with_plan(model, plan, rounded=False)
+    assert (smoothed - reference).abs().max() < 2.5 * rounding
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_search_picks_the_least_loss_and_covers_every_linear(
+    tiny_model: Callable[..., Path], arch: str
+) -> None:
+    model = load(tiny_model(arch), torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = plan_for(model)
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    curve = plan.report["loss_curve"]
+    assert plan.report["alpha"] == float(min(curve, key=curve.get))
+    linears = linear_shapes(model.config)
+    assert len(plan.grids) == len(linears) * model.config.num_hidden_layers
+    for name in plan.grids:
+        weight = before[f"{name}.weight"]
+        assert tuple(weight.shape) == linears[name.split(".", 3)[3]]
+
+
+def test_plan_survives_its_file(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = load(tiny_model("qwen2"), torch.bfloat16)
+    plan = plan_for(model, folds="all")
+    plan.save(tmp_path / "plan.safetensors")
+    again = Plan.load(tmp_path / "plan.safetensors")
+    assert again.grids == plan.grids
+    assert again.report == plan.report
+    first, second = (load(tiny_model("qwen2"), torch.bfloat16) for _ in range(2))
+    assert torch.equal(with_plan(first, plan, True), with_plan(second, again, True))
+
+
+def test_damaged_plan_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
+    with pytest.raises(CompressError, match="not a readable plan"):
+        Plan.load(tmp_path / "plan.safetensors")
+
+
+def test_non_finite_activations_are_refused(tiny_model: Callable[..., Path]) -> None:
+    model = load(tiny_model("llama"), torch.bfloat16)
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("inf")
+    with pytest.raises(CompressError, match="block 1 gives NaN or infinity"):
+        plan_for(model)
+
+
+def test_unsupported_architecture_lists_everything() -> None:
+    class Config:
+        model_type = "mixtral"
+        num_local_experts = 8
+        quantization_config = {"quant_method": "awq"}
+
+    with pytest.raises(CompressError) as caught:
+        architecture_of(Config())
+    text = str(caught.value)
+    assert "3 problems" in text
+    assert "mixtral" in text
+    assert "qwen3" in text
+    assert "already quantised (awq)" in text

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints written and read back; bad input; interruption."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quant_methods import writing
+from quant_methods.calibration import CalibrationSettings
+from quant_methods.checkpoint import Checkpoint, resolve
+from quant_methods.errors import CompressError
+from quant_methods.grid import Grid
+from quant_methods.packing import from_awq, from_compressed_tensors
+from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.writing import estimate, quantize_checkpoint
+
+QUICK = CalibrationSettings(samples=2, length=16)
+
+
+def request_for(**settings: object) -> PlanRequest:
+    return PlanRequest(settings={"group_size": 64, "alpha": 0.5} | settings, calibration=QUICK)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "awq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_written_weights_are_the_plans(
+    tiny_model: Callable[..., Path], tmp_path: Path, format_name: str, symmetric: bool
+) -> None:
+    source, target = tiny_model("qwen2"), tmp_path / "out"
+    request = request_for(symmetric=symmetric)
+    report = quantize_checkpoint(source, target, request, format_name=format_name)
+    checkpoint = Checkpoint(source)
+    if format_name == "awq":
+        request = request_for(symmetric=symmetric, uniform=True)
+    plan, cached = obtain_plan(checkpoint, request)
+    assert cached
+    written = Checkpoint(target)
+    tensors = dict(written.tensors(written.files))
+    read = from_awq if format_name == "awq" else from_compressed_tensors
+    for name, weight in checkpoint.tensors(f"{n}.weight" for n in plan.grids):
+        linear = name.removesuffix(".weight")
+        parts = {k.rpartition(".")[2]: t for k, t in tensors.items() if k.startswith(linear + ".")}
+        back = read(parts, Grid(64, symmetric))
+        assert torch.equal(
+            back.dequantize(), plan.quantized(linear, weight, torch.bfloat16).dequantize()
+        )
+    assert report["weight_bytes_after"] < report["weight_bytes_before"]
+    config = json.loads((target / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == format_name
+    assert config["quantization_config"]["vllm_compress"]["method"] == "smoothquant_plus"
+    assert json.loads((target / "report.json").read_text()) == report
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
+
+
+def test_an_interrupted_run_goes_on(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, whole = tiny_model("llama"), tmp_path / "out", tmp_path / "whole"
+    monkeypatch.setattr(writing, "_SHARD_BYTES", 200_000)
+    quantize_checkpoint(source, whole, request_for())
+    assert len(list(whole.glob("*.safetensors"))) > 3
+    written: list[str] = []
+    save = writing.save_file
+
+    def save_three(tensors: dict, file: Path, **kwargs: object) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(file.name)
+        save(tensors, file, **kwargs)
+
+    monkeypatch.setattr(writing, "save_file", save_three)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, target, request_for())
+    assert not target.exists()
+    written.clear()
+
+    def save_rest(tensors: dict, file: Path, **kwargs: object) -> None:
+        written.append(file.name)
+        save(tensors, file, **kwargs)
+
+    monkeypatch.setattr(writing, "save_file", save_rest)
+    quantize_checkpoint(source, target, request_for())
+    assert len(written) == len(list(whole.glob("*.safetensors"))) - 3
+    for file in whole.glob("*.safetensors"):
+        first, second = load_file(file), load_file(target / file.name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_another_request_does_not_reuse_shards(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tiny_model("llama"), tmp_path / "out"
+    stale = tmp_path / ".out.partial"
+    stale.mkdir()
+    (stale / "state.json").write_text("{}")
+    (stale / "model-00001-of-00001.safetensors").write_bytes(b"old")
+    quantize_checkpoint(source, target, request_for())
+    Checkpoint(target)
+
+
+def test_a_full_disk_names_the_folder(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "save_file", full)
+    with pytest.raises(CompressError, match="No space left.*same command"):
+        quantize_checkpoint(tiny_model("llama"), tmp_path / "out", request_for())
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_and_existing_targets(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CompressError, match="cannot write"):
+        quantize_checkpoint(tiny_model("llama"), tmp_path / "file" / "out", request_for())
+    (tmp_path / "there").mkdir()
+    with pytest.raises(CompressError, match="exists"):
+        quantize_checkpoint(tiny_model("llama"), tmp_path / "there", request_for())
+
+
+def damaged(kind: str, folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    if kind == "no config.json":
+        (folder / "config.json").unlink()
+    elif kind == "is not JSON":
+        (folder / "config.json").write_text("{")
+    elif kind == r"no \*.safetensors files":
+        weights.unlink()
+    elif kind == "pickled weights are not read":
+        weights.rename(folder / "pytorch_model.bin")
+    elif kind == "damaged or incomplete":
+        weights.write_bytes(weights.read_bytes()[:10_000])
+    elif kind == "not supported":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    elif kind == "already quantised":
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "gptq"}
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "no config.json",
+        "is not JSON",
+        r"no \*.safetensors files",
+        "pickled weights are not read",
+        "damaged or incomplete",
+        "not supported",
+        "already quantised",
+    ],
+)
+def test_bad_checkpoints(tiny_model: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), folder)
+    damaged(kind, folder)
+    with pytest.raises(CompressError, match=kind):
+        quantize_checkpoint(folder, tmp_path / "out", request_for())
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_model() -> None:
+    with pytest.raises(CompressError, match="does not exist"):
+        resolve("/no/such/folder")
+    with pytest.raises(CompressError, match="neither a local folder nor available"):
+        resolve("no-such-owner/no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("a.txt", "too short", r"has \d tokens, 32 are needed"),
+        ("a.txt", "", "has 0 tokens"),
+        ("a.jsonl", '{"txt": "x"}', "a.jsonl:1 needs a 'text' or a 'messages' key"),
+        ("a.jsonl", '{"text": "x"}\n{', "a.jsonl:2 is not JSON"),
+        ("b.txt", None, "is not a file"),
+    ],
+)
+def test_bad_calibration_text(
+    tiny_model: Callable[..., Path], tmp_path: Path, name: str, content: str | None, error: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    source = CalibrationSettings(source=str(tmp_path / name), samples=2, length=16)
+    request = PlanRequest(settings={"group_size": 64}, calibration=source)
+    with pytest.raises(CompressError, match=error):
+        quantize_checkpoint(tiny_model("llama"), tmp_path / "out", request)
+
+
+def test_text_and_chat_calibration(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "hello " * 40}]}
+    (tmp_path / "c.jsonl").write_text(json.dumps(chat) + "\n" + json.dumps({"text": "word " * 60}))
+    source = CalibrationSettings(source=str(tmp_path / "c.jsonl"), samples=2, length=16)
+    plan, cached = obtain_plan(
+        Checkpoint(tiny_model("llama")), PlanRequest(settings={"alpha": 0.5}, calibration=source)
+    )
+    assert not cached
+    assert plan.report["calibration"]["tokens"] == 32
+
+
+def test_estimate_brackets_the_result(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = tiny_model("llama")
+    need = estimate(Checkpoint(source))
+    report = quantize_checkpoint(source, tmp_path / "out", request_for())
+    assert 0.9 < report["weight_bytes_after"] / need.disk < 1.1
+    assert need.memory > report["weight_bytes_before"]

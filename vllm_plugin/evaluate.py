@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity, bytes and speed of models through vLLM itself, each in a process of its own.
+
+A model is named as ``FOLDER_OR_ID`` or ``FOLDER_OR_ID@METHOD`` (quantised while loading).
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quant_methods.base import Progress, silent
+from quant_methods.checkpoint import Checkpoint, resolve
+from quant_methods.errors import CompressError
+
+_DECODE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's figures. Differences are to the first model, on the same tokens.
+
+    ``nats`` and ``nats_difference`` per token, ``standard_error`` of the paired difference;
+    ``disk_bytes`` of the weight files; ``resident_bytes`` the growth of anonymous memory (CPU) or
+    of allocated device memory (CUDA) by loading, KV cache excluded; tokens per second.
+    """
+
+    model: str
+    nats: float
+    perplexity: float
+    nats_difference: float
+    standard_error: float
+    disk_bytes: int
+    resident_bytes: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+def evaluate(
+    models: list[str],
+    text: Path,
+    *,
+    windows: int = 32,
+    length: int = 512,
+    batch: int = 8,
+    engine_args: dict[str, Any] | None = None,
+    progress: Progress = silent,
+) -> list[Evaluation]:
+    """Evaluate ``models`` on ``windows`` windows of ``length`` tokens, spread over ``text``.
+
+    Raises CompressError when the text is missing or too short, a model cannot be served, or two
+    models split the text into different tokens.
+    """
+    if not text.is_file():
+        raise CompressError(f"text file {text} does not exist")
+    results: list[Evaluation] = []
+    first: list[float] = []
+    reference: list[list[int]] | None = None
+    for number, model in enumerate(models):
+        progress(f"evaluate {model}", number, len(models))
+        path, _, method = model.partition("@")
+        folder = resolve(path)
+        tokens = _windows(folder, text, windows, length)
+        if reference is not None and tokens != reference:
+            raise CompressError(
+                f"{model} and {models[0]} split the text into different tokens, so their "
+                "perplexities cannot be compared; evaluate them separately"
+            )
+        reference = tokens
+        measured = _in_process(
+            {
+                "model": str(folder),
+                "tokens": tokens,
+                "batch": batch,
+                "engine_args": {"quantization": method or None, "max_model_len": length + 64}
+                | (engine_args or {}),
+            },
+            model,
+        )
+        nats = measured["nats"]
+        first = first or nats
+        differences = [a - b for a, b in zip(nats, first, strict=True)]
+        mean = sum(differences) / len(differences)
+        variance = sum((d - mean) ** 2 for d in differences) / max(len(differences) - 1, 1)
+        files = set(Checkpoint(folder).files.values())
+        results.append(
+            Evaluation(
+                model=model,
+                nats=sum(nats) / len(nats),
+                perplexity=math.exp(sum(nats) / len(nats)),
+                nats_difference=mean,
+                standard_error=math.sqrt(variance / len(differences)),
+                disk_bytes=sum(file.stat().st_size for file in files),
+                resident_bytes=measured["resident_bytes"],
+                prefill_tokens_per_s=measured["prefill"],
+                decode_tokens_per_s=measured["decode"],
+            )
+        )
+    progress("evaluate", len(models), len(models))
+    return results
+
+
+def as_rows(results: list[Evaluation]) -> list[dict[str, Any]]:
+    """JSON-able rows."""
+    return [asdict(result) for result in results]
+
+
+def _windows(folder: Path, text: Path, windows: int, length: int) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    content = text.read_text(encoding="utf-8", errors="replace")
+    ids = AutoTokenizer.from_pretrained(folder)(content, verbose=False)["input_ids"]
+    if len(ids) < windows * length:
+        raise CompressError(
+            f"{text} has {len(ids)} tokens, {windows * length} are needed ({windows} windows of "
+            f"{length}); give a longer text or lower --windows or --length"
+        )
+    stride = len(ids) // windows
+    return [ids[i * stride : i * stride + length] for i in range(windows)]
+
+
+def _in_process(request: dict[str, Any], name: str) -> dict[str, Any]:
+    """Run ``_serve`` in a fresh process: memory is measured from a clean start."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        process = subprocess.run(
+            [sys.executable, "-m", __name__, str(answer)],
+            input=json.dumps(request),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={"VLLM_LOGGING_LEVEL": "ERROR"}
+            | os.environ
+            | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        )
+        if not answer.is_file():
+            lines = [line for line in process.stdout.splitlines() if line.strip()]
+            reason = next((x for x in reversed(lines) if "Error" in x), "\n".join(lines[-5:]))
+            raise CompressError(f"{name} cannot be served: {reason}")
+        return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def _resident() -> int:
+    """Anonymous memory of this process, or allocated device memory where there is a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def _serve(request: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.model_executor.model_loader import base_loader
+
+    del base_loader  # imported before the first reading, so that code is not counted as weights
+    before = _resident()
+    llm = LLM(request["model"], enable_prefix_caching=False, **request["engine_args"])
+    cache = llm.llm_engine.vllm_config.cache_config
+    resident = _resident() - before - int(cache.kv_cache_memory_bytes or 0)
+    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in request["tokens"]]
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    prefill = sum(map(len, request["tokens"])) / (time.perf_counter() - started)
+    nats = [
+        -position[token].logprob
+        for output, ids in zip(outputs, request["tokens"], strict=True)
+        for token, position in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+    ]
+    short = [TokensPrompt(prompt_token_ids=ids[:16]) for ids in request["tokens"]]
+    short = (short * request["batch"])[: request["batch"]]
+
+    def timed(count: int) -> float:
+        begin = time.perf_counter()
+        llm.generate(short, SamplingParams(max_tokens=count, ignore_eos=True), use_tqdm=False)
+        return time.perf_counter() - begin
+
+    timed(2)
+    decode = len(short) * (_DECODE_TOKENS - 1) / (timed(_DECODE_TOKENS) - timed(1))
+    return {"nats": nats, "resident_bytes": resident, "prefill": prefill, "decode": decode}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(_serve(json.load(sys.stdin))), encoding="utf-8")
