@@ -11,7 +11,6 @@ vLLM once: for --smoke, where imports would be most of the time.
 
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -145,5 +144,3 @@ def _serve(
         except EOFError:
             break
         connection.send(getattr(child, method)(**options))
-    sys.stdout.flush()
-    os._exit(0)  # vLLM's own shutdown takes seconds and nobody waits for it

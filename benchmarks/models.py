@@ -30,7 +30,7 @@ class Size:
 
 LLAMA_1B = Size(2048, 5632, 22, 32, 4, 32000)  # TinyLlama's shape: 1.1 billion parameters
 # For --smoke: every width in whole groups of 128; vocabulary of the demo model's tokenizer.
-TINY = Size(256, 512, 2, 4, 2, 49152, tie_word_embeddings=True)
+TINY = Size(128, 256, 2, 4, 2, 49152, tie_word_embeddings=True)
 
 
 def random_llama(size: Size, options: Options) -> Path:

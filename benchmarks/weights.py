@@ -4,6 +4,7 @@
 import sys
 
 from benchmarks.common import Part, main
+from benchmarks.weights_quality import quality
 from benchmarks.weights_speed import speed
 from benchmarks.weights_start import load, memory
 
@@ -21,6 +22,9 @@ PARTS = {
     ),
     "memory": Part(("weight_bytes_ratio", "resident_ratio"), memory),
     "load": Part(("calibrate_pack_cpu_s", "second_start_extra_s"), load),
+    "quality": Part(
+        ("nats_paper", "nats_best", "nats_awq", "nats_gptq_sym", "nats_rtn_asym"), quality
+    ),
 }
 
 if __name__ == "__main__":

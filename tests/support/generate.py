@@ -29,7 +29,9 @@ def generate(
     timeout: float = 300,
     **engine_args: Any,
 ) -> dict[str, Any]:
-    """Greedy texts and token ids of ``prompts`` from ``LLM(model, **engine_args)``.
+    """Greedy ``texts`` and ``tokens`` of ``prompts`` from ``LLM(model, **engine_args)``.
+
+    ``prompt_nats`` has the negative log probability of each prompt token after the first.
 
     Raises EngineFailed when the engine does not start or dies.
     """
@@ -65,11 +67,17 @@ def _main() -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(request["model"], **request["engine_args"])
-    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True)
-    outputs = [o.outputs[0] for o in llm.generate(request["prompts"], sampling, use_tqdm=False)]
+    sampling = SamplingParams(
+        temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, prompt_logprobs=0
+    )
+    outputs = llm.generate(request["prompts"], sampling, use_tqdm=False)
     answer = {
-        "texts": [o.text for o in outputs],
-        "tokens": [list(o.token_ids) for o in outputs],
+        "texts": [o.outputs[0].text for o in outputs],
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "prompt_nats": [
+            [-p[t].logprob for t, p in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:])]
+            for o in outputs
+        ],
         "quantization": str(llm.llm_engine.vllm_config.model_config.quantization),
     }
     print(_ANSWER + json.dumps(answer), flush=True)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quality of int4 weights: how many nats per token each method loses against bf16.
+
+Every contender starts from the same weights, sees the same calibration windows, uses groups of 64
+and is judged on the same tokens, through vLLM itself. Calibration text is sampled by the model;
+the evaluation text is Newton's Opticks, which comes with a package that vLLM requires.
+"""
+
+import importlib.util
+import json
+import os
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.common import Options, Result, cache_folder
+from benchmarks.engine import Engine, in_process
+from benchmarks.models import TINY, random_llama
+from benchmarks.peers import PeersUnavailable, write_peer
+from benchmarks.weights_speed import TRUE_W4A16
+from vllm_plugin.demo_model import demo_model_path
+
+GROUP = 64
+TEXT = "3rdparty/libbacktrace/Isaac.Newton-Opticks.txt"  # of tvm_ffi
+PEERS = {"nats_awq": "awq", "nats_gptq_sym": "gptq"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Evaluation windows and their tokens, calibration windows and their tokens."""
+
+    windows: int = 32
+    length: int = 512
+    samples: int = 64
+    sample_length: int = 128
+
+
+def quality(options: Options, result: Result) -> None:
+    """Fill the nats_* keys: difference of the mean negative log-likelihood to bf16."""
+    sizes = Sizes(2, 64, 4, 32) if options.smoke else Sizes()
+    model = random_llama(TINY, options) if options.smoke else demo_model_path()
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        folder = Path(scratch)  # plans too: one of an older version of the code must not be used
+        if (text := _evaluation_text(folder)) is None:
+            raise FileNotFoundError(f"the evaluation text {TEXT} of the package apache-tvm-ffi")
+        tokens = in_process(
+            _tokens, model, text, sizes, options.seed, folder, preloaded=options.smoke
+        )
+        contenders = _contenders(model, folder, sizes, options, result)
+        baseline: list[list[float]] = []
+        for key, (served, arguments) in tqdm(contenders.items(), desc="quality", leave=False):
+            with Engine(served, preloaded=options.smoke, **arguments) as engine:
+                result.details[f"quality_engine_{key}"] = engine.started
+                nats = engine.ask("nats", windows=tokens)
+            if not baseline:
+                baseline = nats
+                result.put(key, statistics.fmean(statistics.fmean(window) for window in nats))
+            else:
+                _difference(result, key, nats, baseline)
+        if "int8" not in str(result.details.get("quality_engine_nats_w4a8_default", "int8")):
+            result.missing("nats_w4a8_default", "activations stay bf16 here: the CPU has no AMX")
+        result.details["plans"] = in_process(_plans, folder / "plans", preloaded=options.smoke)
+
+
+def _contenders(
+    model: Path, folder: Path, sizes: Sizes, options: Options, result: Result
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Key -> (what is served, what differs in its Engine); bf16 first.
+
+    All settings are fixed here, beforehand: alpha is chosen on the calibration windows, nothing on
+    the evaluation text. The stock engine serves the peers, as it would serve their users.
+    """
+    calibration = {
+        "source": str(folder / "calibration.txt"),
+        "samples": sizes.samples,
+        "length": sizes.sample_length,
+    }
+    searched = {"search": "coarse" if options.smoke else "full", "calibration": calibration}
+    paper = searched | {"folds": "norms", "clip": False}
+
+    def ours(method: str, activations: str = "bf16", **weights: Any) -> tuple[Path, dict[str, Any]]:
+        section = {"group_size": GROUP, "activations": activations} | weights
+        return model, {
+            "quantization": method,
+            "additional_config": {"compress": {"weights": section}},
+            "env": {"VLLM_COMPRESS_CACHE": str(folder)},
+        }
+
+    stock = {"plugin": False, "env": TRUE_W4A16}
+    contenders = {
+        "nats_bf16_absolute": (model, {"plugin": False}),
+        "nats_paper": ours("smoothquant_plus", **paper),
+        "nats_best": ours("smoothquant_plus", **searched),
+        "nats_rtn_asym": ours("rtn"),
+    }
+    if options.smoke:
+        for key in PEERS:
+            result.missing(key, "--smoke does not run the peers")
+        return contenders
+    contenders |= {
+        "nats_folds_all": ours("smoothquant_plus", folds="all", **searched),
+        "nats_rtn_sym": ours("rtn", symmetric=True),
+        "nats_w4a8_default": ours("smoothquant_plus", activations="auto", **searched),
+    }
+    written = in_process(_write_best, model, folder, searched)
+    contenders["nats_best_vllm_kernel"] = written, stock
+    for key, method in PEERS.items():
+        try:
+            peer = write_peer(method, model, folder / "windows.json")
+        except PeersUnavailable as error:
+            result.missing(key, str(error))
+            continue
+        contenders[key] = peer, stock
+        result.details[f"{method}_cost"] = json.loads((peer / "cost.json").read_text())
+    return contenders
+
+
+def _difference(
+    result: Result, key: str, nats: list[list[float]], baseline: list[list[float]]
+) -> None:
+    """Mean difference, and its standard error over windows: tokens of one are not independent."""
+    windows = [
+        statistics.fmean(a - b for a, b in zip(one, base, strict=True))
+        for one, base in zip(nats, baseline, strict=True)
+    ]
+    result.put(key, statistics.fmean(windows), windows=windows)
+    result.put(f"{key}_se", statistics.stdev(windows) / len(windows) ** 0.5)
+
+
+def _evaluation_text(folder: Path) -> Path | None:
+    """The second half of Newton's Opticks, as a file in ``folder``."""
+    found = importlib.util.find_spec("tvm_ffi")
+    places = found.submodule_search_locations if found else None
+    if not places or not (book := Path(places[0]) / TEXT).is_file():
+        return None
+    content = book.read_text(encoding="utf-8", errors="replace")
+    half = folder / "opticks.txt"
+    half.write_text(content[len(content) // 2 :], encoding="utf-8")
+    return half
+
+
+def _tokens(model: Path, text: Path, sizes: Sizes, seed: int, folder: Path) -> list[list[int]]:
+    """Evaluation windows; writes calibration.txt and windows.json, its windows, for the peers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    # Text is split into fewer tokens than it was sampled as, so sample more.
+    settings = CalibrationSettings(
+        source=SELF, samples=sizes.samples * 3 // 2, length=sizes.sample_length, seed=seed
+    )
+    sampled = calibration_tokens(settings, network, tokenizer)
+    file = folder / "calibration.txt"
+    file.write_text("\n\n".join(tokenizer.batch_decode(sampled, skip_special_tokens=True)))
+    settings = CalibrationSettings(
+        source=str(file), samples=sizes.samples, length=sizes.sample_length
+    )
+    windows = calibration_tokens(settings, network, tokenizer).tolist()
+    (folder / "windows.json").write_text(json.dumps(windows))
+    settings = CalibrationSettings(source=str(text), samples=sizes.windows, length=sizes.length)
+    return calibration_tokens(settings, network, tokenizer).tolist()
+
+
+def _write_best(model: Path, folder: Path, settings: dict[str, Any]) -> Path:
+    """The checkpoint of ``nats_best``, for vLLM's own kernel: the peers are served by it too."""
+    from quant_methods.planning import PlanRequest
+    from quant_methods.writing import quantize_checkpoint
+
+    os.environ["VLLM_COMPRESS_CACHE"] = str(folder)  # in a child process: the plan is shared
+    calibration = settings["calibration"]
+    own = {k: v for k, v in settings.items() if k != "calibration"} | {"group_size": GROUP}
+    request = PlanRequest(settings=own, calibration=calibration)
+    quantize_checkpoint(model, folder / "best", request)
+    return folder / "best"
+
+
+def _plans(folder: Path) -> list[dict[str, Any]]:
+    from quant_methods.plan import Plan
+
+    return [Plan.load(path).report for path in sorted(folder.glob("*.safetensors"))]

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on the real engine: 16-bit, written and exported checkpoints answer alike."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quant_methods.calibration import CalibrationSettings
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.grid import QuantizedWeight
+from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.writing import quantize_checkpoint
+from tests.conftest import TINY_MODELS
+from tests.support.generate import EngineFailed, generate
+from vllm_plugin.settings import WeightSettings
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, there was a",
+    "The three primary colours are",
+    "def fibonacci(n):",
+    "Water boils at",
+    "In 1969, humans first",
+    "The largest planet in the solar system is",
+    "To make a cup of tea, first",
+    "The quick brown fox",
+    "She opened the door and",
+]
+QUICK = {"calibration": {"samples": 2, "length": 16}, "alpha": 0.5, "group_size": 32}
+
+
+def settings(**weights: object) -> dict:
+    return {"compress": {"weights": weights}}
+
+
+@pytest.fixture(scope="module")
+def written(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model as the command line writes it with default settings."""
+    target = tmp_path_factory.mktemp("written") / "int4"
+    quantize_checkpoint(demo_model, target, PlanRequest())
+    return target
+
+
+@pytest.fixture(scope="module")
+def from_written(written: Path) -> dict:
+    return generate(written, PROMPTS)
+
+
+def test_written_checkpoint_is_ours(from_written: dict) -> None:
+    assert from_written["quantization"] == "smoothquant_plus"
+    assert "Paris" in from_written["texts"][0]
+
+
+def test_quantising_at_load_gives_the_same_text(demo_model: Path, from_written: dict) -> None:
+    raw = generate(demo_model, PROMPTS, quantization="smoothquant_plus")
+    assert raw["tokens"] == from_written["tokens"]
+
+
+def test_stock_vllm_serves_the_export(written: Path, from_written: dict) -> None:
+    """Plugin off. On AMX both run vLLM's kernel: equal. Elsewhere ours rounds differently."""
+    stock = generate(written, PROMPTS, env={"VLLM_PLUGINS": ""})
+    assert stock["quantization"] == "compressed-tensors"
+    if torch.cpu._is_amx_tile_supported():
+        assert stock["tokens"] == from_written["tokens"]
+    else:
+        nats = [torch.tensor(sum(x["prompt_nats"], [])) for x in (stock, from_written)]
+        assert (nats[0] - nats[1]).abs().mean() < 0.02
+        same = zip(stock["tokens"], from_written["tokens"], strict=True)
+        assert sum(a[:8] == b[:8] for a, b in same) >= 8
+
+
+def test_stock_vllm_serves_the_awq_export(demo_model: Path, tmp_path: Path) -> None:
+    request = PlanRequest(settings={"alpha": 0.5, "clip": False})
+    quantize_checkpoint(demo_model, tmp_path / "awq", request, format_name="awq")
+    stock = generate(tmp_path / "awq", PROMPTS[:2], env={"VLLM_PLUGINS": ""})
+    assert "Paris" in stock["texts"][0]
+
+
+@torch.no_grad()
+def reference_nats(folder: Path, request: PlanRequest) -> list[float]:
+    """Prompt nats of the same plan applied to transformers' own model, weights dequantised."""
+    plan, _ = obtain_plan(Checkpoint(folder), request)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    state = {}
+    for name, value in plan.transform(model.state_dict().items(), torch.bfloat16):
+        if isinstance(value, QuantizedWeight):
+            state[f"{name}.weight"] = value.dequantize()
+        else:
+            state[name] = value
+    model.load_state_dict(state)
+    nats: list[float] = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        logits = torch.log_softmax(model(ids).logits[0, :-1], dim=-1)
+        nats += (-logits.gather(-1, ids[0, 1:, None])[:, 0]).tolist()
+    return nats
+
+
+@pytest.mark.parametrize("arch", sorted(TINY_MODELS))
+def test_every_architecture_serves_its_plan(
+    tiny_model: Callable[..., Path],
+    arch: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A wrong fold, fused shard, zero point or bias in vLLM would cost whole nats."""
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path))
+    folder = tiny_model(arch)
+    weights = QUICK | {"folds": "all", "activations": "bf16"}
+    served = generate(
+        folder,
+        PROMPTS,
+        max_tokens=1,
+        quantization="smoothquant_plus",
+        additional_config=settings(**weights),
+    )
+    nats = torch.tensor(sum(served["prompt_nats"], []))
+    request = WeightSettings(**weights).request("smoothquant_plus", 1)
+    difference = (nats - torch.tensor(reference_nats(folder, request))).abs()
+    assert difference.mean() < 0.05  # bf16 activations against fp32
+    assert difference.max() < 0.5
+
+
+def test_two_tensor_parallel_ranks_agree_with_one(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_model("qwen2")
+    nats = []
+    for ranks in (1, 2):
+        answer = generate(
+            folder,
+            PROMPTS,
+            max_tokens=1,
+            quantization="smoothquant_plus",
+            additional_config=settings(**QUICK, activations="bf16"),
+            tensor_parallel_size=ranks,
+            env={
+                "VLLM_COMPRESS_CACHE": str(tmp_path),
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            },
+        )
+        nats.append(torch.tensor(sum(answer["prompt_nats"], [])))
+    # Same codes on both; ranks only change the order of sums in bf16.
+    assert (nats[0] - nats[1]).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "expected"),
+    [
+        (
+            {"additional_config": settings(group_sise=64)},
+            r"unknown setting 'group_sise'; did you mean 'group_size'",
+        ),
+        ({"additional_config": {"compress": {"weight": {}}}}, r"did you mean 'weights'"),
+        ({"additional_config": settings(activations="int4")}, r"'auto', 'bf16' or 'int8'"),
+        ({"quantization": None, "additional_config": settings()}, "--quantization smoothquant_plus"),
+        ({"load_format": "sharded_state", "enable_lora": True}, r"2 problems:(.|\n)*LoRA"),
+    ],
+)
+def test_bad_settings_are_refused_at_start(
+    tiny_model: Callable[..., Path], engine_args: dict, expected: str
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from quant_methods.errors import CompressError
+
+    arguments = {"quantization": "smoothquant_plus"} | engine_args
+    with pytest.raises(CompressError, match=expected):
+        EngineArgs(model=str(tiny_model("llama")), **arguments).create_engine_config()
+
+
+def test_settings_of_a_written_checkpoint_are_fixed(written: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(ValueError, match="group_size.*already quantised"):
+        EngineArgs(
+            model=str(written), additional_config=settings(group_size=64)
+        ).create_engine_config()
+
+
+def test_a_quantised_checkpoint_of_another_kind_is_refused(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    request = PlanRequest(
+        settings={"alpha": 0.5}, calibration=CalibrationSettings(samples=2, length=16)
+    )
+    quantize_checkpoint(tiny_model("llama"), tmp_path / "awq", request, format_name="awq")
+    with pytest.raises(ValueError, match="16-bit checkpoint"):
+        EngineArgs(
+            model=str(tmp_path / "awq"), quantization="smoothquant_plus"
+        ).create_engine_config()
+
+
+def test_damaged_weights_stop_the_engine(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(EngineFailed, match="damaged or incomplete"):
+        generate(folder, PROMPTS[:1], quantization="smoothquant_plus")
