@@ -4,19 +4,20 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import click
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from quant_methods.calibration import SELF, CalibrationSettings
 from quant_methods.checkpoint import Checkpoint, resolve
-from quant_methods.errors import CompressError
+from quant_methods.errors import CompressError, joined
 from quant_methods.formats import FORMATS
 from quant_methods.planning import PlanRequest
-from quant_methods.registry import build_method, methods
+from quant_methods.registry import build_method, explain, methods
 from quant_methods.writing import estimate, quantize_checkpoint
 from vllm_plugin.evaluate import as_rows, evaluate
 from vllm_plugin.progress import bar
@@ -29,6 +30,8 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
+
+_INTERRUPTED = 130  # what typer returns after Ctrl-C
 
 Model = Annotated[str, typer.Argument(help="a model folder or hub id, 16-bit safetensors")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")]
@@ -218,18 +221,26 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
-        app(arguments, standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
+    except ValidationError as error:
+        _fail(joined(explain(error, "option", [])), debug)
     except (CompressError, RuntimeError) as error:
-        if debug:
-            raise
-        err.print(f"error: {error}", style="red", markup=False, highlight=False)
-        sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; nothing half-written is left", style="red")
-        sys.exit(130)
+        _fail(error, debug)
     except click.ClickException as error:  # wrong usage of the command line
         error.show()
         sys.exit(error.exit_code)
+    if code == _INTERRUPTED:
+        err.print(
+            "interrupted: nothing half-written is left; the same command goes on", style="red"
+        )
+    sys.exit(code)
+
+
+def _fail(error: Exception, debug: bool) -> NoReturn:
+    if debug:
+        raise error
+    err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

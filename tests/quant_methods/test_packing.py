@@ -15,7 +15,9 @@ from quant_methods.packing import (
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("layout", [(to_compressed_tensors, from_compressed_tensors), (to_awq, from_awq)])
+@pytest.mark.parametrize(
+    "layout", [(to_compressed_tensors, from_compressed_tensors), (to_awq, from_awq)]
+)
 def test_round_trip(symmetric: bool, layout: tuple) -> None:
     grid = Grid(32, symmetric)
     weight = quantize(torch.randn(64, 96, generator=torch.Generator().manual_seed(1)), grid)

@@ -75,7 +75,10 @@ def _main() -> None:
         "texts": [o.outputs[0].text for o in outputs],
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "prompt_nats": [
-            [-p[t].logprob for t, p in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:])]
+            [
+                -p[t].logprob
+                for t, p in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:], strict=True)
+            ]
             for o in outputs
         ],
         "quantization": str(llm.llm_engine.vllm_config.model_config.quantization),

@@ -158,7 +158,10 @@ def test_two_tensor_parallel_ranks_agree_with_one(
         ),
         ({"additional_config": {"compress": {"weight": {}}}}, r"did you mean 'weights'"),
         ({"additional_config": settings(activations="int4")}, r"'auto', 'bf16' or 'int8'"),
-        ({"quantization": None, "additional_config": settings()}, "--quantization smoothquant_plus"),
+        (
+            {"quantization": None, "additional_config": settings()},
+            "--quantization smoothquant_plus",
+        ),
         ({"load_format": "sharded_state", "enable_lora": True}, r"2 problems:(.|\n)*LoRA"),
     ],
 )

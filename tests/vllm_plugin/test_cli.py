@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as users run it, in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+QUICK = ("--samples", "2", "--length", "16", "--group-size", "64")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    environment = os.environ | {"VLLM_COMPRESS_CACHE": str(tmp_path / "cache"), "COLUMNS": "200"}
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "vllm_plugin.cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+        )
+
+    return run
+
+
+def test_quantize_prints_a_table_and_json(
+    run: Callable, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_model("llama")
+    done = run("quantize", source, "--out", tmp_path / "a", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "needs about" in done.stderr
+    assert "smoothquant_plus (compressed-tensors)" in done.stdout
+    assert "KL, nats per token" in done.stdout
+    done = run("quantize", source, "--out", tmp_path / "b", *QUICK, "--set", "alpha=0.5", "--json")
+    report = json.loads(done.stdout)
+    assert report["alpha"] == 0.5
+    assert report["settings"]["group_size"] == 64
+
+
+def test_methods_and_help(run: Callable) -> None:
+    rows = json.loads(run("methods", "--json").stdout)
+    assert rows["smoothquant_plus"]["at_load"]
+    assert "alpha" in rows["smoothquant_plus"]["settings"]
+    assert "alpha" in run("methods").stdout
+    help_text = run("quantize", "--help").stdout
+    assert "Example" in help_text
+    assert "--calibration" in help_text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--set", "alpha=7"), "alpha"),
+        (("--set", "alhpa=0.5"), "did you mean 'alpha'"),
+        (("--set", "alpha"), "is not KEY=VALUE"),
+        (("--method", "smothquant"), "did you mean 'smoothquant_plus'"),
+        (("--format", "gguf"), "valid: compressed-tensors, awq"),
+        (("--calibration", "/no/such.txt"), "is not a file"),
+        (("--samples", "0"), "samples"),
+        (("--group-size", "48"), "group_size"),
+    ],
+)
+def test_bad_options_are_one_message(
+    run: Callable,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    expected: str,
+) -> None:
+    done = run("quantize", tiny_model("llama"), "--out", tmp_path / "out", *arguments)
+    assert done.returncode != 0
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(run: Callable, tmp_path: Path) -> None:
+    done = run("quantize", tmp_path / "missing", "--out", tmp_path / "out", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_interrupt_leaves_no_target(demo_model: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "vllm_plugin.cli",
+            "quantize",
+            demo_model,
+            "--out",
+            tmp_path / "out",
+        ],
+        env=os.environ | {"VLLM_COMPRESS_CACHE": str(tmp_path / "cache")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    partial = tmp_path / ".out.partial" / "state.json"
+    deadline = time.monotonic() + 120
+    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process.poll() is None
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_compares_models(
+    run: Callable, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    text = tmp_path / "text.txt"
+    text.write_text("The light of the sun is white. " * 40)
+    engine = {"enforce_eager": True, "gpu_memory_utilization": 0.2}
+    engine["kv_cache_memory_bytes"] = 1 << 27
+    done = run(
+        *("eval", model, f"{model}@rtn", "--text", text, "--windows", 2, "--length", 32),
+        *("--batch", 2, "--engine-args", json.dumps(engine), "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    assert first["nats_difference"] == 0
+    assert second["standard_error"] > 0
+    assert second["nats"] == pytest.approx(first["nats"] + second["nats_difference"])
+    short = run("eval", model, "--text", text, "--windows", 2000)
+    assert "give a longer text" in short.stderr

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What we build on in vLLM, by name and signature: an upgrade that breaks us fails here, and says
+where. Each test names the seam and the module of ours that uses it."""
+
+import inspect
+from dataclasses import fields
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+import vllm
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+import vllm_plugin
+
+
+def parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+def test_version_is_the_tested_one() -> None:
+    assert Version(vllm.__version__).base_version in SpecifierSet(vllm_plugin.SUPPORTED_VLLM)
+
+
+def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    monkeypatch.setattr(vllm_plugin, "_registered", False)
+    with pytest.raises(RuntimeError, match="tested with vLLM"):
+        vllm_plugin.register()
+
+
+def test_entry_point_registers_what_users_name() -> None:
+    """`vllm.general_plugins`: observable registration, twice without harm."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+
+    from vllm_plugin.quantization.config import CONFIGS
+    from vllm_plugin.quantization.loader import LOAD_FORMAT, QuantisingLoader
+
+    (entry,) = entry_points(group="vllm.general_plugins", name="compress")
+    register = entry.load()
+    register()
+    register()
+    for config in CONFIGS:
+        assert get_quantization_config(config.method) is config
+    assert _LOAD_FORMAT_TO_MODEL_LOADER[LOAD_FORMAT] is QuantisingLoader
+
+
+def test_config_edge() -> None:
+    """vllm_plugin/config_edge.py wraps EngineArgs.create_engine_config, once."""
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_plugin import config_edge
+
+    vllm_plugin.register()
+    wrapper = EngineArgs.create_engine_config
+    config_edge.install()
+    assert EngineArgs.create_engine_config is wrapper
+    original = wrapper.__wrapped__
+    assert parameters(original) == ["self", "usage_context", "headless"]
+    names = {field.name for field in fields(VllmConfig)}
+    assert {
+        "additional_config",
+        "quant_config",
+        "load_config",
+        "model_config",
+        "parallel_config",
+        "lora_config",
+        "device_config",
+    } <= names
+
+
+def test_quantization_config() -> None:
+    """vllm_plugin/quantization/config.py subclasses CompressedTensorsConfig."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+
+    assert parameters(CompressedTensorsConfig.__init__)[1:4] == [
+        "target_scheme_map",
+        "ignore",
+        "quant_format",
+    ]
+    assert parameters(CompressedTensorsConfig._get_scheme_from_parts)[1:3] == [
+        "weight_quant",
+        "input_quant",
+    ]
+    assert parameters(CompressedTensorsConfig.get_scheme) == ["self", "layer", "layer_name"]
+    assert parameters(CompressedTensorsConfig._quantization_scheme_map_from_config) == ["config"]
+    assert parameters(QuantizationConfig.override_quantization_method) == [
+        "hf_quant_cfg",
+        "user_quant",
+        "hf_config",
+    ]
+
+
+def test_scheme_and_kernel() -> None:
+    """scheme.py, cpu_int4.py: CompressedTensorsWNA16 picks an MPLinearKernel in create_weights."""
+    from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsWNA16,
+    )
+
+    assert parameters(CompressedTensorsWNA16.__init__)[1:] == [
+        "strategy",
+        "num_bits",
+        "group_size",
+        "symmetric",
+        "layer_name",
+    ]
+    assert parameters(MPLinearKernel.__init__)[1:] == [
+        "c",
+        "w_q_param_name",
+        "w_s_param_name",
+        "w_zp_param_name",
+    ]
+    assert parameters(MPLinearKernel.apply_weights) == ["self", "layer", "x", "bias"]
+    assert {"partition_weight_shape", "weight_type", "act_type", "group_size", "zero_points"} <= {
+        field.name for field in fields(MPLinearLayerConfig)
+    }
+    source = inspect.getsource(CompressedTensorsWNA16)
+    for name in ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"):
+        assert f'"{name}"' in source
+
+
+def test_model_loader() -> None:
+    """loader.py overrides DefaultModelLoader.load_model and get_all_weights."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    assert parameters(DefaultModelLoader.load_model) == [
+        "self",
+        "vllm_config",
+        "model_config",
+        "prefix",
+    ]
+    assert parameters(DefaultModelLoader.get_all_weights) == ["self", "model_config", "model"]
+    assert "self.get_all_weights(" in inspect.getsource(DefaultModelLoader.load_weights)
+
+
+def test_torch_int4_gemm() -> None:
+    """cpu_int4_ops.py: torch's int4pack layout and GEMM for few rows."""
+    weight = torch.randint(0, 16, (64, 64), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight, 1)
+    scale_zero = torch.ones(1, 64, 2, dtype=torch.bfloat16)
+    x = torch.eye(64, dtype=torch.bfloat16)
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 64, scale_zero)
+    assert torch.equal(out.t().float(), weight.float() - 8 + 1)
+
+
+def test_vllm_cpu_operators() -> None:
+    """cpu_int4_ops.py: vLLM's int8-activation GEMM, where the processor has AMX."""
+    from vllm import _custom_ops as ops
+
+    assert parameters(ops.int4_scaled_mm_cpu) == ["x", "w", "w_zeros", "w_scales", "bias"]
+    assert hasattr(ops, "convert_weight_packed_scale_zp")
+    assert hasattr(ops.CPUQuantAlgo, "AWQ")
+
+
+def test_cuda_kernels_take_our_grids() -> None:
+    """On CUDA vLLM chooses: Marlin and Machete must still take uint4 with zero points."""
+    from vllm.model_executor.kernels.linear.mixed_precision.machete import MacheteLinearKernel
+    from vllm.model_executor.kernels.linear.mixed_precision.marlin import MarlinLinearKernel
+
+    for kernel in (MacheteLinearKernel, MarlinLinearKernel):
+        assert parameters(kernel.can_implement) == ["c"]
