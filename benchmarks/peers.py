@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import cache_folder, log
@@ -56,13 +57,14 @@ def write_peer(method: str, model: Path, windows: Path) -> Path:
 
 def _overlay() -> Path:
     """The overlay's python, installed on the first call."""
-    folder = cache_folder() / f"llmcompressor-{VERSION}-py{sys.version_info[0]}.{sys.version_info[1]}"
+    release = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    folder = cache_folder() / f"llmcompressor-{VERSION}-py{release}"
     python, done = folder / "bin" / "python", folder / "installed"
     if not done.is_file():
         log.print(f"installing llm-compressor {VERSION} into {folder}")
         venv.create(folder, clear=True)
-        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
-        _run("pip install", [*pip, *PACKAGES])
+        pip = (sys.executable, "-m", "pip", "--python", python)
+        _run("pip install", [*pip, "install", "--quiet", "--no-deps", *PACKAGES])
         done.touch()
     # Paths from .pth files come after the overlay's own packages, which therefore win.
     site = next(folder.glob("lib/python*/site-packages"))
@@ -70,7 +72,7 @@ def _overlay() -> Path:
     return python
 
 
-def _run(what: str, command: list[str | Path]) -> None:
+def _run(what: str, command: Sequence[str | Path]) -> None:
     done = subprocess.run(
         command,
         stdout=subprocess.PIPE,

@@ -53,7 +53,8 @@ def quality(options: Options, result: Result) -> None:
         contenders = _contenders(model, folder, sizes, options, result)
         baseline: list[list[float]] = []
         for key, (served, arguments) in tqdm(contenders.items(), desc="quality", leave=False):
-            with Engine(served, preloaded=options.smoke, **arguments) as engine:
+            arguments = {"skip_tokenizer_init": True, "preloaded": options.smoke} | arguments
+            with Engine(served, **arguments) as engine:
                 result.details[f"quality_engine_{key}"] = engine.started
                 nats = engine.ask("nats", windows=tokens)
             if not baseline:
@@ -82,8 +83,8 @@ def _contenders(
     searched = {"search": "coarse" if options.smoke else "full", "calibration": calibration}
     paper = searched | {"folds": "norms", "clip": False}
 
-    def ours(method: str, activations: str = "bf16", **weights: Any) -> tuple[Path, dict[str, Any]]:
-        section = {"group_size": GROUP, "activations": activations} | weights
+    def ours(method: str, **weights: Any) -> tuple[Path, dict[str, Any]]:
+        section = {"group_size": GROUP, "activations": "bf16"} | weights
         return model, {
             "quantization": method,
             "additional_config": {"compress": {"weights": section}},

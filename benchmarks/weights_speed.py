@@ -7,6 +7,7 @@ changes the linears, which are what differs here, in no way.
 
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def speed(options: Options, result: Result) -> None:
             samples = alternate(
                 list(engines),
                 options.rounds,
-                lambda name, request=request: engines[name].ask("decode", **request),
+                partial(_ask, engines, "decode", request),
                 f"decode, batch {batch}",
             )
             _record(result, f"b{batch}", f"decode_ratio_b{batch}", samples)
@@ -74,10 +75,14 @@ def speed(options: Options, result: Result) -> None:
         samples = alternate(
             list(engines),
             options.rounds,
-            lambda name: engines[name].ask("prefill", tokens=length, seed=options.seed),
+            partial(_ask, engines, "prefill", {"tokens": length, "seed": options.seed}),
             "prefill",
         )
         _record(result, "prefill", "prefill_ratio", samples)
+
+
+def _ask(engines: dict[str, Engine], method: str, request: dict[str, int], name: str) -> float:
+    return engines[name].ask(method, **request)
 
 
 def _record(result: Result, what: str, key: str, samples: dict[str, list[float]]) -> None:

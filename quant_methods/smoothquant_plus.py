@@ -40,7 +40,9 @@ class SmoothQuantPlusSettings(GridSettings):
         description="fixed smoothing strength; unset: searched on calibration text",
     )
     search: Literal["coarse", "full"] = Field(
-        "coarse", description="alphas tried on the 0.05 grid: about 8 around the best, or all 21"
+        "coarse",
+        description="alphas tried on the 0.05 grid: about 8 around the best, or all 21, each with "
+        "its clip search (slow, for offline use)",
     )
     folds: Literal["norms", "all"] = Field(
         "norms", description="smooth norm-fed linears only (paper), or o_proj and down_proj too"
@@ -82,10 +84,10 @@ class SmoothQuantPlus:
     @torch.no_grad()
     def plan(self, blocks: Blocks, progress: Progress = silent) -> Plan:
         folds = blocks.arch.folds(blocks.model.config)
-        self.sharing = {f.consumers[0]: f.consumers for f in folds}
+        self.first_sharing = {c: f.consumers[0] for f in folds for c in f.consumers}
         self.folds = [f for f in folds if f.from_norm or self.settings.folds == "all"]
         self.grids = self.settings.grids(blocks.model.config)
-        self.statistics, final = self._observe(blocks, tuple(self.sharing), progress)
+        self.statistics, final = self._observe(blocks, tuple({f.consumers[0] for f in folds}), progress)
         report: dict[str, Any] = {}
         if (alpha := self.settings.alpha) is None:
             reference = _Reference(blocks.model, blocks.arch.layers_prefix, final)
@@ -151,12 +153,15 @@ class SmoothQuantPlus:
             with blocks.resident(index) as block:
                 weights = {}
                 for name in LINEARS:
-                    weight = block.get_submodule(name).weight.float()
-                    if (scale := inputs.get(name)) is None:
-                        weights[name] = fake_quantize(weight, self.grids[name])
-                    else:
-                        rounded = fake_quantize(weight * scale, self.grids[name])
-                        weights[name] = rounded.div_(scale)
+                    weight, scale = block.get_submodule(name).weight.float(), inputs.get(name)
+                    if scale is not None:
+                        weight = weight * scale
+                    shrink = None
+                    if self.settings.clip and self.settings.search == "full":
+                        shrink = self._clip_percents(index, name, weight, scale).float() / 100
+                    weights[name] = fake_quantize(weight, self.grids[name], shrink)
+                    if scale is not None:
+                        weights[name].div_(scale)
                 with blocks.replaced(index, weights):
                     hidden = blocks.run(index, hidden)
         return hidden
@@ -173,8 +178,11 @@ class SmoothQuantPlus:
                 self._fold(
                     plan, prefix, block, self._vectors(index, alpha), blocks.arch.norm_offset
                 )
-                if self.settings.clip:
-                    self._clip(plan, prefix, block, self.statistics[index].mean_square)
+                for name in LINEARS if self.settings.clip else ():
+                    weight = plan.smoothed(prefix + name, block.get_submodule(name).weight)
+                    scale = plan.vectors.get(f"{prefix}{name}.input")
+                    percents = self._clip_percents(index, name, weight, scale)
+                    plan.shrinks[prefix + name] = percents.cpu()
         plan.vectors = {name: vector.cpu() for name, vector in plan.vectors.items()}
         return plan
 
@@ -197,18 +205,14 @@ class SmoothQuantPlus:
             for consumer in fold.consumers:
                 plan.vectors[f"{prefix}{consumer}.input"] = to_consumer(fold, vector)
 
-    def _clip(
-        self, plan: Plan, prefix: str, block: nn.Module, mean_square: dict[str, torch.Tensor]
-    ) -> None:
-        """Enter one block's clip search into the plan; the inputs shrink as the weights grow."""
-        for first, names in self.sharing.items():
-            for name in names:
-                weight = plan.smoothed(prefix + name, block.get_submodule(name).weight)
-                inputs = mean_square[first]
-                if (scale := plan.vectors.get(f"{prefix}{name}.input")) is not None:
-                    inputs = inputs / scale.square()
-                percents = clip_percents(weight, self.grids[name], inputs)
-                plan.shrinks[prefix + name] = percents.cpu()
+    def _clip_percents(
+        self, index: int, name: str, weight: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The clip search of a smoothed weight, whose inputs shrank by ``scale``."""
+        mean_square = self.statistics[index].mean_square[self.first_sharing[name]]
+        if scale is not None:
+            mean_square = mean_square / scale.square()
+        return clip_percents(weight, self.grids[name], mean_square)
 
 
 class _Reference:

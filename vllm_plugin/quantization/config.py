@@ -15,6 +15,7 @@ from quant_methods.architecture import LINEARS
 from quant_methods.errors import CompressError
 from quant_methods.formats import MARKER, compressed_tensors_config
 from quant_methods.grid import Grid
+from vllm_plugin.quantization.cpu_int4 import Activations
 from vllm_plugin.quantization.scheme import Int4Scheme
 
 
@@ -36,7 +37,7 @@ class SmoothQuantPlusConfig(CompressedTensorsConfig):
         **kwargs: Any,
     ) -> None:
         super().__init__(target_scheme_map or {}, ignore or [], quant_format, **kwargs)
-        self.activations = "auto"
+        self.activations: Activations = "auto"
 
     def get_name(self) -> str:  # type: ignore[override]
         return self.method
