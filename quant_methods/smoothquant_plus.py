@@ -87,7 +87,9 @@ class SmoothQuantPlus:
         self.first_sharing = {c: f.consumers[0] for f in folds for c in f.consumers}
         self.folds = [f for f in folds if f.from_norm or self.settings.folds == "all"]
         self.grids = self.settings.grids(blocks.model.config)
-        self.statistics, final = self._observe(blocks, tuple({f.consumers[0] for f in folds}), progress)
+        self.statistics, final = self._observe(
+            blocks, tuple({f.consumers[0] for f in folds}), progress
+        )
         report: dict[str, Any] = {}
         if (alpha := self.settings.alpha) is None:
             reference = _Reference(blocks.model, blocks.arch.layers_prefix, final)

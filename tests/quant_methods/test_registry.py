@@ -19,7 +19,7 @@ def test_unknown_method_names_the_nearest() -> None:
 
 def test_all_bad_settings_are_listed_at_once() -> None:
     with pytest.raises(CompressError) as caught:
-        build_method("smoothquant_plus", {"group_sise": 64, "alpha": 3})
+        build_method("smoothquant_plus", {"groupsize": 64, "alpha": 3})
     text = str(caught.value)
     assert "did you mean 'group_size'" in text
     assert "smoothquant_plus.alpha" in text

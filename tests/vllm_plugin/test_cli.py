@@ -60,7 +60,7 @@ def test_methods_and_help(run: Callable) -> None:
     ("arguments", "expected"),
     [
         (("--set", "alpha=7"), "alpha"),
-        (("--set", "alhpa=0.5"), "did you mean 'alpha'"),
+        (("--set", "alpha_=0.5"), "did you mean 'alpha'"),
         (("--set", "alpha"), "is not KEY=VALUE"),
         (("--method", "smothquant"), "did you mean 'smoothquant_plus'"),
         (("--format", "gguf"), "valid: compressed-tensors, awq"),

@@ -153,8 +153,8 @@ def test_two_tensor_parallel_ranks_agree_with_one(
     ("engine_args", "expected"),
     [
         (
-            {"additional_config": settings(group_sise=64)},
-            r"unknown setting 'group_sise'; did you mean 'group_size'",
+            {"additional_config": settings(groupsize=64)},
+            r"unknown setting 'groupsize'; did you mean 'group_size'",
         ),
         ({"additional_config": {"compress": {"weight": {}}}}, r"did you mean 'weights'"),
         ({"additional_config": settings(activations="int4")}, r"'auto', 'bf16' or 'int8'"),
