@@ -34,6 +34,12 @@ class QuantizedWeight:
     zero: torch.Tensor
     grid: Grid
 
+    def to(self, device: str | torch.device) -> "QuantizedWeight":
+        """The same weight on another device."""
+        return QuantizedWeight(
+            self.q.to(device), self.scale.to(device), self.zero.to(device), self.grid
+        )
+
     def dequantize(self) -> torch.Tensor:
         """The represented weight, fp32 [N, K]."""
         n, k = self.q.shape

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The result of calibration: what to do to each tensor of a checkpoint, small enough to cache.
 
-A plan holds smoothing vectors and grids, never weights. It works on a stream of Hugging Face
+A plan holds smoothing vectors and grids, and int4 codes only where the method compensates errors
+(``rounding="gptq"``). It works on a stream of Hugging Face
 tensors, before tensor parallelism splits them, so that one calibration serves the CLI, the loader
 and any number of ranks, and all of them write the same bits.
 """
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from quant_methods.errors import CompressError
 from quant_methods.grid import Grid, QuantizedWeight, quantize
+from quant_methods.packing import pack_int32, unpack_int32
 
 SCHEMA_VERSION = 1
 
@@ -29,14 +31,15 @@ class Plan:
     ``grids``: quantised linear -> grid. ``vectors``: fp32 vectors by name:
     ``<linear>.input`` [K] multiplies input channels, ``<linear>.output`` [N] divides output
     channels (bias too), ``<norm>.weight`` replaces the norm's weight. ``shrinks``:
-    linear -> uint8 [N, K/g], percent of the min/max range that is kept. ``report``: what the
-    method wants users to see, JSON-able.
+    linear -> uint8 [N, K/g], percent of the min/max range that is kept. ``codes``: linears that
+    are rounded already. ``report``: what the method wants users to see, JSON-able.
     """
 
     method: str
     grids: dict[str, Grid]
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     shrinks: dict[str, torch.Tensor] = field(default_factory=dict)
+    codes: dict[str, QuantizedWeight] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 
     def smoothed(self, linear: str, weight: torch.Tensor) -> torch.Tensor:
@@ -48,6 +51,19 @@ class Plan:
             weight = weight / scale.to(weight.device)[:, None]
         return weight
 
+    def unfolded(self, linear: str, weight: torch.Tensor) -> torch.Tensor:
+        """Inverse of ``smoothed``: the weight that does the same between unfolded neighbours."""
+        if (scale := self.vectors.get(f"{linear}.input")) is not None:
+            weight = weight / scale.to(weight.device)
+        if (scale := self.vectors.get(f"{linear}.output")) is not None:
+            weight = weight * scale.to(weight.device)[:, None]
+        return weight
+
+    def shrink(self, linear: str, device: torch.device) -> torch.Tensor | None:
+        """The clip search's result as ``quantize`` takes it, fp32 [N, K/g] in (0, 1]."""
+        percents = self.shrinks.get(linear)
+        return None if percents is None else percents.to(device).float() / 100
+
     def quantized(
         self, linear: str, weight: torch.Tensor, scale_dtype: torch.dtype
     ) -> QuantizedWeight:
@@ -58,13 +74,10 @@ class Plan:
                 f"{linear} has input size {weight.shape[1]}, which the plan's group size "
                 f"{grid.group_size} does not divide: the plan is of another model"
             )
-        shrink = self.shrinks.get(linear)
-        return quantize(
-            self.smoothed(linear, weight),
-            grid,
-            shrink=None if shrink is None else shrink.to(weight.device).float() / 100,
-            scale_dtype=scale_dtype,
-        )
+        if linear in self.codes:
+            return self.codes[linear].to(weight.device)
+        shrink = self.shrink(linear, weight.device)
+        return quantize(self.smoothed(linear, weight), grid, shrink=shrink, scale_dtype=scale_dtype)
 
     def transform(
         self, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
@@ -105,6 +118,10 @@ class Plan:
         # q, k and v share one vector in memory, which safetensors does not store.
         tensors = {f"vector:{k}": v.clone() for k, v in self.vectors.items()}
         tensors |= {f"shrink:{k}": v for k, v in self.shrinks.items()}
+        for name, weight in self.codes.items():
+            tensors[f"codes:{name}"] = pack_int32(weight.q)
+            tensors[f"scale:{name}"] = weight.scale
+            tensors[f"zero:{name}"] = weight.zero.to(torch.uint8)
         header = {
             "schema": SCHEMA_VERSION,
             "method": self.method,
@@ -137,4 +154,11 @@ class Plan:
             return {k.partition(":")[2]: t for k, t in tensors.items() if k.startswith(kind)}
 
         grids = {name: Grid(**grid) for name, grid in header["grids"].items()}
-        return cls(header["method"], grids, of("vector:"), of("shrink:"), header["report"])
+        scales, zeros = of("scale:"), of("zero:")
+        codes = {
+            name: QuantizedWeight(
+                unpack_int32(words), scales[name], zeros[name].float(), grids[name]
+            )
+            for name, words in of("codes:").items()
+        }
+        return cls(header["method"], grids, of("vector:"), of("shrink:"), codes, header["report"])

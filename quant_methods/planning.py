@@ -19,6 +19,7 @@ from quant_methods.cache import cache_dir
 from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.errors import CompressError
+from quant_methods.gptq import compensate
 from quant_methods.plan import SCHEMA_VERSION, Plan
 from quant_methods.registry import build_method
 
@@ -89,7 +90,8 @@ def _calibrate(
     method = request.build()
     config = AutoConfig.from_pretrained(checkpoint.folder)
     arch = architecture_of(config)
-    if not method.capabilities.calibrates:
+    compensates = method.settings.rounding == "gptq"
+    if not method.capabilities.calibrates and not compensates:
         with torch.device("meta"):
             return method.plan(Blocks(AutoModelForCausalLM.from_config(config), arch, None))
     progress("load model", 0, 1)
@@ -97,9 +99,12 @@ def _calibrate(
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     progress("calibration text", 0, 1)
     tokens = calibration_tokens(request.calibration, model, tokenizer)
-    plan = method.plan(Blocks(model, arch, tokens, device), progress)
+    blocks = Blocks(model, arch, tokens, device)
+    plan = method.plan(blocks, progress)
+    if compensates:
+        compensate(plan, blocks, progress)
     plan.report["calibration"] = request.calibration.model_dump() | {"tokens": tokens.numel()}
     plan.report["settings"] = method.settings.model_dump()
-    del model
+    del model, blocks
     gc.collect()
     return plan

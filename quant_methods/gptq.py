@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounding with error compensation: each column's error is made up for by the columns to come.
+
+Paper: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
+https://arxiv.org/abs/2210.17323
+"""
+
+import torch
+
+from quant_methods.architecture import LINEARS
+from quant_methods.base import Progress, silent
+from quant_methods.blocks import Blocks
+from quant_methods.errors import CompressError
+from quant_methods.grid import LEVELS, Grid, QuantizedWeight, quantize
+from quant_methods.plan import Plan
+
+_BLOCK = 128  # columns whose errors are applied to the rest of the matrix at once
+_DAMP = 0.01
+_TRIES = 4
+
+
+def gptq_quantize(
+    weight: torch.Tensor,
+    grid: Grid,
+    hessian: torch.Tensor,
+    *,
+    shrink: torch.Tensor | None = None,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    damp: float = _DAMP,
+) -> QuantizedWeight:
+    """Round ``weight`` [N, K] so that its output error on the calibration inputs is small.
+
+    ``hessian`` [K, K] is the mean outer product of the inputs. The scales come from the given
+    weight, before compensation moves it, so that ``shrink`` [N, K/group] means what it means in
+    ``quantize``. ``damp`` is added to the diagonal as a share of its mean: more follows the
+    calibration text less closely; it is raised tenfold, up to three times, where the matrix is
+    not positive definite. Columns go in order; a dead input rounds to nearest.
+    """
+    start = quantize(weight, grid, shrink=shrink, scale_dtype=scale_dtype)
+    inverse = _inverse_factor(hessian, damp)
+    left = weight.float().clone()
+    codes = torch.empty_like(left)
+    for begin in range(0, left.shape[1], _BLOCK):
+        end = min(begin + _BLOCK, left.shape[1])
+        errors = torch.empty_like(left[:, begin:end])
+        for column in range(begin, end):
+            group = column // grid.group_size
+            scale, zero = start.scale[:, group], start.zero[:, group]
+            value = left[:, column]
+            code = value.div(scale).round_().add_(zero).clamp_(0, LEVELS - 1)
+            codes[:, column] = code
+            error = (value - (code - zero) * scale) / inverse[column, column]
+            left[:, column:end].addr_(error, inverse[column, column:end], alpha=-1)
+            errors[:, column - begin] = error
+        left[:, end:] -= errors @ inverse[begin:end, end:]
+    return QuantizedWeight(codes.to(torch.uint8), start.scale, start.zero, grid)
+
+
+def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the damped Hessian, fp32 [K, K]."""
+    exact = hessian.double()
+    diagonal = exact.diagonal()
+    dead = diagonal == 0
+    for attempt in range(_TRIES):
+        damped = exact.clone()
+        damped.diagonal().add_(damp * 10**attempt * diagonal.mean())
+        damped.diagonal()[dead] = 1
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(factor)
+            return torch.linalg.cholesky(inverse, upper=True).float()
+    raise CompressError(
+        "the calibration inputs of a linear are degenerate, so gptq cannot invert them; give more "
+        "or more varied calibration text, or use rounding=nearest"
+    )
+
+
+@torch.no_grad()
+def compensate(plan: Plan, blocks: Blocks, progress: Progress = silent) -> None:
+    """Fill ``plan.codes``: every linear rounded by GPTQ on the plan's own folds and grids.
+
+    Block after block, each on the output of the quantised ones before it. Memory beyond the model:
+    fp32 [K, K] for the largest input of a block.
+    """
+    shares = {
+        consumer: fold.consumers[0]
+        for fold in blocks.arch.folds(blocks.model.config)
+        for consumer in fold.consumers
+    }
+    dtype = torch.float16 if blocks.model.dtype == torch.float16 else torch.bfloat16
+    hidden = blocks.hidden
+    for index in range(len(blocks)):
+        progress("gptq", index + 1, len(blocks))
+        hessians: dict[str, torch.Tensor] = {}
+
+        def see(name: str, x: torch.Tensor, hessians: dict[str, torch.Tensor] = hessians) -> None:
+            x = x.flatten(0, -2).float()
+            hessians[name] = x.t() @ x / x.shape[0]
+
+        with blocks.resident(index) as block:
+            with blocks.watch(index, tuple(set(shares.values())), see):
+                blocks.run(index, hidden)
+            weights = {}
+            for name in LINEARS:
+                linear = f"{blocks.arch.layers_prefix}.{index}.{name}"
+                weight = plan.smoothed(linear, block.get_submodule(name).weight)
+                hessian = hessians[shares[name]]
+                if (scale := plan.vectors.get(f"{linear}.input")) is not None:
+                    scale = scale.to(hessian.device)
+                    hessian = hessian / scale[:, None] / scale
+                rounded = gptq_quantize(
+                    weight,
+                    plan.grids[linear],
+                    hessian,
+                    shrink=plan.shrink(linear, weight.device),
+                    scale_dtype=dtype,
+                )
+                plan.codes[linear] = rounded.to("cpu")
+                weights[name] = plan.unfolded(linear, rounded.dequantize())
+            with blocks.replaced(index, weights):
+                hidden = blocks.run(index, hidden)
