@@ -219,12 +219,12 @@ def test_other_int4pack_layouts(capability: str) -> None:
     """Round trip with the layouts that torch uses on CPUs with smaller vectors."""
     script = """
 import torch
-from vllm_plugin.quantization import cpu_int4_ops as ops
+from vllm_plugin.quantization import cpu_int4_ops as ops, cpu_int4_packing as packing
 words = torch.randint(-2**31, 2**31 - 1, (208, 16), dtype=torch.int32)
-packed, scale_zero = ops.pack_int4(words, torch.rand(208, 2).bfloat16() + 1, None)
+packed, scale_zero = packing.pack_int4(words, torch.rand(208, 2).bfloat16() + 1, None)
 tiles = [ops.dequantised_tile(packed, scale_zero, tile) for tile in ops._tiles(208, 128)]
 scale = scale_zero[..., 0].t().repeat_interleave(64, 1)
-assert torch.equal(torch.cat(tiles, 1).t(), (ops.unpack_codes(words).bfloat16() - 8) * scale)
+assert torch.equal(torch.cat(tiles, 1).t(), (packing.unpack_codes(words).bfloat16() - 8) * scale)
 print(torch.backends.cpu.get_cpu_capability(), *ops.int4pack_layout())
 """
     environment = {"ATEN_CPU_CAPABILITY": capability, "TORCH_COMPILE_DISABLE": "1"}

@@ -12,13 +12,8 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
-from vllm_plugin.quantization.cpu_int4_ops import (
-    cpu_int4_linear,
-    cpu_w4a8_linear,
-    crossover,
-    pack_int4,
-    pack_w4a8,
-)
+from vllm_plugin.quantization.cpu_int4_ops import cpu_int4_linear, cpu_w4a8_linear, crossover
+from vllm_plugin.quantization.cpu_int4_packing import pack_int4, pack_w4a8
 
 Activations = Literal["auto", "bf16", "int8"]
 SETTING = "additional_config.compress.weights.activations"

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int4 weights on CPU: packing, dequantisation and the linear custom op.
-
-Input is the compressed-tensors layout: codes int32 [N, K/8], scales [N, K/g] and zero points int32
-[N/8, K/g] or None (then every zero point is 8); a weight is (code - zero point) * scale.
+"""int4 linear layers on CPU as custom ops: few rows, many rows, and where it pays to change over.
 
 bfloat16 activations use torch's int4pack layout: codes uint8 [N, K/2] and `scale_zero` bfloat16
 [K/g, N, 2], a weight being (code - 8) * scale + zero. Symmetric weights have zero = 0 and are
@@ -24,83 +21,10 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 logger = init_logger(f"vllm.{__name__}")
 
-_CHUNK = 1 << 20  # weights packed at a time: at most 16 bytes of temporaries each, so 16 MiB
 _TILE_BYTES = 8 << 20  # dequantised weights alive at a time: fits a last-level cache
 _NEVER = 1 << 62
-# Nibble i of a word of vLLM's W4A8 packer holds output 8 j + _W4A8_ORDER[i].
-_W4A8_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 _crossovers: dict[tuple[int, int, int], int] = {}
-
-
-def unpack_codes(words: torch.Tensor) -> torch.Tensor:
-    """Words int32 [rows, cols] with 8 codes each, lowest bits first -> uint8 [rows, 8 cols]."""
-    spread = words.contiguous().view(torch.uint8).to(torch.int16)
-    spread |= spread << 4
-    return (spread & 0x0F0F).view(torch.uint8)
-
-
-def unpack_zero_points(words: torch.Tensor) -> torch.Tensor:
-    """Words int32 [N/8, groups], packed along N, lowest bits first -> uint8 [groups, N]."""
-    return unpack_codes(words.t().contiguous())
-
-
-def _row_chunks(rows: int, k: int, multiple: int) -> list[tuple[int, int]]:
-    step = max(1, _CHUNK // (k * multiple)) * multiple
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def pack_int4(
-    words: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compressed-tensors weights -> int4pack codes and `scale_zero` (see the module docstring)."""
-    n, k = words.shape[0], words.shape[1] * 8
-    packed = torch.empty(n, k // 2, dtype=torch.uint8)
-    for start, stop in _row_chunks(n, k, 64):  # int4pack interleaves up to 64 rows
-        codes = unpack_codes(words[start:stop]).to(torch.int32)
-        packed[start:stop] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    scale = scales.t().to(torch.bfloat16)
-    zero = torch.zeros_like(scale)
-    if zero_points is not None:
-        offset = 8 - unpack_zero_points(zero_points).float()
-        zero = (offset * scale.float()).to(torch.bfloat16)
-    return packed, torch.stack([scale, zero], dim=-1).contiguous()
-
-
-def pack_w4a8(
-    words: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compressed-tensors weights -> vLLM's AMX W4A8 blocks.
-
-    Returns weights uint8 [N/32, blocks, bytes], scales float32 and zero points int8, both
-    [N/32, K/g, 32]. N must be a multiple of 32.
-    """
-
-    def awq(codes: torch.Tensor) -> torch.Tensor:  # uint8 [n, cols] -> int32 [cols, n/8]
-        octets = codes.view(-1, 8, codes.shape[1])[:, _W4A8_ORDER]
-        pairs = octets[:, 0::2] | (octets[:, 1::2] << 4)
-        words = pairs.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
-        return words.view(torch.int32).squeeze(-1)
-
-    n, k = words.shape[0], words.shape[1] * 8
-    if zero_points is None:
-        zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
-    else:
-        zeros = unpack_zero_points(zero_points).t().contiguous()
-    done: tuple[torch.Tensor, ...] = ()
-    for start, stop in _row_chunks(n, k, 32):
-        blocks = ops.convert_weight_packed_scale_zp(
-            awq(unpack_codes(words[start:stop])),
-            awq(zeros[start:stop]),
-            scales[start:stop].t().to(torch.bfloat16).contiguous(),
-            ops.CPUQuantAlgo.AWQ,
-        )
-        # Blocks of 32 outputs are independent, so chunks only have to be laid one after the other.
-        done = done or tuple(b.new_empty(n // 32, *b.shape[1:]) for b in blocks)
-        for whole, part in zip(done, blocks, strict=True):
-            whole[start // 32 : stop // 32] = part
-    weights, zero_blocks, scale_blocks = done
-    return weights, scale_blocks, zero_blocks
 
 
 def _dequantise(
