@@ -30,22 +30,31 @@ def gptq_quantize(
 ) -> QuantizedWeight:
     """Round ``weight`` [N, K] so that its output error on the calibration inputs is small.
 
-    ``hessian`` [K, K] is the mean outer product of the inputs. The scales come from the given
-    weight, before compensation moves it, so that ``shrink`` [N, K/group] means what it means in
-    ``quantize``. ``damp`` is added to the diagonal as a share of its mean: more follows the
+    ``hessian`` [K, K] is the mean outer product of the inputs. A group's scale is taken from its
+    weights as compensation has left them when its first column comes; ``shrink`` [N, K/group] is
+    as in ``quantize``. ``damp`` is added to the diagonal as a share of its mean: more follows the
     calibration text less closely; it is raised tenfold, up to three times, where the matrix is
     not positive definite. Columns go in order; a dead input rounds to nearest.
     """
-    start = quantize(weight, grid, shrink=shrink, scale_dtype=scale_dtype)
     inverse = _inverse_factor(hessian, damp)
     left = weight.float().clone()
     codes = torch.empty_like(left)
+    scales = left.new_empty(left.shape[0], left.shape[1] // grid.group_size)
+    zeros = torch.empty_like(scales)
     for begin in range(0, left.shape[1], _BLOCK):
         end = min(begin + _BLOCK, left.shape[1])
         errors = torch.empty_like(left[:, begin:end])
         for column in range(begin, end):
-            group = column // grid.group_size
-            scale, zero = start.scale[:, group], start.zero[:, group]
+            group, within = divmod(column, grid.group_size)
+            if within == 0:  # a group never crosses a block: both are powers of two up to 128
+                rounded = quantize(
+                    left[:, column : column + grid.group_size],
+                    grid,
+                    shrink=None if shrink is None else shrink[:, group : group + 1],
+                    scale_dtype=scale_dtype,
+                )
+                scales[:, group], zeros[:, group] = rounded.scale[:, 0], rounded.zero[:, 0]
+            scale, zero = scales[:, group], zeros[:, group]
             value = left[:, column]
             code = value.div(scale).round_().add_(zero).clamp_(0, LEVELS - 1)
             codes[:, column] = code
@@ -53,7 +62,7 @@ def gptq_quantize(
             left[:, column:end].addr_(error, inverse[column, column:end], alpha=-1)
             errors[:, column - begin] = error
         left[:, end:] -= errors @ inverse[begin:end, end:]
-    return QuantizedWeight(codes.to(torch.uint8), start.scale, start.zero, grid)
+    return QuantizedWeight(codes.to(torch.uint8), scales, zeros, grid)
 
 
 def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:

@@ -32,9 +32,8 @@ def test_output_error_is_below_round_to_nearest(seed: int, symmetric: bool) -> N
     compensated = gptq_quantize(weight, grid, x.t() @ x / len(x))
     nearest = quantize(weight, grid)
     assert compensated.q.max() <= 15
-    assert torch.equal(compensated.scale, nearest.scale)
     errors = [(x @ (q.dequantize() - weight).t()).square().sum() for q in (compensated, nearest)]
-    assert errors[0] < 0.8 * errors[1]
+    assert errors[0] < 0.7 * errors[1]
 
 
 def test_independent_inputs_round_to_nearest() -> None:

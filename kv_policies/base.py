@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a KV policy is: its settings, its declared abilities, and one score per cached token.
+
+Shapes used everywhere, for R requests padded to common sizes::
+
+    queries    [R, Hq, Q, D]   after RoPE          positions [R, Q]   index of each query's own key,
+    keys       [R, Hkv, T, D]  after RoPE                             -1 for padding
+    observed   [R, H, T]       float32, H = 1 or Hkv
+    scores     [R, H, T]       float32, larger is kept first
+    lengths    [R]             valid keys per request; what lies behind is padding
+
+How much is kept is not a policy's business: see ``budget`` and ``layout``.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from kv_policies.layout import Segment
+
+
+class NoSettings(BaseModel):
+    """The settings of a policy that has none; the base of all others'."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a policy needs and offers: shown to users, checked before an engine starts.
+
+    needs_queries: scores come from attention; false means keys or positions alone, so a decode
+        window is scored as well as a prompt.
+    per_head: each KV head keeps tokens of its own choice.
+    needs_profile: per-layer fractions must come from a profile.
+    paper: a link.
+    """
+
+    needs_queries: bool
+    per_head: bool
+    needs_profile: bool
+    paper: str
+
+
+@runtime_checkable
+class KVPolicy(Protocol):
+    """Scores the tokens of a segment. The caller sums ``observe`` over the chunks, then ``score``s.
+
+    *The segment's keys* are those of the whole prompt, its raw tail included, or those of one
+    decode window. Positions count from the segment's first key. Which queries are observed is
+    ``observed_queries``; the sum over any cut of them is the same sum.
+    """
+
+    name: ClassVar[str]
+    settings_type: ClassVar[type[NoSettings]]
+    capabilities: ClassVar[Capabilities]
+    settings: Any
+
+    def __init__(self, settings: Any) -> None: ...
+
+    def first_query(self, stop: int) -> int:
+        """First prompt position whose query is wanted, of a prompt of ``stop`` tokens."""
+        ...
+
+    def observe(
+        self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
+    ) -> torch.Tensor | None:
+        """What these queries say about the keys, [R, H, T]; additive over chunks of queries.
+
+        ``keys`` are the segment's, at least up to the last query's own. ``scale`` is the factor on
+        q.k before the softmax.
+        """
+        ...
+
+    def score(
+        self, observed: torch.Tensor | None, keys: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores [R, H, T] of the segment's keys; ``observed`` is the sum over its queries.
+
+        Those of a prompt's raw tail are not used: ``select`` gets the length without it.
+        """
+        ...
+
+
+class QueryFreePolicy:
+    """Base of the policies that look at keys and positions only: ``score`` is all they add."""
+
+    settings_type: ClassVar[type[NoSettings]] = NoSettings
+
+    def __init__(self, settings: NoSettings) -> None:
+        self.settings: Any = settings
+
+    def first_query(self, stop: int) -> int:
+        return stop  # none
+
+    def observe(
+        self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
+    ) -> None:
+        return None
+
+
+def observed_queries(policy: KVPolicy, segment: Segment, first_private: int) -> range:
+    """The token positions whose queries the engine observes for a segment; empty for none.
+
+    Of a prompt: from ``Layout.first_private`` on. Queries before it may belong to another request's
+    cached prefix and are then not there; leaving them out always makes scores, and so texts, the
+    same with prefix caching on and off. Of a decode window: its last one, the only one that is
+    there in every step that completes the window.
+    """
+    if not policy.capabilities.needs_queries:
+        return range(segment.ends, segment.ends)
+    if segment.start:
+        return range(segment.ends - 1, segment.ends)
+    return range(max(policy.first_query(segment.ends), first_private), segment.ends)
+
+
+def valid(lengths: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Which of ``tokens`` padded keys are there: bool [R, 1, T]."""
+    return (torch.arange(tokens, device=lengths.device) < lengths[:, None])[:, None]

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much each layer keeps: exact budgets in rational numbers, and their cut into levels.
+
+A *fraction* is the share of its tokens that a layer KEEPS, as an exact ``Fraction`` in (0, 1].
+The budget is the mean of the fractions over layers; it is preserved exactly, in rational units, by
+every function here. Blocks are rounded up per segment and layer later (``Layout.kept``), so memory
+is less than one block per segment and layer above the budget, ``min_blocks`` aside.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from kv_policies.errors import KVPolicyError
+
+# vLLM pads groups of layers to one size and refuses to pad by half or more.
+_MAX_LEVELS = 8
+_MIN_LEVELS = 3
+
+
+def exact(keep: float | str | Fraction) -> Fraction:
+    """The keep share as typed: 0.1, "0.1" and "1/10" are all one tenth; outside (0, 1] an error."""
+    try:
+        value = keep if isinstance(keep, Fraction) else Fraction(str(keep))
+    except (ValueError, ZeroDivisionError):
+        raise KVPolicyError(f"keep must be a number in (0, 1], got {keep!r}") from None
+    if not 0 < value <= 1:
+        raise KVPolicyError(
+            f"keep is the share of the cache that stays and must be in (0, 1], got {keep}"
+        )
+    return value
+
+
+def uniform(layers: int, keep: Fraction) -> list[Fraction]:
+    """The same fraction for every layer."""
+    return [keep] * layers
+
+
+def mass_beyond(attention: torch.Tensor) -> torch.Tensor:
+    """Share of a layer's attention that its o most attended tokens leave out, o = 0 .. T-1.
+
+    attention: [L, T], attention that each token received; every row needs a positive sum.
+    Returns float64 [L, T], non-increasing, the first column 1.
+    """
+    mass = attention.double()
+    if not bool(torch.isfinite(mass).all()) or bool((mass < 0).any()):
+        raise KVPolicyError("attention must be finite and not negative")
+    if bool((mass.sum(-1) <= 0).any()):
+        raise KVPolicyError("every layer needs some attention; a row is all zero")
+    ordered = mass.sort(dim=-1).values
+    # Summed from the smallest up: 1 - cumsum from the largest would saturate in long prompts.
+    tail = ordered.cumsum(-1).flip(-1)
+    return tail / tail[:, :1]
+
+
+def water_fill(attention: torch.Tensor, total: int) -> torch.Tensor:
+    """Tokens per layer for one common level of cumulative attention: int64 [L], sum == total.
+
+    PrefixKV (https://arxiv.org/abs/2412.03409): layer l keeps its R_l most attended tokens, with
+    ``R_l = min{o : P_l(o) >= p}``, P_l the cumulative share of its attention, and one p for all
+    layers. Instead of searching p, the tokens of all layers are put in the order in which a rising
+    p takes them, and the first ``total`` are taken: exact, and monotone in ``total``. Equal levels
+    are taken by rank in their layer, then by layer. Each layer gets one token at least.
+
+    attention: [L, T], attention that each token received. The sink and the last token stay in.
+    total: tokens over all layers, from L to L * T.
+    """
+    layers, tokens = attention.shape
+    if not layers <= total <= layers * tokens:
+        raise KVPolicyError(
+            f"a budget of {total} tokens does not fit {layers} layers of {tokens} tokens: "
+            f"from {layers} to {layers * tokens} do"
+        )
+    # Token o of a layer is taken as soon as p exceeds P_l(o - 1), the share without it.
+    beyond = mass_beyond(attention).T.reshape(-1)  # by rank in the layer, then by layer
+    order = beyond.sort(descending=True, stable=True).indices
+    return torch.bincount(order[:total] % layers, minlength=layers)
+
+
+def fractions_of(samples: Sequence[torch.Tensor], keep: Fraction) -> list[Fraction]:
+    """Per-layer fractions from calibration samples; their mean is exactly ``keep``.
+
+    samples: attention received [L, T_s] per sample; lengths may differ. Each sample is water-filled
+    alone, and the fractions are averaged (the paper's offline mode).
+    """
+    if not samples:
+        raise KVPolicyError("a profile needs at least one calibration sample")
+    layers = samples[0].shape[0]
+    sums = [Fraction(0)] * layers
+    for attention in samples:
+        tokens = attention.shape[1]
+        budget = keep * layers * tokens
+        if budget < layers:
+            raise KVPolicyError(
+                f"keep {keep} of a sample of {tokens} tokens is less than one token; "
+                f"use samples of at least {math.ceil(1 / keep)} tokens"
+            )
+        counts = [Fraction(count) for count in water_fill(attention, math.floor(budget)).tolist()]
+        # What is left is less than one token over all layers: shared by those that have room.
+        room = [index for index, count in enumerate(counts) if count < tokens]
+        for index in room:
+            counts[index] += (budget - math.floor(budget)) / len(room)
+        sums = [total + count / tokens for total, count in zip(sums, counts, strict=True)]
+    return [total / len(samples) for total in sums]
+
+
+def retained(attention: torch.Tensor, fractions: Sequence[Fraction]) -> float:
+    """Mean over layers of the share of attention that the most attended tokens hold, 0 to 1.
+
+    attention: [L, T]. A layer of fraction f is credited with its ``floor(f * T)`` best tokens.
+    """
+    beyond = mass_beyond(attention)
+    beyond = torch.cat([beyond, beyond.new_zeros(len(beyond), 1)], dim=1)
+    counts = [math.floor(fraction * attention.shape[1]) for fraction in fractions]
+    left_out = beyond.gather(1, torch.tensor(counts, device=beyond.device)[:, None])
+    return 1.0 - float(left_out.mean())
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Per-layer fractions cut into few levels: layers of one level share a KV-cache group.
+
+    fractions: one per level, ascending.
+    level_of: the level of each layer.
+    padded_layers: layers' worth of memory lost because the levels are not equally large.
+    moved: mean over layers of |level's fraction - the layer's own|: the cost, 0 is none.
+    """
+
+    fractions: tuple[Fraction, ...]
+    level_of: tuple[int, ...]
+    padded_layers: int
+    moved: Fraction
+
+    @property
+    def per_layer(self) -> list[Fraction]:
+        """The fraction of each layer after the cut."""
+        return [self.fractions[level] for level in self.level_of]
+
+
+def pick_levels(layers: int) -> int:
+    """The number of levels to use: 3 to 8, the largest that divides the layers.
+
+    Where none does (26, 31 layers), the one that wastes least memory by padding; below three
+    layers one per layer.
+    """
+    if layers < _MIN_LEVELS:
+        return layers
+    usable = [count for count in range(_MIN_LEVELS, _MAX_LEVELS + 1) if _even_enough(layers, count)]
+    return max(usable, key=lambda count: (-_padding(layers, count), count))
+
+
+def _padding(layers: int, levels: int) -> int:
+    return -layers % levels
+
+
+def _even_enough(layers: int, levels: int) -> bool:
+    """vLLM makes one group per level only if the largest is less than 1.5 times the smallest."""
+    smallest = layers // levels
+    return smallest > 0 and (layers % levels == 0 or smallest > 2)
+
+
+def quantise(fractions: Sequence[Fraction], levels: int | None = None) -> Levels:
+    """Cut per-layer fractions into ``levels`` levels of equal layer count; the sum is exact.
+
+    Layers are ordered by fraction (equal ones by index) and cut into runs; a run's fraction is its
+    mean, so the budget is preserved exactly and the squared change is the least for these runs. If
+    ``levels`` does not divide the layers, sizes differ by one, the levels that keep most having
+    fewer layers, and ``padded_layers`` says what that wastes. None: ``pick_levels``.
+    """
+    layers = len(fractions)
+    levels = pick_levels(layers) if levels is None else levels
+    if not 1 <= levels <= _MAX_LEVELS or not _even_enough(layers, levels):
+        valid = [n for n in range(1, _MAX_LEVELS + 1) if _even_enough(layers, n)]
+        raise KVPolicyError(
+            f"{layers} layers cannot be cut into {levels} levels of (nearly) equal size; "
+            f"possible: {', '.join(map(str, valid))}"
+        )
+    order = sorted(range(layers), key=lambda index: fractions[index])
+    level_of = [0] * layers
+    means = []
+    start = 0
+    for level in range(levels):
+        stop = start + layers // levels + (level < layers % levels)
+        run = order[start:stop]
+        for index in run:
+            level_of[index] = level
+        means.append(sum((fractions[index] for index in run), Fraction(0)) / len(run))
+        start = stop
+    moved = sum((abs(means[v] - f) for v, f in zip(level_of, fractions, strict=True)), Fraction(0))
+    return Levels(tuple(means), tuple(level_of), _padding(layers, levels), moved / layers)
+
+
+def rounded(fractions: Sequence[Fraction], units: int = 1000) -> list[Fraction]:
+    """The fractions in multiples of ``1 / units``, or of a whole part of it, with the same sum.
+
+    Averages over samples have huge denominators; a profile should be readable. ``units`` is
+    multiplied by what it takes to write the sum exactly. Each is rounded by less than one unit
+    (largest remainders up) as long as none is below one unit, and stays in (0, 1].
+    """
+    total = sum(fractions, Fraction(0))
+    units *= (total * units).denominator
+    counts = [max(1, math.floor(fraction * units)) for fraction in fractions]
+    left = int(total * units) - sum(counts)
+    if left >= 0:
+        order = sorted(
+            range(len(fractions)), key=lambda index: counts[index] - fractions[index] * units
+        )
+        for index in order[:left]:
+            counts[index] += 1
+    else:  # the floor of one unit took too much: give back from the largest
+        for _ in range(-left):
+            counts[counts.index(max(counts))] -= 1
+    return [Fraction(count, units) for count in counts]

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KeyDiff: keep the keys that differ most, without looking at any query."""
+
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import normalize
+
+from kv_policies.base import Capabilities, QueryFreePolicy, valid
+
+
+class KeyDiff(QueryFreePolicy):
+    """Keeps the keys least similar to the mean direction of the segment's keys, per KV head.
+
+    KeyDiff, Park et al. 2025 (https://arxiv.org/abs/2504.15364). The score is minus the cosine
+    between a key and the mean of the normalised keys. No queries: the same for any chunking, with
+    any cached prefix, and for decode windows.
+
+    Limits: does not know what will be asked. Keys are taken after RoPE.
+    """
+
+    name: ClassVar[str] = "key_diff"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        needs_queries=False,
+        per_head=True,
+        needs_profile=False,
+        paper="https://arxiv.org/abs/2504.15364",
+    )
+
+    def score(
+        self, observed: torch.Tensor | None, keys: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        present = valid(lengths, keys.shape[2])[..., None]
+        # `where`, not a product: padding may be uninitialised memory, and NaN * 0 is NaN.
+        unit = normalize(torch.where(present, keys.float(), 0), dim=-1)
+        # The sum has the direction of the mean.
+        anchor = normalize(unit.sum(2, keepdim=True), dim=-1)
+        return -(unit * anchor).sum(-1)

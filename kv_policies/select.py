@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From scores to kept tokens, and their K/V packed into the destination. No loop, no sync."""
+
+import torch
+
+
+def select(
+    scores: torch.Tensor, lengths: torch.Tensor, kept: torch.Tensor, most: int | None = None
+) -> torch.Tensor:
+    """The tokens that stay, in ascending order: int64 [R, H, most], -1 behind a request's last.
+
+    scores: [R, H, T], larger is kept first; equal ones by position, so that the choice is the same
+        on every device. NaN counts as the least.
+    lengths: int [R], valid tokens per request. kept: int [R], tokens to keep, exactly, at most
+        ``lengths``; 0 is allowed (a padding row).
+    most: columns of the result, at least ``kept.max()``. None takes that maximum (a host sync for
+        tensors on a GPU; the layout knows it on the host).
+
+    The first and the last valid token stay whatever their score, if two or more are kept; of one
+    it is the first.
+    """
+    tokens = scores.shape[-1]
+    most = int(kept.max()) if most is None else most
+    lengths, kept = lengths[:, None, None], kept[:, None, None]
+    at = torch.arange(tokens, device=scores.device)
+    scores = scores.float()
+    limits = torch.finfo(torch.float32)
+    # Finite scores leave the infinities to the ends and to the padding.
+    scores = scores.nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
+    scores = scores.masked_fill((at == 0) | (at == lengths - 1), torch.inf)
+    scores = scores.masked_fill(at >= lengths, -torch.inf)
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :most]
+    rank = torch.arange(best.shape[-1], device=scores.device)
+    kept_ones = torch.where(rank < torch.minimum(kept, lengths), best, tokens)
+    ascending = kept_ones.sort(dim=-1).values
+    return ascending.masked_fill_(ascending == tokens, -1)
+
+
+def token_slots(table: torch.Tensor, tokens: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Physical slots ``block * block_size + offset`` of token positions, shape of ``tokens``.
+
+    table: int [R, C], physical block per column. tokens: int64 [R, ...], positions; -1 stays -1.
+    """
+    columns = (tokens.clamp(min=0) // block_size).flatten(1)
+    blocks = table.gather(1, columns).view(tokens.shape).long()
+    return torch.where(tokens < 0, -1, blocks * block_size + tokens % block_size)
+
+
+def pack(content: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """K or V of the chosen tokens: [R, Hkv, T, D] and [R, H, K] to [R, Hkv, K, D].
+
+    H is Hkv, or 1 for one choice for all heads. Rows chosen by -1 hold what token 0 holds. The
+    result is new memory, so it may be written over ``content``'s own blocks.
+    """
+    index = chosen.clamp(min=0).expand(-1, content.shape[1], -1)
+    return content.gather(2, index[..., None].expand(-1, -1, -1, content.shape[-1]))

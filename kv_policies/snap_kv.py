@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SnapKV: what the end of the prompt attends to, chosen per KV head."""
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from kv_policies.attention import attention_received
+from kv_policies.base import Capabilities, NoSettings
+
+
+class SnapKVSettings(NoSettings):
+    """Settings of ``snap_kv``."""
+
+    window: int = Field(
+        32, ge=1, description="last prompt tokens that vote and always stay; larger: steadier votes"
+    )
+    pool: int = Field(
+        7,
+        ge=1,
+        description="tokens of the max pooling, odd; larger: whole phrases stay, fewer of them",
+    )
+
+
+class SnapKV:
+    """Keeps the tokens that the last ``window`` queries attend to, with their neighbours.
+
+    SnapKV, Li et al. 2024 (https://arxiv.org/abs/2404.14469): attention of the last queries, mean
+    over the query heads of a KV head, max-pooled along the tokens; the window itself stays, its
+    latest tokens first when the budget is smaller. Every KV head has its own choice.
+
+    Limits: assumes that the question is at the end of the prompt. A later turn asks anew, but what
+    its question needed may be gone. A decode window has one query at hand, its last.
+    """
+
+    name: ClassVar[str] = "snap_kv"
+    settings_type: ClassVar[type[NoSettings]] = SnapKVSettings
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        needs_queries=True,
+        per_head=True,
+        needs_profile=False,
+        paper="https://arxiv.org/abs/2404.14469",
+    )
+
+    def __init__(self, settings: SnapKVSettings) -> None:
+        self.settings: Any = settings
+
+    def first_query(self, stop: int) -> int:
+        return max(0, stop - self.settings.window)
+
+    def observe(
+        self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        return attention_received(queries, positions, keys, scale)
+
+    def score(
+        self, observed: torch.Tensor | None, keys: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        assert observed is not None
+        tokens = observed.shape[-1]
+        at = torch.arange(tokens, device=observed.device)
+        recent = at - (lengths[:, None, None] - self.settings.window)
+        # Votes for the window are not votes for its neighbours in front: they leave the pooling.
+        votes = observed.masked_fill(recent >= 0, 0)
+        size = self.settings.pool
+        padded = torch.nn.functional.pad(votes, ((size - 1) // 2, size // 2))
+        pooled = torch.nn.functional.max_pool1d(padded, size, stride=1)
+        return torch.where(recent >= 0, pooled.amax(-1, keepdim=True) + 1 + recent, pooled)
