@@ -26,8 +26,9 @@ quality  Demo model, groups of 64: nats per token above bf16 on 32 x 512 tokens 
   nats_best                      our default with the full search: the same with clipping
   nats_awq, nats_gptq_sym        llm-compressor's, asymmetric and symmetric (benchmarks/peers.py)
   nats_rtn_asym                  round to nearest, the control
-  Extra: nats_bf16_absolute, nats_folds_all, nats_rtn_sym, nats_best_vllm_kernel (its checkpoint by
-  the kernel that also serves the peers), nats_w4a8_default (nats_best, int8 activations).
+  Extra: nats_bf16_absolute, nats_rtn_sym; of nats_best: nats_folds_all, nats_best_gptq (with that
+  setting changed), nats_best_vllm_kernel (by the kernel that also serves the peers),
+  nats_w4a8_default (int8 activations).
 
 Limits. The demo model is tiny and its weights come from a 4-bit file with groups of 32 (see
 vllm_plugin/demo_model.py): the order of methods may differ on a large 16-bit model. Random weights

@@ -52,7 +52,8 @@ def quality(options: Options, result: Result) -> None:
         )
         contenders = _contenders(model, folder, sizes, options, result)
         baseline: list[list[float]] = []
-        for key, (served, arguments) in tqdm(contenders.items(), desc="quality", leave=False):
+        for key, (served, arguments) in (bar := tqdm(contenders.items(), "quality", leave=False)):
+            bar.set_postfix_str(key)
             arguments = {"skip_tokenizer_init": True, "preloaded": options.smoke} | arguments
             with Engine(served, **arguments) as engine:
                 result.details[f"quality_engine_{key}"] = engine.started
@@ -104,6 +105,7 @@ def _contenders(
         return contenders
     contenders |= {
         "nats_folds_all": ours("smoothquant_plus", folds="all", **searched),
+        "nats_best_gptq": ours("smoothquant_plus", rounding="gptq", **searched),
         "nats_rtn_sym": ours("rtn", symmetric=True),
         "nats_w4a8_default": ours("smoothquant_plus", activations="auto", **searched),
     }

@@ -37,6 +37,7 @@ class Blocks:
         self.device = torch.device(device)
         self.layers: list[nn.Module] = list(model.get_submodule(arch.layers_prefix))  # type: ignore[arg-type]
         self._kwargs: list[dict[str, Any]] = []
+        self._tokens = tokens
         if tokens is not None:
             self.hidden = self._record(tokens)
 
@@ -68,6 +69,11 @@ class Blocks:
 
     def _to_device(self, tree: Any) -> Any:
         return tree_map_only(torch.Tensor, lambda t: t.to(self.device), tree)
+
+    def first(self, samples: int) -> "Blocks":
+        """The same blocks on the first ``samples`` calibration sequences."""
+        assert self._tokens is not None
+        return Blocks(self.model, self.arch, self._tokens[:samples], self.device)
 
     def __len__(self) -> int:
         return len(self.layers)

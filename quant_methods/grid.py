@@ -13,6 +13,8 @@ from quant_methods.errors import CompressError
 
 LEVELS = 16
 GROUP_SIZES = (128, 64, 32)
+# Weights rounded at a time: their fp32 temporaries stay in a core's cache.
+_CACHED = 1 << 18
 # The scale of an all-zero group; any positive number dequantises it to zero.
 _SCALE_FLOOR = 1e-8
 
@@ -83,8 +85,16 @@ def fake_quantize(
     weight: torch.Tensor, grid: Grid, shrink: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``quantize`` and ``dequantize`` without the integer copy: fp32 [N, K] on the grid."""
-    codes, scale, zero = _round(weight, grid, shrink, torch.bfloat16)
-    return codes.sub_(zero[..., None]).mul_(scale[..., None]).view(weight.shape)
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    rows = max(1, _CACHED // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        codes, scale, zero = _round(
+            weight[part], grid, None if shrink is None else shrink[part], torch.bfloat16
+        )
+        codes = codes.sub_(zero[..., None]).mul_(scale[..., None])
+        out[part] = codes.view(-1, weight.shape[1])
+    return out
 
 
 def _round(

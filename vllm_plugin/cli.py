@@ -58,8 +58,8 @@ def quantize(
         str, typer.Option("--format", help=f"checkpoint format: {', '.join(FORMATS)}")
     ] = "compressed-tensors",
     calibration: Annotated[str, typer.Option(help="'self', or a .txt or .jsonl file")] = SELF,
-    samples: Annotated[int, typer.Option(help="calibration sequences")] = 16,
-    length: Annotated[int, typer.Option(help="tokens per calibration sequence")] = 64,
+    samples: Annotated[int, typer.Option(help="calibration sequences")] = 32,
+    length: Annotated[int, typer.Option(help="tokens per calibration sequence")] = 32,
     tensor_parallel_size: Annotated[
         int, typer.Option(help="ranks the checkpoint will be served on")
     ] = 1,
