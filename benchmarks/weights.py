@@ -22,13 +22,13 @@ load     Demo model, `--quantization smoothquant_plus` with default settings, ag
 quality  Demo model, groups of 64: nats per token above bf16 on 32 x 512 tokens of Newton's Opticks.
          Calibration for all: the same 64 x 128 tokens, sampled by the model. NAME_se is a standard
          error, paired with bf16 by window. Activations are 16-bit, so that weights are judged.
-  nats_paper                     SmoothQuant+ as published: norms only, no clipping, alpha searched
-  nats_best                      our default with the full search: the same with clipping
+  nats_paper                     SmoothQuant+ as published: norms only, no clipping, full search
+  nats_best                      all folds, clipping, GPTQ compensation; coarse search
   nats_awq, nats_gptq_sym        llm-compressor's, asymmetric and symmetric (benchmarks/peers.py)
   nats_rtn_asym                  round to nearest, the control
-  Extra: nats_bf16_absolute, nats_rtn_sym; of nats_best: nats_folds_all, nats_best_gptq (with that
-  setting changed), nats_best_vllm_kernel (by the kernel that also serves the peers),
-  nats_w4a8_default (int8 activations).
+  Extra: nats_bf16_absolute, nats_rtn_sym, nats_rtn_gptq (GPTQ without smoothing), nats_default (our
+  default settings); of nats_best: nats_best_vllm_kernel (by the kernel that also serves the peers),
+  nats_best_int8 (int8 activations).
 
 Limits. The demo model is tiny and its weights come from a 4-bit file with groups of 32 (see
 vllm_plugin/demo_model.py): the order of methods may differ on a large 16-bit model. Random weights

@@ -63,8 +63,8 @@ def quality(options: Options, result: Result) -> None:
                 result.put(key, statistics.fmean(statistics.fmean(window) for window in nats))
             else:
                 _difference(result, key, nats, baseline)
-        if "int8" not in str(result.details.get("quality_engine_nats_w4a8_default", "int8")):
-            result.missing("nats_w4a8_default", "activations stay bf16 here: the CPU has no AMX")
+        if "int8" not in str(result.details.get("quality_engine_nats_best_int8", "int8")):
+            result.missing("nats_best_int8", "activations stay bf16 here: the CPU has no AMX")
         result.details["plans"] = in_process(_plans, folder / "plans", preloaded=options.smoke)
 
 
@@ -81,8 +81,9 @@ def _contenders(
         "samples": sizes.samples,
         "length": sizes.sample_length,
     }
-    searched = {"search": "coarse" if options.smoke else "full", "calibration": calibration}
-    paper = searched | {"folds": "norms", "clip": False}
+    search = "coarse" if options.smoke else "full"
+    paper = {"folds": "norms", "clip": False, "search": search, "calibration": calibration}
+    best = {"folds": "all", "rounding": "gptq", "calibration": calibration}
 
     def ours(method: str, **weights: Any) -> tuple[Path, dict[str, Any]]:
         section = {"group_size": GROUP, "activations": "bf16"} | weights
@@ -96,7 +97,7 @@ def _contenders(
     contenders = {
         "nats_bf16_absolute": (model, {"plugin": False}),
         "nats_paper": ours("smoothquant_plus", **paper),
-        "nats_best": ours("smoothquant_plus", **searched),
+        "nats_best": ours("smoothquant_plus", **best),
         "nats_rtn_asym": ours("rtn"),
     }
     if options.smoke:
@@ -104,12 +105,12 @@ def _contenders(
             result.missing(key, "--smoke does not run the peers")
         return contenders
     contenders |= {
-        "nats_folds_all": ours("smoothquant_plus", folds="all", **searched),
-        "nats_best_gptq": ours("smoothquant_plus", rounding="gptq", **searched),
+        "nats_default": ours("smoothquant_plus", calibration=calibration),
+        "nats_rtn_gptq": ours("rtn", rounding="gptq", calibration=calibration),
         "nats_rtn_sym": ours("rtn", symmetric=True),
-        "nats_w4a8_default": ours("smoothquant_plus", activations="auto", **searched),
+        "nats_best_int8": ours("smoothquant_plus", activations="auto", **best),
     }
-    written = in_process(_write_best, model, folder, searched)
+    written = in_process(_write_best, model, folder, best)
     contenders["nats_best_vllm_kernel"] = written, stock
     for key, method in PEERS.items():
         try:
