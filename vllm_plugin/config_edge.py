@@ -17,11 +17,15 @@ from vllm_plugin.quantization.config import SmoothQuantPlusConfig
 from vllm_plugin.quantization.loader import LOAD_FORMAT
 from vllm_plugin.settings import KEY, WeightSettings, parse_settings
 
+# Safetensors under any name that vLLM has for them.
+_LOAD_FORMATS = ("auto", "hf", "safetensors")
+_MARK = "vllm_compress_edge"
+
 
 def install() -> None:
     """Wrap ``EngineArgs.create_engine_config``, once per process."""
     original = EngineArgs.create_engine_config
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, _MARK, False):  # also when another plugin has wrapped ours since
         return
 
     @wraps(original)
@@ -30,6 +34,7 @@ def install() -> None:
         apply_settings(config)
         return config
 
+    setattr(create_engine_config, _MARK, True)
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
 
 
@@ -50,35 +55,43 @@ def _apply_weights(
     config: VllmConfig, quant_config: SmoothQuantPlusConfig, settings: WeightSettings
 ) -> None:
     quant_config.activations = settings.activations
-    if not quant_config.quantises_at_load:
-        if changed := settings.model_fields_set - {"activations"}:
-            raise CompressError(
-                f"{KEY}.weights.{', '.join(sorted(changed))}: the checkpoint is already quantised, "
-                "these settings were fixed when it was written; remove them"
-            )
-        return
     problems = []
-    hf_config = config.model_config.hf_text_config
-    for check in (
-        lambda: architecture_of(hf_config),
-        lambda: quant_config.describe(
-            settings.request(quant_config.method, config.parallel_config.tensor_parallel_size)
-            .build()
-            .settings.grids(hf_config)
-        ),
-    ):
-        try:
-            check()
-        except CompressError as error:
-            problems.append(str(error))
-    if config.load_config.load_format not in ("auto", "hf", "safetensors", "dummy", LOAD_FORMAT):
+    if quant_config.quantises_at_load:
+        problems += _problems_at_load(config, quant_config, settings)
+    elif fixed := settings.model_fields_set - {"activations"}:
         problems.append(
-            f"--load-format {config.load_config.load_format} cannot be quantised at load; "
-            "leave it at auto or quantise offline with `vllm-compress quantize`"
+            f"{KEY}.weights.{', '.join(sorted(fixed))}: the checkpoint is already quantised, these "
+            "settings were fixed when it was written; remove them"
         )
     if config.lora_config is not None:
         problems.append("LoRA adapters do not fit smoothed weights; remove --enable-lora")
     if problems:
         raise joined(problems)
-    if config.load_config.load_format != "dummy":
+    if config.load_config.load_format in _LOAD_FORMATS:
         config.load_config.load_format = LOAD_FORMAT
+
+
+def _problems_at_load(
+    config: VllmConfig, quant_config: SmoothQuantPlusConfig, settings: WeightSettings
+) -> list[str]:
+    """What keeps a 16-bit checkpoint from being quantised at load; empty when nothing does."""
+    hf_config = config.model_config.hf_text_config
+    parallel = config.parallel_config
+    problems = []
+    try:
+        architecture_of(hf_config)
+        request = settings.request(quant_config.method, parallel.tensor_parallel_size)
+        quant_config.describe(request.build().settings.grids(hf_config))
+    except CompressError as error:
+        problems.append(str(error))
+    if config.load_config.load_format not in (*_LOAD_FORMATS, "dummy", LOAD_FORMAT):
+        problems.append(
+            f"--load-format {config.load_config.load_format} cannot be quantised at load; leave it "
+            "at auto or quantise offline with `vllm-compress quantize`"
+        )
+    if parallel.pipeline_parallel_size > 1:
+        problems.append(
+            "--pipeline-parallel-size above 1 was never tested with quantising at load; quantise "
+            "offline with `vllm-compress quantize` or use --tensor-parallel-size"
+        )
+    return problems

@@ -58,6 +58,7 @@ def test_config_edge() -> None:
     wrapper = EngineArgs.create_engine_config
     config_edge.install()
     assert EngineArgs.create_engine_config is wrapper
+    assert getattr(wrapper, config_edge._MARK)
     original = wrapper.__wrapped__
     assert parameters(original) == ["self", "usage_context", "headless"]
     names = {field.name for field in fields(VllmConfig)}
@@ -70,6 +71,32 @@ def test_config_edge() -> None:
         "lora_config",
         "device_config",
     } <= names
+
+
+def test_config_edge_composes_with_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wrap the same method with functools.wraps, before or after us: one layer is ours."""
+    from functools import wraps
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_plugin import config_edge
+
+    def plain(self: object) -> None: ...
+
+    @wraps(plain)
+    def theirs(self: object) -> None: ...
+
+    monkeypatch.setattr(EngineArgs, "create_engine_config", theirs)
+    config_edge.install()
+    ours = EngineArgs.create_engine_config
+    assert ours is not theirs
+
+    @wraps(ours)
+    def theirs_on_top(self: object) -> None: ...
+
+    monkeypatch.setattr(EngineArgs, "create_engine_config", theirs_on_top)
+    config_edge.install()
+    assert EngineArgs.create_engine_config is theirs_on_top
 
 
 def test_quantization_config() -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a 16-bit checkpoint as int4: calibrate (or reuse the cached plan), then round the stream.
+"""Load a model as int4. A 16-bit checkpoint is calibrated (or its cached plan reused) and rounded
+while it streams in; one that we wrote loads as it is.
 
 The plan works on Hugging Face tensors before vLLM fuses and shards them, and hands on the tensors
 of a compressed-tensors checkpoint. So what is served is bit for bit what ``vllm-compress quantize``
@@ -46,37 +47,42 @@ class QuantisingLoader(DefaultModelLoader):
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
-        settings = parse_settings(vllm_config.additional_config).weights or WeightSettings()
-        request = settings.request(
-            str(model_config.quantization), vllm_config.parallel_config.tensor_parallel_size
-        )
         self.device = torch.device(vllm_config.device_config.device or "cpu")
-        folder = resolve(model_config.model, model_config.revision, self.load_config.download_dir)
-        started = time.perf_counter()
-        with bar(disable=get_tensor_model_parallel_rank() != 0) as progress:
-            checkpoint = Checkpoint(folder)
-            self.plan, cached = obtain_plan(
-                checkpoint, request, device=self.device, progress=progress
-            )
-        self.plan.require(checkpoint.files)
-        _return_free_memory()
-        logger.info(
-            "%s plan %s in %.1f s: alpha %s, %d linears",
-            self.plan.method,
-            "from the cache" if cached else "calibrated",
-            time.perf_counter() - started,
-            self.plan.report.get("alpha", "-"),
-            len(self.plan.grids),
-        )
+        if getattr(vllm_config.quant_config, "quantises_at_load", False):
+            self.plan = self._obtain_plan(vllm_config, model_config)
+            _return_free_memory()
         model = super().load_model(vllm_config, model_config, prefix)
         self.plan = None
         _return_free_memory()
         return model
 
+    def _obtain_plan(self, vllm_config: VllmConfig, model_config: ModelConfig) -> Plan:
+        settings = parse_settings(vllm_config.additional_config).weights or WeightSettings()
+        request = settings.request(
+            str(model_config.quantization), vllm_config.parallel_config.tensor_parallel_size
+        )
+        folder = resolve(model_config.model, model_config.revision, self.load_config.download_dir)
+        checkpoint = Checkpoint(folder)
+        started = time.perf_counter()
+        with bar(disable=get_tensor_model_parallel_rank() != 0) as progress:
+            plan, cached = obtain_plan(checkpoint, request, device=self.device, progress=progress)
+        plan.require(checkpoint.files)
+        logger.info(
+            "%s plan %s in %.1f s: alpha %s, %d linears",
+            plan.method,
+            "from the cache" if cached else "calibrated",
+            time.perf_counter() - started,
+            plan.report.get("alpha", "-"),
+            len(plan.grids),
+        )
+        return plan
+
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        assert self.plan is not None
+        if self.plan is None:
+            yield from super().get_all_weights(model_config, model)
+            return
         dtype = model_config.dtype
         before = after = 0
 
