@@ -76,6 +76,7 @@ class QuantMethod(Protocol):
     """Turns a model and calibration tokens into a Plan; the rounding itself is shared."""
 
     name: ClassVar[str]
+    revision: ClassVar[int]  # raised when the same settings would give another plan than before
     settings_type: ClassVar[type[GridSettings]]
     capabilities: ClassVar[Capabilities]
     settings: Any

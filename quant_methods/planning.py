@@ -39,12 +39,14 @@ class PlanRequest(BaseModel):
 
     def key(self, checkpoint: Checkpoint) -> str:
         """The cache key: two requests share one exactly when they give the same plan."""
+        method = self.build()
         text = ""
         if self.calibration.source != SELF and Path(self.calibration.source).is_file():
             text = hashlib.sha256(Path(self.calibration.source).read_bytes()).hexdigest()
         content = {
             "schema": SCHEMA_VERSION,
-            "settings": self.build().settings.model_dump(),
+            "revision": method.revision,
+            "settings": method.settings.model_dump(),
             "calibration": self.calibration.model_dump(exclude={"source"}),
             "text": text or self.calibration.source,
         }

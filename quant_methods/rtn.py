@@ -12,6 +12,7 @@ class RoundToNearest:
     """Group-wise min/max int4 rounding without smoothing or calibration."""
 
     name: ClassVar[str] = "rtn"
+    revision: ClassVar[int] = 1
     settings_type: ClassVar[type[GridSettings]] = GridSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
         calibrates=False, at_load=True, formats=("compressed-tensors", "awq"), paper=""

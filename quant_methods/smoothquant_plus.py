@@ -15,6 +15,7 @@ from torch import nn
 from quant_methods.architecture import LINEARS, Fold
 from quant_methods.base import Capabilities, GridSettings, Progress, silent
 from quant_methods.blocks import Blocks
+from quant_methods.divergence import NextTokenReference
 from quant_methods.grid import fake_quantize
 from quant_methods.plan import Plan
 from quant_methods.smoothing import (
@@ -25,9 +26,6 @@ from quant_methods.smoothing import (
     to_consumer,
     to_producer,
 )
-
-_KL_POSITIONS = 256
-_KL_TOP = 128
 
 
 class SmoothQuantPlusSettings(GridSettings):
@@ -70,6 +68,7 @@ class SmoothQuantPlus:
     """
 
     name: ClassVar[str] = "smoothquant_plus"
+    revision: ClassVar[int] = 2
     settings_type: ClassVar[type[GridSettings]] = SmoothQuantPlusSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
         calibrates=True,
@@ -94,7 +93,7 @@ class SmoothQuantPlus:
         if (alpha := self.settings.alpha) is None:
             coarse = 0.2 if self.settings.search == "coarse" else 0.05
             half = blocks.first(max(1, len(final) // 2)) if coarse > 0.05 else blocks
-            reference = _Reference(
+            reference = NextTokenReference(
                 blocks.model, blocks.arch.layers_prefix, final[: len(half.hidden)]
             )
             tried = 0
@@ -218,29 +217,3 @@ class SmoothQuantPlus:
         if scale is not None:
             mean_square = mean_square / scale.square()
         return clip_percents(weight, self.grids[name], mean_square)
-
-
-class _Reference:
-    """The full-precision next-token distribution at a sample of positions, as its top k."""
-
-    def __init__(self, model: nn.Module, layers_prefix: str, final: torch.Tensor) -> None:
-        self.norm = model.get_submodule(layers_prefix.rpartition(".")[0]).norm
-        self.head = model.get_output_embeddings()
-        total = final.shape[0] * final.shape[1]
-        self.positions = torch.linspace(0, total - 1, min(total, _KL_POSITIONS)).long()
-        log_p = self._log_probabilities(final)
-        self.log_p, self.tokens = log_p.topk(min(_KL_TOP, log_p.shape[-1]), dim=-1)
-
-    @torch.no_grad()
-    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = hidden.flatten(0, 1)[self.positions.to(hidden.device)].to(self.head.weight.device)
-        return torch.log_softmax(self.head(self.norm(rows)).float(), dim=-1)
-
-    def divergence(self, hidden: torch.Tensor) -> float:
-        """Mean KL(full || quantised) in nats per token; all tokens outside the top k are one."""
-        log_q = self._log_probabilities(hidden).gather(-1, self.tokens)
-        p = self.log_p.exp()
-        rest_p = (1 - p.sum(-1)).clamp(min=1e-9)
-        rest_q = (1 - log_q.exp().sum(-1)).clamp(min=1e-9)
-        inside = (p * (self.log_p - log_q)).sum(-1)
-        return (inside + rest_p * (rest_p / rest_q).log()).mean().item()
