@@ -20,6 +20,7 @@ from quant_methods.checkpoint import Checkpoint, resolve
 from quant_methods.errors import CompressError
 
 _DECODE_TOKENS = 32
+_KV_CACHE_BYTES = 1 << 29  # fixed, so that it can be told from weights
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ def evaluate(
                 "model": str(folder),
                 "tokens": tokens,
                 "batch": batch,
-                "engine_args": {"quantization": method or None, "max_model_len": length + 64}
+                "engine_args": {
+                    "quantization": method or None,
+                    "max_model_len": length + 64,
+                    "kv_cache_memory_bytes": _KV_CACHE_BYTES,
+                }
                 | (engine_args or {}),
             },
             model,
