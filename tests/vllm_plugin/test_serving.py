@@ -101,7 +101,13 @@ def reference_nats(folder: Path, request: PlanRequest) -> list[float]:
     return nats
 
 
-@pytest.mark.parametrize("arch", sorted(TINY_MODELS))
+@pytest.mark.parametrize(
+    "arch",
+    [  # mistral has llama's layers; qwen3's are qwen2's with norms that no fold touches
+        pytest.param(arch, marks=[pytest.mark.slow] if arch in ("mistral", "qwen3") else [])
+        for arch in sorted(TINY_MODELS)
+    ],
+)
 def test_every_architecture_serves_its_plan(
     tiny_model: Callable[..., Path],
     arch: str,
