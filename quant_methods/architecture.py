@@ -60,6 +60,10 @@ class Architecture:
             Fold("up_proj", GATE_UP[1], (DOWN,)),
         )
 
+    def first_sharing(self, config: Any) -> dict[str, str]:
+        """Each linear of a layer -> the first of those that share its input: watch that one."""
+        return {c: fold.consumers[0] for fold in self.folds(config) for c in fold.consumers}
+
 
 _GEMMA = Architecture(norm_offset=1.0)
 _GEMMA_SANDWICH = Architecture(mlp_norm="pre_feedforward_layernorm", norm_offset=1.0)

@@ -91,11 +91,7 @@ def compensate(plan: Plan, blocks: Blocks, progress: Progress = silent) -> None:
     Block after block, each on the output of the quantised ones before it. Memory beyond the model:
     fp32 [K, K] for the largest input of a block.
     """
-    shares = {
-        consumer: fold.consumers[0]
-        for fold in blocks.arch.folds(blocks.model.config)
-        for consumer in fold.consumers
-    }
+    first_sharing = blocks.arch.first_sharing(blocks.model.config)
     dtype = torch.float16 if blocks.model.dtype == torch.float16 else torch.bfloat16
     hidden = blocks.hidden
     for index in range(len(blocks)):
@@ -107,13 +103,13 @@ def compensate(plan: Plan, blocks: Blocks, progress: Progress = silent) -> None:
             hessians[name] = x.t() @ x / x.shape[0]
 
         with blocks.resident(index) as block:
-            with blocks.watch(index, tuple(set(shares.values())), see):
+            with blocks.watch(index, tuple(set(first_sharing.values())), see):
                 blocks.run(index, hidden)
             weights = {}
             for name in LINEARS:
                 linear = f"{blocks.arch.layers_prefix}.{index}.{name}"
                 weight = plan.smoothed(linear, block.get_submodule(name).weight)
-                hessian = hessians[shares[name]]
+                hessian = hessians[first_sharing[name]]
                 if (scale := plan.vectors.get(f"{linear}.input")) is not None:
                     scale = scale.to(hessian.device)
                     hessian = hessian / scale[:, None] / scale

@@ -83,11 +83,11 @@ class SmoothQuantPlus:
     @torch.no_grad()
     def plan(self, blocks: Blocks, progress: Progress = silent) -> Plan:
         folds = blocks.arch.folds(blocks.model.config)
-        self.first_sharing = {c: f.consumers[0] for f in folds for c in f.consumers}
+        self.first_sharing = blocks.arch.first_sharing(blocks.model.config)
         self.folds = [f for f in folds if f.from_norm or self.settings.folds == "all"]
         self.grids = self.settings.grids(blocks.model.config)
         self.statistics, final = self._observe(
-            blocks, tuple({f.consumers[0] for f in folds}), progress
+            blocks, tuple(set(self.first_sharing.values())), progress
         )
         report: dict[str, Any] = {}
         if (alpha := self.settings.alpha) is None:
