@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``compress`` section of ``--additional-config``, validated here and only here."""
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kv_policies.base import KVPolicy
+from kv_policies.profile import Share
+from kv_policies.registry import build_policy
 from quant_methods.calibration import CalibrationSettings
 from quant_methods.errors import CompressError, joined
 from quant_methods.planning import PlanRequest
@@ -41,12 +45,58 @@ class WeightSettings(BaseModel):
         return request
 
 
+class KVSettings(BaseModel):
+    """``compress.kv``: these keys, plus those of the policy, such as ``queries`` of prefix_kv."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    policy: str = Field(description="what is scored: see `vllm-compress methods`")
+    keep: Share | None = Field(
+        None,
+        description="share of the KV cache that stays, in (0, 1]; smaller: more requests fit, more "
+        "is forgotten. May be left out with a profile, which names its own",
+    )
+    profile: Path | None = Field(
+        None,
+        description="per-layer shares, a file made by `vllm-compress profile`; none: every layer "
+        "keeps the same",
+    )
+    levels: int | None = Field(
+        None, ge=1, le=8, description="groups that a profile's layers are cut into; its own if none"
+    )
+    decode_window: int = Field(
+        256,
+        ge=0,
+        description="generated tokens are compacted in windows of this many, a multiple of the "
+        "block size; smaller: memory is given back earlier, choices see less; 0: never",
+    )
+    min_prompt: int = Field(
+        128, ge=0, description="prompts of fewer tokens keep everything, rounded up to whole blocks"
+    )
+    min_blocks: int = Field(
+        1, ge=1, description="blocks that a compacted prompt or window keeps at least"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> "KVSettings":
+        if self.keep is None and self.profile is None:
+            raise ValueError("needs `keep`, the share that stays, or a `profile`")
+        if self.levels is not None and self.profile is None:
+            raise ValueError("`levels` cuts a profile's layers; add `profile` or remove it")
+        return self
+
+    def build(self) -> KVPolicy:
+        """The policy with its own settings; KVPolicyError lists what is wrong with them."""
+        return build_policy(self.policy, dict(self.model_extra or {}))
+
+
 class Settings(BaseModel):
     """``compress``: one section per kind of compression."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     weights: WeightSettings | None = None
+    kv: KVSettings | None = None
 
 
 def parse_settings(additional_config: Any) -> Settings:
