@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from kv_policies.layout import Segment
+from kv_policies.layout import Layout
 
 
 class NoSettings(BaseModel):
@@ -49,8 +49,8 @@ class KVPolicy(Protocol):
     """Scores the tokens of a segment. The caller sums ``observe`` over the chunks, then ``score``s.
 
     *The segment's keys* are those of the whole prompt, its raw tail included, or those of one
-    decode window. Positions count from the segment's first key. Which queries are observed is
-    ``observed_queries``; the sum over any cut of them is the same sum.
+    decode window. Queries are observed of prompts only, from ``first_observed`` on; the sum over
+    any cut of them is the same sum.
     """
 
     name: ClassVar[str]
@@ -101,19 +101,14 @@ class QueryFreePolicy:
         return None
 
 
-def observed_queries(policy: KVPolicy, segment: Segment, first_private: int) -> range:
-    """The token positions whose queries the engine observes for a segment; empty for none.
+def first_observed(policy: KVPolicy, layout: Layout, n: int) -> int:
+    """The prompt position from which on queries are observed, of a prompt of n tokens.
 
-    Of a prompt: from ``Layout.first_private`` on. Queries before it may belong to another request's
-    cached prefix and are then not there; leaving them out always makes scores, and so texts, the
-    same with prefix caching on and off. Of a decode window: its last one, the only one that is
-    there in every step that completes the window.
+    Queries before ``Layout.first_private`` may belong to another request's cached prefix and are
+    then not there; leaving them out always makes scores, and so texts, the same with prefix caching
+    on and off. Decode windows are scored without queries: see ``compaction.window_policy``.
     """
-    if not policy.capabilities.needs_queries:
-        return range(segment.ends, segment.ends)
-    if segment.start:
-        return range(segment.ends - 1, segment.ends)
-    return range(max(policy.first_query(segment.ends), first_private), segment.ends)
+    return max(policy.first_query(n), layout.first_private(n))
 
 
 def valid(lengths: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import torch
 
-from kv_policies.errors import KVPolicyError
+from compress_common.errors import CompressError
 
 # vLLM pads groups of layers to one size and refuses to pad by half or more.
 _MAX_LEVELS = 8
@@ -26,9 +26,9 @@ def exact(keep: float | str | Fraction) -> Fraction:
     try:
         value = keep if isinstance(keep, Fraction) else Fraction(str(keep))
     except (ValueError, ZeroDivisionError):
-        raise KVPolicyError(f"keep must be a number in (0, 1], got {keep!r}") from None
+        raise CompressError(f"keep must be a number in (0, 1], got {keep!r}") from None
     if not 0 < value <= 1:
-        raise KVPolicyError(
+        raise CompressError(
             f"keep is the share of the cache that stays and must be in (0, 1], got {keep}"
         )
     return value
@@ -47,9 +47,9 @@ def mass_beyond(attention: torch.Tensor) -> torch.Tensor:
     """
     mass = attention.double()
     if not bool(torch.isfinite(mass).all()) or bool((mass < 0).any()):
-        raise KVPolicyError("attention must be finite and not negative")
+        raise CompressError("attention must be finite and not negative")
     if bool((mass.sum(-1) <= 0).any()):
-        raise KVPolicyError("every layer needs some attention; a row is all zero")
+        raise CompressError("every layer needs some attention; a row is all zero")
     ordered = mass.sort(dim=-1).values
     # Summed from the smallest up: 1 - cumsum from the largest would saturate in long prompts.
     tail = ordered.cumsum(-1).flip(-1)
@@ -70,7 +70,7 @@ def water_fill(attention: torch.Tensor, total: int) -> torch.Tensor:
     """
     layers, tokens = attention.shape
     if not layers <= total <= layers * tokens:
-        raise KVPolicyError(
+        raise CompressError(
             f"a budget of {total} tokens does not fit {layers} layers of {tokens} tokens: "
             f"from {layers} to {layers * tokens} do"
         )
@@ -87,14 +87,14 @@ def fractions_of(samples: Sequence[torch.Tensor], keep: Fraction) -> list[Fracti
     alone, and the fractions are averaged (the paper's offline mode).
     """
     if not samples:
-        raise KVPolicyError("a profile needs at least one calibration sample")
+        raise CompressError("a profile needs at least one calibration sample")
     layers = samples[0].shape[0]
     sums = [Fraction(0)] * layers
     for attention in samples:
         tokens = attention.shape[1]
         budget = keep * layers * tokens
         if budget < layers:
-            raise KVPolicyError(
+            raise CompressError(
                 f"keep {keep} of a sample of {tokens} tokens is less than one token; "
                 f"use samples of at least {math.ceil(1 / keep)} tokens"
             )
@@ -174,7 +174,7 @@ def quantise(fractions: Sequence[Fraction], levels: int | None = None) -> Levels
     levels = pick_levels(layers) if levels is None else levels
     if not 1 <= levels <= _MAX_LEVELS or not _even_enough(layers, levels):
         valid = [n for n in range(1, _MAX_LEVELS + 1) if _even_enough(layers, n)]
-        raise KVPolicyError(
+        raise CompressError(
             f"{layers} layers cannot be cut into {levels} levels of (nearly) equal size; "
             f"possible: {', '.join(map(str, valid))}"
         )

@@ -62,7 +62,7 @@ from typing import NamedTuple
 
 import torch
 
-from kv_policies.errors import joined
+from compress_common.errors import joined
 
 # Keeps num * columns inside int64 for any realistic prompt.
 _MAX_DENOMINATOR = 10**9
@@ -113,7 +113,8 @@ class Layout:
     window: generated tokens per decode window, a multiple of block_size. Smaller: memory is given
         back earlier, each choice sees less. 0: generated tokens are never compacted.
     min_blocks: blocks that a compacted segment keeps at least. Larger: short prompts lose less.
-    min_prompt: prompts of fewer tokens are not compacted (their decode windows are).
+    min_prompt: prompts of fewer tokens are not compacted (their decode windows are); a multiple of
+        block_size, so that a prompt's full blocks, all that a cache lookup knows of it, tell.
     """
 
     block_size: int
@@ -139,8 +140,11 @@ class Layout:
             )
         if self.min_blocks < 1:
             problems.append(f"min_blocks must be at least 1, got {self.min_blocks}")
-        if self.min_prompt < 0:
-            problems.append(f"min_prompt must be at least 0, got {self.min_prompt}")
+        if self.min_prompt < 0 or (self.block_size >= 2 and self.min_prompt % self.block_size):
+            problems.append(
+                f"min_prompt must be 0 or a multiple of the block size {self.block_size}, "
+                f"got {self.min_prompt}"
+            )
         if problems:
             raise joined(problems)
 
@@ -242,8 +246,8 @@ class Layout:
 
         A hit never reaches a destination, so no block shared with others is overwritten, and it
         leaves at least the last prompt token to compute. For a resumed request n is still the
-        prompt length. Where the limit must be computed without the request at hand, as for
-        several keep levels, use the smallest.
+        prompt length. With only the prompt's full blocks at hand, ``cacheable`` of their tokens is
+        at most this.
         """
         return self.cacheable(n, max(0, n - 1)) // self.block_size * self.block_size
 
@@ -285,6 +289,12 @@ class Layout:
             return torch.zeros_like(n)
         boundary = (n + (self.block_size - 1)) // self.block_size * self.block_size
         return (c - boundary).clamp_(min=0).div_(self.window, rounding_mode="floor").mul_(n > 0)
+
+    def window_ends(self, n: torch.Tensor, c: torch.Tensor, q: torch.Tensor) -> bool:
+        """Whether some request completes a decode window in the step ``[c, c + q)``."""
+        if not self.window:
+            return False
+        return bool((self._windows_batch(n, c + q) > self._windows_batch(n, c)).any())
 
     def view(
         self,

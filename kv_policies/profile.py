@@ -17,9 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+from compress_common.errors import CompressError, explain, joined
 from kv_policies.budget import Levels, exact, quantise
-from kv_policies.errors import KVPolicyError, joined
-from kv_policies.registry import explain
 
 SCHEMA: Final = "vllm-compress/kv-profile"
 VERSION: Final = 1
@@ -110,7 +109,7 @@ class Profile(_Strict):
                 problems.append(f"the mean of the fractions is {mean}, keep is {self.keep}")
             try:
                 quantise(self.fractions, self.levels)
-            except KVPolicyError as error:
+            except CompressError as error:
                 problems.append(str(error))
         if problems:
             raise ValueError("; ".join(problems))
@@ -142,22 +141,22 @@ def load(
 ) -> Profile:
     """Read and check a profile; with ``model``, also that it was made for it.
 
-    layers: the model's layers that the engine can compress; None: all of them. KVPolicyError lists
+    layers: the model's layers that the engine can compress; None: all of them. CompressError lists
     everything that is wrong.
     """
     again = f"make one with `vllm-compress profile {model.name if model else 'MODEL'} --keep KEEP`"
     try:
         content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise KVPolicyError(
+        raise CompressError(
             f"cannot read the profile {path}: {error.strerror or error}; {again}"
         ) from error
     except ValueError as error:  # of JSON, or of the encoding
-        raise KVPolicyError(f"the profile {path} is not JSON ({error}); {again}") from error
+        raise CompressError(f"the profile {path} is not JSON ({error}); {again}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise KVPolicyError(f"{path} is not a KV profile (schema {SCHEMA!r}); {again}")
+        raise CompressError(f"{path} is not a KV profile (schema {SCHEMA!r}); {again}")
     if content.get("version") != VERSION:
-        raise KVPolicyError(
+        raise CompressError(
             f"the profile {path} has version {content.get('version')!r}, this plugin reads version "
             f"{VERSION}; {again}"
         )

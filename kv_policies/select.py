@@ -36,16 +36,6 @@ def select(
     return ascending.masked_fill_(ascending == tokens, -1)
 
 
-def token_slots(table: torch.Tensor, tokens: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Physical slots ``block * block_size + offset`` of token positions, shape of ``tokens``.
-
-    table: int [R, C], physical block per column. tokens: int64 [R, ...], positions; -1 stays -1.
-    """
-    columns = (tokens.clamp(min=0) // block_size).flatten(1)
-    blocks = table.gather(1, columns).view(tokens.shape).long()
-    return torch.where(tokens < 0, -1, blocks * block_size + tokens % block_size)
-
-
 def pack(content: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """K or V of the chosen tokens: [R, Hkv, T, D] and [R, H, K] to [R, Hkv, K, D].
 

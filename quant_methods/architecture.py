@@ -8,7 +8,7 @@ a fold along a wrong edge would corrupt the model without an error.
 from dataclasses import dataclass
 from typing import Any
 
-from quant_methods.errors import joined
+from compress_common.errors import joined
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 O_PROJ = "self_attn.o_proj"

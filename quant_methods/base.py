@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compress_common.errors import CompressError
 from quant_methods.architecture import ROW_PARALLEL, linear_shapes
 from quant_methods.blocks import Blocks
-from quant_methods.errors import CompressError
 from quant_methods.grid import Grid, pick_group_size
 from quant_methods.plan import Plan
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from compress_common.errors import CompressError
 from quant_methods.architecture import Architecture
-from quant_methods.errors import CompressError
 
 
 class Blocks:

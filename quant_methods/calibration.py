@@ -9,7 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from quant_methods.errors import CompressError
+from compress_common.errors import CompressError
+from quant_methods.base import Progress, silent
 
 SELF = "self"
 
@@ -30,38 +31,54 @@ class CalibrationSettings(BaseModel):
 
 
 def calibration_tokens(
-    settings: CalibrationSettings, model: nn.Module, tokenizer: Any
+    settings: CalibrationSettings, model: nn.Module, tokenizer: Any, progress: Progress = silent
 ) -> torch.Tensor:
     """Token ids, int64 [samples, length]; CompressError when the text is missing or too short."""
     limit = getattr(model.config, "max_position_embeddings", settings.length)
     if settings.length > limit:
         raise CompressError(
             f"calibration length {settings.length} exceeds the model's {limit} positions; "
-            "lower calibration.length"
+            "lower the length"
         )
     if settings.source == SELF:
-        return _self_sampled(settings, model, tokenizer)
+        return _self_sampled(settings, model, tokenizer, progress)
     path = Path(settings.source)
     if not path.is_file():
         raise CompressError(
-            f"calibration source {settings.source!r} is not a file; give 'self' or the path of a "
+            f"calibration text {settings.source!r} is not a file; give 'self' or the path of a "
             ".txt or .jsonl file"
         )
     return _windows(_read(path, tokenizer), settings)
 
 
-def _self_sampled(settings: CalibrationSettings, model: nn.Module, tokenizer: Any) -> torch.Tensor:
+class _Sampled:
+    """A streamer for ``generate`` that only counts the steps."""
+
+    def __init__(self, length: int, progress: Progress) -> None:
+        self.length, self.progress, self.done = length, progress, 0
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.done += 1
+        self.progress("sample text", self.done, self.length)
+
+    def end(self) -> None:
+        pass
+
+
+def _self_sampled(
+    settings: CalibrationSettings, model: nn.Module, tokenizer: Any, progress: Progress
+) -> torch.Tensor:
     start = next(
         (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None
     )
     if start is None:
         raise CompressError(
             "the tokenizer names neither a begin nor an end token, so the model cannot start a "
-            "text of its own; give a text file as calibration.source"
+            "text of its own; give a text file instead"
         )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(settings.seed)
-        prompt = torch.full((settings.samples, 1), start)
+        prompt = torch.full((settings.samples, 1), start, device=model.device)
         tokens = model.generate(  # type: ignore[operator]
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -73,8 +90,9 @@ def _self_sampled(settings: CalibrationSettings, model: nn.Module, tokenizer: An
             top_p=1.0,
             repetition_penalty=1.0,
             pad_token_id=tokenizer.eos_token_id or start,
+            streamer=_Sampled(settings.length, progress),
         )
-    return tokens
+    return tokens.cpu()
 
 
 def _read(path: Path, tokenizer: Any) -> list[int]:
@@ -111,8 +129,8 @@ def _windows(ids: list[int], settings: CalibrationSettings) -> torch.Tensor:
     if len(ids) < need:
         raise CompressError(
             f"the calibration text has {len(ids)} tokens, {need} are needed "
-            f"({settings.samples} samples of {settings.length}); give a longer text or lower "
-            "calibration.samples or calibration.length"
+            f"({settings.samples} samples of {settings.length}); give a longer text, or lower "
+            "the samples or the length"
         )
     stride = (len(ids) - settings.length) / max(settings.samples - 1, 1)
     starts = [round(i * stride) for i in range(settings.samples)]

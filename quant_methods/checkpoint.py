@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from quant_methods.errors import CompressError
+from compress_common.errors import CompressError
 
 # Fingerprints read this much from three places of each file: enough to tell checkpoints apart,
 # fast on a 100 GB model.

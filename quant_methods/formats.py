@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from compress_common.errors import CompressError
 from quant_methods.architecture import LINEARS
-from quant_methods.errors import CompressError
 from quant_methods.grid import Grid, QuantizedWeight
 from quant_methods.packing import to_awq, to_compressed_tensors
 

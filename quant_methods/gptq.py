@@ -7,10 +7,10 @@ https://arxiv.org/abs/2210.17323
 
 import torch
 
+from compress_common.errors import CompressError
 from quant_methods.architecture import LINEARS
 from quant_methods.base import Progress, silent
 from quant_methods.blocks import Blocks
-from quant_methods.errors import CompressError
 from quant_methods.grid import LEVELS, Grid, QuantizedWeight, quantize
 from quant_methods.plan import Plan
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quant_methods.errors import CompressError
+from compress_common.errors import CompressError
 
 LEVELS = 16
 GROUP_SIZES = (128, 64, 32)

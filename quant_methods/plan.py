@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from quant_methods.errors import CompressError
+from compress_common.errors import CompressError
 from quant_methods.grid import Grid, QuantizedWeight, quantize
 from quant_methods.packing import pack_int32, unpack_int32
 

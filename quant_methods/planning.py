@@ -12,13 +12,13 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from compress_common.errors import CompressError
 from quant_methods.architecture import architecture_of
 from quant_methods.base import Progress, QuantMethod, silent
 from quant_methods.blocks import Blocks
 from quant_methods.cache import cache_dir
 from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.errors import CompressError
 from quant_methods.gptq import compensate
 from quant_methods.plan import SCHEMA_VERSION, Plan
 from quant_methods.registry import build_method
@@ -99,8 +99,7 @@ def _calibrate(
     progress("load model", 0, 1)
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    progress("calibration text", 0, 1)
-    tokens = calibration_tokens(request.calibration, model, tokenizer)
+    tokens = calibration_tokens(request.calibration, model, tokenizer, progress)
     blocks = Blocks(model, arch, tokens, device)
     plan = method.plan(blocks, progress)
     if compensates:

@@ -13,10 +13,10 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
+from compress_common.errors import CompressError
 from quant_methods.architecture import architecture_of
 from quant_methods.base import Progress, silent
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.errors import CompressError
 from quant_methods.formats import FORMATS, Format
 from quant_methods.grid import QuantizedWeight
 from quant_methods.plan import Plan

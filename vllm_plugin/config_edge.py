@@ -2,7 +2,8 @@
 """The one wrapper around vLLM: ``EngineArgs.create_engine_config``, as vLLM's own plugins have it.
 
 It reads our section of ``--additional-config`` once, refuses what cannot work before any worker
-starts, and sets the load format that the user left alone. Nothing else of vLLM is wrapped.
+starts, and sets what the user left alone: load format, block size, worker class. Nothing else of
+vLLM is wrapped.
 """
 
 from functools import wraps
@@ -11,11 +12,12 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from compress_common.errors import CompressError, joined
 from quant_methods.architecture import architecture_of
-from quant_methods.errors import CompressError, joined
+from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
 from vllm_plugin.quantization.config import SmoothQuantPlusConfig
 from vllm_plugin.quantization.loader import LOAD_FORMAT
-from vllm_plugin.settings import KEY, WeightSettings, parse_settings
+from vllm_plugin.settings import KEY, Settings, WeightSettings, parse_settings
 
 # Safetensors under any name that vLLM has for them.
 _LOAD_FORMATS = ("auto", "hf", "safetensors")
@@ -30,17 +32,24 @@ def install() -> None:
 
     @wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        settings = parse_settings(self.additional_config)
+        if settings.kv is not None:
+            choose_engine_args(self)
         config = original(self, *args, **kwargs)
-        apply_settings(config)
+        apply_settings(config, settings, self.worker_cls)
         return config
 
     setattr(create_engine_config, _MARK, True)
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
 
 
-def apply_settings(config: VllmConfig) -> None:
-    """Complete a VllmConfig from our settings; CompressError lists every problem found."""
-    settings = parse_settings(config.additional_config)
+def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto") -> None:
+    """Complete a VllmConfig from our settings; CompressError lists every problem found.
+
+    worker: ``--worker-cls`` as the user gave it.
+    """
+    if settings.kv is not None:
+        apply_kv(config, settings.kv, worker)
     if isinstance(config.quant_config, SmoothQuantPlusConfig):
         _apply_weights(config, config.quant_config, settings.weights or WeightSettings())
     elif settings.weights is not None:

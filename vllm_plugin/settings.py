@@ -6,13 +6,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from compress_common.errors import CompressError, explain, joined
 from kv_policies.base import KVPolicy
 from kv_policies.profile import Share
 from kv_policies.registry import build_policy
 from quant_methods.calibration import CalibrationSettings
-from quant_methods.errors import CompressError, joined
 from quant_methods.planning import PlanRequest
-from quant_methods.registry import explain
 
 KEY = "compress"
 
@@ -86,7 +85,7 @@ class KVSettings(BaseModel):
         return self
 
     def build(self) -> KVPolicy:
-        """The policy with its own settings; KVPolicyError lists what is wrong with them."""
+        """The policy with its own settings; CompressError lists what is wrong with them."""
         return build_policy(self.policy, dict(self.model_extra or {}))
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_policies.errors import KVPolicyError
+from compress_common.errors import CompressError
 from kv_policies.layout import Layout, Segment
 
 KEEPS = st.fractions(min_value=Fraction(1, 60), max_value=1, max_denominator=60)
@@ -21,7 +21,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         draw(KEEPS),
         window=block_size * draw(st.integers(0, 5)),
         min_blocks=draw(st.integers(1, 3)),
-        min_prompt=draw(st.integers(0, 30)),
+        min_prompt=block_size * draw(st.integers(0, 6)),
     )
 
 
@@ -66,13 +66,24 @@ def test_caching_limits() -> None:
 
 
 def test_bad_arguments_are_listed_at_once() -> None:
-    with pytest.raises(KVPolicyError) as caught:
+    with pytest.raises(CompressError) as caught:
         Layout(16, Fraction(5, 4), window=40, min_blocks=0, min_prompt=-1)
     assert "4 problems" in str(caught.value)
-    with pytest.raises(KVPolicyError, match="exact Fraction"):
+    with pytest.raises(CompressError, match="exact Fraction"):
         Layout(16, 0.25)  # type: ignore[arg-type]
-    with pytest.raises(KVPolicyError, match="at least 2"):
+    with pytest.raises(CompressError, match="at least 2"):
         Layout(1, Fraction(1))
+
+
+@given(layouts(), st.integers(1, 120), st.integers(1, 300))
+@settings(deadline=None)
+def test_the_full_blocks_of_a_prompt_tell_how_far_a_hit_may_reach(
+    layout: Layout, n: int, longest: int
+) -> None:
+    full = n // layout.block_size * layout.block_size
+    assert layout.cacheable(full, min(longest, n - 1)) <= layout.cacheable(n, n - 1)
+    if layout.first_destination(n) is None:
+        assert layout.cacheable(full, n - 1) == n - 1
 
 
 @given(layouts(), st.integers(1, 120), st.integers(0, 300))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import ast
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kv_policies
+from compress_common.errors import CompressError
 from kv_policies.attention import attention_received
-from kv_policies.base import KVPolicy, observed_queries
-from kv_policies.errors import KVPolicyError
-from kv_policies.layout import Segment
+from kv_policies.base import KVPolicy, first_observed
+from kv_policies.layout import Layout
 from kv_policies.registry import build_policy, policies
 from kv_policies.select import select
 
@@ -135,22 +136,21 @@ def test_recent_keeps_sinks_and_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "first_private", "expected"),
+    ("name", "values", "keep", "expected"),
     [
-        ("prefix_kv", {}, 736, range(736, 1000)),
-        ("prefix_kv", {"queries": 64}, 736, range(936, 1000)),
-        ("snap_kv", {}, 736, range(968, 1000)),
-        ("snap_kv", {}, 976, range(976, 1000)),
-        ("key_diff", {}, 736, range(0)),
+        ("prefix_kv", {}, Fraction(1, 4), 736),
+        ("prefix_kv", {"queries": 64}, Fraction(1, 4), 936),
+        ("snap_kv", {}, Fraction(1, 4), 968),
+        ("snap_kv", {"window": 512}, Fraction(1, 4), 736),
+        ("key_diff", {}, Fraction(1, 4), 1000),
     ],
 )
 def test_queries_of_a_cached_prefix_are_never_observed(
-    name: str, values: dict[str, int], first_private: int, expected: range
+    name: str, values: dict[str, int], keep: Fraction, expected: int
 ) -> None:
-    policy = build_policy(name, values)
-    assert observed_queries(policy, Segment(0, 62, 16, 1000), first_private) == expected
-    window = observed_queries(policy, Segment(63, 79, 4, 1264), first_private)
-    assert len(window) == policy.capabilities.needs_queries and window.stop == 1264
+    layout = Layout(16, keep)
+    assert layout.hit_limit(1000) == 736
+    assert first_observed(build_policy(name, values), layout, 1000) == expected
 
 
 def test_registry() -> None:
@@ -159,30 +159,10 @@ def test_registry() -> None:
         assert kind.name == name and kind.__doc__
         assert isinstance(build_policy(name, {}), KVPolicy)
         assert kind.capabilities.paper.startswith("https://")
-    with pytest.raises(KVPolicyError, match="did you mean 'snap_kv'"):
+    with pytest.raises(CompressError, match="KV policy 'snapkv'; did you mean 'snap_kv'"):
         build_policy("snapkv", {})
-    with pytest.raises(KVPolicyError) as caught:
-        build_policy("snap_kv", {"windows": 3, "pool": 0})
-    assert "2 problems" in str(caught.value) and "did you mean 'window'" in str(caught.value)
-
-
-def test_third_party_policies(monkeypatch: pytest.MonkeyPatch) -> None:
-    recent = policies()["recent"]
-
-    class Entry:
-        name = value = "other"
-
-        def __init__(self, name: str) -> None:
-            self.kind = type("Other", (recent,), {"name": name})
-
-        def load(self) -> type:
-            return self.kind
-
-    monkeypatch.setattr("kv_policies.registry.entry_points", lambda group: [Entry("mine")])
-    assert build_policy("mine", {"sinks": 1}).name == "mine"
-    monkeypatch.setattr("kv_policies.registry.entry_points", lambda group: [Entry("recent")])
-    with pytest.raises(KVPolicyError, match="which exists"):
-        policies()
+    with pytest.raises(CompressError, match="did you mean 'window'"):
+        build_policy("snap_kv", {"windows": 3})
 
 
 def test_imports_neither_vllm_nor_the_other_packages() -> None:

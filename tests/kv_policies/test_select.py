@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_policies.select import pack, select, token_slots
+from kv_policies.select import pack, select
 
 
 @st.composite
@@ -60,20 +60,11 @@ def test_padding_rows_keep_nothing() -> None:
     assert chosen.tolist() == [[[-1, -1]], [[0, 3]]]
 
 
-def test_pack_and_slots_find_the_chosen_tokens() -> None:
-    block_size, heads = 4, 2
-    table = torch.tensor([[7, 2, 5], [1, 0, 6]], dtype=torch.int32)
+def test_pack_finds_the_chosen_tokens() -> None:
     chosen = torch.tensor([[[0, 5, 11], [2, 3, -1]], [[0, 1, 4], [8, 9, 10]]])
-    slots = token_slots(table, chosen, block_size)
-    assert slots[0].tolist() == [[28, 9, 23], [30, 31, -1]]
-    cache = torch.randn(8 * block_size, heads, 3)  # [slots, heads, D]
-    order = (table[:, :, None] * block_size + torch.arange(block_size)).flatten(1).long()
-    content = cache[order].transpose(1, 2)  # [R, heads, T, D]
+    content = torch.randn(2, 2, 12, 3)  # [R, heads, T, D]
     packed = pack(content, chosen)
-    for row in range(2):
-        for head in range(heads):
-            for i, slot in enumerate(slots[row, head].tolist()):
-                if slot >= 0:
-                    assert torch.equal(packed[row, head, i], cache[slot, head])
+    for row, head, i in (chosen >= 0).nonzero().tolist():
+        assert torch.equal(packed[row, head, i], content[row, head, chosen[row, head, i]])
     shared = pack(content, chosen[:, :1])
     assert torch.equal(shared[:, 1, 1], content[torch.arange(2), 1, chosen[:, 0, 1]])

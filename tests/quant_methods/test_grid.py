@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant_methods.errors import CompressError
+from compress_common.errors import CompressError
 from quant_methods.grid import GROUP_SIZES, Grid, fake_quantize, pick_group_size, quantize
 
 grids = st.builds(Grid, st.sampled_from(GROUP_SIZES), st.booleans())

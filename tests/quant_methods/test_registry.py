@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from compress_common.errors import CompressError
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.errors import CompressError
 from quant_methods.planning import PlanRequest
 from quant_methods.registry import build_method, methods
 
@@ -17,18 +17,13 @@ def test_built_in_methods() -> None:
         assert method.__doc__
 
 
-def test_unknown_method_names_the_nearest() -> None:
-    with pytest.raises(CompressError, match="did you mean 'smoothquant_plus'"):
+def test_messages_name_the_nearest_method_and_setting() -> None:
+    with pytest.raises(
+        CompressError, match="method 'smoothquant'; did you mean 'smoothquant_plus'"
+    ):
         build_method("smoothquant", {})
-
-
-def test_all_bad_settings_are_listed_at_once() -> None:
-    with pytest.raises(CompressError) as caught:
-        build_method("smoothquant_plus", {"groupsize": 64, "alpha": 3})
-    text = str(caught.value)
-    assert "did you mean 'group_size'" in text
-    assert "smoothquant_plus.alpha" in text
-    assert "2 problems" in text
+    with pytest.raises(CompressError, match="did you mean 'group_size'"):
+        build_method("smoothquant_plus", {"groupsize": 64})
 
 
 def test_a_new_revision_does_not_reuse_cached_plans(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from compress_common.errors import CompressError
 from quant_methods.architecture import architecture_of, linear_shapes
 from quant_methods.blocks import Blocks
-from quant_methods.errors import CompressError
 from quant_methods.grid import QuantizedWeight
 from quant_methods.plan import Plan
 from quant_methods.registry import build_method

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from compress_common.errors import CompressError
 from quant_methods import writing
 from quant_methods.calibration import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint, resolve
-from quant_methods.errors import CompressError
 from quant_methods.grid import Grid
 from quant_methods.packing import from_awq, from_compressed_tensors
 from quant_methods.planning import PlanRequest, obtain_plan

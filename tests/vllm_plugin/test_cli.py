@@ -48,9 +48,13 @@ def test_quantize_prints_a_table_and_json(
 
 def test_methods_and_help(run: Callable) -> None:
     rows = json.loads(run("methods", "--json").stdout)
-    assert rows["smoothquant_plus"]["at_load"]
-    assert "alpha" in rows["smoothquant_plus"]["settings"]
-    assert "alpha" in run("methods").stdout
+    assert rows["weights"]["smoothquant_plus"]["at_load"]
+    assert rows["weights"]["smoothquant_plus"]["settings"]["alpha"]["default"] is None
+    assert rows["kv"]["prefix_kv"]["needs_profile"]
+    assert rows["kv"]["snap_kv"]["settings"]["window"]["default"] == 32
+    table = run("methods").stdout
+    assert "alpha" in table
+    assert "snap_kv" in table
     help_text = run("quantize", "--help").stdout
     assert "Example" in help_text
     assert "--calibration" in help_text

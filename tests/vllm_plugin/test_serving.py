@@ -179,7 +179,7 @@ def test_bad_settings_are_refused_at_start(
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from quant_methods.errors import CompressError
+    from compress_common.errors import CompressError
 
     arguments = {"quantization": "smoothquant_plus"} | engine_args
     with pytest.raises(CompressError, match=expected):

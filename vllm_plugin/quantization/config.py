@@ -11,8 +11,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsWNA16,
 )
 
+from compress_common.errors import CompressError
 from quant_methods.architecture import LINEARS
-from quant_methods.errors import CompressError
 from quant_methods.formats import MARKER, compressed_tensors_config
 from quant_methods.grid import Grid
 from vllm_plugin.quantization.cpu_int4 import Activations

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one exception type that reaches users as a message without a traceback, and its texts."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from pydantic import ValidationError
+
+
+class CompressError(ValueError):
+    """A problem the user can fix: the text says what was found, what is allowed, what to change."""
+
+
+def joined(problems: list[str]) -> CompressError:
+    """One error that lists every problem found."""
+    if len(problems) == 1:
+        return CompressError(problems[0])
+    return CompressError(f"{len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` when a valid name is close, else nothing."""
+    close = get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def explain(error: ValidationError, where: str, valid: Iterable[str]) -> list[str]:
+    """One line per problem of a pydantic error, ``where`` being what was validated.
+
+    valid: the keys of ``where`` itself, for the nearest one to an unknown key.
+    """
+    valid = list(valid)
+    lines = []
+    for problem in error.errors():
+        path = [where, *map(str, problem["loc"])]
+        section, key, at = ".".join(path[:-1]), path[-1], ".".join(path)
+        message, got = problem["msg"], problem["input"]
+        if problem["type"] == "extra_forbidden":
+            line = f"{section}: unknown setting {key!r}"
+            if section == where:  # pydantic does not say what a nested section allows
+                line += f"{nearest(key, valid)} (valid: {', '.join(valid) or 'none'})"
+        elif problem["type"] == "missing":
+            line = f"{section}: {key!r} is missing"
+        elif problem["type"] == "value_error":
+            message = message.removeprefix("Value error, ")
+            # A validator of a whole section gets all of it; one of ours says itself what it got.
+            told = isinstance(got, dict) or ", got " in message
+            line = f"{at}: {message}" if told else f"{at}: {message}, got {got!r}"
+        else:
+            line = f"{at}: {message}, got {got!r}"
+        lines.append(line)
+    return lines

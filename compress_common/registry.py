@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classes by name: ours, and third parties' through an entry-point group. Fails closed."""
+
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from pydantic import ValidationError
+
+from compress_common.errors import CompressError, explain, joined, nearest
+
+
+class Named(Protocol):
+    """A class that can be registered: a name, a pydantic model of settings, built from one."""
+
+    name: ClassVar[str]
+    settings_type: ClassVar[Any]
+
+    def __init__(self, settings: Any) -> None: ...
+
+
+T = TypeVar("T", bound=Named)
+
+
+@dataclass(frozen=True)
+class Registry(Generic[T]):
+    """The classes of one kind.
+
+    noun: what one of them is called in messages.
+    group: entry-point group of those from other packages.
+    """
+
+    noun: str
+    group: str
+    built_in: tuple[type[T], ...]
+
+    def classes(self) -> dict[str, type[T]]:
+        """Every registered class; CompressError when two claim one name or one cannot be loaded."""
+        found = {kind.name: kind for kind in self.built_in}
+        for entry in entry_points(group=self.group):
+            source = f"entry point {entry.name!r} ({entry.value})"
+            try:
+                kind = entry.load()
+                name = kind.name
+            except (ImportError, AttributeError) as error:
+                raise CompressError(
+                    f"{source} gives no {self.noun}: {error}; repair or uninstall it"
+                ) from error
+            if found.setdefault(name, kind) is not kind:
+                raise CompressError(
+                    f"{source} registers {self.noun} {name!r}, which exists; rename or uninstall it"
+                )
+        return found
+
+    def build(self, name: str, settings: dict[str, Any]) -> T:
+        """One, with validated settings; CompressError lists every bad key and value at once."""
+        known = self.classes()
+        if name not in known:
+            raise CompressError(
+                f"unknown {self.noun} {name!r}{nearest(name, known)} "
+                f"(registered: {', '.join(sorted(known))})"
+            )
+        kind = known[name]
+        try:
+            return kind(kind.settings_type(**settings))
+        except ValidationError as error:
+            raise joined(explain(error, name, kind.settings_type.model_fields)) from error

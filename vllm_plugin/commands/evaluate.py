@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-compress eval``: compare models through vLLM."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from compress_common.errors import CompressError
+from vllm_plugin.commands.common import AsJson, gib, out
+from vllm_plugin.evaluate import as_rows, evaluate
+from vllm_plugin.progress import bar
+
+
+def evaluate_models(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="model folders or hub ids; MODEL@METHOD quantises while loading. The first is "
+            "what the others are compared with"
+        ),
+    ],
+    text: Annotated[Path, typer.Option(help="text file, held out from calibration")],
+    windows: Annotated[int, typer.Option(min=1, help="windows of text: more are steadier")] = 32,
+    length: Annotated[int, typer.Option(min=16, help="tokens per window")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="requests at once when decoding is timed")] = 8,
+    engine_args: Annotated[
+        str, typer.Option(help="JSON object of engine arguments for all models")
+    ] = "{}",
+    as_json: AsJson = False,
+) -> None:
+    """Compare models through vLLM itself: perplexity, bytes, tokens per second.
+
+    Speeds are single readings on this machine; benchmarks/ has ratios of interleaved runs.
+
+    Example: vllm-compress eval BASE BASE@smoothquant_plus INT4_FOLDER --text book.txt
+    """
+    try:
+        extra = json.loads(engine_args)
+    except json.JSONDecodeError as error:
+        raise CompressError(f"--engine-args is not JSON: {error}") from error
+    with bar() as progress:
+        results = evaluate(
+            models,
+            text,
+            windows=windows,
+            length=length,
+            batch=batch,
+            engine_args=extra,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps(as_rows(results)))
+        return
+    columns = ("perplexity", "nats vs first", "on disk", "resident", "prefill/s", "decode/s")
+    table = Table("model", *columns)
+    for row in results:
+        table.add_row(
+            row.model,
+            f"{row.perplexity:.3f}",
+            f"{row.nats_difference:+.4f} ± {row.standard_error:.4f}",
+            gib(row.disk_bytes),
+            gib(row.resident_bytes),
+            f"{row.prefill_tokens_per_s:.0f}",
+            f"{row.decode_tokens_per_s:.1f}",
+        )
+    out.print(table)

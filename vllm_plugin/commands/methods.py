@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-compress methods``: what is registered."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from kv_policies.registry import policies
+from quant_methods.registry import methods
+from vllm_plugin.commands.common import AsJson, out
+
+
+def list_methods(as_json: AsJson = False) -> None:
+    """List the quantisation methods and KV-cache policies that are registered, with settings."""
+    weights: dict[str, dict[str, Any]] = {
+        name: {
+            "at_load": kind.capabilities.at_load,
+            "calibrates": kind.capabilities.calibrates,
+            "formats": list(kind.capabilities.formats),
+            "paper": kind.capabilities.paper,
+            "settings": _settings(kind.settings_type),
+        }
+        for name, kind in sorted(methods().items())
+    }
+    kv: dict[str, dict[str, Any]] = {
+        name: {
+            "needs_profile": kind.capabilities.needs_profile,
+            "per_head": kind.capabilities.per_head,
+            "needs_queries": kind.capabilities.needs_queries,
+            "paper": kind.capabilities.paper,
+            "settings": _settings(kind.settings_type),
+        }
+        for name, kind in sorted(policies().items())
+    }
+    if as_json:
+        print(json.dumps({"weights": weights, "kv": kv}, default=str))
+        return
+    _print("[bold underline]weights[/]  vllm serve MODEL --quantization NAME")
+    for name, row in weights.items():
+        where = "while loading and offline" if row["at_load"] else "offline only"
+        _print(f"[bold]{name}[/]  {row['paper']}")
+        _print(
+            f"  {where}; formats: {', '.join(row['formats'])}; "
+            f"calibration: {'yes' if row['calibrates'] else 'none'}"
+        )
+        _print_settings(row["settings"], "--set {}={}")
+    example = json.dumps({"compress": {"kv": {"policy": "NAME", "keep": 0.25}}})
+    _print(f"\n[bold underline]KV cache[/]  vllm serve MODEL --additional-config '{example}'")
+    for name, row in kv.items():
+        _print(f"[bold]{name}[/]  {row['paper']}")
+        shares = "from `vllm-compress profile`" if row["needs_profile"] else "equal, or a profile's"
+        _print(
+            f"  shares of layers: {shares}; tokens chosen per "
+            f"{'KV head' if row['per_head'] else 'layer'}, by "
+            f"{'attention' if row['needs_queries'] else 'keys or positions'}"
+        )
+        _print_settings(row["settings"], '"{}": {}')
+
+
+def _settings(kind: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    return {
+        key: {
+            "default": field.get_default(call_default_factory=True),
+            "description": field.description,
+        }
+        for key, field in kind.model_fields.items()
+    }
+
+
+def _print_settings(settings: Mapping[str, Mapping[str, Any]], form: str) -> None:
+    for key, setting in settings.items():
+        typed = form.format(key, json.dumps(setting["default"], default=str))
+        _print(f"  {typed}  [dim]{setting['description']}[/]")
+
+
+def _print(line: str) -> None:
+    out.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-compress quantize``: write an int4 checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from compress_common.errors import CompressError
+from quant_methods.calibration import SELF, CalibrationSettings
+from quant_methods.checkpoint import Checkpoint, resolve
+from quant_methods.formats import FORMATS
+from quant_methods.planning import PlanRequest
+from quant_methods.writing import estimate, quantize_checkpoint
+from vllm_plugin.commands.common import AsJson, Model, err, gib, out
+from vllm_plugin.progress import bar
+
+
+def quantize(
+    model: Model,
+    target: Annotated[Path, typer.Option("--out", help="new folder for the int4 checkpoint")],
+    method: Annotated[str, typer.Option(help="see `vllm-compress methods`")] = "smoothquant_plus",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="a setting of the method, KEY=VALUE; may be repeated"),
+    ] = None,
+    group_size: Annotated[
+        int, typer.Option(help="input channels per scale, 128, 64 or 32: smaller is better, larger")
+    ] = 128,
+    symmetric: Annotated[bool, typer.Option(help="no zero points")] = False,
+    format_name: Annotated[
+        str, typer.Option("--format", help=f"checkpoint format: {', '.join(FORMATS)}")
+    ] = "compressed-tensors",
+    calibration: Annotated[str, typer.Option(help="'self', or a .txt or .jsonl file")] = SELF,
+    samples: Annotated[int, typer.Option(help="calibration sequences")] = 32,
+    length: Annotated[int, typer.Option(help="tokens per calibration sequence")] = 32,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="ranks the checkpoint will be served on")
+    ] = 1,
+    device: Annotated[str, typer.Option(help="where blocks are computed: cpu, cuda")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Write an int4 checkpoint that vLLM serves, with or without this plugin.
+
+    An interrupted run goes on when the same command is given again.
+
+    Example: vllm-compress quantize meta-llama/Llama-3.1-8B-Instruct --out llama-int4
+    """
+    options: dict[str, Any] = {
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "tensor_parallel": tensor_parallel_size,
+    }
+    for pair in settings or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise CompressError(f"--set {pair!r} is not KEY=VALUE")
+        options[key] = _literal(value)
+    request = PlanRequest(
+        method=method,
+        settings=options,
+        calibration=CalibrationSettings(source=calibration, samples=samples, length=length),
+    )
+    request.build()
+    source = resolve(model)
+    need = estimate(Checkpoint(source))
+    err.print(f"needs about {gib(need.memory)} of memory and {gib(need.disk)} of disk")
+    with bar() as progress:
+        report = quantize_checkpoint(
+            source, target, request, format_name=format_name, device=device, progress=progress
+        )
+    if as_json:
+        print(json.dumps(report))
+        return
+    before, after = report["weight_bytes_before"], report["weight_bytes_after"]
+    table = Table("what", "value", title=str(target))
+    table.add_row("method", f"{report['method']} ({report['format']})")
+    if "alpha" in report:
+        table.add_row("alpha", f"{report['alpha']:.2f}")
+    table.add_row("weights", f"{gib(before)} -> {gib(after)} ({after / before:.3f})")
+    out.print(table)
+    if curve := report.get("loss_curve"):
+        table = Table("alpha", "KL, nats per token", title="search")
+        for alpha, loss in curve.items():
+            chosen = " <" if float(alpha) == report["alpha"] else ""
+            table.add_row(alpha, f"{loss:.4f}{chosen}")
+        out.print(table)
+    out.print(f"serve it: vllm serve {target}")
+
+
+def _literal(text: str) -> Any:
+    """true, 0.5 and 64 as JSON reads them; anything else is a string."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

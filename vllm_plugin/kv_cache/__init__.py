@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV-cache compression in vLLM's engine: what a request keeps, and where it lies.
+
+``spec`` and ``manager`` are the scheduler's side, ``worker``, ``batch``, ``backend`` and ``pages``
+the worker's; both call ``kv_policies.layout`` and tell each other nothing. ``support`` refuses what
+cannot work, ``requests`` is what one request may ask for.
+"""

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's side, over any attention backend: what the kernel reads, and when to compact.
+
+``CompressedBuilder`` and ``CompressedImpl`` are mixed in front of a backend's own builder and
+implementation, which do everything else.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+from kv_policies.base import KVPolicy
+from kv_policies.compaction import Observations, Pages, Work, compact, plan_step
+from vllm_plugin.kv_cache.batch import Batch, Rows
+
+_PARTS = "vllm_compress_parts"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pass of a step through a layer: attend, then work.
+
+    tokens: int64, the step's tokens that take part; None for all. A step has one part, unless a
+    resumed request recomputes past a segment's end: see ``Layout.substeps``.
+    """
+
+    tokens: torch.Tensor | None
+    metadata: Any
+    work: Work | None
+
+
+class CompressedBuilder:
+    """Gives the backend's builder the live blocks only, and plans what is to be compacted.
+
+    ``batch`` and ``policy`` are set by the worker; without them (profiling) nothing is compressed.
+    """
+
+    # A group of an equal spec would otherwise get this group's metadata with the raw table.
+    supports_update_block_table = False
+
+    batch: Batch | None = None
+    policy: KVPolicy
+    _view: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @classmethod
+    def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
+        # Compaction is Python in forward, and a last prompt chunk of one token has a decode's
+        # shape: a full graph would be replayed and skip it.
+        return AttentionCGSupport.NEVER
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any
+    ) -> Any:
+        build = super().build  # type: ignore[misc]
+        rows = None if self.batch is None else self.batch.rows(common_attn_metadata)
+        if rows is None:
+            return build(common_prefix_len, common_attn_metadata, *args)
+        layout = self.kv_cache_spec.layout  # type: ignore[attr-defined]
+        passes = rows.passes(layout) if rows.busy(layout) else [(None, rows)]
+        parts = []
+        for tokens, part in passes:
+            metadata = common_attn_metadata
+            if tokens is not None:
+                metadata = _restricted(metadata, rows, part, tokens)
+            table = metadata.block_table_tensor
+            work = None
+            if part.busy(layout):
+                work = plan_step(
+                    layout, self.policy, table, part.n, part.c, part.q, part.starts, part.ids,
+                    part.opted_out,
+                )  # fmt: skip
+            out = self._buffers(table, metadata.seq_lens) if tokens is None else None
+            view, seq_lens = layout.view(table, *part.on(table.device), out=out)
+            metadata = metadata.replace(
+                block_table_tensor=view, seq_lens=seq_lens, _num_computed_tokens_cache=None
+            )
+            parts.append(Part(tokens, build(common_prefix_len, metadata, *args), work))
+        setattr(parts[0].metadata, _PARTS, parts)
+        return parts[0].metadata
+
+    def _buffers(
+        self, table: torch.Tensor, seq_lens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory of this group for what the kernel reads, the same in every step."""
+        if self._view is None or self._view[0].shape[1] != table.shape[1]:
+            most = self.vllm_config.scheduler_config.max_num_seqs  # type: ignore[attr-defined]
+            most = max(most, len(table))
+            self._view = table.new_empty(most, table.shape[1]), seq_lens.new_empty(most)
+        return self._view[0][: len(table)], self._view[1][: len(table)]
+
+
+def _restricted(
+    metadata: CommonAttentionMetadata, rows: Rows, part: Rows, tokens: torch.Tensor
+) -> CommonAttentionMetadata:
+    """The metadata of some rows' next tokens."""
+    device = metadata.block_table_tensor.device
+    row = torch.tensor([rows.ids.index(name) for name in part.ids])
+    starts = torch.zeros(len(row) + 1, dtype=metadata.query_start_loc.dtype)
+    torch.cumsum(part.q, 0, out=starts[1:])
+    row, lengths = row.to(device), (part.c + part.q).int()
+    return metadata.replace(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=lengths.to(device),
+        seq_lens_cpu_upper_bound=lengths,
+        num_reqs=len(row),
+        num_actual_tokens=len(tokens),
+        max_query_len=int(part.q.max()),
+        block_table_tensor=metadata.block_table_tensor[row],
+        slot_mapping=metadata.slot_mapping[tokens.to(device)],
+        positions=None if metadata.positions is None else metadata.positions[tokens.to(device)],
+        is_prefilling=None if metadata.is_prefilling is None else metadata.is_prefilling[row],
+    )
+
+
+class CompressedImpl:
+    """Runs the backend's attention on the live blocks, then what the step has to do.
+
+    ``pages`` and ``observations`` are set by the worker.
+    """
+
+    pages: Pages
+    observations: Observations
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """[tokens, Hq, D] in ``query`` to ``output``, as the backend's own forward."""
+        forward = super().forward  # type: ignore[misc]
+        parts = getattr(attn_metadata, _PARTS, None)
+        if parts is None:
+            return forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+            )
+        for part in parts:
+            some = (query, key, value, output)
+            if part.tokens is not None:
+                some = tuple(x[part.tokens] for x in some)
+            q, k, v, out = some
+            forward(layer, q, k, v, kv_cache, part.metadata, out, *args, **kwargs)
+            if part.tokens is not None:
+                output[part.tokens] = out
+            if part.work is not None:
+                compact(
+                    part.work,
+                    layer.layer_name,
+                    self.pages,
+                    query,
+                    self.scale,  # type: ignore[attr-defined]
+                    self.observations,
+                )
+        return output

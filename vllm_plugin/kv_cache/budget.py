@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the settings to one layout per layer."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from compress_common.errors import CompressError
+from kv_policies.layout import Layout
+from kv_policies.profile import ModelFingerprint, load
+from vllm_plugin.settings import KVSettings
+
+
+def layouts_of(
+    settings: KVSettings, block_size: int, model: ModelFingerprint, layers: Sequence[int]
+) -> dict[int, Layout]:
+    """The layout of each compressed layer, by its index in the model.
+
+    layers: indices of the model's full-attention layers, ascending. CompressError says what does
+    not fit: a profile of another model or budget, a policy without the profile that it needs, a
+    window that is not whole blocks.
+    """
+    shares = dict.fromkeys(layers, settings.keep or Fraction(1))
+    if settings.profile is not None:
+        profile = load(settings.profile, model, layers)
+        if settings.keep not in (None, profile.keep):
+            raise CompressError(
+                f"keep is {float(settings.keep)}, the profile {settings.profile} was made for "
+                f"{float(profile.keep)}; leave keep out, or make a profile with `vllm-compress "
+                f"profile {model.name} --keep {float(settings.keep)}`"
+            )
+        shares = dict(zip(layers, profile.cut(settings.levels).per_layer, strict=True))
+    elif settings.build().capabilities.needs_profile and settings.keep != 1:
+        raise CompressError(
+            f"{settings.policy} takes each layer's share from a profile: make one with "
+            f"`vllm-compress profile {model.name} --keep {float(settings.keep or 0)}` and name it "
+            "as compress.kv.profile, or choose another policy"
+        )
+    return {
+        layer: Layout(
+            block_size=block_size,
+            keep=share,
+            window=settings.decode_window,
+            min_blocks=settings.min_blocks,
+            min_prompt=-(-settings.min_prompt // block_size) * block_size,
+        )
+        for layer, share in shares.items()
+    }

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's side: which blocks a request gives back, and which may be shared."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.request import Request
+
+from vllm_plugin.kv_cache.requests import opts_out
+from vllm_plugin.kv_cache.spec import CompressedSpec
+
+
+class CompressedManager(FullAttentionManager):
+    """Full attention that frees ``Layout.freed`` once the step that compacted it has settled.
+
+    Blocks that a request will overwrite are never hashed and never hit, so shared blocks hold what
+    their hash says for as long as they live. The scheduler hands over whole requests only where
+    blocks are hashed: without prefix caching nobody can opt out (``support`` says so at start).
+    """
+
+    # Hits end at block boundaries: a part of a block could be one that is overwritten.
+    supports_fine_grained_hash_lookup = False
+
+    def __init__(self, kv_cache_spec: CompressedSpec, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
+        self.layout = kv_cache_spec.layout
+        self.freed_blocks = 0  # given back to the pool by compaction, since the start
+        self._freed_until: dict[str, int] = {}
+        self._hashed: dict[str, Request] = {}
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free what is compacted after ``processed_computed_tokens``, steps in flight excluded."""
+        after = self._freed_until.get(request_id, 0)
+        if processed_computed_tokens <= after or num_prompt_tokens is None:
+            return
+        request = self._hashed.get(request_id)
+        if request is not None and opts_out(request.sampling_params):
+            return
+        self._freed_until[request_id] = processed_computed_tokens
+        before = self.block_pool.get_num_free_blocks()
+        for first, stop in self.layout.freed(num_prompt_tokens, processed_computed_tokens, after):
+            self._remove_blocks_in_range(request_id, first, stop)
+        self.freed_blocks += self.block_pool.get_num_free_blocks() - before
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Hash a request's blocks in front of the first one that is ever overwritten."""
+        if request.resumable:
+            raise RuntimeError(
+                f"request {request.request_id} streams its prompt in; KV compression needs the "
+                "whole prompt at once. Send it as one prompt, or serve without compress.kv"
+            )
+        self._hashed[request.request_id] = request
+        if not opts_out(request.sampling_params):
+            num_tokens = self.layout.cacheable(request.num_prompt_tokens, num_tokens)
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget a request that is finished or preempted."""
+        self._freed_until.pop(request_id, None)
+        request = self._hashed.pop(request_id, None)
+        if request is not None:
+            # When it resumes, its hashes cover generated tokens too, so that the prompt's length,
+            # and with it how far a hit may reach, could not be told from them.
+            request.skip_reading_prefix_cache = True
+        return super().pop_blocks_for_free(request_id)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The longest hit in front of the first block that the request will overwrite itself."""
+        layout = kv_cache_spec.layout
+        # ``max_length`` is not the prompt's length less one in every call; the hashes tell its full
+        # blocks, which is all that the layout asks for (and never too much).
+        full = len(block_hashes) * block_pool.hash_block_size // layout.block_size
+        return super().find_longest_cache_hit(
+            block_hashes,
+            layout.cacheable(full * layout.block_size, max_length),
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            *args,
+            **kwargs,
+        )

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one request may ask for: ``extra_args={"compress_keep": 1}``, ``vllm_xargs`` over HTTP."""
+
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+KEY = "compress_keep"
+
+
+def opts_out(params: SamplingParams | None) -> bool:
+    """Whether a (validated) request keeps its whole KV cache."""
+    return bool(params and params.extra_args and params.extra_args.get(KEY) is not None)
+
+
+def check(params: SamplingParams, cached: bool) -> None:
+    """ValueError, HTTP 400 over the endpoint, when a request asks for what it cannot have.
+
+    cached: whether prefix caching is on.
+    """
+    value = (params.extra_args or {}).get(KEY)
+    if value is not None and not cached:
+        raise ValueError(
+            f"{KEY} needs prefix caching: without it the scheduler's cache managers see no "
+            "requests. Serve with --enable-prefix-caching, or leave it out"
+        )
+    # Other shares would need other groups of layers; blocks of one group are shared by all.
+    if value is not None and (isinstance(value, bool) or value not in (1, "1", "1.0")):
+        raise ValueError(
+            f"{KEY} of a request can only be 1, which keeps its whole KV cache, got {value!r}; "
+            "leave it out for the share that the server was started with"
+        )
+
+
+class RequestCheck(LogitsProcessor):
+    """Calls ``check`` for each request when it arrives; touches no logits.
+
+    A logits processor is vLLM's seam for validating parameters of a request before it is admitted.
+    """
+
+    cached = True
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        check(sampling_params, cls.cached)
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        pass
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        pass
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+
+class UncachedRequestCheck(RequestCheck):
+    """The check where prefix caching is off."""
+
+    cached = False

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What KV compression cannot serve: found before a worker starts, where the config tells."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from compress_common.errors import CompressError, joined
+from vllm_plugin.kv_cache.budget import layouts_of
+from vllm_plugin.kv_cache.requests import RequestCheck, UncachedRequestCheck
+from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
+from vllm_plugin.settings import KVSettings
+
+_CPU_BLOCK = 32
+WORKER = "vllm_plugin.kv_cache.worker.CompressedWorker"
+
+
+def choose_engine_args(args: EngineArgs) -> None:
+    """Choose what depends on compression and the user left alone.
+
+    vLLM's CPU default of 128 tokens a block would round the share of a short prompt up a lot.
+    """
+    if current_platform.is_cpu() and args.block_size is None:
+        args.block_size = _CPU_BLOCK
+    if current_platform.is_cuda() and args.attention_backend is None:
+        args.attention_backend = AttentionBackendEnum.TRITON_ATTN
+
+
+def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
+    """Set our worker and the check of requests; CompressError lists all that rules them out."""
+    problems = config_problems(config, worker)
+    model = config.model_config
+    try:
+        settings.build()
+        layers = full_attention_layers(model.hf_text_config)
+        model_print = fingerprint_of(model.model, model.hf_text_config)
+        layouts_of(settings, config.cache_config.block_size, model_print, layers)
+    except CompressError as error:
+        problems.append(str(error))
+    if problems:
+        raise joined(problems)
+    config.parallel_config.worker_cls = WORKER
+    check = RequestCheck if config.cache_config.enable_prefix_caching else UncachedRequestCheck
+    model.logits_processors = [*(model.logits_processors or []), check]
+
+
+def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
+    """Everything in a VllmConfig that rules compression out, with the flag to change.
+
+    chosen_worker: ``--worker-cls`` as the user gave it.
+    """
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    found = {
+        f"platform {current_platform.device_name}: KV compression runs on CPU and CUDA": not (
+            current_platform.is_cpu() or current_platform.is_cuda()
+        ),
+        "a pooling model has no KV cache to keep; remove compress.kv": (
+            model.runner_type != "generate"
+        ),
+        "multi-head latent attention (MLA) keeps one latent per token, for which no policy here is "
+        "made; remove compress.kv": model.use_mla,
+        "an encoder-decoder model; remove compress.kv": model.is_encoder_decoder,
+        "a model with state-space or linear-attention layers was never tested; remove "
+        "compress.kv": model.is_hybrid or model.is_attention_free,
+        "layers that share another layer's KV cache; remove compress.kv": bool(
+            getattr(model.hf_text_config, "num_kv_shared_layers", 0)
+        ),
+        f"--kv-cache-dtype {cache.cache_dtype}: quantised caches cannot be rearranged yet; leave "
+        "it at auto or remove compress.kv": cache.cache_dtype
+        not in ("auto", "bfloat16", "float16"),
+        "--disable-hybrid-kv-cache-manager: layers that keep different shares need it; remove the "
+        "flag": config.scheduler_config.disable_hybrid_kv_cache_manager is True,
+        "--kv-transfer-config: the connector would store compacted blocks under the hashes of "
+        "whole ones; remove it, or remove compress.kv": config.kv_transfer_config is not None,
+        "--speculative-config: a rejected token could lie in a window that is compacted already, "
+        "and draft layers would join compressed groups; remove it": (
+            config.speculative_config is not None
+        ),
+        "--decode-context-parallel-size or --prefill-context-parallel-size above 1: blocks are "
+        "spread over ranks; set them to 1": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "--pipeline-parallel-size above 1 was never tested; use --tensor-parallel-size": (
+            parallel.pipeline_parallel_size > 1
+        ),
+        "--enable-dbo: a batch in two halves was never tested; remove it": bool(
+            parallel.use_ubatching
+        ),
+        f"--worker-cls {chosen_worker}: KV compression brings its own; remove the flag": (
+            chosen_worker not in ("auto", WORKER)
+        ),
+        "the second model runner was never tested on a CPU; unset VLLM_USE_V2_MODEL_RUNNER": (
+            current_platform.is_cpu() and config.use_v2_model_runner
+        ),
+    }
+    return [problem for problem, present in found.items() if present]
+
+
+def layer_problems(
+    specs: Mapping[str, KVCacheSpec], full: Mapping[str, int], layers: Mapping[str, Any]
+) -> list[str]:
+    """What rules compression out once the model's layers exist: the same, per layer.
+
+    full: the full-attention layers among ``specs``, with their index in the model.
+    """
+    if not full:
+        kinds = ", ".join(sorted({type(spec).__name__ for spec in specs.values()}))
+        return [f"no full-attention layer, all layers are {kinds}; remove compress.kv"]
+    problems = []
+    for name in full:
+        impl = layers[name].impl
+        for what in ("alibi_slopes", "sinks", "kv_sharing_target_layer_name"):
+            if getattr(impl, what, None) is not None:
+                problems.append(f"layer {name} has {what}, which no policy knows")
+    return problems

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workers that know layer names and prompt lengths, and hand them to attention."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+
+from compress_common.errors import CompressError, joined
+from vllm_plugin.kv_cache.batch import Batch
+from vllm_plugin.kv_cache.budget import layouts_of
+from vllm_plugin.kv_cache.pages import Pages
+from vllm_plugin.kv_cache.spec import CompressedSpec
+from vllm_plugin.kv_cache.support import layer_problems
+from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
+from vllm_plugin.settings import parse_settings
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+
+    _BACKEND = AttentionBackendEnum.CPU_ATTN, "vllm_plugin.kv_cache.cpu.CPUBackend"
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+    _BACKEND = AttentionBackendEnum.TRITON_ATTN, "vllm_plugin.kv_cache.triton.TritonBackend"
+
+
+class CompressedWorker(PlatformWorker):
+    """The platform's worker, its full-attention layers compressed as ``compress.kv`` says."""
+
+    batch: Batch | None = None
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        register_backend(*_BACKEND)
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """The layout of each compressed layer; the specs of all others as they are."""
+        specs = super().get_kv_cache_spec()
+        context = self.vllm_config.compilation_config.static_forward_context
+        full = {
+            name: extract_layer_index(name)
+            for name, spec in specs.items()
+            if type(spec) is FullAttentionSpec
+        }
+        if problems := layer_problems(specs, full, context):
+            raise joined(problems)
+        settings = parse_settings(self.vllm_config.additional_config).kv
+        assert settings is not None, "this worker is only set with compress.kv"
+        model = self.model_config
+        layouts = layouts_of(
+            settings,
+            self.cache_config.block_size,
+            fingerprint_of(model.model, model.hf_text_config),
+            full_attention_layers(model.hf_text_config),
+        )
+        self.policy = settings.build()
+        return specs | {
+            name: CompressedSpec.of(specs[name], layouts[index]) for name, index in full.items()
+        }
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the cache, then give layers and builders what they need to compress it."""
+        super().initialize_from_config(kv_cache_config)
+        self.batch = Batch(self.model_runner, self.use_v2_model_runner)
+        context = self.vllm_config.compilation_config.static_forward_context
+        for group in (group for groups in self.model_runner.attn_groups for group in groups):
+            spec = group.kv_cache_spec
+            if not isinstance(spec, CompressedSpec):
+                continue
+            builder = group.get_metadata_builder()
+            if builder.kv_cache_spec.block_size != spec.layout.block_size:
+                raise CompressError(
+                    f"the attention kernel splits blocks of {spec.layout.block_size} tokens into "
+                    f"{builder.kv_cache_spec.block_size}; set --block-size to that"
+                )
+            builder.batch, builder.policy = self.batch, self.policy
+            for name in group.layer_names:
+                layer = context[name]
+                layer.impl.observations = self.batch.observations
+                layer.impl.pages = Pages.of(
+                    layer.kv_cache,
+                    spec.num_kv_heads,
+                    spec.block_size,
+                    spec.head_size,
+                    partial(_write, layer),
+                )
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """One step; metadata is built and layers run inside it."""
+        assert self.batch is not None
+        with self.batch.step(scheduler_output):
+            return super().execute_model(scheduler_output)
+
+
+def _write(layer: Attention, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a KV profile is tied to, read from a Hugging Face config: for the tool and the engine.
+
+``config`` is the text model's: transformers' ``config.get_text_config()``, vLLM's
+``model_config.hf_text_config``.
+"""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from compress_common.errors import CompressError
+from kv_policies.profile import ModelFingerprint
+
+
+def fingerprint_of(name: str, config: Any) -> ModelFingerprint:
+    """The fingerprint of a decoder. ``name`` is for people: a hub id or a folder's name.
+
+    The text part of a multimodal config names no architecture; its model_type stands in.
+    CompressError when the config lacks a size, or gives one per layer.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and isinstance(heads, int) and isinstance(hidden, int):
+        head_dim = hidden // heads
+    sizes = {
+        "num_hidden_layers": getattr(config, "num_hidden_layers", None),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": head_dim,
+        "vocab_size": getattr(config, "vocab_size", None),
+    }
+    architectures = getattr(config, "architectures", None) or [config.model_type]
+    try:
+        return ModelFingerprint(name=name, architecture=architectures[0], **sizes)
+    except ValidationError as error:
+        wrong = ", ".join(f"{p['loc'][0]} is {p['input']!r}" for p in error.errors())
+        raise CompressError(
+            f"{name} ({architectures[0]}) is not a decoder with one shape of attention: {wrong}"
+        ) from error
+
+
+def full_attention_layers(config: Any) -> tuple[int, ...]:
+    """Indices of the layers whose queries see all earlier keys; sliding windows are left out."""
+    if kinds := getattr(config, "layer_types", None):
+        return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    # Without a list of kinds a window holds for every layer (Mistral 7B 0.1).
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return ()
+    return tuple(range(config.num_hidden_layers))
