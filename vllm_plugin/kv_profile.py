@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Profiles: how much of the KV cache each layer of a model needs, measured with transformers.
 
-No vLLM engine is started: any decoder can be profiled whose attention ``attention_capture`` reaches.
+No vLLM engine is started; any decoder whose attention ``attention_capture`` reaches will do.
 """
 
 import hashlib

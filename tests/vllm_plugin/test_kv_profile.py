@@ -2,6 +2,7 @@
 """``vllm-compress profile``: what it measures, what it writes, what it refuses."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -12,7 +13,7 @@ import torch
 import transformers
 
 from compress_common.errors import CompressError
-from kv_policies.profile import load
+from kv_policies.profile import Profile, load
 from quant_methods.calibration import CalibrationSettings
 from vllm_plugin import cli
 from vllm_plugin.attention_capture import ATTENTION, attention_of, register
@@ -100,16 +101,16 @@ def test_the_file_is_a_profile_of_this_model_alone(
     assert made.provenance.text_sha256
 
     other = transformers.AutoConfig.from_pretrained(tiny_model("qwen2"))
-    with pytest.raises(
-        CompressError, match=r"architecture is .* in the profile, 'Qwen2ForCausalLM'"
-    ):
+    with pytest.raises(CompressError, match="'Qwen2ForCausalLM' in the model"):
         load(file, fingerprint_of("other", other), full_attention_layers(other))
 
 
-def test_demo_model_on_its_own_text(profile: Callable, demo_model: Path) -> None:
+def test_demo_model(profile: Callable, demo_model: Path) -> None:
     # Fewer tokens would measure the rounding to whole tokens.
     arguments = ("--keep", "1/4", "--samples", 2, "--length", 128, "--levels", 5, "--json")
-    code, output, errors = profile(demo_model, *arguments, "--out", "demo.json")
+    shutil.copy(Path(__file__).parents[2] / "README.md", "prose.txt")
+    files = ("--text", "prose.txt", "--out", "demo.json")
+    code, output, errors = profile(demo_model, *arguments, *files)
     assert code == 0, errors
     printed = json.loads(output)
     made = load("demo.json")
@@ -121,7 +122,33 @@ def test_demo_model_on_its_own_text(profile: Callable, demo_model: Path) -> None
     kept = made.provenance.attention_retained
     assert 0.5 < kept["uniform"] < kept["profile"] < 1
     assert abs(kept["levels"] - kept["profile"]) < 0.02
-    assert made.provenance.text.startswith("sampled by the model itself")
+
+
+def test_own_text(profile: Callable, tiny_model: Callable[..., Path]) -> None:
+    code, _, errors = profile(tiny_model("llama"), "--keep", 0.5, *QUICK, "--out", "own.json")
+    assert code == 0, errors
+    assert "sample text" in errors
+    assert load("own.json").provenance.text == "sampled by the model itself, seed 0"
+
+
+def test_an_interrupted_write_leaves_the_old_file(
+    profile: Callable,
+    tiny_model: Callable[..., Path],
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def half(self: Profile, path: Path) -> None:
+        path.write_text("{")
+        raise KeyboardInterrupt
+
+    Path("old.json").write_text("old")
+    monkeypatch.setattr(Profile, "save", half)
+    arguments = ("--keep", 0.5, *QUICK, "--text", text, "--out", "old.json")
+    code, _, errors = profile(tiny_model("llama"), *arguments)
+    assert code == 130
+    assert "nothing half-written is left" in errors
+    assert Path("old.json").read_text() == "old"
+    assert sorted(Path().iterdir()) == [Path("old.json"), Path("text.txt")]
 
 
 @pytest.mark.parametrize(

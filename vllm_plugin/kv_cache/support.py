@@ -18,6 +18,12 @@ from vllm_plugin.settings import KVSettings
 
 _CPU_BLOCK = 32
 WORKER = "vllm_plugin.kv_cache.worker.CompressedWorker"
+# The name under which vLLM finds our attention, and where it is. A CPU looks at no other name.
+BACKEND = (
+    (AttentionBackendEnum.CPU_ATTN, "vllm_plugin.kv_cache.cpu.CPUBackend")
+    if current_platform.is_cpu()
+    else (AttentionBackendEnum.CUSTOM, "vllm_plugin.kv_cache.triton.TritonBackend")
+)
 
 
 def choose_engine_args(args: EngineArgs) -> None:
@@ -27,8 +33,10 @@ def choose_engine_args(args: EngineArgs) -> None:
     """
     if current_platform.is_cpu() and args.block_size is None:
         args.block_size = _CPU_BLOCK
-    if current_platform.is_cuda() and args.attention_backend is None:
-        args.attention_backend = AttentionBackendEnum.TRITON_ATTN
+    if args.attention_backend is None and args.attention_config.backend is None:
+        # By name also where it is the only one: vLLM remembers its choice per name, so that a stock
+        # engine that ran before in this process would decide for this one.
+        args.attention_backend = BACKEND[0]
 
 
 def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
@@ -94,6 +102,8 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
         f"--worker-cls {chosen_worker}: KV compression brings its own; remove the flag": (
             chosen_worker not in ("auto", WORKER)
         ),
+        f"--attention-backend {config.attention_config.backend}: KV compression is built on "
+        f"another; remove the flag": config.attention_config.backend != BACKEND[0],
         "the second model runner was never tested on a CPU; unset VLLM_USE_V2_MODEL_RUNNER": (
             current_platform.is_cpu() and config.use_v2_model_runner
         ),

@@ -9,27 +9,24 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from compress_common.errors import CompressError, joined
+from vllm_plugin.kv_cache.backend import CompressedBuilder
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_cache.pages import Pages
 from vllm_plugin.kv_cache.spec import CompressedSpec
-from vllm_plugin.kv_cache.support import layer_problems
+from vllm_plugin.kv_cache.support import BACKEND, layer_problems
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 from vllm_plugin.settings import parse_settings
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
-
-    _BACKEND = AttentionBackendEnum.CPU_ATTN, "vllm_plugin.kv_cache.cpu.CPUBackend"
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
-
-    _BACKEND = AttentionBackendEnum.TRITON_ATTN, "vllm_plugin.kv_cache.triton.TritonBackend"
 
 
 class CompressedWorker(PlatformWorker):
@@ -38,7 +35,7 @@ class CompressedWorker(PlatformWorker):
     batch: Batch | None = None
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        register_backend(*_BACKEND)
+        register_backend(*BACKEND)
         super().__init__(vllm_config, *args, **kwargs)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -76,6 +73,11 @@ class CompressedWorker(PlatformWorker):
             if not isinstance(spec, CompressedSpec):
                 continue
             builder = group.get_metadata_builder()
+            if not isinstance(builder, CompressedBuilder):
+                raise CompressError(
+                    f"layers would be served by {type(builder).__name__}, which does not compress: "
+                    "an engine without compress.kv ran in this process before; start a new process"
+                )
             if builder.kv_cache_spec.block_size != spec.layout.block_size:
                 raise CompressError(
                     f"the attention kernel splits blocks of {spec.layout.block_size} tokens into "

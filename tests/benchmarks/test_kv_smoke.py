@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV benchmarks run through in small and keep the contract of their last line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICIES = ("prefix_kv", "snap_kv", "key_diff", "recent", "cskv", "fp8")
+CAPACITY = {
+    "full_peak_running",
+    "keep100_throughput_ratio",
+    "compaction_share_of_prefill",
+    "builder_ms_per_group_step",
+    "levels4_throughput_ratio",
+    "decode_window_steps_ratio",
+} | {
+    f"{policy}_{key}"
+    for policy in POLICIES
+    for key in ("steps_ratio", "peak_running", "preemptions", "kept")
+}
+QUALITY = {"full_passkey", "full_needles", "fp8_passkey", "fp8_needles", "fp8_nats"} | {
+    f"{policy}_{keep}_{key}"
+    for policy in POLICIES[:-1]
+    for keep in ("050", "025", "010")
+    for key in ("passkey", "needles", "nats")
+}
+
+
+@pytest.mark.slow
+def test_capacity(demo_model: Path, tmp_path: Path):
+    line, details = _run("kv_capacity", CAPACITY, tmp_path / "capacity.json")
+    left_out = ("snap_kv_", "key_diff_", "recent_", "cskv_")  # by --smoke
+    assert {key for key in CAPACITY if line[key] is None} == {
+        key for key in CAPACITY if key.startswith(left_out)
+    }
+    assert line["prefix_kv_kept"] < 1
+    assert line["prefix_kv_steps_ratio"] < 1
+    served = details["pool_served"]
+    assert len(served["prefix_kv"]["engine"]["groups"]) == 2
+    # Equal bytes, and every block comes back.
+    assert len({one["engine"]["pool_bytes"] for one in served.values()}) == 1
+    for one in served.values():
+        assert one["free_blocks_at_end"] == one["engine"]["blocks"] - 1
+    assert served["full"]["blocks_freed"] == 0 < served["prefix_kv"]["blocks_freed"]
+
+
+@pytest.mark.slow
+def test_quality(demo_model: Path, tmp_path: Path):
+    out = tmp_path / "quality.json"
+    line, _ = _run("kv_quality", QUALITY, out)
+    measured = {key for key in QUALITY if line[key] is not None}
+    assert measured >= {"full_passkey", "full_needles", "fp8_nats", "snap_kv_025_nats"}
+    assert line["full_passkey"] == 1
+    # Forcing tokens in decode is measuring them in a prompt: bfloat16 rounds differently.
+    assert abs(line["forced_minus_prompt_nats"]) < 0.05
+    pytest.importorskip("matplotlib")
+    assert out.with_suffix(".png").is_file()
+
+
+def _run(name: str, contract: set[str], out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The closing line of ``benchmarks.NAME --smoke``, checked, and the details of ``--out``."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", "--smoke", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=550)
+    assert done.returncode == 0, done.stderr[-4000:]
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line.keys() >= contract
+    for key, value in line.items():
+        if key.endswith("_why"):
+            assert isinstance(value, str)
+        elif value is None:
+            assert line[f"{key}_why"]
+        else:
+            assert isinstance(value, int | float)
+    full = json.loads(out.read_text())
+    assert full["result"] == line
+    return line, full["details"]

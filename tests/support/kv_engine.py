@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run vLLM engines with KV policies, one after the other in a process of their own.
+
+``run(model, cases)`` is the caller's side. A case is a dict: ``kv`` (the section ``compress.kv``,
+or None for stock), ``engine`` (engine arguments), ``prompts`` (lists of token ids), ``max_tokens``,
+``keep`` (per prompt, ``compress_keep`` or None), ``rounds`` (send all prompts so many times),
+``storm`` (abort at random times with this seed).
+
+The answer has ``rounds`` (per prompt ``tokens`` and ``cached`` tokens, null if aborted early),
+``free_before`` and ``free_after`` blocks, ``freed`` blocks per group, ``held`` block tables and
+``remembered`` prompts at the end, ``preemptions``, ``peak_running`` and ``steps``.
+"""
+
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.generate import ROOT, EngineFailed
+
+_ANSWER = "ANSWER:"
+ENGINE = {
+    "max_model_len": 2048,
+    "enforce_eager": True,
+    "dtype": "bfloat16",
+    "block_size": 32,
+    "kv_cache_memory_bytes": 1 << 28,
+    "gpu_memory_utilization": 0.2,
+    "enable_prefix_caching": True,
+    "max_num_batched_tokens": 2048,
+}
+
+
+def run(
+    model: Path | str, cases: list[dict[str, Any]], timeout: float = 550
+) -> list[dict[str, Any]]:
+    """The answers, one per case; EngineFailed when an engine does not start or dies."""
+    # One thread: small models gain nothing from two, and lose much when others run beside.
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule kv_cache_memory_bytes
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.support.kv_engine"],
+        input=json.dumps({"model": str(model), "cases": cases}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=environment,
+    )
+    for line in process.stdout.splitlines():
+        if line.startswith(_ANSWER):
+            return json.loads(line.removeprefix(_ANSWER))
+    raise EngineFailed(process.stdout[-4000:] + process.stderr[-8000:])
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    answers = [_run(request["model"], case) for case in request["cases"]]
+    print(_ANSWER + json.dumps(answers), flush=True)
+
+
+def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    config = {"compress": {"kv": case["kv"]}} if case["kv"] else {}
+    llm = LLM(model, additional_config=config, **(ENGINE | case.get("engine", {})))
+    engine = llm.llm_engine
+    core = engine.engine_core.engine_core
+    scheduler, pool = core.scheduler, core.scheduler.kv_cache_manager.block_pool
+    free_before = pool.get_num_free_blocks()
+    keeps = case.get("keep") or [None] * len(case["prompts"])
+    draw = random.Random(case.get("storm"))
+    rounds, peak, steps, preemptions = [], 0, 0, 0
+    for number in range(case.get("rounds", 1)):
+        seen: dict[str, Any] = {}
+        for index, (prompt, keep) in enumerate(zip(case["prompts"], keeps, strict=True)):
+            sampling = SamplingParams(
+                temperature=0,
+                max_tokens=case.get("max_tokens", 8),
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=None if keep is None else {"compress_keep": keep},
+            )
+            engine.add_request(f"{number}-{index}", TokensPrompt(prompt_token_ids=prompt), sampling)
+        counts: dict[str, int] = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                seen[output.request_id] = output
+            steps += 1
+            peak = max(peak, len(scheduler.running))
+            for name, one in scheduler.requests.items():
+                counts[name] = max(counts.get(name, 0), one.num_preemptions)
+            if case.get("storm") is not None and draw.random() < 0.4 and scheduler.requests:
+                engine.abort_request([draw.choice(sorted(scheduler.requests))], internal=True)
+        preemptions += sum(counts.values())
+        order = [seen.get(f"{number}-{index}") for index in range(len(case["prompts"]))]
+        rounds.append(
+            [
+                one and {"tokens": list(one.outputs[0].token_ids), "cached": one.num_cached_tokens}
+                for one in order
+            ]
+        )
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    batch = getattr(core.model_executor.driver_worker.worker, "batch", None)
+    answer = {
+        "rounds": rounds,
+        "free_before": free_before,
+        "free_after": pool.get_num_free_blocks(),
+        "freed": [getattr(manager, "freed_blocks", None) for manager in managers],
+        "held": sum(len(manager.req_to_blocks) for manager in managers),
+        "peak_running": peak,
+        "steps": steps,
+        "preemptions": preemptions,
+        "remembered": len(batch.observations) if batch else 0,
+    }
+    engine.engine_core.shutdown()
+    del llm, engine, core, scheduler, pool, managers, batch
+    cleanup_dist_env_and_memory()
+    gc.collect()
+    return answer
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real engine with KV policies: nothing changes at keep 1, nothing leaks or mixes below it.
+
+Where texts of different schedules are compared the model runs in float32: in bfloat16 stock vLLM
+too takes another token now and then when a prompt is cut or batched differently.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.kv_engine import run
+from tests.support.kv_prompts import needle_prompts, text_prompts
+
+LENGTHS = [5, 17, 32, 33, 64, 90, 127, 128, 129, 160, 200, 256, 300, 400, 512, 640, 800, 1000, 1250]
+LENGTHS += [1500]
+POLICIES = ("snap_kv", "prefix_kv", "key_diff", "recent")
+# Bytes of one block of 32 tokens over all layers of the demo model in float32.
+BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 32
+
+
+def tokens(answer: dict[str, Any], number: int = 0) -> list[list[int]]:
+    return [one["tokens"] for one in answer["rounds"][number]]
+
+
+def cached(answer: dict[str, Any], number: int) -> list[int]:
+    return [one["cached"] for one in answer["rounds"][number]]
+
+
+def assert_nothing_left(answer: dict[str, Any]) -> None:
+    assert answer["free_after"] == answer["free_before"]
+    assert answer["held"] == answer["remembered"] == 0
+
+
+def pool(blocks: int) -> dict[str, Any]:
+    return {
+        "dtype": "float32",
+        "kv_cache_memory_bytes": blocks * BLOCK_BYTES,
+        "max_model_len": 900,
+        "max_num_batched_tokens": 512,
+        "enable_prefix_caching": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("policies", "chunk", "caching"),
+    [
+        (POLICIES, 2048, True),
+        (("snap_kv",), 256, False),
+        pytest.param(POLICIES, 256, True, marks=pytest.mark.slow),
+        pytest.param(POLICIES, 2048, False, marks=pytest.mark.slow),
+        pytest.param(POLICIES, 256, False, marks=pytest.mark.slow),
+    ],
+)
+def test_keep_1_is_stock(
+    demo_model: Path, policies: tuple[str, ...], chunk: int, caching: bool
+) -> None:
+    engine = {"max_num_batched_tokens": chunk, "enable_prefix_caching": caching}
+    case = {"prompts": text_prompts(demo_model, LENGTHS), "engine": engine}
+    kvs = [None, *({"policy": policy, "keep": 1} for policy in policies)]
+    stock, *ours = run(demo_model, [case | {"kv": kv} for kv in kvs])
+    for answer in ours:
+        assert tokens(answer) == tokens(stock)
+        assert answer["steps"] == stock["steps"] and answer["freed"] == [0]
+        assert_nothing_left(answer)
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_freed_blocks_are_used_by_others_and_nothing_mixes(
+    demo_model: Path, profile: Path, levels: bool
+) -> None:
+    kv: dict[str, Any] = {"policy": "snap_kv", "keep": 0.25, "decode_window": 0}
+    if levels:
+        kv = {"policy": "prefix_kv", "profile": str(profile), "queries": 128}
+    case = {"kv": kv, "prompts": needle_prompts(demo_model, 16, 450), "max_tokens": 24}
+    tight, ample = run(demo_model, [case | {"engine": pool(blocks)} for blocks in (70, 600)])
+    assert tokens(tight) == tokens(ample)
+    assert tight["steps"] > ample["steps"]  # the pool was short
+    assert len(tight["freed"]) == (3 if levels else 1) and min(tight["freed"]) > 0
+    assert_nothing_left(tight)
+    assert_nothing_left(ample)
+
+
+def test_windows_survive_preemption(demo_model: Path) -> None:
+    """A resumed request recomputes prompt and windows, and says what it would have said."""
+    case = {
+        "kv": {"policy": "key_diff", "keep": 0.5, "decode_window": 64},
+        "prompts": needle_prompts(demo_model, 6, 260),
+        "max_tokens": 200,
+    }
+    tight, ample = run(demo_model, [case | {"engine": pool(blocks)} for blocks in (34, 400)])
+    assert tight["preemptions"] > 0 and ample["preemptions"] == 0
+    assert tokens(tight) == tokens(ample)
+    assert ample["freed"][0] > sum(len(prompt) // 32 // 2 for prompt in case["prompts"])
+    assert_nothing_left(tight)
+
+
+@pytest.mark.parametrize("policy", ["snap_kv", "prefix_kv"])
+def test_prefix_cache_hits_and_changes_nothing(
+    demo_model: Path, profile: Path, policy: str
+) -> None:
+    kv: dict[str, Any] = {"policy": policy, "keep": 0.25}
+    if policy == "prefix_kv":
+        kv["profile"] = str(profile)
+    first = needle_prompts(demo_model, 1, 700)[0]
+    prompts = [first, *(first[:cut] + first[-30:] for cut in (500, 560))]
+    case = {"kv": kv, "prompts": prompts, "max_tokens": 16}
+    on = pool(300) | {"enable_prefix_caching": True}
+    # One after the other, so that each can hit what the one before left.
+    cold, warm = run(
+        demo_model,
+        [
+            case | {"engine": pool(300)},
+            case | {"engine": on | {"max_num_seqs": 1}, "rounds": 2},
+        ],
+    )
+    assert tokens(warm, 0) == tokens(warm, 1) == tokens(cold)
+    assert all(cached(warm, 1)) and all(cached(warm, 0)[1:]) and not any(cached(cold, 0))
+    assert_nothing_left(warm)
+
+
+def test_a_request_may_keep_everything(demo_model: Path) -> None:
+    case = {"prompts": needle_prompts(demo_model, 3, 450), "max_tokens": 16}
+    engine = pool(300) | {"enable_prefix_caching": True}
+    stock, mixed, all_out = run(
+        demo_model,
+        [
+            case | {"kv": None, "engine": engine},
+            case
+            | {
+                "kv": {"policy": "recent", "keep": 0.25},
+                "engine": engine,
+                "keep": [1, None, "1"],
+                "rounds": 2,
+            },
+            case | {"kv": {"policy": "recent", "keep": 0.25}, "engine": engine, "keep": [1, 1, 1]},
+        ],
+    )
+    assert tokens(all_out) == tokens(stock) and all_out["freed"] == [0]
+    for number in range(2):
+        first, second, third = tokens(mixed, number)
+        assert [first, third] == [tokens(stock)[0], tokens(stock)[2]]
+        assert second != tokens(stock)[1]  # the needle in the middle is gone
+    assert_nothing_left(mixed)
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_a_storm_of_aborts_and_preemptions_leaves_nothing(
+    demo_model: Path, profile: Path, levels: bool
+) -> None:
+    kv: dict[str, Any] = {"policy": "snap_kv", "keep": 0.25, "decode_window": 32}
+    if levels:
+        kv = {"policy": "prefix_kv", "profile": str(profile), "decode_window": 32, "queries": 64}
+    lengths = [40 + 97 * number % 460 for number in range(200 if not levels else 60)]
+    engine = pool(36) | {"enable_prefix_caching": True, "max_num_batched_tokens": 192}
+    case = {"kv": kv, "prompts": text_prompts(demo_model, lengths), "max_tokens": 70, "storm": 7}
+    (answer,) = run(demo_model, [case | {"engine": engine}])
+    assert answer["preemptions"] > 0 and min(answer["freed"]) > 0
+    assert_nothing_left(answer)
