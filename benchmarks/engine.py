@@ -2,13 +2,15 @@
 """vLLM engines in processes of their own, for benchmarks that let several take turns.
 
 ``Engine(...)`` starts one; ``engine.ask("decode", ...)`` calls a method of
-``engine_child.Child`` there. An idle engine waits in a pipe and uses no processor time. A process
-per engine keeps environment variables, plugins and memory of one out of the next.
+``engine_child.Child`` there, or of the class that a subclass of ``Engine`` names. An idle engine
+waits in a pipe and uses no processor time. A process per engine keeps environment variables,
+plugins and memory of one out of the next.
 
 A cold start (a new interpreter) is what users get. ``preloaded`` forks a process that has imported
 vLLM once: for --smoke, where imports would be most of the time.
 """
 
+import importlib
 import multiprocessing
 import os
 import tempfile
@@ -52,6 +54,8 @@ class Engine:
     engine was ready for requests.
     """
 
+    child = "benchmarks.engine_child:Child"
+
     def __init__(
         self,
         model: Path,
@@ -68,7 +72,7 @@ class Engine:
         arguments = ENGINE_ARGS | {"model": str(model)} | engine_args
         begin = time.perf_counter()
         self._process = context.Process(
-            target=_serve, args=(theirs, self._log.name, environment, arguments)
+            target=_serve, args=(theirs, self._log.name, environment, self.child, arguments)
         )
         self._process.start()
         theirs.close()
@@ -127,16 +131,20 @@ def _quiet(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _serve(
-    connection: Connection, log: str, environment: dict[str, str], arguments: dict[str, Any]
+    connection: Connection,
+    log: str,
+    environment: dict[str, str],
+    child_class: str,
+    arguments: dict[str, Any],
 ) -> None:
     """The child: answer requests until the parent closes the pipe. An error ends it."""
     with open(log, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ.update(environment)  # before vLLM is imported
-    from benchmarks.engine_child import Child
-
-    child = Child(arguments)
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_memory_bytes
+    module, _, name = child_class.partition(":")
+    child = getattr(importlib.import_module(module), name)(arguments)
     connection.send(child.started())
     while True:
         try:

@@ -7,7 +7,7 @@ Shapes used everywhere, for R requests padded to common sizes::
     keys       [R, Hkv, T, D]  after RoPE                             -1 for padding
     observed   [R, H, T]       float32, H = 1 or Hkv
     scores     [R, H, T]       float32, larger is kept first
-    lengths    [R]             valid keys per request; what lies behind is padding
+    lengths    [R]             valid keys per request; what lies behind is zero
 
 How much is kept is not a policy's business: see ``budget`` and ``layout``.
 """
@@ -109,8 +109,3 @@ def first_observed(policy: KVPolicy, layout: Layout, n: int) -> int:
     on and off. Decode windows are scored without queries: see ``compaction.window_policy``.
     """
     return max(policy.first_query(n), layout.first_private(n))
-
-
-def valid(lengths: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Which of ``tokens`` padded keys are there: bool [R, 1, T]."""
-    return (torch.arange(tokens, device=lengths.device) < lengths[:, None])[:, None]

@@ -61,13 +61,15 @@ class Observations:
 class Segments(NamedTuple):
     """Segments to compact with one choice of policy, of S requests padded to C columns.
 
-    blocks: int64 [S, C] physical. lengths: int64 [S] tokens that are there. choosable: int64 [S],
-    the first tokens, from which kept int64 [S] stay; most is its maximum. destination: int64 [M]
-    physical blocks, filled from (source_row, source_block), int64 [M] each, of what was chosen.
+    blocks: int64 [S, C] physical. lengths: int64 [S] tokens that are there, present the same on the
+    host. choosable: int64 [S], the first tokens, from which kept int64 [S] stay; most is its
+    maximum. destination: int64 [M] physical blocks, filled from (source_row, source_block), int64
+    [M] each, of what was chosen.
     """
 
     blocks: torch.Tensor
     lengths: torch.Tensor
+    present: list[int]
     choosable: torch.Tensor
     kept: torch.Tensor
     most: int
@@ -80,16 +82,17 @@ class Queries(NamedTuple):
     """Queries to observe, of O prompts padded to Q: tokens int64 [O, Q] index the step's tokens,
     positions int64 [O, Q] with -1 for padding; blocks int64 [O, C] of the keys that they see.
 
-    requests and first: name, and whether its sum starts here. segment: row among the segments that
-    end in this step, or -1.
+    seen: keys that the last query sees. requests, first, ends: name, whether its sum starts here,
+    and whether its prompt ends here.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     blocks: torch.Tensor
+    seen: list[int]
     requests: list[str]
     first: list[bool]
-    segment: list[int]
+    ends: list[bool]
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,7 @@ def plan_step(
     windows = _segments(layout, table, ending, ~is_prompt, None)
     queries = None
     if policy.capabilities.needs_queries:
-        ends = {row: at for at, row in enumerate(ending.row[is_prompt].tolist())}
-        queries = _queries(layout, policy, table, n, c, q, starts, ids, opted_out, ends)
+        queries = _queries(layout, policy, table, n, c, q, starts, ids, opted_out)
     if queries is None and prompts is None and windows is None:
         return None
     return Work(policy, window_policy(policy), queries, prompts, windows)
@@ -167,6 +169,7 @@ def _segments(
     return Segments(
         blocks=table[rows[:, None], there(columns)].long(),
         lengths=there(lengths),
+        present=lengths.tolist(),
         choosable=there(choosable),
         kept=there(kept * size),
         most=int(kept.max()) * size,
@@ -186,7 +189,6 @@ def _queries(
     starts: torch.Tensor,
     ids: list[str],
     opted_out: torch.Tensor | None,
-    ends: dict[int, int],
 ) -> Queries | None:
     spans = []
     for row in ((c < n) & (q > 0)).nonzero().flatten().tolist():
@@ -210,9 +212,10 @@ def _queries(
         tokens=(token + torch.minimum(offset, count - 1)).to(table.device),
         positions=torch.where(offset < count, first + offset, -1).to(table.device),
         blocks=table[rows.to(table.device), :columns].long(),
+        seen=[span[2] for span in spans],
         requests=[ids[span[0]] for span in spans],
         first=[span[4] for span in spans],
-        segment=[ends.get(span[0], -1) for span in spans],
+        ends=[span[2] == int(n[span[0]]) for span in spans],
     )
 
 
@@ -228,58 +231,73 @@ def compact(
 
     query: [tokens, Hq, D], after RoPE, of all tokens of the step. scale: of q.k in the softmax.
     """
-    observed = None
+    observed = keys = None
     if work.queries is not None:
-        observed = _observe(work, work.queries, layer, pages, query, scale, observations)
+        keys = _keys(pages, work.queries.blocks, work.queries.seen)
+        observed = _observe(work, work.queries, layer, keys, query, scale, observations)
+        if observed is None or len(observed) != len(keys):
+            keys = None  # of other prompts too
     if work.prompts is not None:
-        _pack(work.policy, work.prompts, pages, observed)
+        _pack(work.policy, work.prompts, pages, keys, observed)
     if work.windows is not None:
-        _pack(work.window_policy, work.windows, pages, None)
+        _pack(work.window_policy, work.windows, pages, None, None)
 
 
 def _observe(
     work: Work,
     queries: Queries,
     layer: str,
-    pages: Pages,
+    keys: torch.Tensor,
     query: torch.Tensor,
     scale: float,
     observations: Observations,
 ) -> torch.Tensor | None:
     """Add what the queries say; returns the sums [S, H, T] of the segments that end, or None."""
-    keys = _in_order(pages.keys(queries.blocks))
-    seen = work.policy.observe(
-        query[queries.tokens].transpose(1, 2), queries.positions, keys, scale
-    )
+    wanted = query[queries.tokens].transpose(1, 2)
+    seen = work.policy.observe(wanted, queries.positions, keys, scale)
     assert seen is not None
-    done = {}
+    done = []
     for row, request in enumerate(queries.requests):
         total = observations.add(request, layer, seen[row], queries.first[row])
-        if queries.segment[row] < 0:
-            observations.keep(request, layer, total.clone())
-        else:
+        if queries.ends[row]:
             observations.forget(request, layer)
-            done[queries.segment[row]] = row
-    if not done:
-        return None
-    return seen if len(done) == len(seen) else seen[[done[at] for at in sorted(done)]]
+            done.append(row)
+        else:
+            observations.keep(request, layer, total.clone())
+    if len(done) == len(seen):
+        return seen
+    return seen[done] if done else None
 
 
 def _pack(
-    policy: KVPolicy, segments: Segments, pages: Pages, observed: torch.Tensor | None
+    policy: KVPolicy,
+    segments: Segments,
+    pages: Pages,
+    keys: torch.Tensor | None,
+    observed: torch.Tensor | None,
 ) -> None:
-    keys = _in_order(pages.keys(segments.blocks))
-    values = _in_order(pages.values(segments.blocks))
+    if keys is None:
+        keys = _keys(pages, segments.blocks, segments.present)
     if observed is not None:
         observed = observed[..., : keys.shape[2]]
     scores = policy.score(observed, keys, segments.lengths)
     chosen = select(scores, segments.choosable, segments.kept, segments.most)
     size = keys.shape[2] // segments.blocks.shape[1]
     kept = [
-        content.unflatten(2, (-1, size)).transpose(1, 2)[segments.source_row, segments.source_block]
-        for content in (pack(keys, chosen), pack(values, chosen))
+        pack(content, chosen)
+        .unflatten(2, (-1, size))
+        .transpose(1, 2)[segments.source_row, segments.source_block]
+        for content in (keys, _in_order(pages.values(segments.blocks)))
     ]
     pages.write(segments.destination, *kept)
+
+
+def _keys(pages: Pages, blocks: torch.Tensor, present: list[int]) -> torch.Tensor:
+    """Keys [R, Hkv, T, D] of blocks [R, C]; zeros behind those that are there."""
+    keys = _in_order(pages.keys(blocks))
+    for row, length in enumerate(present):
+        keys[row, :, length:] = 0  # may be anything, and NaN * 0 is NaN
+    return keys
 
 
 def _in_order(blocks: torch.Tensor) -> torch.Tensor:

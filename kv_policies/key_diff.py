@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from kv_policies.base import Capabilities, QueryFreePolicy, valid
+from kv_policies.base import Capabilities, QueryFreePolicy
 
 
 class KeyDiff(QueryFreePolicy):
@@ -30,9 +30,8 @@ class KeyDiff(QueryFreePolicy):
     def score(
         self, observed: torch.Tensor | None, keys: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        present = valid(lengths, keys.shape[2])[..., None]
-        # `where`, not a product: padding may be uninitialised memory, and NaN * 0 is NaN.
-        unit = normalize(torch.where(present, keys.float(), 0), dim=-1)
-        # The sum has the direction of the mean.
-        anchor = normalize(unit.sum(2, keepdim=True), dim=-1)
-        return -(unit * anchor).sum(-1)
+        keys = keys.float()
+        norms = keys.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        # The sum of the unit keys has the direction of their mean. Padding is zero, adds nothing.
+        anchor = normalize((1 / norms).transpose(-1, -2) @ keys, dim=-1)
+        return -(keys @ anchor.transpose(-1, -2) / norms).squeeze(-1)

@@ -291,33 +291,32 @@ class Layout:
         return (c - boundary).clamp_(min=0).div_(self.window, rounding_mode="floor").mul_(n > 0)
 
     def window_ends(self, n: torch.Tensor, c: torch.Tensor, q: torch.Tensor) -> bool:
-        """Whether some request completes a decode window in the step ``[c, c + q)``."""
+        """Whether some request may complete a decode window in the step ``[c, c + q)``.
+
+        True also when a request reaches its first window. For tensors on the CPU.
+        """
         if not self.window:
             return False
-        return bool((self._windows_batch(n, c + q) > self._windows_batch(n, c)).any())
+        n, c, q = n.numpy(), c.numpy(), q.numpy()  # a third of torch's time for a few numbers
+        since = c - -(-n // self.block_size) * self.block_size
+        return bool(((since + q) // self.window > since // self.window).any())
 
-    def view(
+    def moves(
         self,
-        table: torch.Tensor,
         n: torch.Tensor,
         c: torch.Tensor,
-        q: torch.Tensor,
+        width: int,
         opted_out: torch.Tensor | None = None,
-        out: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The block table and sequence lengths that attention gets in the step ``[c, c + q)``.
+        """The columns that are live at c, int64 [R, width], and the freed tokens, int64 [R].
 
-        table: int [R, C], physical block of each column. It is not written.
-        n, c, q: int [R], prompt length, computed tokens and new tokens per request.
-        out: buffers [R, C] and [R], of table's dtype and of any integer dtype, to write into.
-
-        Returns the live blocks, moved left, [R, C], and the tokens seen, [R]. Entries past a row's
-        last live column repeat its last column. No host synchronisation, no loop.
+        Columns past a row's last live one repeat column ``width - 1``. The same for as long as no
+        segment ends. No host synchronisation, no loop.
         """
         gap, windows = self.gaps(n, c, opted_out)
         size = self.window // self.block_size
         kept = self.kept(size)
-        at = torch.arange(table.shape[1], device=table.device)
+        at = torch.arange(width, device=n.device)
         freed = gap
         columns = at + gap[:, None]
         if kept < size:
@@ -326,13 +325,25 @@ class Layout:
             ahead = (at - head[:, None]).div_(kept, rounding_mode="floor").add_(1).clamp_(min=0)
             columns += torch.minimum(ahead, windows[:, None]).mul_(size - kept)
             freed = gap + windows * (size - kept)
-        columns.clamp_(max=table.shape[1] - 1)
-        seq_lens = c + q - freed * self.block_size
-        if out is None:
-            return table.gather(1, columns), seq_lens.to(torch.int32)
-        torch.gather(table, 1, columns, out=out[0])
-        out[1].copy_(seq_lens)
-        return out
+        return columns.clamp_(max=width - 1), freed * self.block_size
+
+    def view(
+        self,
+        table: torch.Tensor,
+        n: torch.Tensor,
+        c: torch.Tensor,
+        q: torch.Tensor,
+        opted_out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block table and sequence lengths that attention gets in the step ``[c, c + q)``.
+
+        table: int [R, C], physical block of each column. It is not written.
+        n, c, q: int [R], prompt length, computed tokens and new tokens per request.
+
+        Returns the live blocks, moved left, [R, C], and the tokens seen, int32 [R].
+        """
+        columns, freed = self.moves(n, c, table.shape[1], opted_out)
+        return table.gather(1, columns), (c + q - freed).to(torch.int32)
 
     def ending_batch(
         self,

@@ -42,5 +42,8 @@ def pack(content: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     H is Hkv, or 1 for one choice for all heads. Rows chosen by -1 hold what token 0 holds. The
     result is new memory, so it may be written over ``content``'s own blocks.
     """
-    index = chosen.clamp(min=0).expand(-1, content.shape[1], -1)
-    return content.gather(2, index[..., None].expand(-1, -1, -1, content.shape[-1]))
+    rows, heads, tokens, _ = content.shape
+    index = chosen.clamp(min=0).expand(-1, heads, -1)
+    first = torch.arange(rows * heads, device=content.device).view(rows, heads, 1) * tokens
+    packed = content.reshape(-1, content.shape[-1]).index_select(0, (index + first).flatten())
+    return packed.view(*index.shape, -1)

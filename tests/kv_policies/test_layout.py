@@ -144,10 +144,7 @@ def test_batched_form_agrees_with_the_scalar_form(
     table = torch.randperm(len(rows) * width).view(len(rows), width).int()
     before = table.clone()
     view, seq_lens = layout.view(table, n, c, q, opted_out)
-    buffers = torch.empty_like(table), torch.empty(len(rows), dtype=torch.int32)
-    again, again_lens = layout.view(table, n, c, q, opted_out, out=buffers)
     assert torch.equal(table, before)
-    assert again is buffers[0] and torch.equal(again, view) and torch.equal(again_lens, seq_lens)
     expected = []
     for row, (n_, c_, q_, out_) in enumerate(rows):
         scalar = layout.opted_out() if out_ else layout
@@ -158,6 +155,8 @@ def test_batched_form_agrees_with_the_scalar_form(
         assert -(-int(seq_lens[row]) // layout.block_size) == len(live)
         expected += [(row, *segment) for segment in scalar.ending(n_, c_, q_)]
     batch = layout.ending_batch(n, c, q, opted_out)
+    if bool((batch.start > 0).any()):  # what a worker asks first must not miss a window
+        assert layout.window_ends(n, c, q)
     assert list(zip(*(x.tolist() for x in batch), strict=True)) == expected
 
 

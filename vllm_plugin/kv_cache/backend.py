@@ -42,7 +42,10 @@ class CompressedBuilder:
 
     batch: Batch | None = None
     policy: KVPolicy
-    _view: tuple[torch.Tensor, torch.Tensor] | None = None
+    _moves: tuple[torch.Tensor, torch.Tensor] | None = None
+    _moved: Any = None  # the requests, in order, whose ``_moves`` still hold
+    _view_table: torch.Tensor | None = None
+    _view_lengths: torch.Tensor
 
     @classmethod
     def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
@@ -71,8 +74,7 @@ class CompressedBuilder:
                     layout, self.policy, table, part.n, part.c, part.q, part.starts, part.ids,
                     part.opted_out,
                 )  # fmt: skip
-            out = self._buffers(table, metadata.seq_lens) if tokens is None else None
-            view, seq_lens = layout.view(table, *part.on(table.device), out=out)
+            view, seq_lens = self._view(part, metadata, tokens is None)
             metadata = metadata.replace(
                 block_table_tensor=view, seq_lens=seq_lens, _num_computed_tokens_cache=None
             )
@@ -80,15 +82,32 @@ class CompressedBuilder:
         setattr(parts[0].metadata, _PARTS, parts)
         return parts[0].metadata
 
-    def _buffers(
-        self, table: torch.Tensor, seq_lens: torch.Tensor
+    def _view(
+        self, rows: Rows, metadata: CommonAttentionMetadata, whole: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory of this group for what the kernel reads, the same in every step."""
-        if self._view is None or self._view[0].shape[1] != table.shape[1]:
+        """What the kernel reads: live blocks and tokens seen, for a whole step in the same memory.
+
+        What has moved is computed anew only after a step in which something could move.
+        """
+        layout = self.kv_cache_spec.layout  # type: ignore[attr-defined]
+        table, lengths = metadata.block_table_tensor, metadata.seq_lens
+        if not whole:
+            columns, freed = rows.moves(layout, table.shape[1], table.device)
+            return table.gather(1, columns), lengths - freed
+        if self._moves is None or rows.busy(layout) or self._moved != (rows.ids, table.shape):
+            self._moves = rows.moves(layout, table.shape[1], table.device)
+            # After a busy step things have moved, so that the next one computes again.
+            self._moved = None if rows.busy(layout) else (rows.ids, table.shape)
+            self._moves = self._moves[0], self._moves[1].to(lengths.dtype)
+        if self._view_table is None or self._view_table.shape[1] != table.shape[1]:
             most = self.vllm_config.scheduler_config.max_num_seqs  # type: ignore[attr-defined]
             most = max(most, len(table))
-            self._view = table.new_empty(most, table.shape[1]), seq_lens.new_empty(most)
-        return self._view[0][: len(table)], self._view[1][: len(table)]
+            self._view_table = table.new_empty(most, table.shape[1])
+            self._view_lengths = lengths.new_empty(most)
+        columns, freed = self._moves
+        torch.gather(table, 1, columns, out=self._view_table[: len(table)])
+        torch.sub(lengths, freed, out=self._view_lengths[: len(table)])
+        return self._view_table[: len(table)], self._view_lengths[: len(table)]
 
 
 def _restricted(

@@ -31,25 +31,27 @@ class Rows:
     starts: torch.Tensor
     ids: list[str]
     opted_out: torch.Tensor | None
-    _on: dict[Any, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
+    _on: dict[torch.device, tuple[Any, ...]] = field(default_factory=dict)
     _busy: dict[tuple[int, int], bool] = field(default_factory=dict)
 
-    def on(self, device: torch.device) -> tuple[torch.Tensor | None, ...]:
-        """n, c, q and opted_out on a device, copied once a step."""
+    def moves(
+        self, layout: Layout, width: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``Layout.moves`` on a device, from the host's numbers."""
         if device not in self._on:
             self._on[device] = tuple(
                 None if x is None else x.to(device, non_blocking=True)
-                for x in (self.n, self.c, self.q, self.opted_out)
+                for x in (self.n, self.c, self.opted_out)
             )
-        return self._on[device]
+        n, c, opted_out = self._on[device]
+        return layout.moves(n, c, width, opted_out)
 
     def busy(self, layout: Layout) -> bool:
         """Whether layers of a layout may have to observe or compact in this step."""
         key = layout.block_size, layout.window
         if key not in self._busy:
-            self._busy[key] = bool((self.c < self.n).any()) or layout.window_ends(
-                self.n, self.c, self.q
-            )
+            prefill = bool((self.c.numpy() < self.n.numpy()).any())
+            self._busy[key] = prefill or layout.window_ends(self.n, self.c, self.q)
         return self._busy[key]
 
     def passes(self, layout: Layout) -> "list[tuple[torch.Tensor | None, Rows]]":
@@ -126,7 +128,7 @@ class Batch:
         n = batch.num_prompt_tokens_cpu_tensor[: metadata.num_reqs].long()
         n[batch.num_reqs :] = 0
         c = batch.num_computed_tokens_cpu_tensor[: metadata.num_reqs].long()
-        return n, c, batch.req_ids
+        return n, c, list(batch.req_ids)
 
     def _v2(self, metadata: CommonAttentionMetadata) -> _Read:
         state, index = self._runner.req_states, metadata.req_idx

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """K and V of one layer's paged cache, by block and in plain order, whatever the kernel's layout."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -9,22 +11,21 @@ Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class PackedCache(ValueError):
-    """A KV cache whose blocks are not plain keys and values in some order."""
+    """A KV cache whose blocks are not plain keys and values in a regular order."""
 
 
 class Pages:
     """Blocks of one layer as [blocks, Hkv, block_size, D], read and written bit for bit.
 
     Attention kernels keep keys and values in orders of their own (AMX and AVX interleave them).
-    Rather than to know each, ``of`` writes numbered tokens through vLLM's own operation and looks
-    where they went: ``places``, int64 [2 * Hkv * block_size * D], K before V.
+    Rather than to know each, ``of`` writes numbered tokens through vLLM's own operation, looks
+    where they went, and describes that by strides.
     """
 
-    def __init__(self, blocks: torch.Tensor, places: torch.Tensor, shape: tuple[int, ...]) -> None:
-        self._blocks, self._shape = blocks, shape
-        self._key_places, self._value_places = places.chunk(2)
-        self._order = torch.empty_like(places)
-        self._order[places] = torch.arange(len(places), device=places.device)
+    def __init__(
+        self, blocks: torch.Tensor, keys: "Order", values: "Order", shape: tuple[int, ...]
+    ) -> None:
+        self._blocks, self._keys, self._values, self._shape = blocks, keys, values, shape
 
     @classmethod
     def of(
@@ -41,33 +42,88 @@ class Pages:
         if not block.is_contiguous():
             raise PackedCache("a block of this KV cache is not one piece of memory")
         shape = heads, block_size, head_size
-        places = _places(block, shape, write)
+        keys, values = (Order.of(places, cache.dtype) for places in _places(block, shape, write))
         blocks = cache.as_strided((len(cache), block.numel()), (cache.stride(0), 1))
-        return cls(blocks, places, shape)
+        return cls(blocks, keys, values, shape)
 
     def keys(self, blocks: torch.Tensor) -> torch.Tensor:
         """Keys of blocks, int64 [...] to [..., Hkv, block_size, D], a copy."""
-        return self._read(blocks, self._key_places)
+        return self._read(blocks, self._keys)
 
     def values(self, blocks: torch.Tensor) -> torch.Tensor:
         """Values of blocks, as ``keys``."""
-        return self._read(blocks, self._value_places)
+        return self._read(blocks, self._values)
 
-    def _read(self, blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def _read(self, blocks: torch.Tensor, order: "Order") -> torch.Tensor:
         raw = self._blocks.index_select(0, blocks.flatten())
-        return raw.gather(1, places.expand(len(raw), -1)).view(*blocks.shape, *self._shape)
+        plain = order.view(raw).contiguous().view(raw.dtype)
+        return plain.view(*blocks.shape, *self._shape)
 
     def write(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Overwrite whole blocks, int64 [M], with K and V [M, Hkv, block_size, D]."""
-        content = torch.cat([keys.flatten(1), values.flatten(1)], dim=1)
-        self._blocks[blocks] = content.gather(1, self._order.expand(len(content), -1))
+        raw = self._blocks.new_empty(len(blocks), self._blocks.shape[1])
+        for order, content in ((self._keys, keys), (self._values, values)):
+            view = order.view(raw)
+            view.copy_(content.contiguous().view(view.dtype).view(view.shape))
+        self._blocks[blocks] = raw
 
 
-def _places(block: torch.Tensor, shape: tuple[int, int, int], write: Write) -> torch.Tensor:
-    """Where the kernel puts each element of K, then of V, within a block.
+@dataclass(frozen=True)
+class Order:
+    """Where plain order is in a block: sizes and strides, outermost first, in units of ``dtype``.
 
-    Elements are numbered from 1 and written one digit of base 128 after the other, as small whole
-    numbers survive any floating-point type.
+    ``dtype`` is the widest integer that is moved as a whole: copying pairs is several times faster
+    than copying halves.
+    """
+
+    dtype: torch.dtype
+    first: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, places: torch.Tensor, dtype: torch.dtype) -> "Order":
+        """From the place of each element; PackedCache if no strides visit them in order."""
+        first, rest = int(places[0]), places - places[0]
+        sizes: list[int] = []
+        strides: list[int] = []
+        while len(rest) > 1:
+            run = _run(rest)
+            sizes.insert(0, run)
+            strides.insert(0, int(rest[1]))
+            rest = rest[::run]
+        units = 1  # elements that always lie side by side, and where a wide integer may start
+        if strides[-1] == 1:
+            units = math.gcd(sizes[-1], 8 // dtype.itemsize, first, *strides[:-1])
+        sizes[-1] //= units
+        strides = [stride // units for stride in strides[:-1]] + [strides[-1]]
+        wide = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        return cls(wide[units * dtype.itemsize], first // units, tuple(sizes), tuple(strides))
+
+    def view(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw blocks [M, elements], contiguous, seen in plain order, [M, *sizes] of ``dtype``."""
+        wide = raw.view(self.dtype)
+        return wide.as_strided((len(wide), *self.sizes), (wide.shape[1], *self.strides), self.first)
+
+
+def _run(rest: torch.Tensor) -> int:
+    """The longest arithmetic run that all of ``rest`` repeats."""
+    step = int(rest[1])
+    for run in range(len(rest), 1, -1):
+        if len(rest) % run == 0:
+            rows = rest.view(-1, run)
+            if bool((rows - rows[:, :1] == torch.arange(run) * step).all()):
+                return run
+    raise PackedCache("the order of this KV cache cannot be described by strides")
+
+
+def _places(
+    block: torch.Tensor, shape: tuple[int, int, int], write: Write
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the kernel puts each element of K and of V within a block.
+
+    Elements are numbered from 1, K before V, and written one digit of base 128 after the other, as
+    small whole numbers survive any floating-point type.
     """
     heads, tokens, size = shape
     count = 2 * heads * tokens * size
@@ -85,4 +141,4 @@ def _places(block: torch.Tensor, shape: tuple[int, int, int], write: Write) -> t
         raise PackedCache("this KV cache does not hold plain keys and values")
     places = torch.empty(count, dtype=torch.int64)
     places[found - 1] = torch.arange(count)
-    return places.to(block.device)
+    return places.chunk(2)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV policies: how many requests one pool serves, and what compaction costs.
+
+    .venv/bin/python -m benchmarks.kv_capacity [--part pool|windows|cost] [--json] [--out FILE]
+
+Demo model, blocks of 32 tokens, eager mode, no prefix caching; each policy P with its defaults.
+
+pool     16 prompts of 440 to 500 tokens at once, 64 new tokens each, up to 32 requests and 512
+         tokens a step, in a pool of bytes in which 5 requests with the full cache fit from start to
+         end. P in prefix_kv, snap_kv, key_diff, recent, cskv at keep 0.25, and fp8 (vLLM's own).
+  P_steps_ratio                  engine steps over those of the full cache; smaller is better
+  P_peak_running, full_peak_running   most requests in one step
+  P_preemptions                  requests thrown out and computed again, all in all
+  P_kept                         bytes of live blocks over those of the full cache for the same
+                                 tokens, generated ones included, of requests past their prompt
+  Extra: full_preemptions.
+windows  The same with 192 new tokens each, snap_kv at keep 0.25.
+  decode_window_steps_ratio      steps with decode_window 64 over steps with decode_window 0
+cost     Extra keys named after a policy are the same figure for it.
+  keep100_throughput_ratio       new tokens per second, 16 prompts of 100 to 900 tokens, ample pool:
+                                 snap_kv loaded at keep 1.0 over stock vLLM, both in blocks of 32.
+                                 Extra: keep100_vs_default_block_ratio (stock's own block size)
+  compaction_share_of_prefill    1 - (prefill seconds at keep 1.0) / (seconds at keep 0.25), one
+                                 prompt of 2,000 tokens; prefix_kv with 128 queries
+  builder_ms_per_group_step      milliseconds of the metadata builder per group and step, ours (4
+                                 levels) above stock's; 8 requests decoding
+  levels4_throughput_ratio       decode tokens per second, 8 requests, same keep: 4 levels over 1
+
+Limits. Steps count the same on every machine; what a step costs does not: a larger batch makes a
+step longer, so the time saved is less than the steps saved. Prompts are random tokens: which of
+them are kept does not matter here, see kv_quality. A window of 64 tokens is 2 blocks and keeps 1.
+Timings need a machine that does nothing else.
+"""
+
+import sys
+
+from benchmarks.common import Part, main
+from benchmarks.kv_capacity_cost import cost
+from benchmarks.kv_capacity_pool import pool, windows
+from benchmarks.kv_engine import POLICIES
+
+OF_POLICY = ("steps_ratio", "peak_running", "preemptions", "kept")
+COST = (
+    "keep100_throughput_ratio",
+    "compaction_share_of_prefill",
+    "builder_ms_per_group_step",
+    "levels4_throughput_ratio",
+)
+PARTS = {
+    "pool": Part(
+        (*(f"{name}_{key}" for name in POLICIES for key in OF_POLICY), "full_peak_running"), pool
+    ),
+    "windows": Part(("decode_window_steps_ratio",), windows),
+    "cost": Part(COST, cost),
+}
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, PARTS))

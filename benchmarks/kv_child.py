@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's side of the KV benchmarks: what the scheduler, the builders and the sampler do."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from vllm import SamplingParams, TokensPrompt
+from vllm.config import VllmConfig
+from vllm.v1.request import Request
+from vllm.v1.sample.logits_processor import (
+    BatchUpdate,
+    LogitsProcessor,
+    process_dict_updates,
+)
+
+from benchmarks.engine_child import Child
+
+FORCED = "forced"  # key of SamplingParams.extra_args: the token ids to be sampled, in order
+
+
+class ForcedTokens(LogitsProcessor):
+    """Samples the tokens that a request lists, one a step; others are not touched.
+
+    Log-probabilities are taken before this (``logprobs_mode`` is raw by default), so they are what
+    the model thinks of the text it is made to write.
+    """
+
+    def __init__(self, config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        # Row -> (tokens to be sampled, tokens sampled so far; vLLM appends to the latter).
+        self._rows: dict[int, tuple[list[int], list[int]]] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self._rows, batch_update, self._row)
+
+    @staticmethod
+    def _row(
+        params: SamplingParams, prompt: list[int] | None, output: list[int]
+    ) -> tuple[list[int], list[int]] | None:
+        forced = (params.extra_args or {}).get(FORCED)
+        return (forced, output) if forced else None
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        for row, (forced, output) in self._rows.items():
+            logits[row].fill_(-torch.inf)
+            # The row of a chunk that does not end the prompt is sampled too, and thrown away.
+            logits[row, forced[min(len(output), len(forced) - 1)]] = 0
+        return logits
+
+
+class KVChild(Child):
+    """One engine and what the KV benchmarks ask of it."""
+
+    def started(self) -> dict[str, Any]:
+        """Adds the KV cache: ``blocks`` of the pool, its bytes, and its groups."""
+        cache = self._scheduler.kv_cache_config
+        groups = [
+            {
+                "layers": len(group.layer_names),
+                "block_size": group.kv_cache_spec.block_size,
+                "page_bytes": group.kv_cache_spec.page_size_bytes,
+                "spec": type(group.kv_cache_spec).__name__,
+            }
+            for group in cache.kv_cache_groups
+        ]
+        return super().started() | {
+            "blocks": cache.num_blocks,
+            "pool_bytes": self.llm.collective_rpc(_cache_bytes)[0],
+            "groups": groups,
+        }
+
+    def run(self, lengths: Sequence[int], tokens: int, seed: int) -> dict[str, Any]:
+        """Serve one random prompt of each length at once; ``tokens`` new tokens each.
+
+        ``kept_bytes_per_column``: bytes of live blocks, summed over groups, per column of the block
+        tables, of requests past their prompt; mean over steps. ``blocks_freed``: given back by
+        requests that go on, ``freed_bytes`` their size. ``cpu_s`` is of all threads.
+        """
+        group_bytes = [
+            group.kv_cache_spec.page_size_bytes * len(group.layer_names)
+            for group in self._scheduler.kv_cache_config.kv_cache_groups
+        ]
+        begin, cpu = time.perf_counter(), time.process_time()
+        for index, length in enumerate(lengths):
+            self._submit(1, length, tokens, seed + index)
+        requests: list[Request] = list(self._scheduler.requests.values())
+        running: list[int] = []
+        nulls: dict[tuple[str, int], int] = {}
+        kept_bytes = columns = freed = freed_bytes = 0
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+            running.append(len(self._scheduler.running))
+            for request in self._scheduler.running:
+                past_prompt = request.num_computed_tokens >= request.num_prompt_tokens
+                for group, blocks in enumerate(self._blocks(request.request_id)):
+                    key, empty = (request.request_id, group), sum(b.is_null for b in blocks)
+                    if (more := empty - nulls.get(key, 0)) > 0:
+                        freed += more
+                        freed_bytes += more * group_bytes[group]
+                    nulls[key] = empty
+                    if past_prompt:
+                        kept_bytes += (len(blocks) - empty) * group_bytes[group]
+                        columns += len(blocks) if group == 0 else 0
+        seconds = time.perf_counter() - begin
+        made = tokens * len(lengths)
+        return {
+            "steps": len(running),
+            "peak_running": max(running),
+            "mean_running": sum(running) / len(running),
+            "preemptions": sum(request.num_preemptions for request in requests),
+            "tokens_per_step": made / len(running),
+            "tokens_per_s": made / seconds,
+            "kept_bytes_per_column": kept_bytes / columns,
+            "blocks_freed": freed,
+            "freed_bytes": freed_bytes,
+            "free_blocks_at_end": self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
+            "cpu_s": time.process_time() - cpu,
+        }
+
+    def build_ms(self, batch: int, prompt: int, tokens: int, seed: int) -> float:
+        """Milliseconds of the metadata builder per group and step, ``batch`` requests decoding."""
+        self._submit(batch, prompt, tokens, seed)
+        produced: dict[str, int] = {}
+        while len(produced) < batch:
+            self._step(produced)
+        spent: list[float] = []
+        builders = self.llm.collective_rpc(_builders)[0]
+        for builder in builders:
+            builder.build = _timed(builder.build, spent)
+        while self.engine.has_unfinished_requests():
+            self._step(produced)
+        for builder in builders:
+            del builder.build  # the method of its class is seen again
+        return 1000 * sum(spent) / len(spent)
+
+    def complete(self, prompts: list[list[int]], tokens: int) -> list[str]:
+        """The greedy continuation of each prompt."""
+        sampling = SamplingParams(temperature=0, max_tokens=tokens)
+        inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        return [o.outputs[0].text for o in self.llm.generate(inputs, sampling, use_tqdm=False)]
+
+    def forced_nats(self, windows: list[list[int]], context: int) -> list[list[float]]:
+        """Negative log-likelihood of each token after the first ``context``, measured in decode.
+
+        Log-probabilities of a prompt would all be those of the full cache: it is compacted at its
+        end. The engine needs ``logits_processors=[FORCED_TOKENS]``.
+        """
+        sampling = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=len(window) - context,
+                ignore_eos=True,
+                logprobs=0,  # the sampled token's only
+                detokenize=False,
+                extra_args={FORCED: window[context:]},
+            )
+            for window in windows
+        ]
+        inputs = [TokensPrompt(prompt_token_ids=window[:context]) for window in windows]
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        return [
+            [
+                -position[token].logprob
+                for token, position in zip(
+                    window[context:], output.outputs[0].logprobs, strict=True
+                )
+            ]
+            for window, output in zip(windows, outputs, strict=True)
+        ]
+
+    @property
+    def _scheduler(self) -> Any:
+        return self.engine.engine_core.engine_core.scheduler
+
+    def _blocks(self, request_id: str) -> Any:
+        return self._scheduler.kv_cache_manager.coordinator.get_blocks(request_id)
+
+
+def _cache_bytes(worker: Any) -> int:
+    """What is really allocated: layers of several groups share storage."""
+    storages = [cache.untyped_storage() for cache in worker.model_runner.kv_caches]
+    return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+
+
+def _builders(worker: Any) -> list[Any]:
+    groups = worker.model_runner.attn_groups
+    return [group.get_metadata_builder(0) for of_cache in groups for group in of_cache]
+
+
+def _timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    def timed(*arguments: Any, **named: Any) -> Any:
+        begin = time.perf_counter()
+        value = function(*arguments, **named)
+        spent.append(time.perf_counter() - begin)
+        return value
+
+    return timed

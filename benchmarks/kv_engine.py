@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both KV benchmarks serve: the full cache, an fp8 cache, and each policy at some keep share.
+
+One that cannot start does not end a benchmark: its keys are null, and say why.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT, Options, cache_folder
+from benchmarks.engine import Engine, EngineFailed, in_process
+from benchmarks.models import TINY, random_llama
+from vllm_plugin.demo_model import demo_model_path
+
+BLOCK = 32  # tokens, for all contenders: vLLM's own default for CPUs is 128
+POLICIES = ("prefix_kv", "snap_kv", "key_diff", "recent", "cskv", "fp8")
+FORCED_TOKENS = "benchmarks.kv_child:ForcedTokens"
+_REVISION = 1  # raise it when profiles are made differently
+
+
+class KVEngine(Engine):
+    """An engine that answers what the KV benchmarks ask."""
+
+    child = "benchmarks.kv_child:KVChild"
+
+
+class NotMeasured(RuntimeError):
+    """A figure that cannot be had here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's KV cache is made of, per layer and token."""
+
+    layers: int
+    token_bytes: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of all layers, 16-bit."""
+        return self.layers * self.token_bytes * BLOCK
+
+
+def bench_model(options: Options) -> Path:
+    """The demo model; a random one of two layers for --smoke."""
+    return random_llama(TINY, options) if options.smoke else demo_model_path()
+
+
+def shape_of(model: Path) -> Shape:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    return Shape(config["num_hidden_layers"], 2 * kv_heads * head_dim * 2)
+
+
+def policy(name: str, **settings: Any) -> dict[str, Any]:
+    """The engine arguments of a policy of the plugin."""
+    return {"additional_config": {"compress": {"kv": {"policy": name, **settings}}}}
+
+
+def contender(name: str, keep: float, model: Path, options: Options) -> dict[str, Any]:
+    """The engine arguments of ``full``, ``fp8`` or a policy with its defaults.
+
+    ``prefix_kv`` has a profile, made here if there is none yet, and the last 128 prompt tokens
+    vote. ``snap_kv_profile`` is snap_kv with the sizes of that profile.
+    """
+    if name == "full":
+        return {"plugin": False}
+    if name == "fp8":
+        return {"plugin": False, "kv_cache_dtype": "fp8"}
+    if name == "prefix_kv":
+        return policy(name, profile=str(profile(model, keep, options)), queries=128)
+    if name == "snap_kv_profile":
+        return policy("snap_kv", profile=str(profile(model, keep, options)))
+    return policy(name, keep=keep)
+
+
+def profile(model: Path, keep: float, options: Options) -> Path:
+    """The profile that ``vllm-compress profile`` makes, kept in the cache; --smoke invents one."""
+    if options.smoke:
+        return made_up_profile(model, keep, 2, options)
+    digest = hashlib.sha256()
+    for file in (model / "config.json", *sorted(model.glob("*.safetensors"))):
+        digest.update(file.read_bytes())
+    target = cache_folder() / f"profile-{digest.hexdigest()[:12]}-{keep}-r{_REVISION}.json"
+    if not target.is_file():
+        command = [sys.executable, "-m", "vllm_plugin.cli", "profile", str(model)]
+        command += ["--keep", str(keep), "--out", str(target)]
+        told = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if told.returncode or not target.is_file():
+            raise NotMeasured(f"vllm-compress profile: {_last_line(told.stdout)}")
+    return target
+
+
+def made_up_profile(model: Path, keep: float, levels: int, options: Options) -> Path:
+    """A profile whose shares rise evenly from 0.4 to 1.6 times ``keep``, for figures of speed."""
+    target = cache_folder() / f"made-up-{model.name}-{keep}-{levels}-r{_REVISION}.json"
+    in_process(_make_up, model, keep, levels, target, preloaded=options.smoke)
+    return target
+
+
+def _make_up(model: Path, keep: float, levels: int, target: Path) -> None:
+    from datetime import UTC, datetime
+
+    from transformers import AutoConfig
+
+    from kv_policies.budget import exact
+    from kv_policies.profile import Profile, Provenance
+    from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
+
+    config = AutoConfig.from_pretrained(model)
+    layers = full_attention_layers(config)
+    spread = [Fraction(2 * i - len(layers) + 1, len(layers)) for i in range(len(layers))]
+    mean = exact(keep)
+    Profile(
+        model=fingerprint_of(model.name, config),
+        keep=mean,
+        levels=levels,
+        layers=layers,
+        fractions=tuple(mean + mean * Fraction(3, 5) * one for one in spread),
+        provenance=Provenance(
+            tool_version="benchmarks",
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            text="made up",
+            samples=1,
+            sample_tokens=1,
+        ),
+    ).save(target)
+
+
+@contextmanager
+def reported(failed: dict[str, str], name: str) -> Iterator[None]:
+    """Note in ``failed`` why ``name`` could not be measured, and go on with the others."""
+    try:
+        yield
+    except (EngineFailed, NotMeasured) as error:
+        failed[name] = _last_line(str(error))
+
+
+def _last_line(text: str) -> str:
+    """The last line that names an error, else the last one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    errors = [line for line in lines if "Error" in line.partition(":")[0]]
+    return (errors or lines)[-1][-400:]

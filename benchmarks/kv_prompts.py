@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts with something to remember, and windows of a book: tokens for ``kv_quality``."""
+
+import importlib.util
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.weights_quality import TEXT
+
+# The demo model recalls what it read among these sentences; in a book it loses some of it.
+FILLER = (
+    " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+)
+PASS_KEY = " The pass key is {}. Remember it."
+ASK_PASS_KEY = " What is the pass key? The pass key is"
+NEEDLE = " The secret number of {} is {}. Remember it."
+ASK_NEEDLE = " What is the secret number of {0}? The secret number of {0} is"
+CITIES = ("Paris", "London", "Rome", "Berlin", "Madrid", "Vienna", "Tokyo", "Cairo")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of filler, depths (shares of it) of the pass key, needles per prompt, windows.
+
+    The first token of a continuation is predicted before anything is compacted: it is not judged.
+    """
+
+    lengths: tuple[int, ...] = (300, 600, 1200, 1800)
+    depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    needle_lengths: tuple[int, ...] = (300, 500, 700, 900, 1100, 1300)
+    needles: int = 4
+    windows: int = 16
+    context: int = 1000
+    continuation: int = 65
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and the digits that must come first in its continuation."""
+
+    prompt: list[int]
+    answer: str
+    length: int
+    depth: float
+
+
+@dataclass(frozen=True)
+class Material:
+    passkey: list[Question]
+    needles: list[Question]
+    windows: list[list[int]]
+
+
+def material(model: Path, sizes: Sizes, seed: int) -> Material:
+    """Everything, in the model's tokens. One prompt per length and depth; one per length and
+    needle, with all needles in it and a question about one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    draw = random.Random(seed)
+    passkey = []
+    for length in sizes.lengths:
+        for depth in sizes.depths:
+            key = str(draw.randrange(10_000, 100_000))
+            prompt = _hide(tokenizer, length, [(depth, PASS_KEY.format(key))], ASK_PASS_KEY)
+            passkey.append(Question(prompt, key, length, depth))
+    needles = []
+    depths = [(index + 0.5) / sizes.needles for index in range(sizes.needles)]
+    for length in sizes.needle_lengths:
+        for asked, depth in enumerate(depths):
+            cities = draw.sample(CITIES, sizes.needles)
+            numbers = [str(number) for number in draw.sample(range(1000, 10_000), sizes.needles)]
+            facts = [NEEDLE.format(*pair) for pair in zip(cities, numbers, strict=True)]
+            question = ASK_NEEDLE.format(cities[asked])
+            prompt = _hide(tokenizer, length, list(zip(depths, facts, strict=True)), question)
+            needles.append(Question(prompt, numbers[asked], length, depth))
+    return Material(passkey, needles, _windows(tokenizer, sizes))
+
+
+def _hide(
+    tokenizer: Any, length: int, facts: Sequence[tuple[float, str]], question: str
+) -> list[int]:
+    """``length`` tokens of filler with each fact after its share of them, and the question."""
+    filler = tokenizer.encode(FILLER)
+    filler = (filler * (length // len(filler) + 1))[:length]
+    prompt: list[int] = []
+    at = 0
+    for depth, fact in facts:
+        stop = int(depth * length)
+        prompt += filler[at:stop] + tokenizer.encode(fact)
+        at = stop
+    return prompt + filler[at:] + tokenizer.encode(question)
+
+
+def _windows(tokenizer: Any, sizes: Sizes) -> list[list[int]]:
+    """Windows spread evenly over the second half of Newton's Opticks."""
+    found = importlib.util.find_spec("tvm_ffi")
+    places = found.submodule_search_locations if found else None
+    if not places or not (book := Path(places[0]) / TEXT).is_file():
+        raise FileNotFoundError(f"the evaluation text {TEXT} of the package apache-tvm-ffi")
+    content = book.read_text(encoding="utf-8", errors="replace")
+    tokens = tokenizer.encode(content[len(content) // 2 :])
+    length = sizes.context + sizes.continuation
+    stride = len(tokens) // sizes.windows
+    if stride < length:
+        raise ValueError(f"{len(tokens)} tokens are too few for {sizes.windows} windows")
+    return [tokens[index * stride :][:length] for index in range(sizes.windows)]

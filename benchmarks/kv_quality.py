@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV policies: what a model still recalls, and how well it goes on, from a compressed context.
+
+    .venv/bin/python -m benchmarks.kv_quality [--json] [--out FILE]
+
+Demo model, blocks of 32 tokens; each policy P in prefix_kv, snap_kv, key_diff, recent, cskv with
+its defaults at keep K in 050, 025, 010, and vLLM's fp8 cache, which has no keep. With --out, the
+recall and the loss over keep are drawn beside it, as .png.
+
+P_K_passkey, fp8_passkey   A 5-digit key in 300 to 1,800 tokens of filler, at depths of 0.1 to 0.9;
+                           the question ends the prompt. Greedy, the first number must be the key.
+P_K_needles, fp8_needles   4 numbers of 4 digits, one per city, in 300 to 1,300 tokens; one is asked
+                           for. Both: recalled, of what the full cache recalls.
+full_passkey, full_needles Of all prompts, recalled with the full cache.
+P_K_nats, fp8_nats         Nats per token above the full cache, of 64 tokens after each of 16
+                           contexts of 1,000 tokens of Newton's Opticks, forced one by one in
+                           decode. P_K_nats_se: standard error, paired by context.
+Extra: snap_kv_profile_K_*, scored by snap_kv with prefix_kv's shares per layer (a row of the
+per-head choice with the per-layer sizes); full_nats; forced_minus_prompt_nats, full_nats less the
+same figure from prompt log-probabilities, 0 but for rounding.
+
+Limits. A tiny model and easy prompts, 20 and 24 of them: one answer is 0.05. Every digit is a token
+and the filler repeats itself, which suits key_diff; the question is in the prompt when it is
+compacted, which suits snap_kv. Whole blocks are kept, rounded up: 0.10 of 300 tokens is 1 block of
+9. The first new token comes from the full cache under every policy; it is a space in the answers,
+and is left out of the nats.
+"""
+
+import sys
+
+from benchmarks.common import Part, main
+from benchmarks.kv_engine import POLICIES
+from benchmarks.kv_quality_plot import draw_beside_out
+from benchmarks.kv_quality_recall import MEASURES, quality, rows
+
+KEYS = tuple(f"{prefix}_{measure}" for prefix, _, _ in rows(POLICIES) for measure in MEASURES)
+PARTS = {"quality": Part((*KEYS, "full_passkey", "full_needles"), quality)}
+
+if __name__ == "__main__":
+    status = main(__doc__, PARTS)
+    draw_beside_out(sys.argv[1:])
+    sys.exit(status)

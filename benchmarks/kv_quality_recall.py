@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recall and loss of each policy at each keep share: one engine at a time, the same prompts."""
+
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.common import Options, Result
+from benchmarks.engine import in_process
+from benchmarks.kv_engine import BLOCK, FORCED_TOKENS, POLICIES, KVEngine, contender, reported
+from benchmarks.kv_prompts import Material, Question, Sizes, material
+from vllm_plugin.demo_model import demo_model_path
+
+KEEPS = (0.50, 0.25, 0.10)
+MEASURES = ("passkey", "needles", "nats")
+ROWS = (*POLICIES, "snap_kv_profile")
+SMOKE_SIZES = Sizes((160,), (0.5,), (160,), 2, 2, 160, 8)
+SMOKE_ROWS = ("fp8", "snap_kv_025")
+_ANSWER_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Whether each question was answered, and nats of each forced token, a list per window."""
+
+    passkey: list[bool]
+    needles: list[bool]
+    nats: list[list[float]]
+
+
+def rows(names: Sequence[str]) -> Iterator[tuple[str, str, float]]:
+    """(prefix of its keys, name, keep) of everything that is measured but the full cache."""
+    for name in names:
+        if name == "fp8":
+            yield name, name, 1.0
+        else:
+            yield from ((f"{name}_{round(100 * keep):03}", name, keep) for keep in KEEPS)
+
+
+def quality(options: Options, result: Result) -> None:
+    """Fill P_K_passkey, P_K_needles, P_K_nats; the same for fp8 and snap_kv_profile; full_*."""
+    model = demo_model_path()  # also with --smoke: a random model recalls nothing
+    sizes = SMOKE_SIZES if options.smoke else Sizes()
+    given = in_process(material, model, sizes, options.seed, preloaded=options.smoke)
+    measure = _Measure(model, given, sizes, options, result)
+    full = measure("full", contender("full", 1, model, options))
+    result.put("full_passkey", statistics.fmean(full.passkey))
+    result.put("full_needles", statistics.fmean(full.needles))
+    result.put("full_nats", _mean(full.nats))
+    for prefix, name, keep in (bar := tqdm(list(rows(ROWS)), "quality", leave=False)):
+        bar.set_postfix_str(prefix)
+        failed: dict[str, str] = {}
+        if options.smoke and prefix not in SMOKE_ROWS:
+            failed[prefix] = "--smoke leaves it out"
+        else:
+            with reported(failed, prefix):
+                arguments = contender(name, keep, model, options)
+                _record(result, prefix, measure(prefix, arguments), full)
+        for what in MEASURES if failed else ():
+            result.missing(f"{prefix}_{what}", failed[prefix])
+
+
+def _record(result: Result, prefix: str, seen: Measured, full: Measured) -> None:
+    for what in ("passkey", "needles"):
+        recalled, known = getattr(seen, what), getattr(full, what)
+        key = f"{prefix}_{what}"
+        if not any(known):
+            result.missing(key, "the full cache recalls none of them")
+            continue
+        of_known = [ours for ours, theirs in zip(recalled, known, strict=True) if theirs]
+        result.put(key, statistics.fmean(of_known), of_all=statistics.fmean(recalled))
+    windows = [
+        statistics.fmean(ours) - statistics.fmean(theirs)
+        for ours, theirs in zip(seen.nats, full.nats, strict=True)
+    ]
+    result.put(f"{prefix}_nats", statistics.fmean(windows), windows=windows)
+    result.put(f"{prefix}_nats_se", statistics.stdev(windows) / len(windows) ** 0.5)
+
+
+class _Measure:
+    """Asks every question of one engine after the other."""
+
+    def __init__(
+        self, model: Path, given: Material, sizes: Sizes, options: Options, result: Result
+    ) -> None:
+        self._model, self._given, self._context = model, given, sizes.context
+        self._result = result
+        self._arguments = {
+            "block_size": BLOCK,
+            "max_model_len": 2048,
+            "kv_cache_memory_bytes": 1 << 30,  # all prompts of a kind at once
+            "logits_processors": [FORCED_TOKENS],
+            "preloaded": options.smoke,
+        }
+
+    def __call__(self, name: str, arguments: dict[str, Any]) -> Measured:
+        with KVEngine(self._model, **self._arguments, **arguments) as engine:
+            passkey = self._recalled(engine, name, "passkey", self._given.passkey)
+            needles = self._recalled(engine, name, "needles", self._given.needles)
+            windows = self._given.windows
+            forced = engine.ask("forced_nats", windows=windows, context=self._context)
+            nats = [one[1:] for one in forced]
+            if name == "full":
+                prompt = engine.ask("nats", windows=windows)
+                same = [one[self._context :] for one in prompt]
+                self._result.put("forced_minus_prompt_nats", _mean(nats) - _mean(same))
+        return Measured(passkey, needles, nats)
+
+    def _recalled(
+        self, engine: KVEngine, name: str, what: str, questions: list[Question]
+    ) -> list[bool]:
+        prompts = [question.prompt for question in questions]
+        texts = engine.ask("complete", prompts=prompts, tokens=_ANSWER_TOKENS)
+        recalled = []
+        for question, text in zip(questions, texts, strict=True):
+            number = re.search(r"\d+", text)
+            recalled.append(number is not None and number.group() == question.answer)
+        self._result.details[f"{name}_{what}_answers"] = [
+            {"length": q.length, "depth": q.depth, "answer": q.answer, "text": text, "right": right}
+            for q, text, right in zip(questions, texts, recalled, strict=True)
+        ]
+        return recalled
+
+
+def _mean(nats: list[list[float]]) -> float:
+    return statistics.fmean(statistics.fmean(window) for window in nats)
