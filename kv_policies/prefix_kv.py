@@ -14,10 +14,10 @@ class PrefixKVSettings(NoSettings):
     """Settings of ``prefix_kv``."""
 
     queries: int = Field(
-        0,
+        32,
         ge=0,
-        description="at most this many last prompt tokens vote, 0 for all; fewer: cheaper for long "
-        "prompts, and closer to snap_kv",
+        description="at most this many last prompt tokens vote, 0 for all, as in the paper; fewer: "
+        "cheaper for long prompts, and closer to snap_kv",
     )
 
 
@@ -33,8 +33,8 @@ class PrefixKV:
 
     Limits: early tokens are seen by more queries and score higher; the question at the end of a
     prompt counts no more than any other text (``snap_kv`` scores with a profile's sizes do better
-    there). All queries cost about a second pass of attention: cap them with ``queries`` for long
-    prompts. The mean is over the heads it is given, under tensor parallelism those of the rank.
+    there). All queries would cost about a second pass of attention, so ``queries`` caps them. The
+    mean is over the heads it is given, under tensor parallelism those of the rank.
     """
 
     name: ClassVar[str] = "prefix_kv"

@@ -14,10 +14,13 @@ class SnapKVSettings(NoSettings):
     """Settings of ``snap_kv``."""
 
     window: int = Field(
-        32, ge=1, description="last prompt tokens that vote and always stay; larger: steadier votes"
+        16,
+        ge=1,
+        description="last prompt tokens that vote and always stay; larger: steadier votes, less "
+        "room for the rest of a short prompt",
     )
     pool: int = Field(
-        7,
+        15,
         ge=1,
         description="tokens of the max pooling, odd; larger: whole phrases stay, fewer of them",
     )
@@ -30,8 +33,11 @@ class SnapKV:
     over the query heads of a KV head, max-pooled along the tokens; the window itself stays, its
     latest tokens first when the budget is smaller. Every KV head has its own choice.
 
+    Pooling is wider than the paper's 7: a number of five digits is five tokens to many tokenizers,
+    and the end of a prompt attends to its first one only.
+
     Limits: assumes that the question is at the end of the prompt. A later turn asks anew, but what
-    its question needed may be gone. A decode window has one query at hand, its last.
+    its question needed may be gone.
     """
 
     name: ClassVar[str] = "snap_kv"

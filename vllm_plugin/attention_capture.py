@@ -74,6 +74,6 @@ def _attention(
             )
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         positions = torch.arange(query.shape[2], device=query.device)[None]
-        heads = attention_received(query, positions, key, scale)
+        heads = attention_received(query.float(), positions, key.float(), scale)
         received[module.layer_idx] = heads.mean(1)[0].cpu()
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve` with a KV policy and int4 weights, the OpenAI Python client, several processes."""
+
+import json
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.support.server import served
+
+NOTE = "The secret number is 48213. "
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. "
+
+
+def test_chat_requests(demo_model: Path, profile: Path) -> None:
+    kv = {"policy": "prefix_kv", "keep": 0.25, "profile": str(profile)}
+    arguments = ["--additional-config", json.dumps({"compress": {"kv": kv}})]
+    arguments += ["--quantization", "smoothquant_plus", "--max-model-len", "1024"]
+    with served(demo_model, *arguments) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+
+        def ask(text: str, **more: object) -> openai.types.chat.ChatCompletion:
+            messages = [{"role": "user", "content": text}]
+            return client.chat.completions.create(
+                model="demo", messages=messages, temperature=0, max_tokens=24, extra_body=more
+            )
+
+        answer = ask("What is the capital of Japan?")
+        assert "Tokyo" in answer.choices[0].message.content
+        long = ask(FILLER * 30 + "What is the capital of Japan?")
+        assert long.usage.prompt_tokens > 400 and long.usage.completion_tokens > 3
+        assert "Tokyo" in long.choices[0].message.content
+        # A second turn hits what the first one left in the prefix cache, and says the same.
+        again = ask(FILLER * 30 + "What is the capital of Japan?")
+        assert again.choices[0].message.content == long.choices[0].message.content
+
+        whole = ask(FILLER * 30 + NOTE, vllm_xargs={"compress_keep": 1})
+        assert whole.usage.completion_tokens > 0
+        with pytest.raises(openai.BadRequestError, match="compress_keep of a request can only be"):
+            ask("Hello", vllm_xargs={"compress_keep": 0.5})
