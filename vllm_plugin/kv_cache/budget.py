@@ -7,6 +7,7 @@ from fractions import Fraction
 from compress_common.errors import CompressError
 from kv_policies.layout import Layout
 from kv_policies.profile import ModelFingerprint, load
+from kv_policies.registry import policies
 from vllm_plugin.settings import KVSettings
 
 
@@ -19,6 +20,7 @@ def layouts_of(
     not fit: a profile of another model or budget, a policy without the profile that it needs, a
     window that is not whole blocks.
     """
+    policy = policies().get(settings.policy)  # an unknown one is reported by ``settings.build``
     shares = dict.fromkeys(layers, settings.keep or Fraction(1))
     if settings.profile is not None:
         profile = load(settings.profile, model, layers)
@@ -29,7 +31,7 @@ def layouts_of(
                 f"profile {model.name} --keep {float(settings.keep)}`"
             )
         shares = dict(zip(layers, profile.cut(settings.levels).per_layer, strict=True))
-    elif settings.build().capabilities.needs_profile and settings.keep != 1:
+    elif policy and policy.capabilities.needs_profile and settings.keep != 1:
         raise CompressError(
             f"{settings.policy} takes each layer's share from a profile: make one with "
             f"`vllm-compress profile {model.name} --keep {float(settings.keep or 0)}` and name it "

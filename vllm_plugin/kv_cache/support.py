@@ -43,18 +43,29 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
     """Set our worker and the check of requests; CompressError lists all that rules them out."""
     problems = config_problems(config, worker)
     model = config.model_config
-    try:
-        settings.build()
-        layers = full_attention_layers(model.hf_text_config)
-        model_print = fingerprint_of(model.model, model.hf_text_config)
-        layouts_of(settings, config.cache_config.block_size, model_print, layers)
-    except CompressError as error:
-        problems.append(str(error))
+    for step in (settings.build, lambda: _layouts(settings, config)):
+        try:
+            step()
+        except CompressError as error:
+            problems.append(str(error))
     if problems:
         raise joined(problems)
     config.parallel_config.worker_cls = WORKER
     check = RequestCheck if config.cache_config.enable_prefix_caching else UncachedRequestCheck
     model.logits_processors = [*(model.logits_processors or []), check]
+
+
+def _layouts(settings: KVSettings, config: VllmConfig) -> None:
+    """Make the layouts, for what is wrong with them."""
+    model = config.model_config
+    layers = full_attention_layers(model.hf_text_config)
+    if not layers and not model.use_mla:
+        raise CompressError(
+            "no layer with full attention: sliding windows bound their cache themselves; remove "
+            "compress.kv"
+        )
+    fingerprint = fingerprint_of(model.model, model.hf_text_config)
+    layouts_of(settings, config.cache_config.block_size, fingerprint, layers)
 
 
 def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:

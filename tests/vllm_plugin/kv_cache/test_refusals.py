@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot work is refused before an engine starts: one error with everything in it."""
+
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+import vllm_plugin
+from compress_common.errors import CompressError
+from tests.vllm_plugin.kv_cache.conftest import save_profile
+from vllm_plugin.kv_cache.requests import RequestCheck, UncachedRequestCheck, check
+from vllm_plugin.kv_cache.support import WORKER
+
+SNAP = {"policy": "snap_kv", "keep": 0.25}
+
+
+def configure(model: Path | str, kv: dict[str, Any] | None = None, **engine: Any) -> VllmConfig:
+    vllm_plugin.register()
+    args = {"enforce_eager": True, "max_model_len": 512} | engine
+    return EngineArgs(
+        model=str(model), additional_config={"compress": {"kv": kv or SNAP}}, **args
+    ).create_engine_config()
+
+
+def refusal(model: Path | str, kv: dict[str, Any] | None = None, **engine: Any) -> str:
+    with pytest.raises(CompressError) as caught:
+        configure(model, kv, **engine)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kv", "expected"),
+    [
+        ({"policy": "snapkv", "keep": 0.25}, "unknown KV policy 'snapkv'; did you mean 'snap_kv'?"),
+        ({"polcy": "snap_kv", "keep": 0.25}, "'policy' is missing"),
+        (SNAP | {"windw": 3}, "unknown setting 'windw'; did you mean 'window'?"),
+        (SNAP | {"window": 0}, "window"),
+        ({"policy": "snap_kv", "keep": 0}, "must be in (0, 1], got 0"),
+        ({"policy": "snap_kv", "keep": 1.5}, "must be in (0, 1], got 1.5"),
+        ({"policy": "snap_kv", "keep": -1}, "must be in (0, 1], got -1"),
+        ({"policy": "snap_kv", "keep": "abc"}, "must be a number in (0, 1], got 'abc'"),
+        ({"policy": "snap_kv"}, "needs `keep`, the share that stays, or a `profile`"),
+        ({"policy": "prefix_kv", "keep": 0.25}, "vllm-compress profile"),
+        (SNAP | {"levels": 3}, "add `profile`"),
+        (SNAP | {"decode_window": 100}, "window must be 0 or a multiple of the block size 32"),
+        (SNAP | {"min_blocks": 0}, "min_blocks"),
+        (SNAP | {"profile": "/nowhere/kv.json"}, "cannot read the profile /nowhere/kv.json"),
+    ],
+)
+def test_bad_settings(demo_model: Path, kv: dict[str, Any], expected: str) -> None:
+    assert expected in refusal(demo_model, kv)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda text: text[: len(text) // 2], "is not JSON"),
+        (lambda text: "[]", "is not a KV profile"),
+        (lambda text: text.replace('"version": 1', '"version": 9'), "has version 9"),
+        (lambda text: text.replace('"1/4"', '"1/2"'), "the mean of the fractions is 1/4"),
+        (lambda text: text.replace('"hidden_size": 576', '"hidden_size": 99'), "hidden_size is 99"),
+        (
+            lambda text: text.replace('"num_hidden_layers": 30', '"num_hidden_layers": 31'),
+            "num_hidden_layers is 31 in the profile, 30 in the model",
+        ),
+    ],
+)
+def test_bad_profiles(
+    demo_model: Path, profile: Path, tmp_path: Path, change: Callable[[str], str], expected: str
+) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text(change(profile.read_text()))
+    assert bad.read_text() != profile.read_text()
+    text = refusal(demo_model, {"policy": "prefix_kv", "profile": str(bad)})
+    assert expected in text and "vllm-compress profile" in text or "fractions" in text
+
+
+def test_profile_of_another_budget_or_model(
+    demo_model: Path, profile: Path, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    given = {"policy": "prefix_kv", "keep": 0.5, "profile": str(profile)}
+    assert "was made for 0.25" in refusal(demo_model, given)
+    other = save_profile(tiny_model("llama"), tmp_path / "o.json", Fraction(1, 4), 1)
+    assert "not of" in refusal(demo_model, {"policy": "prefix_kv", "profile": str(other)})
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"speculative_config": NGRAM}, "--speculative-config"),
+        ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+        ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
+        ({"attention_backend": AttentionBackendEnum.TRITON_ATTN}, "--attention-backend"),
+        (
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": {"shared_storage_path": "/tmp/kv"},
+                }
+            },
+            "--kv-transfer-config",
+        ),
+    ],
+)
+def test_unsupported_combinations(demo_model: Path, engine: dict[str, Any], expected: str) -> None:
+    assert expected in refusal(demo_model, **engine)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("decode_context_parallel_size", 2, "--decode-context-parallel-size"),
+        ("prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
+        ("pipeline_parallel_size", 2, "--pipeline-parallel-size"),
+        ("enable_dbo", True, "--enable-dbo"),
+    ],
+)
+def test_parallelism(demo_model: Path, field: str, value: Any, expected: str) -> None:
+    """vLLM refuses these on a CPU by itself, so a good config is changed."""
+    from vllm_plugin.kv_cache.support import config_problems
+
+    config = configure(demo_model)
+    assert config_problems(config, "auto") == []
+    setattr(config.parallel_config, field, value)
+    (problem,) = config_problems(config, "auto")
+    assert expected in problem
+
+
+def write_config(folder: Path, base: Path, architecture: str, **fields: Any) -> Path:
+    """A folder with a config only, made from that of ``base``."""
+    content = json.loads((base / "config.json").read_text())
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps(content | {"architectures": [architecture]} | fields)
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).symlink_to(base / name)
+    return folder
+
+
+def test_models_without_keys_to_keep(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    window = tiny_model("mistral", sliding_window=64)
+    assert "no layer with full attention" in refusal(window)
+    mla = write_config(
+        tmp_path / "mla",
+        tiny_model("llama"),
+        "DeepseekV2ForCausalLM",
+        model_type="deepseek_v2",
+        kv_lora_rank=32,
+        q_lora_rank=None,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=32,
+        n_routed_experts=4,
+    )
+    assert "MLA" in refusal(mla)
+
+
+def test_everything_is_listed_at_once(demo_model: Path) -> None:
+    text = refusal(
+        demo_model,
+        SNAP | {"windw": 3, "decode_window": 100},
+        kv_cache_dtype="fp8",
+        disable_hybrid_kv_cache_manager=True,
+    )
+    assert text.startswith("4 problems")
+    for part in ("windw", "multiple of the block size", "--kv-cache-dtype", "--disable-hybrid"):
+        assert part in text
+
+
+def test_what_works_is_configured(demo_model: Path, tiny_model: Callable[..., Path]) -> None:
+    config = configure(demo_model)
+    assert config.parallel_config.worker_cls == WORKER
+    assert config.cache_config.block_size == 32
+    assert config.model_config.logits_processors == [RequestCheck]
+    config = configure(demo_model, block_size=64, enable_prefix_caching=False)
+    assert config.cache_config.block_size == 64
+    assert config.model_config.logits_processors == [UncachedRequestCheck]
+    assert configure(tiny_model("gemma3")).parallel_config.worker_cls == WORKER
+    assert configure(demo_model, {"policy": "prefix_kv", "keep": 1})  # nothing to share out
+
+
+def test_dotted_form(demo_model: Path) -> None:
+    vllm_plugin.register()
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    dotted = "--additional-config.compress.kv."
+    given = ["--model", str(demo_model), f"{dotted}policy", "snap_kv", f"{dotted}keep", "0.25"]
+    config = EngineArgs.from_cli_args(parser.parse_args(given)).create_engine_config()
+    assert config.parallel_config.worker_cls == WORKER
+
+
+def test_stock_is_left_alone(demo_model: Path) -> None:
+    vllm_plugin.register()
+    config = EngineArgs(model=str(demo_model), enforce_eager=True).create_engine_config()
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert config.cache_config.block_size == 128
+    assert not config.model_config.logits_processors
+
+
+@pytest.mark.parametrize("value", [0.5, 0, True, "x", 2])
+def test_requests_may_keep_everything_or_nothing_special(value: Any) -> None:
+    check(SamplingParams(extra_args={"compress_keep": 1}), cached=True)
+    check(SamplingParams(), cached=False)
+    with pytest.raises(ValueError, match="can only be 1"):
+        check(SamplingParams(extra_args={"compress_keep": value}), cached=True)
+    with pytest.raises(ValueError, match="needs prefix caching"):
+        check(SamplingParams(extra_args={"compress_keep": 1}), cached=False)
