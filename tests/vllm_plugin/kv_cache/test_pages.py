@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of vLLM's CPU cache, written by its own operation and read back in plain order."""
+
+import pytest
+import torch
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from vllm_plugin.kv_cache.pages import PackedCache, Pages
+
+BLOCKS = 6
+
+
+class Cache:
+    """A layer's cache as the CPU backend holds it: [blocks, heads, block_size, 2 * head_size]."""
+
+    def __init__(
+        self, heads: int, block: int, size: int, dtype: torch.dtype, kind: str = "auto"
+    ) -> None:
+        stored = torch.uint8 if kind == "fp8" else dtype
+        self.raw = torch.zeros(BLOCKS, heads, block, 2 * size, dtype=stored)
+        self.isa, self.kind = _get_attn_isa(dtype, block, size, kind), kind
+        self.shape, self.dtype = (heads, block, size), dtype
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        heads, block, size = self.shape
+        keys, values = self.raw.view(BLOCKS, heads, 2 * block, size).chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(
+            key.to(self.dtype),
+            value.to(self.dtype),
+            keys,
+            values,
+            slots,
+            self.isa,
+            k_scale=1.0,
+            v_scale=1.0,
+            kv_cache_dtype=self.kind,
+        )
+
+    def pages(self) -> Pages:
+        return Pages.of(self.raw, *self.shape, self.write)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("heads", "block", "size"), [(3, 32, 64), (1, 64, 128), (8, 32, 32), (2, 16, 80), (2, 128, 96)]
+)
+def test_reads_and_writes_what_the_kernel_does(
+    heads: int, block: int, size: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    cache, other = Cache(heads, block, size, dtype), Cache(heads, block, size, dtype)
+    tokens = BLOCKS * block
+    key, value = torch.randn(2, tokens, heads, size).to(dtype)
+    cache.write(key, value, torch.arange(tokens))
+    before = cache.raw.clone()
+    pages = cache.pages()
+    assert torch.equal(cache.raw, before)  # the probe leaves no trace
+
+    blocks = torch.tensor([[4, 1], [0, 3]])
+    want = key.view(BLOCKS, block, heads, size).transpose(1, 2)
+    assert torch.equal(pages.keys(blocks), want[blocks])
+    want_v = value.view(BLOCKS, block, heads, size).transpose(1, 2)
+    assert torch.equal(pages.values(blocks), want_v[blocks])
+
+    copy = other.pages()
+    copy.write(torch.arange(BLOCKS), want, want_v)
+    assert torch.equal(other.raw, cache.raw)
+
+
+def test_quantised_caches_are_refused() -> None:
+    with pytest.raises(PackedCache):
+        Cache(2, 32, 64, torch.bfloat16, "fp8").pages()
