@@ -15,13 +15,13 @@ pool     16 prompts of 440 to 500 tokens at once, 64 new tokens each, up to 32 r
                                  tokens, generated ones included, of requests past their prompt
   Extra: full_preemptions.
 windows  The same with 192 new tokens each, snap_kv at keep 0.25.
-  decode_window_steps_ratio      steps with decode_window 64 over steps with decode_window 0
+  decode_window_steps_ratio      steps with decode_window 128 over steps with decode_window 0
 cost     Extra keys named after a policy are the same figure for it.
   keep100_throughput_ratio       new tokens per second, 16 prompts of 100 to 900 tokens, ample pool:
                                  snap_kv loaded at keep 1.0 over stock vLLM, both in blocks of 32.
                                  Extra: keep100_vs_default_block_ratio (stock's own block size)
   compaction_share_of_prefill    1 - (prefill seconds at keep 1.0) / (seconds at keep 0.25), one
-                                 prompt of 2,000 tokens; prefix_kv with 128 queries
+                                 prompt of 2,000 tokens, prefix_kv
   builder_ms_per_group_step      milliseconds of the metadata builder per group and step, ours (4
                                  levels) above stock's; 8 requests decoding
   levels4_throughput_ratio       decode tokens per second, 8 requests, same keep: 4 levels over 1

@@ -116,7 +116,8 @@ def _compaction(turns: _Turns) -> None:
     if not options.smoke:
         names.append("prefix_kv_all_queries")
         turns.start(
-            names[-1], lambda: policy("prefix_kv", profile=str(profile(model, KEEP, options)))
+            names[-1],
+            lambda: policy("prefix_kv", profile=str(profile(model, KEEP, options)), queries=0),
         )
     length = 200 if options.smoke else PREFILL
     speed = turns.samples([KEEP100, *names], "prefill", "prefill", tokens=length)

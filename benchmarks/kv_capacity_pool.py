@@ -77,13 +77,14 @@ def pool(options: Options, result: Result) -> None:
 
 def windows(options: Options, result: Result) -> None:
     """Fill decode_window_steps_ratio."""
-    load = Load(6, 140, 200, 96, 2) if options.smoke else Load(tokens=192)
+    # Short prompts and long outputs: what windows are for.
+    load = Load(6, 60, 100, 160, 2) if options.smoke else Load(16, 100, 160, 512, 4)
     served = _Served(load, options, result, "windows")
     failed: dict[str, str] = {}
     with reported(failed, "snap_kv"):
         seen = [
             served(f"decode_window {size}", policy("snap_kv", keep=KEEP, decode_window=size))
-            for size in (64, 0)
+            for size in (128, 0)
         ]
         result.put("decode_window_steps_ratio", seen[0]["steps"] / seen[1]["steps"])
     if failed:

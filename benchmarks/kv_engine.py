@@ -70,15 +70,15 @@ def policy(name: str, **settings: Any) -> dict[str, Any]:
 def contender(name: str, keep: float, model: Path, options: Options) -> dict[str, Any]:
     """The engine arguments of ``full``, ``fp8`` or a policy with its defaults.
 
-    ``prefix_kv`` has a profile, made here if there is none yet, and the last 128 prompt tokens
-    vote. ``snap_kv_profile`` is snap_kv with the sizes of that profile.
+    ``prefix_kv`` has a profile, made here if there is none yet. ``snap_kv_profile`` is snap_kv with
+    the sizes of that profile.
     """
     if name == "full":
         return {"plugin": False}
     if name == "fp8":
         return {"plugin": False, "kv_cache_dtype": "fp8"}
     if name == "prefix_kv":
-        return policy(name, profile=str(profile(model, keep, options)), queries=128)
+        return policy(name, profile=str(profile(model, keep, options)))
     if name == "snap_kv_profile":
         return policy("snap_kv", profile=str(profile(model, keep, options)))
     return policy(name, keep=keep)
