@@ -49,5 +49,5 @@ def attention_received(
         logits = (grouped[:, :, :, start : start + rows].flatten(2, 3) @ transposed).float()
         logits.unflatten(2, (group, -1))[..., common:].add_(causal[:, None, None])
         weight = real[:, start : start + rows].float().repeat(1, group)
-        received += (weight[:, None, None] @ logits.softmax(-1)).squeeze(2)
+        received += logits.softmax(-1).mul_(weight[:, None, :, None]).sum(2)
     return received / group

@@ -14,14 +14,21 @@ from kv_policies.base import KVPolicy, first_observed
 from kv_policies.key_diff import KeyDiff
 from kv_policies.layout import Layout, SegmentBatch
 from kv_policies.select import pack, select
+from kv_policies.step import Step
+
+
+class Content(Protocol):
+    """K and V of some blocks, [R, Hkv, C * block_size, D], copies."""
+
+    def keys(self) -> torch.Tensor: ...
+
+    def values(self) -> torch.Tensor: ...
 
 
 class Pages(Protocol):
-    """K and V of one layer by physical block, [..., Hkv, block_size, D]."""
+    """K and V of one layer by physical block: reads [R, C] blocks, writes [M, Hkv, bs, D]."""
 
-    def keys(self, blocks: torch.Tensor) -> torch.Tensor: ...
-
-    def values(self, blocks: torch.Tensor) -> torch.Tensor: ...
+    def read(self, blocks: torch.Tensor) -> Content: ...
 
     def write(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None: ...
 
@@ -118,25 +125,19 @@ def plan_step(
     layout: Layout,
     policy: KVPolicy,
     table: torch.Tensor,
-    n: torch.Tensor,
-    c: torch.Tensor,
-    q: torch.Tensor,
-    starts: torch.Tensor,
-    ids: list[str],
-    opted_out: torch.Tensor | None = None,
+    step: Step,
 ) -> Work | None:
-    """The work of a step ``[c, c + q)`` per request; None when there is none, as in most steps.
+    """What a step has to do; None for nothing, as in most steps.
 
-    table: int [R, C], on any device. n, c, q, starts: int64 [R] on the host; ``starts`` is the
-    index of a request's first token in the step. ids: names of the rows that are not padding.
+    table: int [R, C], physical block of each column, on any device.
     """
-    ending = layout.ending_batch(n, c, q, opted_out)
+    ending = layout.ending_batch(step.n, step.c, step.q, step.opted_out)
     is_prompt = ending.start == 0
-    prompts = _segments(layout, table, ending, is_prompt, n)
+    prompts = _segments(layout, table, ending, is_prompt, step.n)
     windows = _segments(layout, table, ending, ~is_prompt, None)
     queries = None
     if policy.capabilities.needs_queries:
-        queries = _queries(layout, policy, table, n, c, q, starts, ids, opted_out)
+        queries = _queries(layout, policy, table, step)
     if queries is None and prompts is None and windows is None:
         return None
     return Work(policy, window_policy(policy), queries, prompts, windows)
@@ -183,22 +184,17 @@ def _queries(
     layout: Layout,
     policy: KVPolicy,
     table: torch.Tensor,
-    n: torch.Tensor,
-    c: torch.Tensor,
-    q: torch.Tensor,
-    starts: torch.Tensor,
-    ids: list[str],
-    opted_out: torch.Tensor | None,
+    step: Step,
 ) -> Queries | None:
     spans = []
-    for row in ((c < n) & (q > 0)).nonzero().flatten().tolist():
-        length, at = int(n[row]), int(c[row])
-        if not layout.gap(length) or (opted_out is not None and bool(opted_out[row])):
+    for row in ((step.c < step.n) & (step.q > 0)).nonzero().flatten().tolist():
+        n, c, q = int(step.n[row]), int(step.c[row]), int(step.q[row])
+        if not layout.gap(n) or (step.opted_out is not None and bool(step.opted_out[row])):
             continue
-        begin = first_observed(policy, layout, length)
-        first, stop = max(begin, at), min(length, at + int(q[row]))
+        begin = first_observed(policy, layout, n)
+        first, stop = max(begin, c), min(n, c + q)
         if first < stop:
-            spans.append((row, first, stop, int(starts[row]) + first - at, at <= begin))
+            spans.append((row, first, stop, int(step.starts[row]) + first - c, c <= begin))
     if not spans:
         return None
     most = max(stop - first for _, first, stop, _, _ in spans)
@@ -213,9 +209,9 @@ def _queries(
         positions=torch.where(offset < count, first + offset, -1).to(table.device),
         blocks=table[rows.to(table.device), :columns].long(),
         seen=[span[2] for span in spans],
-        requests=[ids[span[0]] for span in spans],
+        requests=[step.ids[span[0]] for span in spans],
         first=[span[4] for span in spans],
-        ends=[span[2] == int(n[span[0]]) for span in spans],
+        ends=[span[2] == int(step.n[span[0]]) for span in spans],
     )
 
 
@@ -231,16 +227,21 @@ def compact(
 
     query: [tokens, Hq, D], after RoPE, of all tokens of the step. scale: of q.k in the softmax.
     """
-    observed = keys = None
+    observed = keys = content = None
     if work.queries is not None:
-        keys = _keys(pages, work.queries.blocks, work.queries.seen)
+        content = pages.read(work.queries.blocks)
+        keys = _keys(content, work.queries.seen)
         observed = _observe(work, work.queries, layer, keys, query, scale, observations)
         if observed is None or len(observed) != len(keys):
-            keys = None  # of other prompts too
+            content = keys = None  # of other prompts too
     if work.prompts is not None:
-        _pack(work.policy, work.prompts, pages, keys, observed)
+        content = content or pages.read(work.prompts.blocks)
+        keys = _keys(content, work.prompts.present) if keys is None else keys
+        _pack(work.policy, work.prompts, pages, content, keys, observed)
     if work.windows is not None:
-        _pack(work.window_policy, work.windows, pages, None, None)
+        content = pages.read(work.windows.blocks)
+        keys = _keys(content, work.windows.present)
+        _pack(work.window_policy, work.windows, pages, content, keys, None)
 
 
 def _observe(
@@ -273,33 +274,27 @@ def _pack(
     policy: KVPolicy,
     segments: Segments,
     pages: Pages,
-    keys: torch.Tensor | None,
+    content: Content,
+    keys: torch.Tensor,
     observed: torch.Tensor | None,
 ) -> None:
-    if keys is None:
-        keys = _keys(pages, segments.blocks, segments.present)
     if observed is not None:
         observed = observed[..., : keys.shape[2]]
     scores = policy.score(observed, keys, segments.lengths)
     chosen = select(scores, segments.choosable, segments.kept, segments.most)
     size = keys.shape[2] // segments.blocks.shape[1]
     kept = [
-        pack(content, chosen)
+        pack(tokens, chosen)
         .unflatten(2, (-1, size))
         .transpose(1, 2)[segments.source_row, segments.source_block]
-        for content in (keys, _in_order(pages.values(segments.blocks)))
+        for tokens in (keys, content.values())
     ]
     pages.write(segments.destination, *kept)
 
 
-def _keys(pages: Pages, blocks: torch.Tensor, present: list[int]) -> torch.Tensor:
-    """Keys [R, Hkv, T, D] of blocks [R, C]; zeros behind those that are there."""
-    keys = _in_order(pages.keys(blocks))
+def _keys(content: Content, present: list[int]) -> torch.Tensor:
+    """Keys [R, Hkv, T, D], zeros behind those that are there."""
+    keys = content.keys()
     for row, length in enumerate(present):
         keys[row, :, length:] = 0  # may be anything, and NaN * 0 is NaN
     return keys
-
-
-def _in_order(blocks: torch.Tensor) -> torch.Tensor:
-    """[R, C, H, block_size, D] to [R, H, C * block_size, D]."""
-    return blocks.transpose(1, 2).flatten(2, 3)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kv_policies.compaction import Observations, compact, plan_step, window_policy
 from kv_policies.layout import Layout
 from kv_policies.registry import build_policy, policies
+from kv_policies.step import Step
 
 BLOCK, HEADS, KV_HEADS, DIM, WIDTH, END = 4, 4, 2, 8, 16, 60
 LENGTHS = (43, 20, 9)  # prompts: N % BLOCK is 3, 0 and 1
@@ -25,14 +26,22 @@ class DensePages:
         self.k = torch.zeros(blocks, KV_HEADS, BLOCK, DIM)
         self.v = torch.zeros(blocks, KV_HEADS, BLOCK, DIM)
 
-    def keys(self, blocks: torch.Tensor) -> torch.Tensor:
-        return self.k[blocks]
-
-    def values(self, blocks: torch.Tensor) -> torch.Tensor:
-        return self.v[blocks]
+    def read(self, blocks: torch.Tensor) -> "DenseContent":
+        return DenseContent(self.k[blocks], self.v[blocks])
 
     def write(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.k[blocks], self.v[blocks] = keys, values
+
+
+class DenseContent:
+    def __init__(self, *blocks: torch.Tensor) -> None:
+        self.k, self.v = (content.transpose(1, 2).flatten(2, 3) for content in blocks)
+
+    def keys(self) -> torch.Tensor:
+        return self.k
+
+    def values(self) -> torch.Tensor:
+        return self.v
 
 
 class Engine:
@@ -61,7 +70,8 @@ class Engine:
                 self.pages.v[block, :, offset] = self.raw_v[row, position]
         spans = enumerate(zip(self.c.tolist(), q, strict=True))
         query = torch.cat([self.queries[row, at : at + new] for row, (at, new) in spans])
-        work = plan_step(self.layout, self.policy, self.table, self.n, self.c, count, starts, IDS)
+        step = Step(self.n, self.c, count, starts, IDS, None)
+        work = plan_step(self.layout, self.policy, self.table, step)
         if work is not None:
             compact(work, "layer", self.pages, query, DIM**-0.5, self.observations)
         self.c += count

@@ -13,7 +13,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from kv_policies.base import KVPolicy
 from kv_policies.compaction import Observations, Pages, Work, compact, plan_step
-from vllm_plugin.kv_cache.batch import Batch, Rows
+from kv_policies.step import Step
+from vllm_plugin.kv_cache.batch import Batch
 
 _PARTS = "vllm_compress_parts"
 
@@ -57,23 +58,18 @@ class CompressedBuilder:
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any
     ) -> Any:
         build = super().build  # type: ignore[misc]
-        rows = None if self.batch is None else self.batch.rows(common_attn_metadata)
-        if rows is None:
+        step = None if self.batch is None else self.batch.current(common_attn_metadata)
+        if step is None:
             return build(common_prefix_len, common_attn_metadata, *args)
         layout = self.kv_cache_spec.layout  # type: ignore[attr-defined]
-        passes = rows.passes(layout) if rows.busy(layout) else [(None, rows)]
+        passes = step.passes(layout) if step.busy(layout) else [(None, step)]
         parts = []
         for tokens, part in passes:
-            metadata = common_attn_metadata
+            metadata, work = common_attn_metadata, None
             if tokens is not None:
-                metadata = _restricted(metadata, rows, part, tokens)
-            table = metadata.block_table_tensor
-            work = None
+                metadata = _restricted(metadata, step, part, tokens)
             if part.busy(layout):
-                work = plan_step(
-                    layout, self.policy, table, part.n, part.c, part.q, part.starts, part.ids,
-                    part.opted_out,
-                )  # fmt: skip
+                work = plan_step(layout, self.policy, metadata.block_table_tensor, part)
             view, seq_lens = self._view(part, metadata, tokens is None)
             metadata = metadata.replace(
                 block_table_tensor=view, seq_lens=seq_lens, _num_computed_tokens_cache=None
@@ -83,7 +79,7 @@ class CompressedBuilder:
         return parts[0].metadata
 
     def _view(
-        self, rows: Rows, metadata: CommonAttentionMetadata, whole: bool
+        self, step: Step, metadata: CommonAttentionMetadata, whole: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the kernel reads: live blocks and tokens seen, for a whole step in the same memory.
 
@@ -92,14 +88,15 @@ class CompressedBuilder:
         layout = self.kv_cache_spec.layout  # type: ignore[attr-defined]
         table, lengths = metadata.block_table_tensor, metadata.seq_lens
         if not whole:
-            columns, freed = rows.moves(layout, table.shape[1], table.device)
-            return table.gather(1, columns), lengths - freed
-        if self._moves is None or rows.busy(layout) or self._moved != (rows.ids, table.shape):
-            self._moves = rows.moves(layout, table.shape[1], table.device)
+            columns, freed = step.moves(layout, table.shape[1], table.device)
+            return table.gather(1, columns), (lengths - freed).to(lengths.dtype)
+        if self._moves is None or step.busy(layout) or self._moved != (step.ids, table.shape):
+            self._moves = step.moves(layout, table.shape[1], table.device)
             # After a busy step things have moved, so that the next one computes again.
-            self._moved = None if rows.busy(layout) else (rows.ids, table.shape)
+            self._moved = None if step.busy(layout) else (step.ids, table.shape)
             self._moves = self._moves[0], self._moves[1].to(lengths.dtype)
-        if self._view_table is None or self._view_table.shape[1] != table.shape[1]:
+        room = self._view_table
+        if room is None or room.shape[1] != table.shape[1] or len(room) < len(table):
             most = self.vllm_config.scheduler_config.max_num_seqs  # type: ignore[attr-defined]
             most = max(most, len(table))
             self._view_table = table.new_empty(most, table.shape[1])
@@ -111,11 +108,11 @@ class CompressedBuilder:
 
 
 def _restricted(
-    metadata: CommonAttentionMetadata, rows: Rows, part: Rows, tokens: torch.Tensor
+    metadata: CommonAttentionMetadata, step: Step, part: Step, tokens: torch.Tensor
 ) -> CommonAttentionMetadata:
-    """The metadata of some rows' next tokens."""
+    """The metadata of one pass: of some requests, some tokens."""
     device = metadata.block_table_tensor.device
-    row = torch.tensor([rows.ids.index(name) for name in part.ids])
+    row = torch.tensor([step.ids.index(name) for name in part.ids])
     starts = torch.zeros(len(row) + 1, dtype=metadata.query_start_loc.dtype)
     torch.cumsum(part.q, 0, out=starts[1:])
     row, lengths = row.to(device), (part.c + part.q).int()

@@ -46,18 +46,9 @@ class Pages:
         blocks = cache.as_strided((len(cache), block.numel()), (cache.stride(0), 1))
         return cls(blocks, keys, values, shape)
 
-    def keys(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Keys of blocks, int64 [...] to [..., Hkv, block_size, D], a copy."""
-        return self._read(blocks, self._keys)
-
-    def values(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Values of blocks, as ``keys``."""
-        return self._read(blocks, self._values)
-
-    def _read(self, blocks: torch.Tensor, order: "Order") -> torch.Tensor:
-        raw = self._blocks.index_select(0, blocks.flatten())
-        plain = order.view(raw).contiguous().view(raw.dtype)
-        return plain.view(*blocks.shape, *self._shape)
+    def read(self, blocks: torch.Tensor) -> "Content":
+        """A copy of blocks, int64 [R, C]."""
+        return Content(self, self._blocks.index_select(0, blocks.flatten()), len(blocks))
 
     def write(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Overwrite whole blocks, int64 [M], with K and V [M, Hkv, block_size, D]."""
@@ -68,9 +59,29 @@ class Pages:
         self._blocks[blocks] = raw
 
 
+class Content:
+    """What ``Pages.read`` has copied, put in plain order when asked for."""
+
+    def __init__(self, pages: Pages, raw: torch.Tensor, rows: int) -> None:
+        self._pages, self._raw, self._rows = pages, raw, rows
+
+    def keys(self) -> torch.Tensor:
+        """[R, Hkv, C * block_size, D]"""
+        return self._plain(self._pages._keys)
+
+    def values(self) -> torch.Tensor:
+        """[R, Hkv, C * block_size, D]"""
+        return self._plain(self._pages._values)
+
+    def _plain(self, order: "Order") -> torch.Tensor:
+        view = order.view(self._raw).unflatten(0, (self._rows, -1)).transpose(1, 2)
+        heads, _, size = self._pages._shape
+        return view.contiguous().view(self._raw.dtype).view(self._rows, heads, -1, size)
+
+
 @dataclass(frozen=True)
 class Order:
-    """Where plain order is in a block: sizes and strides, outermost first, in units of ``dtype``.
+    """Where plain order is in a block: sizes and strides, heads first, in units of ``dtype``.
 
     ``dtype`` is the widest integer that is moved as a whole: copying pairs is several times faster
     than copying halves.
@@ -83,8 +94,14 @@ class Order:
 
     @classmethod
     def of(cls, places: torch.Tensor, dtype: torch.dtype) -> "Order":
-        """From the place of each element; PackedCache if no strides visit them in order."""
-        first, rest = int(places[0]), places - places[0]
+        """From the place of each element, int64 [Hkv, elements]; PackedCache if no strides visit
+        them in order.
+        """
+        heads, first = len(places), int(places[0, 0])
+        step = int(places[-1, 0] - first) // max(1, heads - 1)
+        rest = places[0] - first
+        if not bool((places - first == torch.arange(heads)[:, None] * step + rest).all()):
+            raise PackedCache("the heads of this KV cache are not alike")
         sizes: list[int] = []
         strides: list[int] = []
         while len(rest) > 1:
@@ -94,11 +111,11 @@ class Order:
             rest = rest[::run]
         units = 1  # elements that always lie side by side, and where a wide integer may start
         if strides[-1] == 1:
-            units = math.gcd(sizes[-1], 8 // dtype.itemsize, first, *strides[:-1])
+            units = math.gcd(sizes[-1], 8 // dtype.itemsize, first, step, *strides[:-1])
         sizes[-1] //= units
-        strides = [stride // units for stride in strides[:-1]] + [strides[-1]]
+        strides = [stride // units for stride in (step, *strides[:-1])] + [strides[-1]]
         wide = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        return cls(wide[units * dtype.itemsize], first // units, tuple(sizes), tuple(strides))
+        return cls(wide[units * dtype.itemsize], first // units, (heads, *sizes), tuple(strides))
 
     def view(self, raw: torch.Tensor) -> torch.Tensor:
         """Raw blocks [M, elements], contiguous, seen in plain order, [M, *sizes] of ``dtype``."""
@@ -141,4 +158,5 @@ def _places(
         raise PackedCache("this KV cache does not hold plain keys and values")
     places = torch.empty(count, dtype=torch.int64)
     places[found - 1] = torch.arange(count)
-    return places.chunk(2)
+    keys, values = places.view(2, heads, -1)
+    return keys, values

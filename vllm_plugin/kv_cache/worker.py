@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Workers that know layer names and prompt lengths, and hand them to attention."""
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
@@ -22,6 +24,8 @@ from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.support import BACKEND, layer_problems
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 from vllm_plugin.settings import parse_settings
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -59,6 +63,18 @@ class CompressedWorker(PlatformWorker):
             full_attention_layers(model.hf_text_config),
         )
         self.policy = settings.build()
+        shares = Counter(float(layout.keep) for layout in layouts.values())
+        logger.info(
+            "KV cache: %s keeps %s; %d of %d layers compressed, prompts from %d tokens on, decode "
+            "windows of %d, blocks of %d",
+            settings.policy,
+            ", ".join(f"{share:.3f} of {count} layers" for share, count in sorted(shares.items())),
+            len(full),
+            len(specs),
+            next(iter(layouts.values())).min_prompt,
+            settings.decode_window,
+            self.cache_config.block_size,
+        )
         return specs | {
             name: CompressedSpec.of(specs[name], layouts[index]) for name, index in full.items()
         }
