@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compress_common.errors import CompressError, explain, joined
+from compress_common.errors import CompressError, explain, joined, nearest
 from kv_policies.base import KVPolicy
 from kv_policies.profile import Share
-from kv_policies.registry import build_policy
+from kv_policies.registry import build_policy, policies
 from quant_methods.calibration import CalibrationSettings
 from quant_methods.planning import PlanRequest
 
@@ -75,6 +75,23 @@ class KVSettings(BaseModel):
     min_blocks: int = Field(
         1, ge=1, description="blocks that a compacted prompt or window keeps at least"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        """Refuse unknown keys here, where those of the section and of the policy are both known."""
+        if isinstance(values, dict):
+            kinds = policies()
+            chosen = kinds.get(str(values.get("policy")))
+            valid = list(cls.model_fields)
+            for kind in [chosen] if chosen else kinds.values():
+                valid += kind.settings_type.model_fields
+            unknown = [
+                f"unknown setting {k!r}{nearest(k, valid)}" for k in values if k not in valid
+            ]
+            if unknown:
+                raise ValueError(f"{'; '.join(unknown)} (valid: {', '.join(dict.fromkeys(valid))})")
+        return values
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> "KVSettings":

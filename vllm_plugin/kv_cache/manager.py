@@ -29,7 +29,7 @@ class CompressedManager(FullAttentionManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self.layout = kv_cache_spec.layout
         self.freed_blocks = 0  # given back to the pool by compaction, since the start
-        self._freed_until: dict[str, int] = {}
+        self._freed_until: dict[str, tuple[int, int]] = {}  # prompt length, computed tokens
         self._hashed: dict[str, Request] = {}
 
     def remove_skipped_blocks(
@@ -39,13 +39,17 @@ class CompressedManager(FullAttentionManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         """Free what is compacted after ``processed_computed_tokens``, steps in flight excluded."""
-        after = self._freed_until.get(request_id, 0)
-        if processed_computed_tokens <= after or num_prompt_tokens is None:
+        if num_prompt_tokens is None:
+            return
+        length, after = self._freed_until.get(request_id, (num_prompt_tokens, 0))
+        if length != num_prompt_tokens:
+            raise _streamed(request_id)
+        if processed_computed_tokens <= after:
             return
         request = self._hashed.get(request_id)
         if request is not None and opts_out(request.sampling_params):
             return
-        self._freed_until[request_id] = processed_computed_tokens
+        self._freed_until[request_id] = num_prompt_tokens, processed_computed_tokens
         before = self.block_pool.get_num_free_blocks()
         for first, stop in self.layout.freed(num_prompt_tokens, processed_computed_tokens, after):
             self._remove_blocks_in_range(request_id, first, stop)
@@ -61,10 +65,7 @@ class CompressedManager(FullAttentionManager):
     ) -> None:
         """Hash a request's blocks in front of the first one that is ever overwritten."""
         if request.resumable:
-            raise RuntimeError(
-                f"request {request.request_id} streams its prompt in; KV compression needs the "
-                "whole prompt at once. Send it as one prompt, or serve without compress.kv"
-            )
+            raise _streamed(request.request_id)
         self._hashed[request.request_id] = request
         if not opts_out(request.sampling_params):
             num_tokens = self.layout.cacheable(request.num_prompt_tokens, num_tokens)
@@ -107,3 +108,11 @@ class CompressedManager(FullAttentionManager):
             *args,
             **kwargs,
         )
+
+
+def _streamed(request_id: str) -> RuntimeError:
+    """Ends the engine: better than blocks that hold somebody else's tokens."""
+    return RuntimeError(
+        f"request {request_id} streams its prompt in; KV compression needs the whole prompt at "
+        "once. Send it as one prompt, or serve without compress.kv"
+    )

@@ -74,6 +74,8 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
     chosen_worker: ``--worker-cls`` as the user gave it.
     """
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    others = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
     found = {
         f"platform {current_platform.device_name}: KV compression runs on CPU and CUDA": not (
             current_platform.is_cpu() or current_platform.is_cuda()
@@ -86,6 +88,8 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
         "an encoder-decoder model; remove compress.kv": model.is_encoder_decoder,
         "a model with state-space or linear-attention layers was never tested; remove "
         "compress.kv": model.is_hybrid or model.is_attention_free,
+        f"layers of kinds {', '.join(sorted(others))}, for which no policy is made; remove "
+        "compress.kv": bool(others),
         "layers that share another layer's KV cache; remove compress.kv": bool(
             getattr(model.hf_text_config, "num_kv_shared_layers", 0)
         ),

@@ -9,6 +9,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.interfaces import supports_realtime
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import register_backend
@@ -51,7 +52,10 @@ class CompressedWorker(PlatformWorker):
             for name, spec in specs.items()
             if type(spec) is FullAttentionSpec
         }
-        if problems := layer_problems(specs, full, context):
+        problems = layer_problems(specs, full, context)
+        if supports_realtime(self.model_runner.get_model()):
+            problems.append("a model that takes its prompt as a stream; remove compress.kv")
+        if problems:
             raise joined(problems)
         settings = parse_settings(self.vllm_config.additional_config).kv
         assert settings is not None, "this worker is only set with compress.kv"

@@ -177,6 +177,16 @@ def test_a_prompt_that_grows_is_refused() -> None:
         start(manager, one)
 
 
+def test_a_prompt_that_grows_is_refused_without_prefix_caching() -> None:
+    manager = make([Layout(BLOCK, Fraction(1, 4))], caching=False)
+    one = request("a", list(range(330)))
+    start(manager, one)
+    decode(manager, one)
+    one.num_prompt_tokens += 40
+    with pytest.raises(RuntimeError, match="streams its prompt in"):
+        decode(manager, one)
+
+
 @given(st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=40)
 def test_no_block_is_lost(random: Random) -> None:
