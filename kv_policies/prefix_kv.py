@@ -14,7 +14,7 @@ class PrefixKVSettings(NoSettings):
     """Settings of ``prefix_kv``."""
 
     queries: int = Field(
-        16,
+        32,
         ge=0,
         description="at most this many last prompt tokens vote, 0 for all, as in the paper; fewer: "
         "cheaper for long prompts, and closer to snap_kv",

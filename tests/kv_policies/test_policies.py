@@ -139,7 +139,7 @@ def test_recent_keeps_sinks_and_the_end() -> None:
     ("name", "values", "keep", "expected"),
     [
         ("prefix_kv", {"queries": 0}, Fraction(1, 4), 736),
-        ("prefix_kv", {}, Fraction(1, 4), 984),
+        ("prefix_kv", {}, Fraction(1, 4), 968),
         ("snap_kv", {"window": 32}, Fraction(1, 4), 968),
         ("snap_kv", {"window": 512}, Fraction(1, 4), 736),
         ("key_diff", {}, Fraction(1, 4), 1000),

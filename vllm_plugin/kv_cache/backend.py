@@ -41,12 +41,12 @@ class CompressedBuilder:
     # A group of an equal spec would otherwise get this group's metadata with the raw table.
     supports_update_block_table = False
 
+    kv_cache_spec: Any
     batch: Batch | None = None
     policy: KVPolicy
     _moves: tuple[torch.Tensor, torch.Tensor] | None = None
     _moved: Any = None  # the requests, in order, whose ``_moves`` still hold
-    _view_table: torch.Tensor | None = None
-    _view_lengths: torch.Tensor
+    _room: tuple[torch.Tensor, torch.Tensor] | None = None  # for what the kernel reads
 
     @classmethod
     def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
@@ -61,7 +61,7 @@ class CompressedBuilder:
         step = None if self.batch is None else self.batch.current(common_attn_metadata)
         if step is None:
             return build(common_prefix_len, common_attn_metadata, *args)
-        layout = self.kv_cache_spec.layout  # type: ignore[attr-defined]
+        layout = self.kv_cache_spec.layout
         passes = step.passes(layout) if step.busy(layout) else [(None, step)]
         parts = []
         for tokens, part in passes:
@@ -85,26 +85,26 @@ class CompressedBuilder:
 
         What has moved is computed anew only after a step in which something could move.
         """
-        layout = self.kv_cache_spec.layout  # type: ignore[attr-defined]
+        layout = self.kv_cache_spec.layout
         table, lengths = metadata.block_table_tensor, metadata.seq_lens
         if not whole:
             columns, freed = step.moves(layout, table.shape[1], table.device)
             return table.gather(1, columns), (lengths - freed).to(lengths.dtype)
         if self._moves is None or step.busy(layout) or self._moved != (step.ids, table.shape):
-            self._moves = step.moves(layout, table.shape[1], table.device)
+            columns, freed = step.moves(layout, table.shape[1], table.device)
+            self._moves = columns, freed.to(lengths.dtype)
             # After a busy step things have moved, so that the next one computes again.
             self._moved = None if step.busy(layout) else (step.ids, table.shape)
-            self._moves = self._moves[0], self._moves[1].to(lengths.dtype)
-        room = self._view_table
-        if room is None or room.shape[1] != table.shape[1] or len(room) < len(table):
+        columns, freed = self._moves
+        room = self._room
+        if room is None or room[0].shape[1] != table.shape[1] or len(room[0]) < len(table):
             most = self.vllm_config.scheduler_config.max_num_seqs  # type: ignore[attr-defined]
             most = max(most, len(table))
-            self._view_table = table.new_empty(most, table.shape[1])
-            self._view_lengths = lengths.new_empty(most)
-        columns, freed = self._moves
-        torch.gather(table, 1, columns, out=self._view_table[: len(table)])
-        torch.sub(lengths, freed, out=self._view_lengths[: len(table)])
-        return self._view_table[: len(table)], self._view_lengths[: len(table)]
+            self._room = room = table.new_empty(most, table.shape[1]), lengths.new_empty(most)
+        view, seen = (memory[: len(table)] for memory in room)
+        torch.gather(table, 1, columns, out=view)
+        torch.sub(lengths, freed, out=seen)
+        return view, seen
 
 
 def _restricted(
