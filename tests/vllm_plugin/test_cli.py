@@ -51,7 +51,7 @@ def test_methods_and_help(run: Callable) -> None:
     assert rows["weights"]["smoothquant_plus"]["at_load"]
     assert rows["weights"]["smoothquant_plus"]["settings"]["alpha"]["default"] is None
     assert rows["kv"]["prefix_kv"]["needs_profile"]
-    assert rows["kv"]["snap_kv"]["settings"]["window"]["default"] == 32
+    assert rows["kv"]["snap_kv"]["settings"]["window"]["default"] == 16
     table = run("methods").stdout
     assert "alpha" in table
     assert "snap_kv" in table
