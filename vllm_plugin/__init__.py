@@ -19,14 +19,14 @@ def register() -> None:
     from vllm.model_executor.model_loader import register_model_loader
 
     from vllm_plugin import config_edge
-    from vllm_plugin.kv_cache import spec
+    from vllm_plugin.kv_cache import manager
     from vllm_plugin.quantization.config import CONFIGS
     from vllm_plugin.quantization.loader import LOAD_FORMAT, QuantisingLoader
 
     for config in CONFIGS:
         register_quantization_config(config.method)(config)
     register_model_loader(LOAD_FORMAT)(QuantisingLoader)
-    spec.register()
+    manager.register()
     config_edge.install()
     _registered = True
 

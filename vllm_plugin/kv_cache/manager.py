@@ -6,8 +6,12 @@ from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    register_all_kvcache_specs,
+)
 from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_plugin.kv_cache.requests import opts_out
@@ -108,6 +112,13 @@ class CompressedManager(FullAttentionManager):
             *args,
             **kwargs,
         )
+
+
+def register() -> None:
+    """Tell vLLM which manager serves compressed layers, in every process. May be called again."""
+    # An entry of ours alone would make vLLM believe that its own were there already.
+    register_all_kvcache_specs(None)
+    KVCacheSpecRegistry.register(CompressedSpec, CompressedManager)
 
 
 def _streamed(request_id: str) -> RuntimeError:

@@ -4,9 +4,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kv_policies.layout import Layout
 
@@ -41,12 +39,3 @@ class CompressedSpec(FullAttentionSpec):
             isinstance(spec, CompressedSpec) and spec.layout == self.layout
             for spec in kv_cache_specs.values()
         )
-
-
-def register() -> None:
-    """Tell vLLM which manager serves these specs, in every process. May be called again."""
-    from vllm_plugin.kv_cache.manager import CompressedManager
-
-    # An entry of ours alone would make vLLM believe that its own were there already.
-    register_all_kvcache_specs(None)
-    KVCacheSpecRegistry.register(CompressedSpec, CompressedManager)

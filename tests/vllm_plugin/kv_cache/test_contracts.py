@@ -24,8 +24,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from kv_policies.layout import Layout
 from vllm_plugin.kv_cache.cpu import CPUBackend
-from vllm_plugin.kv_cache.manager import CompressedManager
-from vllm_plugin.kv_cache.spec import CompressedSpec, register
+from vllm_plugin.kv_cache.manager import CompressedManager, register
+from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.triton import TritonBackend
 
 

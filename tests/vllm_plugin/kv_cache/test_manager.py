@@ -17,7 +17,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 
 from kv_policies.layout import Layout
-from vllm_plugin.kv_cache.spec import CompressedSpec, register
+from vllm_plugin.kv_cache.manager import register
+from vllm_plugin.kv_cache.spec import CompressedSpec
 
 BLOCK = 16
 BLOCKS = 400
