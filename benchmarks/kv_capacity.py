@@ -14,7 +14,7 @@ pool     16 prompts of 440 to 500 tokens at once, 64 new tokens each, up to 32 r
   P_kept                         bytes of live blocks over those of the full cache for the same
                                  tokens, generated ones included, of requests past their prompt
   Extra: full_preemptions.
-windows  The same with 192 new tokens each, snap_kv at keep 0.25.
+windows  16 prompts of 100 to 160 tokens, 512 new tokens each, a pool for 4; snap_kv at keep 0.25.
   decode_window_steps_ratio      steps with decode_window 128 over steps with decode_window 0
 cost     Extra keys named after a policy are the same figure for it.
   keep100_throughput_ratio       new tokens per second, 16 prompts of 100 to 900 tokens, ample pool:
@@ -28,7 +28,7 @@ cost     Extra keys named after a policy are the same figure for it.
 
 Limits. Steps count the same on every machine; what a step costs does not: a larger batch makes a
 step longer, so the time saved is less than the steps saved. Prompts are random tokens: which of
-them are kept does not matter here, see kv_quality. A window of 64 tokens is 2 blocks and keeps 1.
+them are kept does not matter here, see kv_quality.
 Timings need a machine that does nothing else.
 """
 

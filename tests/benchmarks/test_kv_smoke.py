@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KV benchmarks run through in small and keep the contract of their last line."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.benchmark import smoke
+
 POLICIES = ("prefix_kv", "snap_kv", "key_diff", "recent", "cskv", "fp8")
 CAPACITY = {
     "full_peak_running",
@@ -33,7 +30,7 @@ QUALITY = {"full_passkey", "full_needles", "fp8_passkey", "fp8_needles", "fp8_na
 
 @pytest.mark.slow
 def test_capacity(demo_model: Path, tmp_path: Path):
-    line, details = _run("kv_capacity", CAPACITY, tmp_path / "capacity.json")
+    line, details = smoke("kv_capacity", CAPACITY, tmp_path / "capacity.json")
     left_out = ("snap_kv_", "key_diff_", "recent_", "cskv_")  # by --smoke
     assert {key for key in CAPACITY if line[key] is None} == {
         key for key in CAPACITY if key.startswith(left_out)
@@ -52,7 +49,7 @@ def test_capacity(demo_model: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_quality(demo_model: Path, tmp_path: Path):
     out = tmp_path / "quality.json"
-    line, _ = _run("kv_quality", QUALITY, out)
+    line, _ = smoke("kv_quality", QUALITY, out)
     measured = {key for key in QUALITY if line[key] is not None}
     assert measured >= {"full_passkey", "full_needles", "fp8_nats", "snap_kv_025_nats"}
     assert line["full_passkey"] == 1
@@ -60,22 +57,3 @@ def test_quality(demo_model: Path, tmp_path: Path):
     assert abs(line["forced_minus_prompt_nats"]) < 0.05
     pytest.importorskip("matplotlib")
     assert out.with_suffix(".png").is_file()
-
-
-def _run(name: str, contract: set[str], out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The closing line of ``benchmarks.NAME --smoke``, checked, and the details of ``--out``."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", "--smoke", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=550)
-    assert done.returncode == 0, done.stderr[-4000:]
-    line = json.loads(done.stdout.splitlines()[-1])
-    assert line.keys() >= contract
-    for key, value in line.items():
-        if key.endswith("_why"):
-            assert isinstance(value, str)
-        elif value is None:
-            assert line[f"{key}_why"]
-        else:
-            assert isinstance(value, int | float)
-    full = json.loads(out.read_text())
-    assert full["result"] == line
-    return line, full["details"]

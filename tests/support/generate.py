@@ -9,10 +9,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 _ANSWER = "ANSWER:"
+SINGLE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -47,19 +49,34 @@ def generate(
         }
         | engine_args,
     }
+    return ask_child([__file__], request, os.environ | SINGLE_PROCESS | (env or {}), timeout)
+
+
+def ask_child(
+    arguments: list[str], request: dict[str, Any], env: Mapping[str, str], timeout: float
+) -> Any:
+    """What ``python *arguments`` answers to a request on its standard input with ``answer``.
+
+    Raises EngineFailed, with its output, when it ends without an answer.
+    """
     process = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, *arguments],
         input=json.dumps(request),
         capture_output=True,
         text=True,
         timeout=timeout,
         cwd=ROOT,
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (env or {}),
+        env=env,
     )
     for line in process.stdout.splitlines():
         if line.startswith(_ANSWER):
             return json.loads(line.removeprefix(_ANSWER))
     raise EngineFailed(process.stdout[-4000:] + process.stderr[-8000:])
+
+
+def answer(content: Any) -> None:
+    """The child's side of ``ask_child``."""
+    print(_ANSWER + json.dumps(content), flush=True)
 
 
 def _main() -> None:
@@ -71,7 +88,7 @@ def _main() -> None:
         temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, prompt_logprobs=0
     )
     outputs = llm.generate(request["prompts"], sampling, use_tqdm=False)
-    answer = {
+    content = {
         "texts": [o.outputs[0].text for o in outputs],
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "prompt_nats": [
@@ -83,7 +100,7 @@ def _main() -> None:
         ],
         "quantization": str(llm.llm_engine.vllm_config.model_config.quantization),
     }
-    print(_ANSWER + json.dumps(answer), flush=True)
+    answer(content)
 
 
 if __name__ == "__main__":

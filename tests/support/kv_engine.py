@@ -15,14 +15,12 @@ import gc
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.generate import ROOT, EngineFailed
+from tests.support.generate import SINGLE_PROCESS, answer, ask_child
 
-_ANSWER = "ANSWER:"
 ENGINE = {
     "max_model_len": 2048,
     "enforce_eager": True,
@@ -40,27 +38,15 @@ def run(
 ) -> list[dict[str, Any]]:
     """The answers, one per case; EngineFailed when an engine does not start or dies."""
     # One thread: small models gain nothing from two, and lose much when others run beside.
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule kv_cache_memory_bytes
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.support.kv_engine"],
-        input=json.dumps({"model": str(model), "cases": cases}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env=environment,
-    )
-    for line in process.stdout.splitlines():
-        if line.startswith(_ANSWER):
-            return json.loads(line.removeprefix(_ANSWER))
-    raise EngineFailed(process.stdout[-4000:] + process.stderr[-8000:])
+    request = {"model": str(model), "cases": cases}
+    return ask_child(["-m", "tests.support.kv_engine"], request, environment, timeout)
 
 
 def _main() -> None:
     request = json.load(sys.stdin)
-    answers = [_run(request["model"], case) for case in request["cases"]]
-    print(_ANSWER + json.dumps(answers), flush=True)
+    answer([_run(request["model"], case) for case in request["cases"]])
 
 
 def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +93,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
         )
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     batch = getattr(core.model_executor.driver_worker.worker, "batch", None)
-    answer = {
+    result = {
         "rounds": rounds,
         "free_before": free_before,
         "free_after": pool.get_num_free_blocks(),
@@ -122,7 +108,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
     del llm, engine, core, scheduler, pool, managers, batch
     cleanup_dist_env_and_memory()
     gc.collect()
-    return answer
+    return result
 
 
 if __name__ == "__main__":

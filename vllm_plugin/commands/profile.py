@@ -48,8 +48,8 @@ def profile(
     """Measure which share of the KV cache each layer needs, for `prefix_kv` and other policies.
 
     Runs the model in transformers on a text and gives layers whose attention is spread out more of
-    the budget. The default text takes 2.5 minutes for a model of 135M parameters on one core, a
-    file of text takes 20 seconds.
+    the budget. The default text takes 2.5 minutes for a model of 135M parameters on one core, most
+    of it sampling, which a file of text saves.
 
     Example: vllm-compress profile meta-llama/Llama-3.1-8B-Instruct --keep 0.25
     """

@@ -23,7 +23,7 @@ class CompressedManager(FullAttentionManager):
 
     Blocks that a request will overwrite are never hashed and never hit, so shared blocks hold what
     their hash says for as long as they live. The scheduler hands over whole requests only where
-    blocks are hashed: without prefix caching nobody can opt out (``support`` says so at start).
+    blocks are hashed: without prefix caching nobody can opt out (``requests`` refuses it).
     """
 
     # Hits end at block boundaries: a part of a block could be one that is overwritten.
