@@ -28,13 +28,12 @@ def attention_received(
     requests, query_heads, count, _ = queries.shape
     _, kv_heads, tokens, _ = keys.shape
     group = query_heads // kv_heads
-    columns = torch.arange(tokens, device=keys.device)
     real = positions >= 0
     # Padding queries become zero and see key 0 only, so that they are finite when weighted away.
     grouped = torch.where(real[:, None, :, None], queries * scale, 0).to(keys.dtype)
     grouped = grouped.unflatten(1, (kv_heads, group))
     transposed = keys.transpose(-1, -2)
-    received = keys.new_zeros((requests, kv_heads, tokens), dtype=torch.float32)
+    received = keys.new_zeros((requests, kv_heads, 1, tokens), dtype=torch.float32)
     if block is None:
         block = _CPU_BLOCK if keys.device.type == "cpu" else _BLOCK
     rows = max(1, block // max(1, requests * query_heads * tokens))
@@ -42,12 +41,15 @@ def attention_received(
         at = positions[:, start : start + rows].clamp(min=0)
         # All queries see the keys before this one, so those need no mask. A GPU would have to wait.
         common = int(at.min()) if at.device.type == "cpu" else 0
-        hidden = columns[common:] > at[:, :, None]
+        hidden = torch.arange(common, tokens, device=keys.device) > at[:, :, None]
         # Added, as filling with a broadcast mask is many times slower on a CPU.
         causal = torch.zeros(hidden.shape, device=keys.device).masked_fill_(hidden, -torch.inf)
         # The heads of a group are stacked as rows, so that each KV head is one matrix product.
         logits = (grouped[:, :, :, start : start + rows].flatten(2, 3) @ transposed).float()
         logits.unflatten(2, (group, -1))[..., common:].add_(causal[:, None, None])
-        weight = real[:, start : start + rows].float().repeat(1, group)
-        received += logits.softmax(-1).mul_(weight[:, None, :, None]).sum(2)
-    return received / group
+        # A softmax in place: on a CPU fresh memory costs more than the arithmetic. What each row is
+        # divided by joins its weight, so that the sum over queries is a matrix product too.
+        logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+        weight = real[:, None, start : start + rows].repeat(1, 1, group) / logits.sum(-1)
+        received += weight.unsqueeze(2) @ logits
+    return received.squeeze(2) / group
