@@ -15,6 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from compress_common.errors import CompressError, joined
 from quant_methods.architecture import architecture_of
 from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
+from vllm_plugin.metrics.connector import report
 from vllm_plugin.quantization.config import SmoothQuantPlusConfig
 from vllm_plugin.quantization.loader import LOAD_FORMAT
 from vllm_plugin.settings import KEY, Settings, WeightSettings, parse_settings
@@ -58,6 +59,7 @@ def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto")
             f"(quantization: {config.model_config.quantization}); add "
             "--quantization smoothquant_plus or remove the section"
         )
+    report(config)
 
 
 def _apply_weights(

@@ -12,7 +12,7 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from kv_policies.base import KVPolicy
-from kv_policies.compaction import Observations, Pages, Work, compact, plan_step
+from kv_policies.compaction import Pages, Work, compact, plan_step
 from kv_policies.step import Step
 from vllm_plugin.kv_cache.batch import Batch
 
@@ -59,7 +59,7 @@ class CompressedBuilder:
     ) -> Any:
         build = super().build  # type: ignore[misc]
         step = None if self.batch is None else self.batch.current(common_attn_metadata)
-        if step is None:
+        if self.batch is None or step is None:
             return build(common_prefix_len, common_attn_metadata, *args)
         layout = self.kv_cache_spec.layout
         passes = step.passes(layout) if step.busy(layout) else [(None, step)]
@@ -70,6 +70,9 @@ class CompressedBuilder:
                 metadata = _restricted(metadata, step, part, tokens)
             if part.busy(layout):
                 work = plan_step(layout, self.policy, metadata.block_table_tensor, part)
+            if work is not None:
+                layers = len(self.layer_names)  # type: ignore[attr-defined]
+                self.batch.activity.plan(work, layers, layout.block_size)
             view, seq_lens = self._view(part, metadata, tokens is None)
             metadata = metadata.replace(
                 block_table_tensor=view, seq_lens=seq_lens, _num_computed_tokens_cache=None
@@ -134,11 +137,11 @@ def _restricted(
 class CompressedImpl:
     """Runs the backend's attention on the live blocks, then what the step has to do.
 
-    ``pages`` and ``observations`` are set by the worker.
+    ``pages`` and ``batch`` are set by the worker.
     """
 
     pages: Pages
-    observations: Observations
+    batch: Batch
 
     def forward(
         self,
@@ -168,12 +171,13 @@ class CompressedImpl:
             if part.tokens is not None:
                 output[part.tokens] = out
             if part.work is not None:
-                compact(
-                    part.work,
-                    layer.layer_name,
-                    self.pages,
-                    query,
-                    self.scale,  # type: ignore[attr-defined]
-                    self.observations,
-                )
+                with self.batch.activity.timed():
+                    compact(
+                        part.work,
+                        layer.layer_name,
+                        self.pages,
+                        query,
+                        self.scale,  # type: ignore[attr-defined]
+                        self.batch.observations,
+                    )
         return output

@@ -11,6 +11,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from kv_policies.compaction import Observations
 from kv_policies.step import Step
+from vllm_plugin.kv_cache.activity import Activity
 from vllm_plugin.kv_cache.requests import opts_out
 
 _Read = tuple[torch.Tensor, torch.Tensor, list[str]]
@@ -21,10 +22,13 @@ class Batch:
 
     vLLM does not hand prompt lengths to attention; the worker does, through this object, which it
     gives to each metadata builder. Outside ``step`` (profiling, warm-up) there is none.
+
+    layers: compressed layers of the model.
     """
 
-    def __init__(self, runner: Any, v2: bool) -> None:
+    def __init__(self, runner: Any, v2: bool, layers: int) -> None:
         self.observations = Observations()
+        self.activity = Activity(layers)
         self._runner = runner
         self._read = self._v2 if v2 else self._v1
         self._opted_out: set[str] = set()

@@ -34,6 +34,7 @@ class CompressedManager(FullAttentionManager):
         self.layout = kv_cache_spec.layout
         self.freed_blocks = 0  # given back to the pool by compaction, since the start
         self._freed_until: dict[str, tuple[int, int]] = {}  # prompt length, computed tokens
+        self._saved: dict[str, int] = {}  # columns of a running request that compaction freed
         self._hashed: dict[str, Request] = {}
 
     def remove_skipped_blocks(
@@ -57,6 +58,7 @@ class CompressedManager(FullAttentionManager):
         before = self.block_pool.get_num_free_blocks()
         for first, stop in self.layout.freed(num_prompt_tokens, processed_computed_tokens, after):
             self._remove_blocks_in_range(request_id, first, stop)
+            self._saved[request_id] = self._saved.get(request_id, 0) + stop - first
         self.freed_blocks += self.block_pool.get_num_free_blocks() - before
 
     def cache_blocks(
@@ -80,12 +82,23 @@ class CompressedManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget a request that is finished or preempted."""
         self._freed_until.pop(request_id, None)
+        self._saved.pop(request_id, None)
         request = self._hashed.pop(request_id, None)
         if request is not None:
             # When it resumes, its hashes cover generated tokens too, so that the prompt's length,
             # and with it how far a hit may reach, could not be told from them.
             request.skip_reading_prefix_cache = True
         return super().pop_blocks_for_free(request_id)
+
+    @property
+    def saved_blocks(self) -> int:
+        """Blocks that running requests would hold in addition without compaction."""
+        return sum(self._saved.values())
+
+    @property
+    def columns(self) -> int:
+        """Blocks that running requests would hold without compaction."""
+        return sum(map(len, self.req_to_blocks.values()))
 
     @classmethod
     def find_longest_cache_hit(

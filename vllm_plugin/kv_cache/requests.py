@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one request may ask for: ``extra_args={"compress_keep": 1}``, ``vllm_xargs`` over HTTP."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,15 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 KEY = "compress_keep"
+
+
+def _nobody(reason: str) -> None:
+    pass
+
+
+# Told the reason of each refusal, in the process that refuses: "compress_keep" for a share that a
+# request cannot have, "prefix_caching_off".
+on_refusal: Callable[[str], None] = _nobody
 
 
 def opts_out(params: SamplingParams | None) -> bool:
@@ -23,12 +33,14 @@ def check(params: SamplingParams, cached: bool) -> None:
     """
     value = (params.extra_args or {}).get(KEY)
     if value is not None and not cached:
+        on_refusal("prefix_caching_off")
         raise ValueError(
             f"{KEY} needs prefix caching: without it the scheduler's cache managers see no "
             "requests. Serve with --enable-prefix-caching, or leave it out"
         )
     # Other shares would need other groups of layers; blocks of one group are shared by all.
     if value is not None and (isinstance(value, bool) or value not in (1, "1", "1.0")):
+        on_refusal("compress_keep")
         raise ValueError(
             f"{KEY} of a request can only be 1, which keeps its whole KV cache, got {value!r}; "
             "leave it out for the share that the server was started with"

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.interfaces import supports_realtime
@@ -86,12 +88,17 @@ class CompressedWorker(PlatformWorker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache, then give layers and builders what they need to compress it."""
         super().initialize_from_config(kv_cache_config)
-        self.batch = Batch(self.model_runner, self.use_v2_model_runner)
+        groups = [
+            group
+            for groups in self.model_runner.attn_groups
+            for group in groups
+            if isinstance(group.kv_cache_spec, CompressedSpec)
+        ]
+        layers = sum(len(group.layer_names) for group in groups)
+        self.batch = Batch(self.model_runner, self.use_v2_model_runner, layers)
         context = self.vllm_config.compilation_config.static_forward_context
-        for group in (group for groups in self.model_runner.attn_groups for group in groups):
+        for group in groups:
             spec = group.kv_cache_spec
-            if not isinstance(spec, CompressedSpec):
-                continue
             builder = group.get_metadata_builder()
             if not isinstance(builder, CompressedBuilder):
                 raise CompressError(
@@ -106,7 +113,7 @@ class CompressedWorker(PlatformWorker):
             builder.batch, builder.policy = self.batch, self.policy
             for name in group.layer_names:
                 layer = context[name]
-                layer.impl.observations = self.batch.observations
+                layer.impl.batch = self.batch
                 layer.impl.pages = Pages.of(
                     layer.kv_cache,
                     spec.num_kv_heads,
@@ -114,6 +121,8 @@ class CompressedWorker(PlatformWorker):
                     spec.head_size,
                     partial(_write, layer),
                 )
+        if has_kv_transfer_group() and get_tensor_model_parallel_rank() == 0:
+            get_kv_transfer_group().activity = self.batch.activity
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """One step; metadata is built and layers run inside it."""

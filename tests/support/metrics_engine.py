@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine in a process of its own, its metrics read after every step.
+
+``watch(model, kv, prompts, max_tokens, extra)`` is the caller's side. The answer has ``start``, the
+plugin's series before the first request, ``steps``: per step the pool's ``free`` blocks, the
+``columns`` of all block tables, whether a request ``finished``, and the plugin's series; and
+``end``, its series when all is done. A series is its name and labels as Prometheus prints them.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.generate import SINGLE_PROCESS, answer, ask_child
+from tests.support.kv_engine import ENGINE
+
+
+def watch(model: Path | str, **case: Any) -> dict[str, Any]:
+    """The answer; EngineFailed when the engine does not start or dies."""
+    environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    request = {"model": str(model), **case}
+    return ask_child(["-m", "tests.support.metrics_engine"], request, environment, 300)
+
+
+def series() -> dict[str, float]:
+    """The plugin's samples of this process, by name and labels without model_name and engine."""
+    from prometheus_client import REGISTRY
+
+    found = {}
+    for family in REGISTRY.collect():
+        for sample in family.samples:
+            if sample.name.startswith("vllm_compress_") and not sample.name.endswith("_created"):
+                labels = {
+                    k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")
+                }
+                key = sample.name.removeprefix("vllm_compress_")
+                found[" ".join([key, *(f"{k}={v}" for k, v in sorted(labels.items()))])] = (
+                    sample.value
+                )
+    return found
+
+
+def _main() -> None:
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    case = json.load(sys.stdin)
+    llm = LLM(
+        case["model"],
+        additional_config={"compress": {"kv": case["kv"]}} if case.get("kv") else {},
+        disable_log_stats=False,
+        **(ENGINE | case.get("engine", {})),
+    )
+    engine = llm.llm_engine
+    manager = engine.engine_core.engine_core.scheduler.kv_cache_manager
+    start, steps = series(), []
+    free = manager.block_pool.get_num_free_blocks()
+    for index, (prompt, extra) in enumerate(zip(case["prompts"], case["extra"], strict=True)):
+        sampling = SamplingParams(
+            temperature=0, max_tokens=case["max_tokens"], ignore_eos=True, extra_args=extra
+        )
+        engine.add_request(str(index), TokensPrompt(prompt_token_ids=prompt), sampling)
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        tables = (m.req_to_blocks for m in manager.coordinator.single_type_managers)
+        steps.append(
+            {
+                "free": manager.block_pool.get_num_free_blocks(),
+                "columns": sum(len(blocks) for table in tables for blocks in table.values()),
+                "finished": any(output.finished for output in outputs),
+                "series": series(),
+            }
+        )
+    answer({"start": start, "free": free, "steps": steps, "end": series()})
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics of a real engine say what its block pool says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.kv_prompts import text_prompts
+from tests.support.metrics_engine import watch
+from vllm_plugin.metrics.catalogue import METRICS, REFUSALS
+from vllm_plugin.metrics.stats import CompressStats
+
+# Bytes of a block of 32 tokens over all layers of the demo model in bfloat16.
+BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * 32
+LENGTHS = (50, 700, 300, 300)
+
+
+@pytest.fixture(scope="module")
+def watched(demo_model: Path) -> dict[str, Any]:
+    return watch(
+        demo_model,
+        kv={"policy": "snap_kv", "keep": 0.25, "decode_window": 64},
+        prompts=text_prompts(demo_model, list(LENGTHS)),
+        extra=[None, None, None, {"compress_keep": 1}],
+        max_tokens=100,
+    )
+
+
+def test_all_series_are_there_before_the_first_request(watched: dict[str, Any]) -> None:
+    there = {key.split()[0] for key in watched["start"]}
+    for metric in METRICS:
+        suffix = "_count" if metric.kind == "histogram" else ""
+        assert metric.exported.removeprefix("vllm_compress_") + suffix in there
+    assert watched["start"]["kv_kept_ratio"] == 1
+    assert all(f"refused_requests_total reason={reason}" in watched["start"] for reason in REFUSALS)
+    info = next(key for key in watched["start"] if key.startswith("info "))
+    assert "policy=snap_kv" in info and "keep=0.25" in info and "method=none" in info
+
+
+def test_freed_and_saved_blocks_are_those_of_the_pool(watched: dict[str, Any]) -> None:
+    """After each step: what tables cover, less what the pool gave out, is what we say we saved."""
+    checked = 0
+    for step in watched["steps"]:
+        if step["finished"]:
+            break  # from here on the pool has back more than compaction freed
+        given = watched["free"] - step["free"]
+        saved = step["columns"] - given
+        assert step["series"]["kv_freed_blocks_total"] == saved
+        assert step["series"]["kv_saved_bytes"] == saved * BLOCK_BYTES
+        assert step["series"]["kv_kept_ratio"] == pytest.approx(1 - saved / step["columns"])
+        checked += saved > 0
+    assert checked > 50
+
+
+def test_counters_at_the_end(watched: dict[str, Any]) -> None:
+    end = watched["end"]
+    # Prompts of 700 and 300 tokens: 21 and 9 full blocks, 6 and 3 stay. Windows of two blocks: one
+    # for each request that did not opt out, of which one block stays.
+    freed = (21 - 6) + (9 - 3) + 3
+    assert end["kv_freed_blocks_total"] == freed
+    assert end["kv_freed_bytes_total"] == freed * BLOCK_BYTES
+    assert end["kv_evicted_tokens_total policy=snap_kv"] == freed * 32
+    assert end["kv_tokens_total policy=snap_kv"] == (21 + 9 + 3 * 2) * 32
+    assert end["kv_compactions_total segment=prompt"] == 2
+    assert end["kv_compactions_total segment=window"] == 3
+    assert end["kv_eligible_requests_total"] == 2
+    assert end["kv_skipped_requests_total reason=short_prompt"] == 1
+    assert end["kv_skipped_requests_total reason=opted_out"] == 1
+    assert end["kv_compaction_seconds_count"] > 0 and end["kv_compaction_seconds_sum"] > 0
+    assert end["kv_saved_bytes"] == 0 and end["kv_kept_ratio"] == 1
+
+
+def test_keep_1_saves_nothing_and_says_why(demo_model: Path) -> None:
+    end = watch(
+        demo_model,
+        kv={"policy": "key_diff", "keep": 1},
+        prompts=text_prompts(demo_model, [300]),
+        extra=[None],
+        max_tokens=4,
+    )["end"]
+    assert end["kv_skipped_requests_total reason=nothing_to_evict"] == 1
+    assert end["kv_freed_blocks_total"] == end["kv_evicted_tokens_total policy=key_diff"] == 0
+
+
+def test_reports_add_up_and_survive_their_journey() -> None:
+    first, second = CompressStats(), CompressStats()
+    assert first.is_empty() and CompressStats(first.to_dict()).is_empty()
+    first.add("kv_compactions", 2, "prompt")
+    first.set("kv_kept_ratio", 0.5)
+    second.add("kv_compactions", 1, "prompt")
+    second.add("kv_compactions", 4, "window")
+    second.set("kv_kept_ratio", 0.25)
+    second.took(0.1)
+    both = CompressStats(first.to_dict()).aggregate(CompressStats(second.to_dict()))
+    assert both.data == {
+        "counters": {"kv_compactions": {"prompt": 3, "window": 4}},
+        "gauges": {"kv_kept_ratio": 0.25},
+        "seconds": [0.1],
+    }
+    assert both.reduce() == {"kv_compactions": 7, "kv_kept_ratio": 0.25}
+    assert not CompressStats(both.to_dict()).is_empty() and len({m.name for m in METRICS}) > 10

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker compacted: counted where it happens, read by whoever reports it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from kv_policies.compaction import Segments, Work
+
+
+@dataclass
+class Done:
+    """What one step did.
+
+    segments: compacted prompts and windows, by kind. tokens, evicted: of these segments, mean over
+    the compressed layers. seconds: host time of observing and compacting, over all layers.
+    """
+
+    segments: dict[str, int] = field(default_factory=dict)
+    tokens: float = 0.0
+    evicted: float = 0.0
+    seconds: float = 0.0
+
+
+class Activity:
+    """Counts a step's work. ``layers``: compressed layers of the model."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._done = Done()
+
+    def plan(self, work: Work, layers: int, block_size: int) -> None:
+        """Count what a group of ``layers`` layers has to do in this step."""
+        for kind, segments in (("prompt", work.prompts), ("window", work.windows)):
+            if segments is not None:
+                self._count(kind, segments, layers / self._layers, block_size)
+
+    def _count(self, kind: str, segments: Segments, share: float, block_size: int) -> None:
+        tokens = sum(present // block_size * block_size for present in segments.present)
+        kept = len(segments.destination) * block_size
+        self._done.tokens += tokens * share
+        self._done.evicted += (tokens - kept) * share
+        # Groups of layers compact the same segments, but for those that keep all of one.
+        counted = self._done.segments.get(kind, 0)
+        self._done.segments[kind] = max(counted, len(segments.present))
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the time of the block. On a GPU it is what the host spends on queueing the work."""
+        started = time.perf_counter()
+        yield
+        self._done.seconds += time.perf_counter() - started
+
+    def take(self) -> Done:
+        """What was done since the last call: vLLM asks once per step."""
+        done, self._done = self._done, Done()
+        return done

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every metric of the plugin: name, kind, meaning, labels. Dashboards and alerts are checked
+against this list. Labels ``model_name`` and ``engine`` come first in each, as in vLLM's own.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+PREFIX = "vllm_compress_"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric family.
+
+    name: without prefix; a counter is exported with ``_total`` behind it.
+    labels: beyond model_name and engine. values: what the only label can be, where it is finite.
+    buckets: upper bounds of a histogram, seconds.
+    """
+
+    name: str
+    kind: Literal["gauge", "counter", "histogram"]
+    meaning: str
+    labels: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        return PREFIX + self.name
+
+    @property
+    def exported(self) -> str:
+        """The name in PromQL; a histogram's series add _bucket, _sum and _count."""
+        return self.full_name + ("_total" if self.kind == "counter" else "")
+
+
+REFUSALS = ("compress_keep", "prefix_caching_off")
+
+METRICS = (
+    Metric(
+        "info",
+        "gauge",
+        "1; what this engine compresses, and how",
+        ("version", "policy", "keep", "levels", "decode_window", "profile", "method"),
+    ),
+    Metric(
+        "weight_bytes",
+        "gauge",
+        "bytes of the weights, planned from the checkpoint: as published, and as served",
+        ("state",),
+        ("original", "compressed"),
+    ),
+    Metric(
+        "kv_bytes_per_token",
+        "gauge",
+        "KV bytes per token of a long prompt: without compression, and once compacted",
+        ("state",),
+        ("original", "compressed"),
+    ),
+    Metric(
+        "kv_eligible_requests",
+        "counter",
+        "requests whose prompt was computed and long enough to be compacted",
+    ),
+    Metric(
+        "kv_skipped_requests",
+        "counter",
+        "requests whose prompt was computed and kept whole, by reason",
+        ("reason",),
+        ("short_prompt", "nothing_to_evict", "opted_out"),
+    ),
+    Metric("kv_compactions", "counter", "segments compacted", ("segment",), ("prompt", "window")),
+    Metric(
+        "kv_tokens",
+        "counter",
+        "tokens in compacted segments, mean over compressed layers",
+        ("policy",),
+    ),
+    Metric(
+        "kv_evicted_tokens",
+        "counter",
+        "tokens evicted from compacted segments, mean over compressed layers",
+        ("policy",),
+    ),
+    Metric(
+        "kv_compaction_seconds",
+        "histogram",
+        "host time of a step's observing and compacting, all layers",
+        buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
+    ),
+    Metric("kv_freed_blocks", "counter", "blocks that compaction gave back to the pool"),
+    Metric("kv_freed_bytes", "counter", "bytes that compaction gave back to the pool"),
+    Metric(
+        "kv_saved_bytes",
+        "gauge",
+        "bytes that running requests would hold in addition without compression, now",
+    ),
+    Metric(
+        "kv_kept_ratio",
+        "gauge",
+        "share of their blocks that running requests hold, now; 1 without any compaction",
+    ),
+    Metric(
+        "refused_requests",
+        "counter",
+        "requests refused for what they ask of compression, by reason",
+        ("reason",),
+        REFUSALS,
+    ),
+)
+
+BY_NAME = {metric.name: metric for metric in METRICS}

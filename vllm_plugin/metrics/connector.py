@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A KV connector that moves no KV: vLLM's typed channel from workers and scheduler to metrics."""
+
+from typing import Any
+
+import torch
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.request import Request
+
+from vllm_plugin.kv_cache.activity import Activity, Done
+from vllm_plugin.kv_cache.manager import CompressedManager
+from vllm_plugin.kv_cache.requests import opts_out
+from vllm_plugin.metrics.catalogue import PREFIX
+from vllm_plugin.metrics.facts import compresses
+from vllm_plugin.metrics.prometheus import CompressMetrics
+from vllm_plugin.metrics.stats import CompressStats
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class StatsConnector(KVConnectorBase_V1, SupportsHMA):
+    """Reports what compression did since the last step; loads and saves nothing.
+
+    The scheduler's instance counts requests and blocks, from the cache managers that free them. A
+    worker's counts what was compacted, from the ``activity`` that the worker hands over; of several
+    ranks, which all do the same, one does.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.activity: Activity | None = None
+        self._stats = CompressStats()
+        self._managers: list[CompressedManager] = []
+        self._freed = 0
+        self._gauges: dict[str, float] = {}
+        memory = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
+        self._block_bytes = memory / max(1, kv_cache_config.num_blocks)
+
+    def get_kv_connector_stats(self) -> CompressStats | None:
+        """What is new since the last call; None for nothing."""
+        if self._managers:
+            self._read_managers()
+        if self.activity is not None:
+            self._read_activity(self.activity.take())
+        if self._stats.is_empty():
+            return None
+        stats, self._stats = self._stats, CompressStats()
+        return stats
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> CompressStats:
+        return CompressStats(data)
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> CompressMetrics:
+        return CompressMetrics(*args)
+
+    # -- the scheduler's instance ----------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        self._managers = [
+            manager
+            for manager in kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, CompressedManager)
+        ]
+
+    def _read_managers(self) -> None:
+        freed = sum(manager.freed_blocks for manager in self._managers)
+        self._stats.add("kv_freed_blocks", freed - self._freed)
+        self._stats.add("kv_freed_bytes", (freed - self._freed) * self._block_bytes)
+        self._freed = freed
+        saved = sum(manager.saved_blocks for manager in self._managers)
+        columns = sum(manager.columns for manager in self._managers)
+        gauges = {
+            "kv_saved_bytes": saved * self._block_bytes,
+            "kv_kept_ratio": 1 - saved / columns if columns else 1.0,
+        }
+        for name, value in gauges.items():
+            if self._gauges.get(name) != value:
+                self._stats.set(name, value)
+        self._gauges = gauges
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Count a request whose prompt was computed; its blocks may be freed at once."""
+        if self._managers and request.num_computed_tokens >= request.num_prompt_tokens:
+            reason = self._reason_to_skip(request)
+            if reason is None:
+                self._stats.add("kv_eligible_requests", 1)
+            else:
+                self._stats.add("kv_skipped_requests", 1, reason)
+        return False, None
+
+    def _reason_to_skip(self, request: Request) -> str | None:
+        n = request.num_prompt_tokens
+        layouts = [manager.layout for manager in self._managers]
+        if opts_out(request.sampling_params):
+            return "opted_out"
+        if any(layout.gap(n) for layout in layouts):
+            return None
+        return "short_prompt" if n < layouts[0].min_prompt else "nothing_to_evict"
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, *args: Any) -> None:
+        pass
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        return _Nothing()
+
+    # -- a worker's instance ---------------------------------------------------------------------
+
+    def _read_activity(self, done: Done) -> None:
+        for kind, count in done.segments.items():
+            self._stats.add("kv_compactions", count, kind)
+        self._stats.add("kv_tokens", done.tokens)
+        self._stats.add("kv_evicted_tokens", done.evicted)
+        if done.seconds:
+            self._stats.took(done.seconds)
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        pass
+
+    def start_load_kv(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass
+
+
+class _Nothing(KVConnectorMetadata):
+    """vLLM wants an object of this type each step."""
+
+
+def report(config: VllmConfig) -> None:
+    """Have what is compressed in this engine reported, if anything is.
+
+    vLLM has one connector. Beside a user's own, which the config edge allows with quantised weights
+    only, nothing is reported; it could be a child of vLLM's MultiConnector.
+    """
+    if not compresses(config):
+        return
+    if config.kv_transfer_config is not None:
+        logger.warning(
+            "no %s* metrics: --kv-transfer-config names a connector of its own; for both name "
+            'MultiConnector there, with it and {"kv_connector": "%s", '
+            '"kv_connector_module_path": "%s", "kv_role": "kv_both"} as its connectors',
+            PREFIX,
+            StatsConnector.__name__,
+            __name__,
+        )
+        return
+    # A consumer would make the scheduler hold back blocks that are freed.
+    config.kv_transfer_config = KVTransferConfig(
+        kv_connector=StatsConnector.__name__,
+        kv_connector_module_path=__name__,
+        kv_role="kv_producer",
+    )

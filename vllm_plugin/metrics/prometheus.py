@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front end's side: metric families, filled from start and from each report."""
+
+from importlib.metadata import version
+from typing import Any
+
+from prometheus_client import REGISTRY, Gauge
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
+
+from vllm_plugin.kv_cache import requests
+from vllm_plugin.metrics.catalogue import BY_NAME, METRICS, Metric
+from vllm_plugin.metrics.facts import Facts, facts_of
+
+
+class CompressMetrics(KVConnectorPromMetrics):
+    """The families of the catalogue, for every engine, with values before the first request.
+
+    Metric types are those that vLLM hands over, so that Ray's take their place under Ray.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        if self._gauge_cls is Gauge:
+            _unregister()
+        facts = facts_of(vllm_config)
+        self._policy = facts.policy
+        self._series: dict[tuple[int, str, str], Any] = {}
+        for metric in METRICS:
+            self._create(metric, facts)
+        for engine in per_engine_labelvalues:
+            for name, value in facts.gauges.items():
+                self._series[(engine, *name)].set(value)
+        first = next(iter(per_engine_labelvalues))
+        # Refused before any engine sees them; they are counted for the first one.
+        requests.on_refusal = lambda reason: self._series[first, "refused_requests", reason].inc()
+
+    def _create(self, metric: Metric, facts: Facts) -> None:
+        kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+            "gauge": (self._gauge_cls, {"multiprocess_mode": "mostrecent"}),
+            "counter": (self._counter_cls, {}),
+            "histogram": (self._histogram_cls, {"buckets": list(metric.buckets)}),
+        }
+        kind, options = kinds[metric.kind]
+        family = kind(
+            name=metric.full_name,
+            documentation=metric.meaning,
+            labelnames=[*self._labelnames, *metric.labels],
+            **options,
+        )
+        for engine, values in self.per_engine_labelvalues.items():
+            if metric.name == "info":
+                info = {"version": version("vllm-compress-plugin")} | facts.info
+                family.labels(*values, *(info[label] for label in metric.labels)).set(1)
+                continue
+            labels = metric.values or ((self._policy,) if metric.labels else ("",))
+            for label in labels:
+                own = (label,) if metric.labels else ()
+                self._series[engine, metric.name, label] = family.labels(*values, *own)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add one report, see ``stats``."""
+        for name, labels in transfer_stats_data["counters"].items():
+            for label, amount in labels.items():
+                label = self._policy if BY_NAME[name].labels == ("policy",) else label
+                self._series[engine_idx, name, label].inc(amount)
+        for name, value in transfer_stats_data["gauges"].items():
+            self._series[engine_idx, name, ""].set(value)
+        for seconds in transfer_stats_data["seconds"]:
+            self._series[engine_idx, "kv_compaction_seconds", ""].observe(seconds)
+
+
+def _unregister() -> None:
+    """Forget the families of an earlier engine in this process, as vLLM does with its own."""
+    names = {metric.full_name for metric in METRICS}
+    for name in names:
+        collector = REGISTRY._names_to_collectors.get(name)
+        if collector is not None:
+            REGISTRY.unregister(collector)
