@@ -13,6 +13,7 @@ from vllm_plugin.commands.common import err
 from vllm_plugin.commands.demo_model import demo_model
 from vllm_plugin.commands.evaluate import evaluate_models
 from vllm_plugin.commands.methods import list_methods
+from vllm_plugin.commands.plan import plan
 from vllm_plugin.commands.profile import profile
 from vllm_plugin.commands.quantize import quantize
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(quantize)
 app.command()(profile)
+app.command()(plan)
 app.command("eval")(evaluate_models)
 app.command("methods")(list_methods)
 app.command("demo-model")(demo_model)
