@@ -5,13 +5,13 @@ from pathlib import Path
 
 import openai
 
-from tests.support.server import served
+from benchmarks.server import serving
 
 
 def test_chat_completion_and_stream(demo_model: Path) -> None:
     arguments = ["--quantization", "smoothquant_plus", "--max-model-len", "512"]
-    with served(demo_model, *arguments) as server:
-        check(server)
+    with serving(demo_model, *arguments) as server:
+        check(server.url)
 
 
 def check(server: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.support.server import served
+from benchmarks.server import serving
 
 NOTE = "The secret number is 48213. "
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. "
@@ -17,8 +17,8 @@ def test_chat_requests(demo_model: Path, profile: Path) -> None:
     kv = {"policy": "prefix_kv", "keep": 0.25, "profile": str(profile)}
     arguments = ["--additional-config", json.dumps({"compress": {"kv": kv}})]
     arguments += ["--quantization", "smoothquant_plus", "--max-model-len", "1024"]
-    with served(demo_model, *arguments) as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    with serving(demo_model, *arguments) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
         def ask(text: str, **more: object) -> openai.types.chat.ChatCompletion:
             messages = [{"role": "user", "content": text}]
