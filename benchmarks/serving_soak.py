@@ -48,9 +48,7 @@ COUNTERS = {
     "evicted_tokens": "vllm_compress_kv_evicted_tokens_total",
     "preemptions": "vllm:num_preemptions_total",
 }
-WORDS = (
-    "the a river stone light of and under wind seven paper city he she wrote found green".split()
-)
+WORDS = ("river", "stone", "light", "under", "wind", "seven", "paper", "city", "wrote", "found")
 
 
 @dataclass(frozen=True)

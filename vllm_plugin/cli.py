@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from compress_common.errors import CompressError, explain, joined
 from vllm_plugin.commands.common import err
 from vllm_plugin.commands.demo_model import demo_model
+from vllm_plugin.commands.doctor import doctor
 from vllm_plugin.commands.evaluate import evaluate_models
 from vllm_plugin.commands.methods import list_methods
 from vllm_plugin.commands.plan import plan
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(quantize)
 app.command()(profile)
 app.command()(plan)
+app.command()(doctor)
 app.command("eval")(evaluate_models)
 app.command("methods")(list_methods)
 app.command("demo-model")(demo_model)
