@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Alerts, dashboard and scaling ask Prometheus for series that exist, in both families of names."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vllm_plugin.metrics.catalogue import BY_NAME, METRICS
+
+TESTS = Path(__file__).parent / "alerts_test.yaml"
+VLLMS = re.compile(r'self\._(gauge|counter|histogram)_cls\(\s*name="(vllm:\w+)"')
+
+
+def to_ray(name: str) -> str:
+    return "ray_" + name.replace(":", "_")
+
+
+def series(name: str, kind: str) -> set[str]:
+    """Names in PromQL of one metric."""
+    suffixes = {"gauge": [""], "counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
+    return {name + suffix for suffix in suffixes[kind]}
+
+
+@pytest.fixture(scope="module")
+def exported() -> set[str]:
+    """What vLLM and the plugin export, without Ray."""
+    vllm = find_spec("vllm")
+    assert vllm is not None and vllm.origin is not None
+    source = (Path(vllm.origin).parent / "v1" / "metrics" / "loggers.py").read_text()
+    declared = [(name, kind) for kind, name in VLLMS.findall(source)]
+    declared += [(metric.full_name, metric.kind) for metric in METRICS]
+    return set().union(*(series(name, kind) for name, kind in declared))
+
+
+@pytest.fixture(scope="module")
+def dashboard(deploy: Path) -> dict[str, Any]:
+    return json.loads((deploy / "monitoring" / "dashboard.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rules(deploy: Path) -> dict[str, Any]:
+    return yaml.safe_load((deploy / "monitoring" / "prometheusrule.yaml").read_text())["spec"]
+
+
+@pytest.fixture(scope="module")
+def queries(deploy: Path, dashboard: dict[str, Any], rules: dict[str, Any]) -> dict[str, list[str]]:
+    """Every expression, by who asks."""
+    scaled = yaml.safe_load((deploy / "autoscaling" / "scaledobject.yaml").read_text())
+    return {
+        "alerts": [rule["expr"] for group in rules["groups"] for rule in group["rules"]],
+        "dashboard": [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])],
+        "scaling": [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]],
+    }
+
+
+def names(expression: str) -> Iterator[set[str]]:
+    """The names that each selector of an expression stands for."""
+    for pattern in re.findall(r'__name__=~"([^"]*)"', expression):
+        parts = re.split(r"\(([^)]*)\)(\??)", pattern)  # text, alternatives, "?" or "", text, ...
+        choices = [
+            part.split("|") + ([""] if parts[i + 1] else []) if i % 3 == 1 else [part]
+            for i, part in enumerate(parts)
+            if i % 3 != 2
+        ]
+        yield {"".join(choice) for choice in itertools.product(*choices)}
+    for name in re.findall(r"\b(?:ray_)?vllm[:_]\w+(?=[{\[])", expression):
+        yield {name}
+
+
+@pytest.mark.parametrize("who", ["alerts", "dashboard", "scaling"])
+def test_asks_for_what_is_exported(
+    who: str, queries: dict[str, list[str]], exported: set[str]
+) -> None:
+    assert {"vllm:num_requests_running", "vllm:request_success_total"} <= exported
+    for expression in queries[who]:
+        asked = list(names(expression))
+        assert asked, expression
+        for selector in asked:
+            direct = {name for name in selector if not name.startswith("ray_")}
+            assert direct <= exported
+            # KEDA scales the Deployment, so it needs no names of Ray's.
+            assert selector - direct == ({*map(to_ray, direct)} if who != "scaling" else set())
+
+
+@pytest.mark.parametrize("who", ["alerts", "dashboard", "scaling"])
+def test_expressions_parse(who: str, queries: dict[str, list[str]]) -> None:
+    parse = pytest.importorskip("promql_parser").parse
+    for expression in queries[who]:
+        parse(expression.replace("$__rate_interval", "5m"))
+    with pytest.raises(ValueError):
+        parse(expression + ")")
+
+
+def test_dashboard(dashboard: dict[str, Any], queries: dict[str, list[str]]) -> None:
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    variables = {each["name"] for each in dashboard["templating"]["list"]}
+    assert variables == {"datasource", "model_name"}
+    occupied: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        cells = {
+            (place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])
+        }
+        assert not cells & occupied and all(x < 24 for x, _ in cells), panel["title"]
+        occupied |= cells
+        if panel["type"] == "row":
+            continue
+        assert panel["fieldConfig"]["defaults"]["unit"] and panel["description"]
+        for each in [panel, *panel["targets"]]:
+            assert each["datasource"]["uid"] == "${datasource}"
+        for target in panel["targets"]:
+            assert target["expr"].count("{") == target["expr"].count('model_name=~"$model_name"')
+    shown = set().union(*(name for each in queries["dashboard"] for name in names(each)))
+    assert not [each.name for each in METRICS if not shown & series(each.full_name, each.kind)]
+    (settings,) = [each for each in queries["dashboard"] if "vllm_compress_info" in each]
+    assert set(BY_NAME["info"].labels) < set(re.findall(r"\w+", settings))
+
+
+def promtool(*arguments: object) -> None:
+    tool = shutil.which("promtool")
+    if tool is None:
+        pytest.skip("no promtool here: apt-get install prometheus")
+    run = subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("family", ["vllm", "ray"])
+def test_alerts(family: str, rules: dict[str, Any], tmp_path: Path) -> None:
+    """``promtool check rules`` and ``promtool test rules``; each alert fires in some test."""
+    tests = TESTS.read_text()
+    fired = {
+        case["alertname"]
+        for test in yaml.safe_load(tests)["tests"]
+        for case in test.get("alert_rule_test", [])
+        if case["exp_alerts"]
+    }
+    assert fired == {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+    if family == "ray":
+        tests = re.sub(r"(- series: )vllm[:_]", r"\1ray_vllm_", tests)
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+    (tmp_path / "tests.yml").write_text(tests)
+    promtool("check", "rules", "--lint=all", "--lint-fatal", tmp_path / "rules.yml")
+    promtool("test", "rules", tmp_path / "tests.yml")
