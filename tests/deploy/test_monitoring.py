@@ -5,15 +5,23 @@ import itertools
 import json
 import re
 import shutil
+import socket
 import subprocess
+import time
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import yaml
 
+from benchmarks.server import serving
 from vllm_plugin.metrics.catalogue import BY_NAME, METRICS
 
 TESTS = Path(__file__).parent / "alerts_test.yaml"
@@ -151,3 +159,80 @@ def test_alerts(family: str, rules: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "tests.yml").write_text(tests)
     promtool("check", "rules", "--lint=all", "--lint-fatal", tmp_path / "rules.yml")
     promtool("test", "rules", tmp_path / "tests.yml")
+
+
+@contextmanager
+def prometheus(target: str, rules: dict[str, Any], folder: Path) -> Iterator[str]:
+    """The address of a Prometheus that scrapes a server every second and knows the alerts."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("no prometheus here: apt-get install prometheus")
+    (folder / "rules.yml").write_text(yaml.safe_dump(rules))
+    scrape = {
+        "job_name": "vllm-compress",
+        "scrape_interval": "1s",
+        "static_configs": [{"targets": [target.removeprefix("http://")]}],
+    }
+    config = {"rule_files": ["rules.yml"], "scrape_configs": [scrape]}
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [program, f"--config.file={folder}/prometheus.yml", f"--web.listen-address={listen}"]
+    command += [f"--storage.tsdb.path={folder}/data", "--log.level=warn"]
+    process = subprocess.Popen(command)
+    try:
+        yield f"http://{listen}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def ask(address: str, expression: str) -> list[dict[str, Any]]:
+    """The series that an expression gives now."""
+    query = urllib.parse.urlencode({"query": expression})
+    with urllib.request.urlopen(f"{address}/api/v1/query?{query}", timeout=10) as answer:
+        found = json.load(answer)
+    assert found["status"] == "success", found
+    return found["data"]["result"]
+
+
+@pytest.mark.slow
+def test_a_real_prometheus_finds_every_name(
+    demo_model: Path, queries: dict[str, list[str]], rules: dict[str, Any], tmp_path: Path
+) -> None:
+    """Names and expressions on a scrape of `vllm serve` under load, not on our own lists."""
+    kv = {"policy": "snap_kv", "keep": 0.25, "decode_window": 32}
+    arguments = ["--additional-config", json.dumps({"compress": {"kv": kv}})]
+    arguments += ["--quantization", "smoothquant_plus", "--max-model-len", "1024"]
+    with (
+        serving(demo_model, *arguments) as server,
+        prometheus(server.url, rules, tmp_path) as address,
+        ThreadPoolExecutor(4) as clients,
+    ):
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+        def complete(number: int) -> None:
+            prompt = f"Story {number}. " + "The sun is yellow and the river is long. " * 40
+            client.completions.create(model="demo", prompt=prompt, max_tokens=80)
+
+        list(clients.map(complete, range(8)))
+        time.sleep(3)
+        asked = set().union(*(n for each in queries.values() for q in each for n in names(q)))
+        direct = sorted(name for name in asked if not name.startswith("ray_"))
+        assert [name for name in direct if not ask(address, name)] == []
+        assert ask(address, "sum(vllm_compress_kv_evicted_tokens_total) > 0")
+        assert ask(address, 'vllm_compress_info{policy="snap_kv", method="smoothquant_plus"} == 1')
+        for expression in itertools.chain(queries["alerts"], queries["scaling"]):
+            ask(address, expression)
+        for expression in queries["dashboard"]:
+            ask(address, expression.replace("$__rate_interval", "5m").replace("$model_name", ".*"))
+        with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+            lines = answer.read().decode().splitlines(keepends=True)
+        ours = "".join(line for line in lines if "vllm_compress_" in line)
+        tool = shutil.which("promtool")
+        assert tool is not None
+        checked = subprocess.run(
+            [tool, "check", "metrics"], input=ours, capture_output=True, text=True
+        )
+        assert checked.returncode == 0, checked.stdout + checked.stderr
