@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that are on this machine already: nothing here downloads."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig
+
+from compress_common.errors import CompressError
+
+
+def local_folder(
+    model: str, revision: str | None = None, download_dir: str | None = None
+) -> Path | None:
+    """The folder of a model that is on this machine, downloading nothing; None if it is not."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        found = snapshot_download(
+            model, revision=revision, cache_dir=download_dir, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return Path(found)
+
+
+def text_config(folder: Path) -> Any:
+    """The text model's config; CompressError when transformers cannot read it."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CompressError(f"transformers cannot read {folder}: {reason}") from error

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the metrics build on in vLLM 0.32: an upgrade that changes it fails here."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+import vllm_plugin
+from vllm_plugin.metrics.catalogue import METRICS
+from vllm_plugin.metrics.connector import StatsConnector
+from vllm_plugin.metrics.prometheus import CompressMetrics
+
+
+def configure(model: Path, **engine: Any) -> VllmConfig:
+    vllm_plugin.register()
+    return EngineArgs(
+        model=str(model), enforce_eager=True, max_model_len=256, **engine
+    ).create_engine_config()
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_connector_implements_all_that_vllm_asks_for() -> None:
+    assert not inspect.isabstract(StatsConnector)
+    assert parameters(base.KVConnectorBase_V1.__init__)[1:] == [
+        "vllm_config",
+        "role",
+        "kv_cache_config",
+    ]
+    for name in (
+        "bind_kv_cache_manager",
+        "get_kv_connector_stats",
+        "build_kv_connector_stats",
+        "build_prom_metrics",
+    ):
+        assert parameters(getattr(base.KVConnectorBase_V1, name))
+    assert parameters(base.SupportsHMA.request_finished_all_groups)[1:] == ["request", "block_ids"]
+    assert parameters(KVConnectorPromMetrics.__init__)[1:] == [
+        "vllm_config",
+        "metric_types",
+        "labelnames",
+        "per_engine_labelvalues",
+    ]
+    assert parameters(KVConnectorPromMetrics.observe)[1:] == ["transfer_stats_data", "engine_idx"]
+    assert {"to_dict", "aggregate", "reduce", "is_empty", "reset"} <= set(dir(KVConnectorStats))
+    assert "connector.bind_kv_cache_manager" in inspect.getsource(Scheduler.__init__)
+    assert RayPrometheusStatLogger._kv_connector_cls is not None
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"additional_config": {"compress": {"kv": {"policy": "key_diff", "keep": 0.5}}}},
+        {"quantization": "smoothquant_plus"},
+    ],
+)
+def test_config_selects_the_connector(demo_model: Path, engine: dict[str, Any]) -> None:
+    config = configure(demo_model, **engine)
+    chosen = config.kv_transfer_config
+    assert KVConnectorFactory.get_connector_class(chosen) is StatsConnector
+    assert KVConnectorFactory.supports_hma_config(chosen)
+    assert not chosen.is_kv_consumer  # freed blocks would be held back
+
+
+def test_nothing_is_reported_where_nothing_is_compressed(demo_model: Path) -> None:
+    assert configure(demo_model).kv_transfer_config is None
+
+
+def test_a_connector_of_the_users_own_stays(
+    demo_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    config = configure(demo_model, quantization="smoothquant_plus", kv_transfer_config=own)
+    assert config.kv_transfer_config.kv_connector == "ExampleConnector"
+    assert "MultiConnector" in caplog.text
+
+
+def test_a_second_engine_in_a_process_replaces_the_series_of_the_first(demo_model: Path) -> None:
+    config = configure(demo_model, quantization="smoothquant_plus")
+    types = {Gauge: Gauge, Counter: Counter, Histogram: Histogram}
+    for engines in ({0: ["m", "0"]}, {0: ["m", "0"], 1: ["m", "1"]}):
+        CompressMetrics(config, types, ["model_name", "engine"], engines)
+        for metric in METRICS:
+            labels = {"model_name": "m", "engine": str(len(engines) - 1)}
+            families = [f for f in REGISTRY.collect() if f.name == metric.full_name]
+            assert len(families) == 1
+            found = [s.labels for s in families[0].samples]
+            assert any(labels.items() <= one.items() for one in found)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Capacity arithmetic against vLLM's own grouping and against files that were really written."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
+from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+
+from compress_common.errors import CompressError
+from kv_policies.layout import Layout
+from quant_methods.calibration import CalibrationSettings
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.local import local_folder
+from quant_methods.planning import PlanRequest
+from quant_methods.writing import quantize_checkpoint
+from vllm_plugin.capacity import (
+    block_bytes,
+    groups_of,
+    kv_footprint,
+    layer_token_bytes,
+    request_blocks,
+    requests_in_pool,
+    weight_footprint,
+)
+from vllm_plugin.kv_cache.spec import CompressedSpec
+from vllm_plugin.kv_fingerprint import full_attention_layers
+from vllm_plugin.settings import WeightSettings
+
+BLOCK = 32
+SMALL = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("config", "shares"),
+    [
+        (LlamaConfig(num_hidden_layers=30, **SMALL), None),
+        (LlamaConfig(num_hidden_layers=30, **SMALL), (Fraction(1, 4),)),
+        (LlamaConfig(num_hidden_layers=30, **SMALL), (Fraction(1, 8), Fraction(3, 8))),
+        (LlamaConfig(num_hidden_layers=26, **SMALL), tuple(Fraction(n, 9) for n in (1, 2, 3))),
+        (Gemma3TextConfig(num_hidden_layers=26, sliding_window=512, **SMALL), None),
+        (Gemma3TextConfig(num_hidden_layers=26, sliding_window=512, **SMALL), (Fraction(1, 4),)),
+    ],
+    ids=["stock", "one level", "two levels", "padded levels", "sliding", "sliding and compressed"],
+)
+def test_groups_and_block_bytes_are_those_of_vllm(
+    config: LlamaConfig, shares: tuple[Fraction, ...] | None
+) -> None:
+    full = full_attention_layers(config)
+    layouts = shares and {
+        layer: Layout(BLOCK, shares[at * len(shares) // len(full)]) for at, layer in enumerate(full)
+    }
+    specs: dict[str, KVCacheSpec] = {}
+    shape = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
+    for layer in range(config.num_hidden_layers):
+        spec = FullAttentionSpec(**shape)
+        if layer not in full:
+            spec = SlidingWindowSpec(**shape, sliding_window=512)
+        elif layouts:
+            spec = CompressedSpec.of(spec, layouts[layer])
+        specs[f"layers.{layer}"] = spec
+    theirs_config = VllmConfig()
+    theirs_config.cache_config.kv_cache_layout = "LBHNC"
+    theirs = get_kv_cache_groups(theirs_config, specs)
+    ours = groups_of(config, layouts)
+    assert sorted(group.layers for group in ours) == sorted(len(t.layer_names) for t in theirs)
+    memory = 1 << 28
+    blocks = get_kv_cache_config_from_groups(theirs_config, theirs, memory).num_blocks
+    each = layer_token_bytes(config, torch.bfloat16)
+    assert memory // block_bytes(ours, BLOCK, each) == blocks
+
+
+def test_blocks_of_a_request_follow_the_layout() -> None:
+    """Against the columns that attention reads, token by token."""
+    layout = Layout(BLOCK, Fraction(1, 4), window=128)
+    config = LlamaConfig(num_hidden_layers=4, **SMALL)
+    groups = groups_of(config, dict.fromkeys(range(4), layout))
+    for prompt, context in ((1000, 1001), (1000, 1500), (1024, 2000), (5, 900)):
+        held = [
+            len(layout.live(prompt, tokens - 1, -(-tokens // BLOCK)))
+            for tokens in range(prompt + 1, context + 1)
+        ]
+        found = request_blocks(groups, BLOCK, context, prompt)
+        assert found.decoding == max(held)
+        assert found.peak == max(*held, -(-prompt // BLOCK))
+    stock = request_blocks(groups_of(config, None), BLOCK, 2000, 1024)
+    assert stock.peak == stock.decoding == 63
+    assert stock.all_decoding(127) == 2  # 126 blocks are usable, vLLM keeps one back
+    assert stock.all_decoding(126) == 1
+    assert stock.one_in_prefill(0) == stock.all_decoding(0) == 0
+    with pytest.raises(CompressError, match="does not fit"):
+        request_blocks(groups, BLOCK, 100, 100)
+
+
+def test_pool_in_smaller_blocks_holds_as_much_without_compression() -> None:
+    """Two levels have blocks of half as many layers: twice as many of them in the same memory."""
+    config = LlamaConfig(num_hidden_layers=4, **SMALL)
+    layouts = {layer: Layout(BLOCK, Fraction(1, 8 if layer < 2 else 2)) for layer in range(4)}
+    before, after = requests_in_pool(config, layouts, BLOCK, 2000, 4096)
+    assert before == (1000 - 1) // 128
+    # 3,584 tokens of prompt in 112 blocks, of which 14 and 56 stay; 16 for the answer.
+    assert after == (2000 - 1) // (14 + 16 + 56 + 16)
+
+
+def test_other_attention_is_refused() -> None:
+    config = LlamaConfig(num_hidden_layers=2, **SMALL)
+    config.layer_types = ["linear_attention", "full_attention"]
+    config.kv_lora_rank = 512
+    with pytest.raises(CompressError, match="(?s)linear_attention.*latent attention"):
+        layer_token_bytes(config, torch.bfloat16)
+
+
+def test_kv_bytes_leave_sliding_windows_out() -> None:
+    config = Gemma3TextConfig(num_hidden_layers=12, sliding_window=64, **SMALL)
+    layers = full_attention_layers(config)
+    assert len(layers) == 2
+    layouts = {layers[0]: Layout(BLOCK, Fraction(1, 2)), layers[1]: Layout(BLOCK, Fraction(1, 4))}
+    found = kv_footprint(config, torch.bfloat16, "auto", layouts)
+    assert (found.original, found.compressed) == (2 * 256, 192)
+    assert kv_footprint(config, torch.bfloat16, "fp8", None).original == 256
+    with pytest.raises(CompressError, match="nvfp4 is not one of"):
+        kv_footprint(config, torch.bfloat16, "nvfp4", None)
+
+
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "awq"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_weight_bytes_are_those_of_the_files(
+    tiny_model: Callable[..., Path], tmp_path: Path, arch: str, format_name: str
+) -> None:
+    """Planned from the 16-bit model, read from the written one, and the tensors themselves."""
+    source = tiny_model(arch)
+    planned = weight_footprint(source, "rtn", WeightSettings())
+    assert planned is not None
+    tensors = sum(size for _, size in Checkpoint(source).shapes().values())
+    assert planned.original == tensors
+    request = PlanRequest(method="rtn", calibration=CalibrationSettings())
+    quantize_checkpoint(source, tmp_path / "int4", request, format_name=format_name)
+    written = weight_footprint(tmp_path / "int4", None)
+    assert written is not None and written.original == tensors
+    files = sum(size for _, size in Checkpoint(tmp_path / "int4").shapes().values())
+    if format_name == "compressed-tensors":
+        assert written.compressed == planned.compressed == files
+    else:  # no weight_shape
+        assert written.compressed == pytest.approx(files, rel=0.001)
+
+
+def test_what_is_not_known_is_none(tiny_model: Callable[..., Path]) -> None:
+    assert local_folder("nobody/has-this-model") is None
+    assert weight_footprint("nobody/has-this-model", None) is None
+    assert weight_footprint(tiny_model("llama"), "fp8") is None
+    plain = weight_footprint(tiny_model("llama"), None)
+    assert plain is not None and plain.ratio == 1
+    assert AutoConfig.from_pretrained(tiny_model("llama")).tie_word_embeddings

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-compress doctor``: what is wrong with an installation, or with serving a model."""
+
+import json
+import os
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from vllm_plugin.commands.common import AsJson, out
+from vllm_plugin.commands.plan import (
+    AdditionalConfig,
+    Keep,
+    Policy,
+    ProfileFile,
+    Quantization,
+    config_of,
+)
+
+
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="a model folder or hub id")] = None,
+    quantization: Quantization = None,
+    policy: Policy = None,
+    keep: Keep = None,
+    profile: ProfileFile = None,
+    additional_config: AdditionalConfig = "{}",
+    block_size: Annotated[int | None, typer.Option(help="as for `vllm serve`")] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="as for `vllm serve`")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Check the installation and, with a model, what an engine would refuse or choose.
+
+    Loads no weights. Exits with 1 if anything is wrong.
+
+    Example: vllm-compress doctor MODEL --quantization smoothquant_plus --policy snap_kv --keep 0.25
+    """
+    # Before vLLM is imported: what it logs is not part of the answer.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_plugin.doctor import installation, model_checks
+
+    config = config_of(additional_config, policy, keep, profile)
+    checks = installation()
+    if model is not None:
+        checks += model_checks(
+            EngineArgs(
+                model=model,
+                quantization=quantization,
+                additional_config=config,
+                block_size=block_size,
+                tensor_parallel_size=tensor_parallel_size,
+            )
+        )
+    wrong = [check for check in checks if not check.ok]
+    if as_json:
+        print(json.dumps({"ok": not wrong, "checks": [asdict(check) for check in checks]}))
+    else:
+        table = Table("check", "", "found")
+        for check in checks:
+            state = Text("ok", "green") if check.ok else Text("problem", "red")
+            table.add_row(Text(check.name), state, Text(check.found))
+        out.print(table)
+        for check in wrong:
+            out.print(f"{check.name}: {check.found}", markup=False, highlight=False, soft_wrap=True)
+    if wrong:
+        raise typer.Exit(1)

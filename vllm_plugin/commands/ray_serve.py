@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-compress ray-serve``: a compressed model behind Ray Serve."""
+
+import json
+import os
+import signal
+import threading
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from compress_common.errors import CompressError
+from vllm_plugin.commands.common import Model, err
+from vllm_plugin.serving import llm_config
+from vllm_plugin.serving.cluster import running_app
+from vllm_plugin.settings import KEY
+
+
+def ray_serve(
+    model: Model,
+    model_id: Annotated[
+        str | None, typer.Option(help="what clients name (default: the folder's name or hub id)")
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="weights: smoothquant_plus or another of `methods`")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="KV cache: a policy of `methods`")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="share of the KV cache that stays, above 0, up to 1")
+    ] = None,
+    additional_config: Annotated[
+        str | None, typer.Option(help="settings as for `vllm serve`, one JSON object")
+    ] = None,
+    engine_kwargs: Annotated[
+        str, typer.Option(help='other engine arguments, JSON: {"max_model_len": 4096}')
+    ] = "{}",
+    replicas: Annotated[
+        str, typer.Option(help="engines, one number or FEWEST:MOST; several share by prefix")
+    ] = "1",
+    target_requests: Annotated[
+        int, typer.Option(help="running requests per engine above which Ray starts another")
+    ] = 32,
+    tensor_parallel_size: Annotated[int, typer.Option(help="ranks of each engine")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or gpu")] = "auto",
+    cpus: Annotated[int, typer.Option(help="cores per rank, where engines run on a CPU")] = 1,
+    host: Annotated[str, typer.Option(help="address of the HTTP server")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port of the HTTP server")] = 8000,
+    metrics_port: Annotated[
+        int, typer.Option(help="port of Ray's metrics, ray_vllm_...; of a new cluster only")
+    ] = 8080,
+) -> None:
+    """Serve a compressed model with Ray Serve until Ctrl-C.
+
+    Connects to the cluster that RAY_ADDRESS names, else starts one on this machine. Only the HTTP
+    server keeps to --host: Ray's own ports listen on every interface, so keep them from others.
+
+    Example: vllm-compress ray-serve MODEL --quantization smoothquant_plus --policy snap_kv
+    --keep 0.25
+    """
+    others = _json_object("--additional-config", additional_config or "{}")
+    section = others.pop(KEY, {})
+    if not isinstance(section, dict):
+        raise CompressError(f"--additional-config {KEY} must be an object, got {section!r}")
+    if policy is None and keep is not None:
+        raise CompressError("--keep needs --policy; `vllm-compress methods` lists them")
+    if policy is not None:
+        if "kv" in section:
+            raise CompressError(f"give --policy or {KEY}.kv of --additional-config, not both")
+        section = section | {"kv": {"policy": policy} | ({} if keep is None else {"keep": keep})}
+    arguments = _json_object("--engine-kwargs", engine_kwargs)
+    if others:
+        arguments["additional_config"] = others | arguments.get("additional_config", {})
+    least, most = _pair(replicas)
+    if device not in ("auto", "cpu", "gpu"):
+        raise CompressError(f"--device {device!r} is none of auto, cpu, gpu")
+    chosen: Literal["auto", "cpu", "gpu"] = device  # type: ignore[assignment]
+    config = llm_config(
+        model,
+        model_id=model_id,
+        quantization=quantization,
+        compress=section,
+        device=chosen,
+        tensor_parallel_size=tensor_parallel_size,
+        replicas=(least, most),
+        target_requests=target_requests,
+        cpus=cpus,
+        engine_kwargs=arguments,
+    )
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with running_app(config, host=host, port=port, metrics_port=metrics_port):
+            err.print(f"serving {config.model_id} on http://{host}:{port}/v1", highlight=False)
+            if not os.environ.get("RAY_ADDRESS"):
+                err.print(f"metrics on http://{host}:{metrics_port}/metrics", highlight=False)
+            signal.signal(signal.SIGTERM, _interrupt)  # ray.init has set its own
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        err.print("stopped")
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CompressError(f"{option} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CompressError(f"{option} must be a JSON object, got {text}")
+    return value
+
+
+def _pair(text: str) -> tuple[int, int]:
+    """``2`` as (2, 2), ``1:4`` as (1, 4)."""
+    least, _, most = text.partition(":")
+    try:
+        return int(least), int(most or least)
+    except ValueError:
+        raise CompressError(
+            f"--replicas {text!r} is neither a number nor FEWEST:MOST, such as 1:4"
+        ) from None

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked of an installation and of a model, before an engine starts."""
+
+import inspect
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from itertools import groupby
+from pkgutil import resolve_name
+
+import vllm
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from vllm import envs
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+from vllm.scalar_type import scalar_types
+from vllm.v1.attention.selector import get_attn_backend
+
+from quant_methods.architecture import GATE_UP, QKV, ROW_PARALLEL, linear_shapes
+from vllm_plugin import SUPPORTED_VLLM
+from vllm_plugin.quantization.config import CONFIGS, SmoothQuantPlusConfig
+from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
+from vllm_plugin.self_check import layouts, table
+from vllm_plugin.settings import Settings, parse_settings
+
+PACKAGE = "vllm-compress-plugin"
+
+# What we override or call in vLLM -> its first parameters, after self or cls.
+SEAMS: dict[str, tuple[str, ...]] = {
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": ("usage_context", "headless"),
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors:"
+    "CompressedTensorsConfig._get_scheme_from_parts": ("weight_quant", "input_quant"),
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors:"
+    "CompressedTensorsConfig.get_scheme": ("layer", "layer_name"),
+    "vllm.model_executor.layers.quantization.base_config:"
+    "QuantizationConfig.override_quantization_method": ("hf_quant_cfg", "user_quant", "hf_config"),
+    "vllm.model_executor.kernels.linear:MPLinearKernel.apply_weights": ("layer", "x", "bias"),
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_model": (
+        *("vllm_config", "model_config", "prefix"),
+    ),
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights": (
+        *("model_config", "model"),
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.remove_skipped_blocks": (
+        *("request_id", "processed_computed_tokens", "num_prompt_tokens"),
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks": (
+        *("request", "num_tokens", "retention_interval", "replay_boundaries"),
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free": (
+        "request_id",
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager._remove_blocks_in_range": (
+        *("request_id", "first_block", "last_block"),
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.find_longest_cache_hit": (
+        *("block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec"),
+    ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.build": (
+        *("common_prefix_len", "common_attn_metadata"),
+    ),
+    "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": (),
+    "vllm.v1.worker.gpu_worker:Worker.initialize_from_config": ("kv_cache_config",),
+    "vllm.v1.worker.gpu_worker:Worker.execute_model": ("scheduler_output",),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. ok: nothing to do about it."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+def installation() -> list[Check]:
+    """What does not depend on a model. Loads the plugin as vLLM does."""
+    fits = Version(vllm.__version__).base_version in SpecifierSet(SUPPORTED_VLLM)
+    wanted = "" if fits else f"; this plugin was tested with {SUPPORTED_VLLM}, install one of these"
+    broken = broken_seams()
+    return [
+        Check("vLLM", fits, vllm.__version__ + wanted),
+        Check("plugin", *_package()),
+        Check("VLLM_PLUGINS", *_allowed()),
+        Check("plugin loaded", *_loaded()),
+        Check("seams", not broken, "; ".join(broken) or f"{len(SEAMS)} as expected"),
+        *(Check(f"extra {name}", True, found) for name, found in _extras()),
+        Check("device", *_device()),
+    ]
+
+
+def broken_seams(seams: Mapping[str, tuple[str, ...]] = SEAMS) -> list[str]:
+    """What differs in vLLM from what we build on, one line each."""
+    broken = []
+    for name, expected in seams.items():
+        try:
+            found = tuple(inspect.signature(resolve_name(name)).parameters)
+        except (ImportError, AttributeError) as error:
+            broken.append(f"{name} is gone ({error})")
+            continue
+        found = found[1:] if found[:1] in (("self",), ("cls",)) else found
+        if found[: len(expected)] != expected:
+            broken.append(f"{name} takes {', '.join(found)}; expected {', '.join(expected)}")
+    return broken
+
+
+def model_checks(args: EngineArgs) -> list[Check]:
+    """What an engine with these arguments would refuse, or choose. Loads no weights."""
+    try:
+        config = args.create_engine_config()
+        settings = parse_settings(config.additional_config)
+    except Exception as error:  # vLLM raises many types for what a user got wrong
+        return [Check("engine arguments", False, str(error))]
+    return [
+        Check("engine arguments", True, f"accepted, {config.model_config.architecture}"),
+        Check("block size", True, f"{config.cache_config.block_size} tokens"),
+        _guarded("attention", lambda: _attention(config)),
+        *(_guarded(f"kernel of {kind}", choose) for kind, choose in _kernels(config)),
+        *(Check(name, True, found) for name, found in table(config, settings)),
+        *(Check(name, True, found) for name, found in _shares(config, settings)),
+    ]
+
+
+def _package() -> tuple[bool, str]:
+    try:
+        number = version(PACKAGE)
+    except PackageNotFoundError:
+        return False, f"{PACKAGE} is not installed here; pip install it into vLLM's environment"
+    found = entry_points(group="vllm.general_plugins", name="compress")
+    if not found:
+        return False, f"{number}, without its entry point in vllm.general_plugins; install it again"
+    return True, f"{number}, {next(iter(found)).value}"
+
+
+def _allowed() -> tuple[bool, str]:
+    allowed = envs.VLLM_PLUGINS
+    if allowed is None:
+        return True, "not set: all plugins are loaded"
+    return "compress" in allowed, (
+        ",".join(allowed)
+        if "compress" in allowed
+        else f"{','.join(allowed)!r} leaves this plugin out; add compress to it, or unset it"
+    )
+
+
+def _loaded() -> tuple[bool, str]:
+    try:
+        load_general_plugins()
+        known = all(get_quantization_config(kind.method) is kind for kind in CONFIGS)
+    except Exception as error:  # whatever a plugin raises ends the engine too
+        return False, f"vLLM has not loaded it: {error}"
+    wrapped = hasattr(EngineArgs.create_engine_config, "__wrapped__")
+    methods = ", ".join(kind.method for kind in CONFIGS)
+    return known and wrapped, f"{methods} {'registered' if known and wrapped else 'missing'}"
+
+
+def _extras() -> Iterator[tuple[str, str]]:
+    """Optional extras that users install, and what is missing for each."""
+    missing: dict[str, list[str]] = {}
+    for requirement in map(Requirement, requires(PACKAGE) or ()):
+        if not (extra := re.search(r'extra == "([^"]+)"', str(requirement.marker))):
+            continue
+        if extra[1] in ("test", "dev"):
+            continue
+        names = missing.setdefault(extra[1], [])
+        try:
+            if not requirement.specifier.contains(version(requirement.name), prereleases=True):
+                names.append(str(requirement).partition(";")[0].strip())
+        except PackageNotFoundError:
+            names.append(requirement.name)
+    for wanted, names in missing.items():
+        yield wanted, f"absent, optional: lacks {', '.join(names)}" if names else "present"
+
+
+def _device() -> tuple[bool, str]:
+    if current_platform.is_cpu():
+        return True, f"{platform.machine()} CPU, int4 with {resolve_activations()} activations"
+    name = current_platform.device_name
+    supported = current_platform.is_cuda()
+    return supported, str(name) if supported else f"{name}: runs on CPU and CUDA only"
+
+
+def _guarded(name: str, step: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, step())
+    except Exception as error:  # as the engine would meet it
+        return Check(name, False, str(error))
+
+
+def _attention(config: VllmConfig) -> str:
+    if (chosen := config.attention_config.backend) is not None:
+        return chosen.name
+    model = config.model_config
+    with set_current_vllm_config(config):
+        backend = get_attn_backend(
+            model.get_head_size(), model.dtype, config.cache_config.cache_dtype
+        )
+    return str(backend.get_name())
+
+
+def _kernels(config: VllmConfig) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Each kind of int4 linear, fused as vLLM serves it, and what chooses its kernel."""
+    quant = config.quant_config
+    if not isinstance(quant, SmoothQuantPlusConfig):
+        return
+    shapes = linear_shapes(config.model_config.hf_text_config)
+    ranks = config.parallel_config.tensor_parallel_size
+    for parts in (QKV, *((name,) for name in ROW_PARALLEL), GATE_UP):
+        arguments = next(
+            scheme["weights"]
+            for target, scheme in quant.target_scheme_map.items()
+            if target == "Linear" or re.match(target.removeprefix("re:"), f"layer.{parts[0]}")
+        )
+        inputs, outputs = shapes[parts[0]][1], sum(shapes[part][0] for part in parts)
+        split = (
+            (inputs // ranks, outputs) if parts[0] in ROW_PARALLEL else (inputs, outputs // ranks)
+        )
+        layer = MPLinearLayerConfig(
+            full_weight_shape=(inputs, outputs),
+            partition_weight_shape=split,
+            weight_type=scalar_types.uint4b8 if arguments.symmetric else scalar_types.uint4,
+            act_type=config.model_config.dtype,
+            group_size=arguments.group_size,
+            zero_points=not arguments.symmetric,
+        )
+        kind = "+".join(part.rpartition(".")[2].removesuffix("_proj") for part in parts)
+        yield kind, lambda layer=layer: _kernel(layer, quant)  # type: ignore[misc]
+
+
+def _kernel(layer: MPLinearLayerConfig, quant: SmoothQuantPlusConfig) -> str:
+    name = choose_mp_linear_kernel(layer).__name__
+    if CpuInt4LinearKernel.can_implement(layer)[0]:
+        kind = resolve_activations(quant.activations)
+        name = f"{CpuInt4LinearKernel.__name__}, {kind} activations"
+    inputs, outputs = layer.partition_weight_shape
+    return f"{name}; {inputs} x {outputs}, groups of {layer.group_size}"
+
+
+def _shares(config: VllmConfig, settings: Settings) -> Iterator[tuple[str, str]]:
+    """Runs of layers that keep the same share."""
+    chosen = layouts(config, settings) or {}
+    for keep, run in groupby(chosen.items(), key=lambda item: item[1].keep):
+        indices = [layer for layer, _ in run]
+        name = (
+            f"layers {indices[0]} to {indices[-1]}" if len(indices) > 1 else f"layer {indices[0]}"
+        )
+        yield name, f"keep {float(keep):.3f} of their KV cache"

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compressed models behind Ray Serve: ``ray.serve.llm`` does the serving, this package prepares it.
+
+Nothing here imports Ray before it is used, so the package loads without the extra ``ray``.
+"""
+
+from vllm_plugin.serving.config import llm_config
+
+__all__ = ["llm_config"]

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``LLMConfig`` of a compressed model, checked before any cluster sees it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from compress_common.errors import CompressError
+from quant_methods.calibration import SELF
+from quant_methods.registry import methods
+from vllm_plugin.serving.environment import environment
+from vllm_plugin.serving.extra import ray_llm
+from vllm_plugin.settings import KEY, parse_settings
+
+if TYPE_CHECKING:
+    from ray.serve.llm import LLMConfig
+
+SERVER = "vllm_plugin.serving.server:FailFastServer"
+ROUTER = {
+    "request_router_class": "ray.serve.llm.request_router.PrefixCacheAffinityRouter",
+    # By default a popular prefix stays on one replica whatever its queue, and the router remembers
+    # prompts for ever.
+    "request_router_kwargs": {"imbalanced_threshold": 8, "do_eviction": True},
+}
+
+
+def llm_config(
+    model: str | Path,
+    *,
+    model_id: str | None = None,
+    quantization: str | None = None,
+    compress: Mapping[str, Any] | None = None,
+    device: Literal["auto", "cpu", "gpu"] = "auto",
+    tensor_parallel_size: int = 1,
+    replicas: int | tuple[int, int] = 1,
+    target_requests: int = 32,
+    prefix_aware: bool | None = None,
+    cpus: int = 1,
+    engine_kwargs: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> "LLMConfig":
+    """The configuration of one model for ``ray.serve.llm.build_openai_app``.
+
+    Change what it does not ask for on the result, such as ``deployment_config``.
+
+    model: a hub id, or a folder that every node has. model_id: what clients name; the folder's
+    name, or the hub id, if None. quantization: as ``--quantization``. compress: the ``compress``
+    section of ``--additional-config``. device: ``auto`` is what this vLLM was built for.
+    replicas: how many, or the fewest and the most; Ray starts more when each has
+    ``target_requests`` running on average. prefix_aware: send prompts to the replica that has
+    their prefix cached; None: if there can be several. cpus: cores for each rank of an engine on a
+    CPU. engine_kwargs: vLLM's other engine arguments. env: of replicas and engines.
+
+    Raises CompressError for settings that cannot work, or when Ray is not installed.
+    """
+    arguments = dict(engine_kwargs or {})
+    own = {"quantization": quantization, "tensor_parallel_size": tensor_parallel_size}
+    for key in [*own, "model", "served_model_name"]:
+        if key in arguments:
+            raise CompressError(f"engine_kwargs: {key!r} is an argument of llm_config; move it")
+    section = _checked(dict(compress or {}), quantization, tensor_parallel_size)
+    least, most = _replicas(replicas)
+    if min(tensor_parallel_size, cpus, target_requests) < 1:
+        raise CompressError("tensor_parallel_size, cpus and target_requests are 1 or more")
+
+    arguments |= {key: value for key, value in own.items() if value is not None}
+    if section:
+        others = dict(arguments.get("additional_config") or {})
+        if KEY in others:
+            raise CompressError(f"engine_kwargs: additional_config has {KEY!r}; give it once")
+        arguments["additional_config"] = others | {KEY: section}
+    llm = ray_llm()
+    on_cpu = _on_cpu(device)
+    folder = Path(model).expanduser()
+    scaling = {"min_replicas": least, "max_replicas": most}
+    if most > least:  # Ray's own default never starts another one
+        scaling["target_ongoing_requests"] = target_requests
+    # A replica that is gone is missed at the next check.
+    deployment: dict[str, Any] = {
+        "autoscaling_config": scaling,
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 30,
+    }
+    if most > 1 if prefix_aware is None else prefix_aware:
+        deployment["request_router_config"] = ROUTER
+    fields: dict[str, Any] = {
+        "model_loading_config": {
+            "model_id": model_id or (folder.resolve().name if folder.is_dir() else str(model)),
+            "model_source": str(folder.resolve()) if folder.is_dir() else str(model),
+        },
+        "accelerator_config": {"kind": "cpu" if on_cpu else "gpu"},
+        "deployment_config": deployment,
+        "engine_kwargs": arguments,
+        "runtime_env": {"env_vars": environment(dict(env or {}), cpus if on_cpu else None)},
+        "server_cls": SERVER,
+    }
+    if on_cpu:
+        fields["placement_group_config"] = {"bundle_per_worker": {"CPU": cpus}}
+    try:
+        config = llm.LLMConfig(**fields)
+        config.get_engine_config()  # refuses engine arguments that vLLM does not have
+    except ValueError as error:
+        raise CompressError(f"Ray refuses this configuration: {error}") from error
+    return config
+
+
+def _checked(
+    section: dict[str, Any], quantization: str | None, tensor_parallel: int
+) -> dict[str, Any]:
+    """The section with absolute paths, as a replica runs in a folder of its own."""
+    settings = parse_settings({KEY: section})
+    if settings.kv is not None:
+        settings.kv.build()
+        if settings.kv.profile is not None:
+            profile = settings.kv.profile.expanduser().resolve()
+            section = section | {"kv": dict(section["kv"]) | {"profile": str(profile)}}
+    if quantization in methods() and settings.weights is not None:
+        settings.weights.request(quantization, tensor_parallel)
+    elif quantization is not None and settings.weights is not None:
+        raise CompressError(
+            f"{KEY}.weights is for quantization {' or '.join(methods())}, not {quantization!r}"
+        )
+    if settings.weights is not None and settings.weights.calibration.source != SELF:
+        weights = dict(section["weights"])
+        source = Path(settings.weights.calibration.source).expanduser().resolve()
+        weights["calibration"] = dict(weights["calibration"]) | {"source": str(source)}
+        section = section | {"weights": weights}
+    return section
+
+
+def _replicas(replicas: int | tuple[int, int]) -> tuple[int, int]:
+    least, most = (replicas, replicas) if isinstance(replicas, int) else replicas
+    if not 0 <= least <= most or most < 1:
+        raise CompressError(
+            f"replicas {least} to {most}: the most is 1 or more, the fewest 0 or more and no more"
+        )
+    return least, most
+
+
+def _on_cpu(device: str) -> bool:
+    if device not in ("auto", "cpu", "gpu"):
+        raise CompressError(f"device {device!r} is none of auto, cpu, gpu")
+    if device == "auto":
+        from vllm.platforms import current_platform
+
+        return bool(current_platform.is_cpu())
+    return device == "cpu"
