@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts with something to remember, and windows of a book: tokens for ``kv_quality``."""
 
-import importlib.util
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.weights_quality import TEXT
+from benchmarks.texts import opticks
 
 # The demo model recalls what it read among these sentences; in a book it loses some of it.
 FILLER = (
@@ -97,12 +96,7 @@ def _hide(
 
 def _windows(tokenizer: Any, sizes: Sizes) -> list[list[int]]:
     """Windows spread evenly over the second half of Newton's Opticks."""
-    found = importlib.util.find_spec("tvm_ffi")
-    places = found.submodule_search_locations if found else None
-    if not places or not (book := Path(places[0]) / TEXT).is_file():
-        raise FileNotFoundError(f"the evaluation text {TEXT} of the package apache-tvm-ffi")
-    content = book.read_text(encoding="utf-8", errors="replace")
-    tokens = tokenizer.encode(content[len(content) // 2 :])
+    tokens = tokenizer.encode(opticks()[1])
     length = sizes.context + sizes.continuation
     stride = len(tokens) // sizes.windows
     if stride < length:

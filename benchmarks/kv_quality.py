@@ -13,8 +13,9 @@ P_K_needles, fp8_needles   4 numbers of 4 digits, one per city, in 300 to 1,300 
                            for. Both: recalled, of what the full cache recalls.
 full_passkey, full_needles Of all prompts, recalled with the full cache.
 P_K_nats, fp8_nats         Nats per token above the full cache, of 64 tokens after each of 16
-                           contexts of 1,000 tokens of Newton's Opticks, forced one by one in
-                           decode. P_K_nats_se: standard error, paired by context.
+                           contexts of 1,000 tokens of the second half of Newton's Opticks (profiles
+                           are made from the first), forced one by one in decode. P_K_nats_se:
+                           standard error, paired by context.
 Extra: snap_kv_profile_K_*, scored by snap_kv with prefix_kv's shares per layer (a row of the
 per-head choice with the per-layer sizes); full_nats; forced_minus_prompt_nats, full_nats less the
 same figure from prompt log-probabilities, 0 but for rounding.

@@ -6,7 +6,6 @@ and is judged on the same tokens, through vLLM itself. Calibration text is sampl
 the evaluation text is Newton's Opticks, which comes with a package that vLLM requires.
 """
 
-import importlib.util
 import json
 import os
 import statistics
@@ -21,11 +20,11 @@ from benchmarks.common import Options, Result, cache_folder
 from benchmarks.engine import Engine, in_process
 from benchmarks.models import TINY, random_llama
 from benchmarks.peers import PeersUnavailable, write_peer
+from benchmarks.texts import opticks
 from benchmarks.weights_speed import TRUE_W4A16
 from vllm_plugin.demo_model import demo_model_path
 
 GROUP = 64
-TEXT = "3rdparty/libbacktrace/Isaac.Newton-Opticks.txt"  # of tvm_ffi
 PEERS = {"nats_awq": "awq", "nats_gptq_sym": "gptq"}
 
 
@@ -45,8 +44,8 @@ def quality(options: Options, result: Result) -> None:
     model = random_llama(TINY, options) if options.smoke else demo_model_path()
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         folder = Path(scratch)  # plans too: one of an older version of the code must not be used
-        if (text := _evaluation_text(folder)) is None:
-            raise FileNotFoundError(f"the evaluation text {TEXT} of the package apache-tvm-ffi")
+        text = folder / "opticks.txt"
+        text.write_text(opticks()[1], encoding="utf-8")
         tokens = in_process(
             _tokens, model, text, sizes, options.seed, folder, preloaded=options.smoke
         )
@@ -133,18 +132,6 @@ def _difference(
     ]
     result.put(key, statistics.fmean(windows), windows=windows)
     result.put(f"{key}_se", statistics.stdev(windows) / len(windows) ** 0.5)
-
-
-def _evaluation_text(folder: Path) -> Path | None:
-    """The second half of Newton's Opticks, as a file in ``folder``."""
-    found = importlib.util.find_spec("tvm_ffi")
-    places = found.submodule_search_locations if found else None
-    if not places or not (book := Path(places[0]) / TEXT).is_file():
-        return None
-    content = book.read_text(encoding="utf-8", errors="replace")
-    half = folder / "opticks.txt"
-    half.write_text(content[len(content) // 2 :], encoding="utf-8")
-    return half
 
 
 def _tokens(model: Path, text: Path, sizes: Sizes, seed: int, folder: Path) -> list[list[int]]:
