@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Capacity arithmetic against vLLM's own grouping and against files that were really written."""
 
+import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
@@ -80,7 +82,7 @@ def test_blocks_of_a_request_follow_the_layout() -> None:
     layout = Layout(BLOCK, Fraction(1, 4), window=128)
     config = LlamaConfig(num_hidden_layers=4, **SMALL)
     groups = groups_of(config, dict.fromkeys(range(4), layout))
-    for prompt, context in ((1000, 1001), (1000, 1500), (1024, 2000), (5, 900)):
+    for prompt, context in ((1000, 1001), (1000, 1500), (1024, 1152), (1024, 2000), (5, 900)):
         held = [
             len(layout.live(prompt, tokens - 1, -(-tokens // BLOCK)))
             for tokens in range(prompt + 1, context + 1)
@@ -147,6 +149,17 @@ def test_weight_bytes_are_those_of_the_files(
         assert written.compressed == planned.compressed == files
     else:  # no weight_shape
         assert written.compressed == pytest.approx(files, rel=0.001)
+
+
+def test_a_second_copy_of_a_tied_embedding_is_not_counted(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_model("llama")
+    shutil.copy(source / "config.json", tmp_path)
+    tensors = dict(Checkpoint(source).tensors(Checkpoint(source).files))
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    assert weight_footprint(tmp_path, "rtn") == weight_footprint(source, "rtn")
 
 
 def test_what_is_not_known_is_none(tiny_model: Callable[..., Path]) -> None:

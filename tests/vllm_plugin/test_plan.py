@@ -128,6 +128,9 @@ def test_all_problems_at_once(plan: Callable, demo_model: Path) -> None:
         "did you mean 'snap_kv'?",
     ):
         assert expected in text
+    wrong = ("--additional-config", '{"compress": {"kv": 3}}', "--keep", "0.1")
+    code, text = plan(demo_model, "--gpu-memory", "80GiB", "--context", "4k", *wrong)
+    assert code == 1 and "compress.kv" in text
     code, text = plan("nobody/has-this-model", "--gpu-memory", "80GiB", "--context", "4k")
     assert code == 1
     assert "nothing is downloaded to plan" in text

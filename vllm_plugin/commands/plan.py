@@ -238,10 +238,11 @@ def config_of(
     chosen = {name: value for name, value in options.items() if value is not None}
     if not isinstance(given, dict):
         raise CompressError(f"--additional-config must be a JSON object, got {additional_config}")
-    if not chosen:
-        return given
     section = given.get(KEY) or {}
-    return given | {KEY: section | {"kv": (section.get("kv") or {}) | chosen}}
+    kv = section.get("kv") or {} if isinstance(section, dict) else None
+    if not chosen or not isinstance(kv, dict):  # what is wrong with it is said where it is parsed
+        return given
+    return given | {KEY: section | {"kv": kv | chosen}}
 
 
 def _folder(model: str) -> Path:

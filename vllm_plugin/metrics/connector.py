@@ -23,6 +23,8 @@ from vllm_plugin.metrics.catalogue import PREFIX
 from vllm_plugin.metrics.facts import compresses
 from vllm_plugin.metrics.prometheus import CompressMetrics
 from vllm_plugin.metrics.stats import CompressStats
+from vllm_plugin.self_check import log_table
+from vllm_plugin.settings import parse_settings
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -44,6 +46,9 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
         self._managers: list[CompressedManager] = []
         self._freed = 0
         self._gauges: dict[str, float] = {}
+        if role is KVConnectorRole.SCHEDULER:
+            settings = parse_settings(vllm_config.additional_config)
+            log_table(vllm_config, settings, kv_cache_config.num_blocks)
         memory = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
         self._block_bytes = memory / max(1, kv_cache_config.num_blocks)
 

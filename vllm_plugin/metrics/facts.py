@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of an engine's compression before its first request."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 
 from vllm.config import VllmConfig
 
-from vllm_plugin.kv_cache.budget import layouts_of
-from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
+from compress_common.errors import CompressError
+from vllm_plugin.capacity import Footprint, kv_footprint
 from vllm_plugin.quantization.config import SmoothQuantPlusConfig
+from vllm_plugin.self_check import layouts, weights_of
 from vllm_plugin.settings import parse_settings
 
 NONE = "none"
@@ -31,24 +33,31 @@ def compresses(config: VllmConfig) -> bool:
 
 def facts_of(config: VllmConfig) -> Facts:
     """The facts of an engine that compresses something."""
-    settings = parse_settings(config.additional_config).kv
-    model = config.model_config
-    method = getattr(config.quant_config, "method", NONE)
+    settings = parse_settings(config.additional_config)
+    model, kv = config.model_config, settings.kv
     info = dict.fromkeys(("policy", "keep", "levels", "decode_window", "profile"), NONE)
-    gauges: dict[tuple[str, str], float] = {("kv_kept_ratio", ""): 1.0, ("kv_saved_bytes", ""): 0.0}
-    if settings is not None:
-        layouts = layouts_of(
-            settings,
-            config.cache_config.block_size,
-            fingerprint_of(model.model, model.hf_text_config),
-            full_attention_layers(model.hf_text_config),
-        )
-        shares = [layout.keep for layout in layouts.values()]
+    info["method"] = getattr(config.quant_config, "method", NONE)
+    chosen = layouts(config, settings)
+    gauges = {("kv_kept_ratio", ""): 1.0}
+    text, cache = model.hf_text_config, config.cache_config.cache_dtype
+    with suppress(CompressError):  # caches that are not ours to compress, and of no known size
+        gauges |= _both("kv_bytes_per_token", kv_footprint(text, model.dtype, cache, chosen))
+    if weights := weights_of(config, settings):
+        gauges |= _both("weight_bytes", weights)
+    if kv is not None and chosen:
+        shares = [layout.keep for layout in chosen.values()]
         info |= {
-            "policy": settings.policy,
+            "policy": kv.policy,
             "keep": f"{float(sum(shares, Fraction(0)) / len(shares)):.4g}",
             "levels": str(len(set(shares))),
-            "decode_window": str(settings.decode_window),
-            "profile": settings.profile.name if settings.profile else NONE,
+            "decode_window": str(kv.decode_window),
+            "profile": kv.profile.name if kv.profile else NONE,
         }
-    return Facts(info["policy"], info | {"method": method}, gauges)
+    return Facts(info["policy"], info, gauges)
+
+
+def _both(name: str, footprint: Footprint) -> dict[tuple[str, str], float]:
+    return {
+        (name, "original"): float(footprint.original),
+        (name, "compressed"): float(footprint.compressed),
+    }

@@ -35,6 +35,11 @@ def test_all_series_are_there_before_the_first_request(watched: dict[str, Any]) 
     assert watched["start"]["kv_kept_ratio"] == 1
     assert all(f"refused_requests_total reason={reason}" in watched["start"] for reason in REFUSALS)
     info = next(key for key in watched["start"] if key.startswith("info "))
+    for state, value in (
+        ("original", 30 * 2 * 3 * 64 * 2),
+        ("compressed", 30 * 2 * 3 * 64 * 2 / 4),
+    ):
+        assert watched["start"][f"kv_bytes_per_token state={state}"] == value
     assert "policy=snap_kv" in info and "keep=0.25" in info and "method=none" in info
 
 
@@ -78,7 +83,12 @@ def test_keep_1_saves_nothing_and_says_why(demo_model: Path) -> None:
         prompts=text_prompts(demo_model, [300]),
         extra=[None],
         max_tokens=4,
+        engine={"quantization": "smoothquant_plus"},
     )["end"]
+    assert any("method=smoothquant_plus" in key for key in end)
+    original, left = (end[f"weight_bytes state={state}"] for state in ("original", "compressed"))
+    file = (demo_model / "model.safetensors").stat().st_size
+    assert original == pytest.approx(file, rel=0.001) and 0.4 < left / original < 0.45
     assert end["kv_skipped_requests_total reason=nothing_to_evict"] == 1
     assert end["kv_freed_blocks_total"] == end["kv_evicted_tokens_total policy=key_diff"] == 0
 
