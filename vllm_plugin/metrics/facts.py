@@ -38,7 +38,7 @@ def facts_of(config: VllmConfig) -> Facts:
     info = dict.fromkeys(("policy", "keep", "levels", "decode_window", "profile"), NONE)
     info["method"] = getattr(config.quant_config, "method", NONE)
     chosen = layouts(config, settings)
-    gauges = {("kv_kept_ratio", ""): 1.0}
+    gauges = {("kv_kept_ratio", ""): 1.0, ("kv_saved_bytes", ""): 0.0}
     text, cache = model.hf_text_config, config.cache_config.cache_dtype
     with suppress(CompressError):  # caches that are not ours to compress, and of no known size
         gauges |= _both("kv_bytes_per_token", kv_footprint(text, model.dtype, cache, chosen))

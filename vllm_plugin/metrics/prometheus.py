@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm_plugin.kv_cache import requests
 from vllm_plugin.metrics.catalogue import BY_NAME, METRICS, Metric
 from vllm_plugin.metrics.facts import Facts, facts_of
+from vllm_plugin.metrics.lasting_gauge import LastingGauge
 
 
 class CompressMetrics(KVConnectorPromMetrics):
@@ -35,6 +36,7 @@ class CompressMetrics(KVConnectorPromMetrics):
         for metric in METRICS:
             self._create(metric, facts)
         for engine in per_engine_labelvalues:
+            self._series[engine, "info", ""].set(1)
             for name, value in facts.gauges.items():
                 self._series[(engine, *name)].set(value)
         first = next(iter(per_engine_labelvalues))
@@ -57,12 +59,16 @@ class CompressMetrics(KVConnectorPromMetrics):
         for engine, values in self.per_engine_labelvalues.items():
             if metric.name == "info":
                 info = {"version": version("vllm-compress-plugin")} | facts.info
-                family.labels(*values, *(info[label] for label in metric.labels)).set(1)
-                continue
-            labels = metric.values or ((self._policy,) if metric.labels else ("",))
-            for label in labels:
-                own = (label,) if metric.labels else ()
-                self._series[engine, metric.name, label] = family.labels(*values, *own)
+                choices = {"": tuple(info[label] for label in metric.labels)}
+            elif metric.labels:
+                choices = {label: (label,) for label in metric.values or (self._policy,)}
+            else:
+                choices = {"": ()}
+            for label, own in choices.items():
+                series = family.labels(*values, *own)
+                if metric.kind == "gauge" and self._gauge_cls is not Gauge:
+                    series = LastingGauge(series)
+                self._series[engine, metric.name, label] = series
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add one report, see ``stats``."""
