@@ -17,6 +17,7 @@ from vllm_plugin.commands.methods import list_methods
 from vllm_plugin.commands.plan import plan
 from vllm_plugin.commands.profile import profile
 from vllm_plugin.commands.quantize import quantize
+from vllm_plugin.commands.ray_serve import ray_serve
 
 app = typer.Typer(
     help="Make served models smaller: weight quantisation and KV-cache compression for vLLM.",
@@ -28,6 +29,7 @@ app.command()(quantize)
 app.command()(profile)
 app.command()(plan)
 app.command()(doctor)
+app.command()(ray_serve)
 app.command("eval")(evaluate_models)
 app.command("methods")(list_methods)
 app.command("demo-model")(demo_model)
