@@ -5,7 +5,7 @@
 
 2,000 requests to `vllm serve` on the demo model, int4 weights (smoothquant_plus) and prefix_kv at
 keep 0.25, in a KV cache of 64 MiB, so that requests queue and are preempted. 16 at a time: chats
-and completions, streamed and not, 20 to 700 prompt tokens, 4 to 160 new ones, a third with a shared
+and completions, streamed and not, 20 to 700 prompt tokens, 2 to 100 new ones, a third with a shared
 prefix; one in ten goes away after a random time. Requests are the same for both servers.
 
   requests         sent to the compressed server
@@ -65,17 +65,17 @@ class Ask:
 def load(count: int, seed: int) -> list[Ask]:
     """The requests, the same for a seed."""
     draw = random.Random(seed)
-    shared = " ".join(draw.choices(WORDS, k=300))
+    shared = " ".join(draw.choices(WORDS, k=200))
     asks = []
     for number in range(count):
-        words = draw.choices(WORDS, k=int(draw.triangular(20, 400, 40)))
+        words = draw.choices(WORDS, k=int(draw.triangular(10, 300, 30)))
         prefix = shared if number % 3 == 0 else f"Request {number}."
         asks.append(
             Ask(
                 chat=draw.random() < 0.7,
                 stream=draw.random() < 0.5,
                 text=f"{prefix} {' '.join(words)}",
-                tokens=int(draw.triangular(4, 160, 8)),
+                tokens=int(draw.triangular(2, 100, 4)),
                 abort=draw.uniform(0.05, 3) if draw.random() < 0.1 else None,
             )
         )
