@@ -111,9 +111,8 @@ def test_interrupt_leaves_no_target(demo_model: Path, tmp_path: Path) -> None:
     partial = tmp_path / ".out.partial" / "state.json"
     deadline = time.monotonic() + 120
     while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.01)
     assert process.poll() is None
-    time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -61,14 +61,18 @@ def test_quantising_at_load_gives_the_same_text(demo_model: Path, from_written: 
 
 
 def test_stock_vllm_serves_the_export(written: Path, from_written: dict) -> None:
-    """Plugin off. On AMX both run vLLM's kernel: equal. Elsewhere ours rounds differently."""
+    """Plugin off. On AMX both run vLLM's kernel: equal. Elsewhere ours rounds differently.
+
+    Without AMX each is 0.07 nats a token from float32, either way; a wrong weight costs whole nats.
+    """
     stock = generate(written, PROMPTS, env={"VLLM_PLUGINS": ""})
     assert stock["quantization"] == "compressed-tensors"
     if torch.cpu._is_amx_tile_supported():
         assert stock["tokens"] == from_written["tokens"]
     else:
         nats = [torch.tensor(sum(x["prompt_nats"], [])) for x in (stock, from_written)]
-        assert (nats[0] - nats[1]).abs().mean() < 0.02
+        difference = nats[0] - nats[1]
+        assert difference.abs().mean() < 0.1 and difference.mean().abs() < 0.05
         same = zip(stock["tokens"], from_written["tokens"], strict=True)
         assert sum(a[:8] == b[:8] for a, b in same) >= 8
 
