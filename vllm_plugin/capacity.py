@@ -24,7 +24,7 @@ from quant_methods.formats import MARKER
 from quant_methods.local import local_folder, text_config
 from quant_methods.registry import methods
 from quant_methods.sizes import Packing, sizes_of
-from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
+from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, unknown_kinds
 from vllm_plugin.settings import WeightSettings
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
@@ -110,9 +110,8 @@ def layer_token_bytes(config: Any, dtype: torch.dtype, cache_dtype: str = "auto"
     CompressError for other attention than with keys and values per head, or an unknown dtype.
     """
     problems = []
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if others := kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
-        problems.append(f"layers of kinds {', '.join(sorted(others))} are not counted")
+    if others := unknown_kinds(config):
+        problems.append(f"layers of kinds {', '.join(others)} are not counted")
     if getattr(config, "kv_lora_rank", None):
         problems.append("multi-head latent attention has no keys and values per head")
     if getattr(config, "num_kv_shared_layers", None):

@@ -59,7 +59,8 @@ def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto")
             f"(quantization: {config.model_config.quantization}); add "
             "--quantization smoothquant_plus or remove the section"
         )
-    report(config)
+    if settings.kv is not None or isinstance(config.quant_config, SmoothQuantPlusConfig):
+        report(config)
 
 
 def _apply_weights(

@@ -42,6 +42,12 @@ def fingerprint_of(name: str, config: Any) -> ModelFingerprint:
         ) from error
 
 
+def unknown_kinds(config: Any) -> list[str]:
+    """Kinds of layers that are neither full attention nor a window of it."""
+    known = {"full_attention", "sliding_attention", "chunked_attention"}
+    return sorted(set(getattr(config, "layer_types", None) or ()) - known)
+
+
 def full_attention_layers(config: Any) -> tuple[int, ...]:
     """Indices of the layers whose queries see all earlier keys; sliding windows are left out."""
     if kinds := getattr(config, "layer_types", None):

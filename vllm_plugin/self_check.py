@@ -9,7 +9,6 @@ from compress_common.errors import CompressError
 from kv_policies.layout import Layout
 from vllm_plugin.capacity import Footprint, kv_footprint, requests_in_pool, weight_footprint
 from vllm_plugin.kv_cache.budget import layouts_of
-from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 from vllm_plugin.quantization.cpu_int4 import resolve_activations
 from vllm_plugin.settings import Settings, WeightSettings
 
@@ -55,10 +54,10 @@ def layouts(config: VllmConfig, settings: Settings) -> dict[int, Layout] | None:
     """The layout of each compressed layer; None without ``compress.kv``."""
     if settings.kv is None:
         return None
-    text, name = config.model_config.hf_text_config, config.model_config.model
-    layers = full_attention_layers(text)
-    size = config.cache_config.block_size
-    return layouts_of(settings.kv, size, fingerprint_of(name, text), layers)
+    model = config.model_config
+    return layouts_of(
+        settings.kv, config.cache_config.block_size, model.model, model.hf_text_config
+    )
 
 
 def _weights(config: VllmConfig, settings: Settings) -> Rows:

@@ -10,14 +10,15 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from vllm_plugin.commands.common import AsJson, out
-from vllm_plugin.commands.plan import (
+from vllm_plugin.commands.common import (
     AdditionalConfig,
+    AsJson,
     Keep,
     Policy,
     ProfileFile,
     Quantization,
     config_of,
+    out,
 )
 
 

@@ -30,23 +30,24 @@ from vllm_plugin.capacity import (
     typical_prompt,
     weight_footprint,
 )
-from vllm_plugin.commands.common import AsJson, Model, gib, out
+from vllm_plugin.commands.common import (
+    AdditionalConfig,
+    AsJson,
+    Keep,
+    Model,
+    Policy,
+    ProfileFile,
+    Quantization,
+    config_of,
+    gib,
+    out,
+)
 from vllm_plugin.kv_cache.budget import layouts_of
-from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
-from vllm_plugin.settings import KEY, Settings, parse_settings
+from vllm_plugin.settings import Settings, parse_settings
 
 _MAX_NUM_SEQS = 256  # vLLM's smallest default
 
 T = TypeVar("T")
-Quantization = Annotated[
-    str | None, typer.Option(help="weight method: see `vllm-compress methods`")
-]
-Policy = Annotated[str | None, typer.Option(help="KV policy: see `vllm-compress methods`")]
-Keep = Annotated[str | None, typer.Option(help="share of the KV cache that stays, in (0, 1]")]
-ProfileFile = Annotated[Path | None, typer.Option(help="per-layer shares, in place of --keep")]
-AdditionalConfig = Annotated[
-    str, typer.Option(help="as for `vllm serve`: a JSON object with a section 'compress'")
-]
 
 
 @dataclass(frozen=True)
@@ -226,25 +227,6 @@ def size(text: str, option: str) -> int:
     return value
 
 
-def config_of(
-    additional_config: str, policy: str | None, keep: str | None, profile: Path | None
-) -> dict[str, Any]:
-    """``--additional-config`` with the options of a command in it."""
-    try:
-        given = json.loads(additional_config)
-    except json.JSONDecodeError as error:
-        raise CompressError(f"--additional-config is not JSON: {error}") from error
-    options = {"policy": policy, "keep": keep, "profile": profile and str(profile)}
-    chosen = {name: value for name, value in options.items() if value is not None}
-    if not isinstance(given, dict):
-        raise CompressError(f"--additional-config must be a JSON object, got {additional_config}")
-    section = given.get(KEY) or {}
-    kv = section.get("kv") or {} if isinstance(section, dict) else None
-    if not chosen or not isinstance(kv, dict):  # what is wrong with it is said where it is parsed
-        return given
-    return given | {KEY: section | {"kv": kv | chosen}}
-
-
 def _folder(model: str) -> Path:
     folder = local_folder(model)
     if folder is None:
@@ -279,8 +261,7 @@ def _layouts(
     if settings.kv is None:
         return None
     settings.kv.build()
-    fingerprint = fingerprint_of(model, config)
-    return layouts_of(settings.kv, block_size, fingerprint, full_attention_layers(config))
+    return layouts_of(settings.kv, block_size, model, config)
 
 
 class _Problems:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm-compress ray-serve``: a compressed model behind Ray Serve."""
 
-import json
 import os
 import signal
 import threading
@@ -10,7 +9,14 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from compress_common.errors import CompressError
-from vllm_plugin.commands.common import Model, err
+from vllm_plugin.commands.common import (
+    AdditionalConfig,
+    Model,
+    Policy,
+    Quantization,
+    err,
+    json_object,
+)
 from vllm_plugin.serving import llm_config
 from vllm_plugin.serving.cluster import running_app
 from vllm_plugin.settings import KEY
@@ -21,16 +27,12 @@ def ray_serve(
     model_id: Annotated[
         str | None, typer.Option(help="what clients name (default: the folder's name or hub id)")
     ] = None,
-    quantization: Annotated[
-        str | None, typer.Option(help="weights: smoothquant_plus or another of `methods`")
-    ] = None,
-    policy: Annotated[str | None, typer.Option(help="KV cache: a policy of `methods`")] = None,
+    quantization: Quantization = None,
+    policy: Policy = None,
     keep: Annotated[
         float | None, typer.Option(help="share of the KV cache that stays, above 0, up to 1")
     ] = None,
-    additional_config: Annotated[
-        str | None, typer.Option(help="settings as for `vllm serve`, one JSON object")
-    ] = None,
+    additional_config: AdditionalConfig = "{}",
     engine_kwargs: Annotated[
         str, typer.Option(help='other engine arguments, JSON: {"max_model_len": 4096}')
     ] = "{}",
@@ -57,7 +59,7 @@ def ray_serve(
     Example: vllm-compress ray-serve MODEL --quantization smoothquant_plus --policy snap_kv
     --keep 0.25
     """
-    others = _json_object("--additional-config", additional_config or "{}")
+    others = json_object("--additional-config", additional_config)
     section = others.pop(KEY, {})
     if not isinstance(section, dict):
         raise CompressError(f"--additional-config {KEY} must be an object, got {section!r}")
@@ -67,7 +69,7 @@ def ray_serve(
         if "kv" in section:
             raise CompressError(f"give --policy or {KEY}.kv of --additional-config, not both")
         section = section | {"kv": {"policy": policy} | ({} if keep is None else {"keep": keep})}
-    arguments = _json_object("--engine-kwargs", engine_kwargs)
+    arguments = json_object("--engine-kwargs", engine_kwargs)
     if others:
         arguments["additional_config"] = others | arguments.get("additional_config", {})
     least, most = _pair(replicas)
@@ -100,16 +102,6 @@ def ray_serve(
 
 def _interrupt(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _json_object(option: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CompressError(f"{option} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CompressError(f"{option} must be a JSON object, got {text}")
-    return value
 
 
 def _pair(text: str) -> tuple[int, int]:

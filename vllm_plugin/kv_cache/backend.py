@@ -58,8 +58,7 @@ class CompressedBuilder:
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any
     ) -> Any:
         build = super().build  # type: ignore[misc]
-        step = None if self.batch is None else self.batch.current(common_attn_metadata)
-        if self.batch is None or step is None:
+        if self.batch is None or (step := self.batch.current(common_attn_metadata)) is None:
             return build(common_prefix_len, common_attn_metadata, *args)
         layout = self.kv_cache_spec.layout
         passes = step.passes(layout) if step.busy(layout) else [(None, step)]

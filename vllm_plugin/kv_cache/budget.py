@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the settings to one layout per layer."""
 
-from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 from compress_common.errors import CompressError
 from kv_policies.layout import Layout
-from kv_policies.profile import ModelFingerprint, load
+from kv_policies.profile import load
 from kv_policies.registry import policies
+from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 from vllm_plugin.settings import KVSettings
 
 
-def layouts_of(
-    settings: KVSettings, block_size: int, model: ModelFingerprint, layers: Sequence[int]
-) -> dict[int, Layout]:
-    """The layout of each compressed layer, by its index in the model.
+def layouts_of(settings: KVSettings, block_size: int, name: str, config: Any) -> dict[int, Layout]:
+    """The layout of each full-attention layer, by its index in the model.
 
-    layers: indices of the model's full-attention layers, ascending. CompressError says what does
-    not fit: a profile of another model or budget, a policy without the profile that it needs, a
-    window that is not whole blocks.
+    name, config: as for ``fingerprint_of``. CompressError says what does not fit: a profile of
+    another model or budget, a policy without the profile that it needs, a window that is not whole
+    blocks.
     """
+    model, layers = fingerprint_of(name, config), full_attention_layers(config)
     policy = policies().get(settings.policy)  # an unknown one is reported by ``settings.build``
     shares = dict.fromkeys(layers, settings.keep or Fraction(1))
     if settings.profile is not None:

@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from compress_common.errors import CompressError, joined
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_cache.requests import RequestCheck, UncachedRequestCheck
-from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
+from vllm_plugin.kv_fingerprint import full_attention_layers, unknown_kinds
 from vllm_plugin.settings import KVSettings
 
 _CPU_BLOCK = 32
@@ -58,14 +58,12 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
 def _layouts(settings: KVSettings, config: VllmConfig) -> None:
     """Make the layouts, for what is wrong with them."""
     model = config.model_config
-    layers = full_attention_layers(model.hf_text_config)
-    if not layers and not model.use_mla:
+    if not full_attention_layers(model.hf_text_config) and not model.use_mla:
         raise CompressError(
             "no layer with full attention: sliding windows bound their cache themselves; remove "
             "compress.kv"
         )
-    fingerprint = fingerprint_of(model.model, model.hf_text_config)
-    layouts_of(settings, config.cache_config.block_size, fingerprint, layers)
+    layouts_of(settings, config.cache_config.block_size, model.model, model.hf_text_config)
 
 
 def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
@@ -74,8 +72,7 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
     chosen_worker: ``--worker-cls`` as the user gave it.
     """
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
-    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
-    others = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    others = unknown_kinds(model.hf_text_config)
     found = {
         f"platform {current_platform.device_name}: KV compression runs on CPU and CUDA": not (
             current_platform.is_cpu() or current_platform.is_cuda()
@@ -88,7 +85,7 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
         "an encoder-decoder model; remove compress.kv": model.is_encoder_decoder,
         "a model with state-space or linear-attention layers was never tested; remove "
         "compress.kv": model.is_hybrid or model.is_attention_free,
-        f"layers of kinds {', '.join(sorted(others))}, for which no policy is made; remove "
+        f"layers of kinds {', '.join(others)}, for which no policy is made; remove "
         "compress.kv": bool(others),
         "layers that share another layer's KV cache; remove compress.kv": bool(
             getattr(model.hf_text_config, "num_kv_shared_layers", 0)

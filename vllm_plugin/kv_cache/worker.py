@@ -25,7 +25,6 @@ from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_cache.pages import Pages
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.support import BACKEND, layer_problems
-from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 from vllm_plugin.settings import parse_settings
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
@@ -63,10 +62,7 @@ class CompressedWorker(PlatformWorker):
         assert settings is not None, "this worker is only set with compress.kv"
         model = self.model_config
         layouts = layouts_of(
-            settings,
-            self.cache_config.block_size,
-            fingerprint_of(model.model, model.hf_text_config),
-            full_attention_layers(model.hf_text_config),
+            settings, self.cache_config.block_size, model.model, model.hf_text_config
         )
         self.policy = settings.build()
         shares = Counter(float(layout.keep) for layout in layouts.values())

@@ -20,7 +20,6 @@ from vllm_plugin.kv_cache.activity import Activity, Done
 from vllm_plugin.kv_cache.manager import CompressedManager
 from vllm_plugin.kv_cache.requests import opts_out
 from vllm_plugin.metrics.catalogue import PREFIX
-from vllm_plugin.metrics.facts import compresses
 from vllm_plugin.metrics.prometheus import CompressMetrics
 from vllm_plugin.metrics.stats import CompressStats
 from vllm_plugin.self_check import log_table
@@ -159,13 +158,11 @@ class _Nothing(KVConnectorMetadata):
 
 
 def report(config: VllmConfig) -> None:
-    """Have what is compressed in this engine reported, if anything is.
+    """Have what is compressed in this engine reported.
 
     vLLM has one connector. Beside a user's own, which the config edge allows with quantised weights
     only, nothing is reported; it could be a child of vLLM's MultiConnector.
     """
-    if not compresses(config):
-        return
     if config.kv_transfer_config is not None:
         logger.warning(
             "no %s* metrics: --kv-transfer-config names a connector of its own; for both name "

@@ -9,7 +9,6 @@ from vllm.config import VllmConfig
 
 from compress_common.errors import CompressError
 from vllm_plugin.capacity import Footprint, kv_footprint
-from vllm_plugin.quantization.config import SmoothQuantPlusConfig
 from vllm_plugin.self_check import layouts, weights_of
 from vllm_plugin.settings import parse_settings
 
@@ -18,17 +17,10 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Facts:
-    """policy and info: values of labels. gauges: values by metric and label."""
+    """info: values of its labels. gauges: values by metric and label."""
 
-    policy: str
     info: dict[str, str]
     gauges: dict[tuple[str, str], float]
-
-
-def compresses(config: VllmConfig) -> bool:
-    """Whether the plugin does anything in this engine."""
-    settings = parse_settings(config.additional_config)
-    return settings.kv is not None or isinstance(config.quant_config, SmoothQuantPlusConfig)
 
 
 def facts_of(config: VllmConfig) -> Facts:
@@ -53,7 +45,7 @@ def facts_of(config: VllmConfig) -> Facts:
             "decode_window": str(kv.decode_window),
             "profile": kv.profile.name if kv.profile else NONE,
         }
-    return Facts(info["policy"], info, gauges)
+    return Facts(info, gauges)
 
 
 def _both(name: str, footprint: Footprint) -> dict[tuple[str, str], float]:

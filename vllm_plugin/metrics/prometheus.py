@@ -31,7 +31,7 @@ class CompressMetrics(KVConnectorPromMetrics):
         if self._gauge_cls is Gauge:
             _unregister()
         facts = facts_of(vllm_config)
-        self._policy = facts.policy
+        self._policy = facts.info["policy"]
         self._series: dict[tuple[int, str, str], Any] = {}
         for metric in METRICS:
             self._create(metric, facts)
@@ -84,8 +84,7 @@ class CompressMetrics(KVConnectorPromMetrics):
 
 def _unregister() -> None:
     """Forget the families of an earlier engine in this process, as vLLM does with its own."""
-    names = {metric.full_name for metric in METRICS}
-    for name in names:
-        collector = REGISTRY._names_to_collectors.get(name)
+    for metric in METRICS:
+        collector = REGISTRY._names_to_collectors.get(metric.full_name)
         if collector is not None:
             REGISTRY.unregister(collector)
