@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a KV policy is: its settings, its declared abilities, and one score per cached token.
 
-Shapes used everywhere, for R requests padded to common sizes::
+A policy keeps some tokens (``KVPolicy``, this file) or latents of all (``LatentPolicy``). Shapes used everywhere, for R requests padded to common sizes::
 
     queries    [R, Hq, Q, D]   after RoPE          positions [R, Q]   index of each query's own key,
     keys       [R, Hkv, T, D]  after RoPE                             -1 for padding
@@ -13,7 +13,7 @@ How much is kept is not a policy's business: see ``budget`` and ``layout``.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -36,22 +36,18 @@ class Capabilities:
     per_head: each KV head keeps tokens of its own choice.
     needs_profile: per-layer fractions must come from a profile.
     paper: a link.
+    content: what kept blocks hold: "tokens" that were chosen, or "latents" of all.
     """
 
     needs_queries: bool
     per_head: bool
     needs_profile: bool
     paper: str
+    content: Literal["tokens", "latents"] = "tokens"
 
 
-@runtime_checkable
-class KVPolicy(Protocol):
-    """Scores the tokens of a segment. The caller sums ``observe`` over the chunks, then ``score``s.
-
-    *The segment's keys* are those of the whole prompt, its raw tail included, or those of one
-    decode window. Queries are observed of prompts only, from ``first_observed`` on; the sum over
-    any cut of them is the same sum.
-    """
+class Policy(Protocol):
+    """What all policies have."""
 
     name: ClassVar[str]
     settings_type: ClassVar[type[NoSettings]]
@@ -59,6 +55,16 @@ class KVPolicy(Protocol):
     settings: Any
 
     def __init__(self, settings: Any) -> None: ...
+
+
+@runtime_checkable
+class KVPolicy(Policy, Protocol):
+    """Scores the tokens of a segment. The caller sums ``observe`` over the chunks, then ``score``s.
+
+    *The segment's keys* are those of the whole prompt, its raw tail included, or those of one
+    decode window. Queries are observed of prompts only, from ``first_observed`` on; the sum over
+    any cut of them is the same sum.
+    """
 
     def first_query(self, stop: int) -> int:
         """First prompt position whose query is wanted, of a prompt of ``stop`` tokens."""

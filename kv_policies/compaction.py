@@ -68,13 +68,14 @@ class Observations:
 class Segments(NamedTuple):
     """Segments to compact with one choice of policy, of S requests padded to C columns.
 
-    blocks: int64 [S, C] physical. lengths: int64 [S] tokens that are there, present the same on the
-    host. choosable: int64 [S], the first tokens, from which kept int64 [S] stay; most is its
+    blocks: int64 [S, C] physical. first: int64 [S], position of the first token. lengths: int64 [S]
+    tokens that are there, present the same on the host. choosable: int64 [S], the first tokens, from which kept int64 [S] stay; most is its
     maximum. destination: int64 [M] physical blocks, filled from (source_row, source_block), int64
     [M] each, of what was chosen.
     """
 
     blocks: torch.Tensor
+    first: torch.Tensor
     lengths: torch.Tensor
     present: list[int]
     choosable: torch.Tensor
@@ -106,8 +107,6 @@ class Queries(NamedTuple):
 class Work:
     """What one step has to do after attention, for every layer of one layout."""
 
-    policy: KVPolicy
-    window_policy: KVPolicy
     queries: Queries | None
     prompts: Segments | None
     windows: Segments | None
@@ -123,24 +122,25 @@ def window_policy(policy: KVPolicy) -> KVPolicy:
 
 def plan_step(
     layout: Layout,
-    policy: KVPolicy,
+    policy: KVPolicy | None,
     table: torch.Tensor,
     step: Step,
 ) -> Work | None:
     """What a step has to do; None for nothing, as in most steps.
 
+    policy: what scores tokens; None where nothing is chosen (latents of all tokens).
     table: int [R, C], physical block of each column, on any device.
     """
     ending = layout.ending_batch(step.n, step.c, step.q, step.opted_out)
     is_prompt = ending.start == 0
-    prompts = _segments(layout, table, ending, is_prompt, step.n)
+    prompts = _segments(layout, table, ending, is_prompt, step.n if policy else None)
     windows = _segments(layout, table, ending, ~is_prompt, None)
     queries = None
-    if policy.capabilities.needs_queries:
+    if policy is not None and policy.capabilities.needs_queries:
         queries = _queries(layout, policy, table, step)
     if queries is None and prompts is None and windows is None:
         return None
-    return Work(policy, window_policy(policy), queries, prompts, windows)
+    return Work(queries, prompts, windows)
 
 
 def _segments(
@@ -169,6 +169,7 @@ def _segments(
     rows = there(row)
     return Segments(
         blocks=table[rows[:, None], there(columns)].long(),
+        first=there(start * size),
         lengths=there(lengths),
         present=lengths.tolist(),
         choosable=there(choosable),
@@ -217,6 +218,7 @@ def _queries(
 
 def compact(
     work: Work,
+    policy: KVPolicy,
     layer: str,
     pages: Pages,
     query: torch.Tensor,
@@ -231,21 +233,21 @@ def compact(
     if work.queries is not None:
         content = pages.read(work.queries.blocks)
         keys = _keys(content, work.queries.seen)
-        observed = _observe(work, work.queries, layer, keys, query, scale, observations)
+        observed = _observe(policy, work.queries, layer, keys, query, scale, observations)
         if observed is None or len(observed) != len(keys):
             content = keys = None  # of other prompts too
     if work.prompts is not None:
         content = content or pages.read(work.prompts.blocks)
         keys = _keys(content, work.prompts.present) if keys is None else keys
-        _pack(work.policy, work.prompts, pages, content, keys, observed)
+        _pack(policy, work.prompts, pages, content, keys, observed)
     if work.windows is not None:
         content = pages.read(work.windows.blocks)
         keys = _keys(content, work.windows.present)
-        _pack(work.window_policy, work.windows, pages, content, keys, None)
+        _pack(window_policy(policy), work.windows, pages, content, keys, None)
 
 
 def _observe(
-    work: Work,
+    policy: KVPolicy,
     queries: Queries,
     layer: str,
     keys: torch.Tensor,
@@ -255,7 +257,7 @@ def _observe(
 ) -> torch.Tensor | None:
     """Add what the queries say; returns the sums [S, H, T] of the segments that end, or None."""
     wanted = query[queries.tokens].transpose(1, 2)
-    seen = work.policy.observe(wanted, queries.positions, keys, scale)
+    seen = policy.observe(wanted, queries.positions, keys, scale)
     assert seen is not None
     done = []
     for row, request in enumerate(queries.requests):

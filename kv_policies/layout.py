@@ -21,6 +21,9 @@ and its other columns are freed::
   its last token is computed.
 - ``kept = min(size, max(min_blocks, ceil(keep * size)))`` of a segment's ``size`` columns, in
   exact integer arithmetic. Nothing is freed where that equals ``size``.
+- With ``recent = r * bs`` the last r full blocks of the prompt join the tail (the prompt segment is
+  columns ``[0, nfull - r)``), and a window is complete when ``recent`` more tokens are computed. So
+  the last ``recent`` tokens are raw at any time.
 
 Everything is a function of (N, c), c being the tokens computed before a step. Nothing depends on
 how the tokens were cut into steps, so both sides agree after chunked prefill, preemption and
@@ -115,6 +118,7 @@ class Layout:
     min_blocks: blocks that a compacted segment keeps at least. Larger: short prompts lose less.
     min_prompt: prompts of fewer tokens are not compacted (their decode windows are); a multiple of
         block_size, so that a prompt's full blocks, all that a cache lookup knows of it, tell.
+    recent: last tokens that stay raw, a multiple of block_size. Larger: less is lost, less saved.
     """
 
     block_size: int
@@ -122,6 +126,7 @@ class Layout:
     window: int = 0
     min_blocks: int = 1
     min_prompt: int = 0
+    recent: int = 0
 
     def __post_init__(self) -> None:
         problems = []
@@ -133,18 +138,15 @@ class Layout:
             problems.append(f"keep must be in (0, 1], got {self.keep}")
         elif self.keep.denominator > _MAX_DENOMINATOR:
             problems.append(f"keep needs a denominator up to {_MAX_DENOMINATOR}, got {self.keep}")
-        if self.window < 0 or (self.block_size >= 2 and self.window % self.block_size):
-            problems.append(
-                f"window must be 0 or a multiple of the block size {self.block_size}, "
-                f"got {self.window}"
-            )
+        for name in ("window", "min_prompt", "recent"):
+            tokens = getattr(self, name)
+            if tokens < 0 or (self.block_size >= 2 and tokens % self.block_size):
+                problems.append(
+                    f"{name} must be 0 or a multiple of the block size {self.block_size}, "
+                    f"got {tokens}"
+                )
         if self.min_blocks < 1:
             problems.append(f"min_blocks must be at least 1, got {self.min_blocks}")
-        if self.min_prompt < 0 or (self.block_size >= 2 and self.min_prompt % self.block_size):
-            problems.append(
-                f"min_prompt must be 0 or a multiple of the block size {self.block_size}, "
-                f"got {self.min_prompt}"
-            )
         if problems:
             raise joined(problems)
 
@@ -159,32 +161,36 @@ class Layout:
         share = -(-self.keep.numerator * size // self.keep.denominator)
         return min(size, max(self.min_blocks, share))
 
+    def prompt_blocks(self, n: int) -> int:
+        """Blocks of the prompt segment of N = n tokens."""
+        return max(0, n // self.block_size - self.recent // self.block_size)
+
     def gap(self, n: int) -> int:
         """Blocks that the prompt segment of N = n tokens frees, once: columns ``[0, gap)``."""
-        nfull = n // self.block_size
-        return 0 if n < self.min_prompt else nfull - self.kept(nfull)
+        size = self.prompt_blocks(n)
+        return 0 if n < self.min_prompt else size - self.kept(size)
 
     def segments(self, n: int, c: int, after: int = 0) -> Iterator[Segment]:
         """Segments that free something and end in ``after < ends <= c``, in order of ``ends``."""
         if n <= 0:
             return
-        nfull = n // self.block_size
-        gap = self.gap(n)
+        gap, prompt = self.gap(n), self.prompt_blocks(n)
         if gap and after < n <= c:
-            yield Segment(0, nfull, nfull - gap, n)
+            yield Segment(0, prompt, prompt - gap, n)
         size = self.window // self.block_size
         kept = self.kept(size)
         if kept == size:
             return
         for index in range(self._windows(n, after), self._windows(n, c)):
             stop = -(-n // self.block_size) + (index + 1) * size
-            yield Segment(stop - size, stop, kept, stop * self.block_size)
+            yield Segment(stop - size, stop, kept, stop * self.block_size + self.recent)
 
     def _windows(self, n: int, c: int) -> int:
         """Decode windows complete at c."""
         if not self.window:
             return 0
-        return max(0, c - -(-n // self.block_size) * self.block_size) // self.window
+        boundary = -(-n // self.block_size) * self.block_size
+        return max(0, c - boundary - self.recent) // self.window
 
     def freed(self, n: int, c: int, after: int = 0) -> list[tuple[int, int]]:
         """Column ranges ``[first, stop)`` that are free at c and were not yet at ``after``."""
@@ -275,19 +281,25 @@ class Layout:
             gap, windows = gap.mul_(~opted_out), windows.mul_(~opted_out)
         return gap, windows
 
+    def prompt_blocks_of(self, n: torch.Tensor) -> torch.Tensor:
+        """``prompt_blocks`` for a batch."""
+        if not self.recent:
+            return n // self.block_size
+        return (n // self.block_size - self.recent // self.block_size).clamp_(min=0)
+
     def _prompt_gap(self, n: torch.Tensor) -> torch.Tensor:
-        nfull = n // self.block_size
-        # nfull - ceil(keep * nfull) = floor((1 - keep) * nfull): one operation less.
-        freed = nfull * (self.keep.denominator - self.keep.numerator) // self.keep.denominator
+        size = self.prompt_blocks_of(n)
+        # size - ceil(keep * size) = floor((1 - keep) * size): one operation less.
+        freed = size * (self.keep.denominator - self.keep.numerator) // self.keep.denominator
         if self.min_blocks > 1:
-            freed = torch.minimum(freed, (nfull - self.min_blocks).clamp_(min=0))
+            freed = torch.minimum(freed, (size - self.min_blocks).clamp_(min=0))
         return freed.mul_(n >= self.min_prompt) if self.min_prompt else freed
 
     def _windows_batch(self, n: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         size = self.window // self.block_size
         if self.kept(size) == size:  # also without windows
             return torch.zeros_like(n)
-        boundary = (n + (self.block_size - 1)) // self.block_size * self.block_size
+        boundary = (n + (self.block_size - 1)) // self.block_size * self.block_size + self.recent
         return (c - boundary).clamp_(min=0).div_(self.window, rounding_mode="floor").mul_(n > 0)
 
     def window_ends(self, n: torch.Tensor, c: torch.Tensor, q: torch.Tensor) -> bool:
@@ -298,7 +310,7 @@ class Layout:
         if not self.window:
             return False
         n, c, q = n.numpy(), c.numpy(), q.numpy()  # a third of torch's time for a few numbers
-        since = c - -(-n // self.block_size) * self.block_size
+        since = c - -(-n // self.block_size) * self.block_size - self.recent
         return bool(((since + q) // self.window > since // self.window).any())
 
     def moves(
@@ -364,13 +376,13 @@ class Layout:
         index = torch.arange(len(row), device=n.device) - first - prompt_ends[row]
         is_prompt = index < 0
         size = self.window // self.block_size
-        nfull = n[row] // self.block_size
+        prompt = self.prompt_blocks_of(n[row])
         blocks = (n[row] + (self.block_size - 1)) // self.block_size
-        stop = torch.where(is_prompt, nfull, blocks + (before[row] + index + 1) * size)
+        stop = torch.where(is_prompt, prompt, blocks + (before[row] + index + 1) * size)
         return SegmentBatch(
             row=row,
             start=torch.where(is_prompt, 0, stop - size),
             stop=stop,
-            kept=torch.where(is_prompt, nfull - gap_after[row], self.kept(size)),
-            ends=torch.where(is_prompt, n[row], stop * self.block_size),
+            kept=torch.where(is_prompt, prompt - gap_after[row], self.kept(size)),
+            ends=torch.where(is_prompt, n[row], stop * self.block_size + self.recent),
         )

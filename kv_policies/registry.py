@@ -4,24 +4,25 @@
 from typing import Any, Final
 
 from compress_common.registry import Registry
-from kv_policies.base import KVPolicy
+from kv_policies.base import Policy
+from kv_policies.cskv import CSKV
 from kv_policies.key_diff import KeyDiff
 from kv_policies.prefix_kv import PrefixKV
 from kv_policies.recent import Recent
 from kv_policies.snap_kv import SnapKV
 
-_REGISTRY: Final = Registry[KVPolicy](
+_REGISTRY: Final = Registry[Policy](
     noun="KV policy",
     group="vllm_compress.kv_policies",
-    built_in=(PrefixKV, SnapKV, KeyDiff, Recent),
+    built_in=(PrefixKV, SnapKV, KeyDiff, Recent, CSKV),
 )
 
 
-def policies() -> dict[str, type[KVPolicy]]:
+def policies() -> dict[str, type[Policy]]:
     """Every registered policy; CompressError when two claim one name."""
     return _REGISTRY.classes()
 
 
-def build_policy(name: str, settings: dict[str, Any]) -> KVPolicy:
+def build_policy(name: str, settings: dict[str, Any]) -> Policy:
     """The policy with validated settings; CompressError lists every bad key and value at once."""
     return _REGISTRY.build(name, settings)

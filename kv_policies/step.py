@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kv_policies.latent_layout import raw_columns
 from kv_policies.layout import Layout
 
 
@@ -24,23 +25,25 @@ class Step:
     ids: list[str]
     opted_out: torch.Tensor | None
     _on: dict[torch.device, tuple[Any, ...]] = field(default_factory=dict)
-    _busy: dict[tuple[int, int], bool] = field(default_factory=dict)
+    _busy: dict[tuple[int, int, int], bool] = field(default_factory=dict)
 
     def moves(
-        self, layout: Layout, width: int, device: torch.device
+        self, layout: Layout, width: int, device: torch.device, latents: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``Layout.moves`` on a device, from the host's numbers."""
+        """``Layout.moves``, or ``raw_columns`` for latents, on a device from the host's numbers."""
         if device not in self._on:
             self._on[device] = tuple(
                 None if x is None else x.to(device, non_blocking=True)
                 for x in (self.n, self.c, self.opted_out)
             )
         n, c, opted_out = self._on[device]
+        if latents:
+            return raw_columns(layout, n, c, width, opted_out)
         return layout.moves(n, c, width, opted_out)
 
     def busy(self, layout: Layout) -> bool:
         """Whether layers of a layout may have to observe or compact in this step."""
-        key = layout.block_size, layout.window
+        key = layout.block_size, layout.window, layout.recent
         if key not in self._busy:
             prefill = bool((self.c.numpy() < self.n.numpy()).any())
             self._busy[key] = prefill or layout.window_ends(self.n, self.c, self.q)

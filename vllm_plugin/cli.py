@@ -9,6 +9,7 @@ import typer
 from pydantic import ValidationError
 
 from compress_common.errors import CompressError, explain, joined
+from vllm_plugin.commands.calibrate_kv import calibrate_kv
 from vllm_plugin.commands.common import err
 from vllm_plugin.commands.demo_model import demo_model
 from vllm_plugin.commands.doctor import doctor
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(quantize)
 app.command()(profile)
+app.command("calibrate-kv")(calibrate_kv)
 app.command()(plan)
 app.command()(doctor)
 app.command()(ray_serve)

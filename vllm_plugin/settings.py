@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress_common.errors import CompressError, explain, joined, nearest
-from kv_policies.base import KVPolicy
+from kv_policies.base import Policy
 from kv_policies.profile import Share
 from kv_policies.registry import build_policy, policies
 from quant_methods.calibration import CalibrationSettings
@@ -95,13 +95,21 @@ class KVSettings(BaseModel):
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> "KVSettings":
-        if self.keep is None and self.profile is None:
-            raise ValueError("needs `keep`, the share that stays, or a `profile`")
+        if self.keep is None and self.profile is None and "bases" not in (self.model_extra or {}):
+            raise ValueError(
+                "needs `keep`, the share that stays, or a `profile`, or `bases` for cskv"
+            )
         if self.levels is not None and self.profile is None:
             raise ValueError("`levels` cuts a profile's layers; add `profile` or remove it")
         return self
 
-    def build(self) -> KVPolicy:
+    @property
+    def latents(self) -> bool:
+        """Whether kept blocks hold latents of all tokens, not chosen tokens."""
+        policy = policies().get(self.policy)
+        return policy is not None and policy.capabilities.content == "latents"
+
+    def build(self) -> Policy:
         """The policy with its own settings; CompressError lists what is wrong with them."""
         return build_policy(self.policy, dict(self.model_extra or {}))
 

@@ -22,6 +22,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         window=block_size * draw(st.integers(0, 5)),
         min_blocks=draw(st.integers(1, 3)),
         min_prompt=block_size * draw(st.integers(0, 6)),
+        recent=block_size * draw(st.integers(0, 2)),
     )
 
 
@@ -226,11 +227,12 @@ class Sim:
     def expected(self, c: int, q: int) -> list[object]:
         """What step [c, c + q) must see, from the rules in words: kept tokens, then raw ones."""
         bs, lay = self.layout.block_size, self.layout
-        bounds = [(0, self.n // bs, self.n, self.n >= lay.min_prompt)]
+        prompt = max(0, self.n // bs - lay.recent // bs)
+        bounds = [(0, prompt, self.n, self.n >= lay.min_prompt)]
         at = -(-self.n // bs)
-        while lay.window and (at * bs + lay.window) <= c:
+        while lay.window and at * bs + lay.window + lay.recent <= c:
             size = lay.window // bs
-            bounds.append((at, at + size, (at + size) * bs, True))
+            bounds.append((at, at + size, (at + size) * bs + lay.recent, True))
             at += size
         seen: list[object] = []
         done = 0

@@ -2,13 +2,16 @@
 """What the commands share: consoles, options, units."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from compress_common.errors import CompressError
+from compress_common.errors import CompressError, joined
 from vllm_plugin.settings import KEY
 
 out = Console()
@@ -50,6 +53,30 @@ def config_of(
     if not chosen or not isinstance(kv, dict):  # what is wrong with it is said where it is parsed
         return given
     return given | {KEY: section | {"kv": kv | chosen}}
+
+
+def check_writable(*paths: Path | None) -> None:
+    """CompressError when one of the files cannot be written; None is left out."""
+    problems = [
+        f"cannot write {path}; give a file in a writable folder"
+        for path in paths
+        if path and (path.is_dir() or not os.access(path.parent, os.W_OK))
+    ]
+    if problems:
+        raise joined(problems)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place at the end; none is left if that fails."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise CompressError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def gib(size: float) -> str:

@@ -2,10 +2,7 @@
 """``vllm-compress profile``: measure how much of the KV cache each layer needs."""
 
 import json
-import os
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +10,10 @@ import torch
 import typer
 from rich.table import Table
 
-from compress_common.errors import CompressError
 from kv_policies.budget import exact
 from kv_policies.profile import Profile
 from quant_methods.calibration import SELF, CalibrationSettings
-from vllm_plugin.commands.common import AsJson, Model, out
+from vllm_plugin.commands.common import AsJson, Model, check_writable, out, whole_file
 from vllm_plugin.kv_profile import kept_by_layer, make_profile
 from vllm_plugin.profile_plot import canvas, draw
 from vllm_plugin.progress import bar
@@ -59,18 +55,16 @@ def profile(
         name = Path(model).expanduser().resolve().name
         target = Path(f"kv-profile-{name}-{float(share):g}.json")
     figure: Any = canvas(plot) if plot else None
-    for path in (target, plot):  # told before minutes of work
-        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise CompressError(f"cannot write {path}; give a file in a writable folder")
+    check_writable(target, plot)  # told before minutes of work
     with bar() as progress:
         made, attention = make_profile(
             model, share, settings, levels=levels, device=device, progress=progress
         )
-    with _whole(target) as partial:
+    with whole_file(target) as partial:
         made.save(partial)
     if plot:
         draw(made, figure)
-        with _whole(plot) as partial:
+        with whole_file(plot) as partial:
             figure.savefig(partial)
     if as_json:
         _print_json(made, target, plot)
@@ -82,19 +76,6 @@ def profile(
         serve = {"compress": {"kv": {"policy": "prefix_kv", "profile": str(target)}}}
         command = ["vllm", "serve", model, "--additional-config", json.dumps(serve)]
         out.print(f"serve it: {shlex.join(command)}", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place at the end; none is left if that fails."""
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise CompressError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _print_json(made: Profile, target: Path, plot: Path | None) -> None:

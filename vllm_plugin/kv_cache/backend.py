@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from kv_policies.base import KVPolicy
 from kv_policies.compaction import Pages, Work, compact, plan_step
+from kv_policies.latent_cache import LatentCache, Reading, plan_reading
 from kv_policies.step import Step
 from vllm_plugin.kv_cache.batch import Batch
 
@@ -24,18 +25,22 @@ class Part:
     """One pass of a step through a layer: attend, then work.
 
     tokens: int64, the step's tokens that take part; None for all. A step has one part, unless a
-    resumed request recomputes past a segment's end: see ``Layout.substeps``.
+    resumed request recomputes past a segment's end: see ``Layout.substeps``. reading: the requests
+    whose attention is over latents too, which takes the place of what the kernel says of them.
     """
 
     tokens: torch.Tensor | None
     metadata: Any
     work: Work | None
+    reading: Reading | None = None
 
 
 class CompressedBuilder:
     """Gives the backend's builder the live blocks only, and plans what is to be compacted.
 
     ``batch`` and ``policy`` are set by the worker; without them (profiling) nothing is compressed.
+    Where kept blocks are latents there is no ``policy`` to choose tokens, but ``per_block``, the
+    tokens of one such block.
     """
 
     # A group of an equal spec would otherwise get this group's metadata with the raw table.
@@ -43,7 +48,8 @@ class CompressedBuilder:
 
     kv_cache_spec: Any
     batch: Batch | None = None
-    policy: KVPolicy
+    policy: KVPolicy | None = None
+    per_block: int | None = None
     _moves: tuple[torch.Tensor, torch.Tensor] | None = None
     _moved: Any = None  # the requests, in order, whose ``_moves`` still hold
     _room: tuple[torch.Tensor, torch.Tensor] | None = None  # for what the kernel reads
@@ -72,11 +78,16 @@ class CompressedBuilder:
             if work is not None:
                 layers = len(self.layer_names)  # type: ignore[attr-defined]
                 self.batch.activity.plan(work, layers, layout.block_size)
+            table = metadata.block_table_tensor
             view, seq_lens = self._view(part, metadata, tokens is None)
+            reading = None
+            if self.per_block is not None:
+                reading = plan_reading(layout, self.per_block, table, view, seq_lens, part)
             metadata = metadata.replace(
                 block_table_tensor=view, seq_lens=seq_lens, _num_computed_tokens_cache=None
             )
-            parts.append(Part(tokens, build(common_prefix_len, metadata, *args), work))
+            part_metadata = build(common_prefix_len, metadata, *args)
+            parts.append(Part(tokens, part_metadata, work, reading))
         setattr(parts[0].metadata, _PARTS, parts)
         return parts[0].metadata
 
@@ -89,11 +100,12 @@ class CompressedBuilder:
         """
         layout = self.kv_cache_spec.layout
         table, lengths = metadata.block_table_tensor, metadata.seq_lens
+        moves = layout, table.shape[1], table.device, self.per_block is not None
         if not whole:
-            columns, freed = step.moves(layout, table.shape[1], table.device)
+            columns, freed = step.moves(*moves)
             return table.gather(1, columns), (lengths - freed).to(lengths.dtype)
         if self._moves is None or step.busy(layout) or self._moved != (step.ids, table.shape):
-            columns, freed = step.moves(layout, table.shape[1], table.device)
+            columns, freed = step.moves(*moves)
             self._moves = columns, freed.to(lengths.dtype)
             # After a busy step things have moved, so that the next one computes again.
             self._moved = None if step.busy(layout) else (step.ids, table.shape)
@@ -136,11 +148,13 @@ def _restricted(
 class CompressedImpl:
     """Runs the backend's attention on the live blocks, then what the step has to do.
 
-    ``pages`` and ``batch`` are set by the worker.
+    ``pages``, ``batch`` and ``policy`` or ``latents`` are set by the worker.
     """
 
     pages: Pages
     batch: Batch
+    policy: KVPolicy
+    latents: LatentCache | None = None
 
     def forward(
         self,
@@ -161,6 +175,7 @@ class CompressedImpl:
             return forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
             )
+        scale: float = self.scale  # type: ignore[attr-defined]
         for part in parts:
             some = (query, key, value, output)
             if part.tokens is not None:
@@ -169,14 +184,21 @@ class CompressedImpl:
             forward(layer, q, k, v, kv_cache, part.metadata, out, *args, **kwargs)
             if part.tokens is not None:
                 output[part.tokens] = out
+            if part.reading is not None:
+                assert self.latents is not None
+                self.latents.attend(part.reading, self.pages, query, scale, output)
             if part.work is not None:
                 with self.batch.activity.timed():
-                    compact(
-                        part.work,
-                        layer.layer_name,
-                        self.pages,
-                        query,
-                        self.scale,  # type: ignore[attr-defined]
-                        self.batch.observations,
-                    )
+                    if self.latents is not None:
+                        self.latents.compact(part.work, self.pages)
+                    else:
+                        compact(
+                            part.work,
+                            self.policy,
+                            layer.layer_name,
+                            self.pages,
+                            query,
+                            scale,
+                            self.batch.observations,
+                        )
         return output

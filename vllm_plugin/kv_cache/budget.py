@@ -4,7 +4,9 @@
 from fractions import Fraction
 from typing import Any
 
-from compress_common.errors import CompressError
+from compress_common.errors import CompressError, joined
+from kv_policies.bases import Bases
+from kv_policies.latents import LatentFormat
 from kv_policies.layout import Layout
 from kv_policies.profile import load
 from kv_policies.registry import policies
@@ -15,14 +17,20 @@ from vllm_plugin.settings import KVSettings
 def layouts_of(settings: KVSettings, block_size: int, name: str, config: Any) -> dict[int, Layout]:
     """The layout of each full-attention layer, by its index in the model.
 
-    name, config: as for ``fingerprint_of``. CompressError says what does not fit: a profile of
-    another model or budget, a policy without the profile that it needs, a window that is not whole
-    blocks.
+    name, config: as for ``fingerprint_of``. CompressError says what does not fit: a profile or
+    bases of another model or budget, a policy without the file that it needs, a window that is not
+    whole blocks.
     """
     model, layers = fingerprint_of(name, config), full_attention_layers(config)
     policy = policies().get(settings.policy)  # an unknown one is reported by ``settings.build``
     shares = dict.fromkeys(layers, settings.keep or Fraction(1))
-    if settings.profile is not None:
+    recent = 0
+    if settings.latents:
+        if settings.keep != 1:
+            share = _share_of_latents(settings, block_size, name, config)
+            shares = dict.fromkeys(layers, share)
+        recent = settings.build().settings.recent
+    elif settings.profile is not None:
         profile = load(settings.profile, model, layers)
         if settings.keep not in (None, profile.keep):
             raise CompressError(
@@ -44,6 +52,46 @@ def layouts_of(settings: KVSettings, block_size: int, name: str, config: Any) ->
             window=settings.decode_window,
             min_blocks=settings.min_blocks,
             min_prompt=-(-settings.min_prompt // block_size) * block_size,
+            recent=-(-recent // block_size) * block_size,
         )
         for layer, share in shares.items()
     }
+
+
+def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
+    """The bases that ``settings`` name, checked against the model; parameters as above."""
+    path = settings.build().settings.bases
+    model = fingerprint_of(name, config)
+    if path is None:
+        raise CompressError(
+            f"{settings.policy} needs bases of the model: make them with `vllm-compress "
+            f"calibrate-kv {name} --ratio 0.8` and name the file as compress.kv.bases, or choose "
+            "another policy"
+        )
+    return Bases.load(path, model, full_attention_layers(config))
+
+
+def _share_of_latents(settings: KVSettings, block_size: int, name: str, config: Any) -> Fraction:
+    """Blocks per block that is packed, the same for all layers."""
+    bases = bases_of(settings, name, config)
+    model, bits = fingerprint_of(name, config), settings.build().settings.bits
+    problems = []
+    if settings.keep is not None:
+        problems.append(
+            f"keep is given, but the bases {settings.build().settings.bases} name their own ratio; "
+            "leave keep out"
+        )
+    if settings.profile is not None:
+        problems.append(f"{settings.policy} keeps the same of every layer; leave profile out")
+    elements = block_size * 2 * model.num_key_value_heads * model.head_dim
+    tokens = min(
+        LatentFormat.most_tokens(elements, *bases.ranks(layer), bits) for layer in bases.layers
+    )
+    if tokens <= block_size and bases.ratio:
+        problems.append(
+            f"latents of {sum(bases.ranks(bases.layers[0]))} numbers save nothing in blocks of "
+            f"{block_size} tokens: make bases with a larger --ratio, or set a larger --block-size"
+        )
+    if problems:
+        raise joined(problems)
+    return Fraction(block_size, max(tokens, block_size))

@@ -25,7 +25,8 @@ class Pages:
     def __init__(
         self, blocks: torch.Tensor, keys: "Order", values: "Order", shape: tuple[int, ...]
     ) -> None:
-        self._blocks, self._keys, self._values, self._shape = blocks, keys, values, shape
+        self.blocks = blocks  # [blocks, elements], each in one piece
+        self._keys, self._values, self._shape = keys, values, shape
 
     @classmethod
     def of(
@@ -48,15 +49,15 @@ class Pages:
 
     def read(self, blocks: torch.Tensor) -> "Content":
         """A copy of blocks, int64 [R, C]."""
-        return Content(self, self._blocks.index_select(0, blocks.flatten()), len(blocks))
+        return Content(self, self.blocks.index_select(0, blocks.flatten()), len(blocks))
 
     def write(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Overwrite whole blocks, int64 [M], with K and V [M, Hkv, block_size, D]."""
-        raw = self._blocks.new_empty(len(blocks), self._blocks.shape[1])
+        raw = self.blocks.new_empty(len(blocks), self.blocks.shape[1])
         for order, content in ((self._keys, keys), (self._values, values)):
             view = order.view(raw)
             view.copy_(content.contiguous().view(view.dtype).view(view.shape))
-        self._blocks[blocks] = raw
+        self.blocks[blocks] = raw
 
 
 class Content:

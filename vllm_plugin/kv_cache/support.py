@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -12,6 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from compress_common.errors import CompressError, joined
 from vllm_plugin.kv_cache.budget import layouts_of
+from vllm_plugin.kv_cache.latent import rope_of
 from vllm_plugin.kv_cache.requests import RequestCheck, UncachedRequestCheck
 from vllm_plugin.kv_fingerprint import full_attention_layers, unknown_kinds
 from vllm_plugin.settings import KVSettings
@@ -43,6 +45,11 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
     """Set our worker and the check of requests; CompressError lists all that rules them out."""
     problems = config_problems(config, worker)
     model = config.model_config
+    if settings.latents and config.parallel_config.tensor_parallel_size > 1:
+        problems.append(
+            f"--tensor-parallel-size above 1: a latent of {settings.policy} is of all KV heads; set "
+            "it to 1 or choose another policy"
+        )
     for step in (settings.build, lambda: _layouts(settings, config)):
         try:
             step()
@@ -124,11 +131,15 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
 
 
 def layer_problems(
-    specs: Mapping[str, KVCacheSpec], full: Mapping[str, int], layers: Mapping[str, Any]
+    specs: Mapping[str, KVCacheSpec],
+    full: Mapping[str, int],
+    layers: Mapping[str, Any],
+    latents_of: torch.nn.Module | None = None,
 ) -> list[str]:
     """What rules compression out once the model's layers exist: the same, per layer.
 
-    full: the full-attention layers among ``specs``, with their index in the model.
+    full: the full-attention layers among ``specs``, with their index in the model. latents_of: the
+    model, if kept blocks are latents.
     """
     if not full:
         kinds = ", ".join(sorted({type(spec).__name__ for spec in specs.values()}))
@@ -139,4 +150,11 @@ def layer_problems(
         for what in ("alibi_slopes", "sinks", "kv_sharing_target_layer_name"):
             if getattr(impl, what, None) is not None:
                 problems.append(f"layer {name} has {what}, which no policy knows")
+        if latents_of is not None:
+            if getattr(impl, "logits_soft_cap", None):
+                problems.append(f"layer {name} caps its logits, which cskv does not; choose another")
+            try:
+                rope_of(latents_of, name)
+            except CompressError as error:
+                problems.append(str(error))
     return problems

@@ -19,9 +19,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from compress_common.errors import CompressError, joined
+from kv_policies.bases import Bases
 from vllm_plugin.kv_cache.backend import CompressedBuilder
 from vllm_plugin.kv_cache.batch import Batch
-from vllm_plugin.kv_cache.budget import layouts_of
+from vllm_plugin.kv_cache.budget import bases_of, layouts_of
+from vllm_plugin.kv_cache.latent import latent_cache, rope_of
 from vllm_plugin.kv_cache.pages import Pages
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.support import BACKEND, layer_problems
@@ -53,18 +55,19 @@ class CompressedWorker(PlatformWorker):
             for name, spec in specs.items()
             if type(spec) is FullAttentionSpec
         }
-        problems = layer_problems(specs, full, context)
-        if supports_realtime(self.model_runner.get_model()):
+        settings = parse_settings(self.vllm_config.additional_config).kv
+        assert settings is not None, "this worker is only set with compress.kv"
+        network = self.model_runner.get_model()
+        problems = layer_problems(specs, full, context, network if settings.latents else None)
+        if supports_realtime(network):
             problems.append("a model that takes its prompt as a stream; remove compress.kv")
         if problems:
             raise joined(problems)
-        settings = parse_settings(self.vllm_config.additional_config).kv
-        assert settings is not None, "this worker is only set with compress.kv"
         model = self.model_config
         layouts = layouts_of(
             settings, self.cache_config.block_size, model.model, model.hf_text_config
         )
-        self.policy = settings.build()
+        self.settings, self.policy = settings, settings.build()
         shares = Counter(float(layout.keep) for layout in layouts.values())
         logger.info(
             "KV cache: %s keeps %s; %d of %d layers compressed, prompts from %d tokens on, decode "
@@ -93,6 +96,7 @@ class CompressedWorker(PlatformWorker):
         layers = sum(len(group.layer_names) for group in groups)
         self.batch = Batch(self.model_runner, self.use_v2_model_runner, layers)
         context = self.vllm_config.compilation_config.static_forward_context
+        bases = self._bases()
         for group in groups:
             spec = group.kv_cache_spec
             builder = group.get_metadata_builder()
@@ -106,19 +110,40 @@ class CompressedWorker(PlatformWorker):
                     f"the attention kernel splits blocks of {spec.layout.block_size} tokens into "
                     f"{builder.kv_cache_spec.block_size}; set --block-size to that"
                 )
-            builder.batch, builder.policy = self.batch, self.policy
+            builder.batch = self.batch
+            if bases is None:
+                builder.policy = self.policy
+            else:
+                builder.per_block = int(spec.block_size / spec.layout.keep)
             for name in group.layer_names:
-                layer = context[name]
-                layer.impl.batch = self.batch
-                layer.impl.pages = Pages.of(
-                    layer.kv_cache,
+                impl = context[name].impl
+                impl.batch, impl.policy = self.batch, self.policy
+                impl.pages = Pages.of(
+                    context[name].kv_cache,
                     spec.num_kv_heads,
                     spec.block_size,
                     spec.head_size,
-                    partial(_write, layer),
+                    partial(_write, context[name]),
                 )
+                if bases is not None:
+                    impl.latents = latent_cache(
+                        bases,
+                        extract_layer_index(name),
+                        self.policy.settings.bits,
+                        builder.per_block,
+                        impl.pages,
+                        spec.num_kv_heads,
+                        rope_of(self.model_runner.get_model(), name),
+                    )
         if has_kv_transfer_group() and get_tensor_model_parallel_rank() == 0:
             get_kv_transfer_group().activity = self.batch.activity
+
+    def _bases(self) -> Bases | None:
+        """The bases of latents; None where tokens are chosen, or nothing is compressed."""
+        if not self.settings.latents or self.settings.keep == 1:
+            return None
+        model = self.model_config
+        return bases_of(self.settings, model.model, model.hf_text_config)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """One step; metadata is built and layers run inside it."""

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the latents of many tokens lie in one block of the cache, in 16 bits or in 4."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+GROUP = 32  # tokens that share a key channel's scale, as in CSKV
+_MOST = 15
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """Latents of ``tokens`` consecutive tokens in a block, from its start.
+
+    key_rank, value_rank: numbers per token. bits: 16, as they are, in the cache's own dtype: keys
+    [tokens, key_rank], then values [tokens, value_rank]. 4: see ``_quantised``.
+
+    CSKV quantises keys per channel in groups of tokens and values per token
+    (https://arxiv.org/abs/2409.10593). The zero is a float here: the integer of the published code
+    clips groups that do not straddle zero.
+    """
+
+    key_rank: int
+    value_rank: int
+    bits: Literal[4, 16]
+    tokens: int
+
+    @classmethod
+    def most_tokens(cls, elements: int, key_rank: int, value_rank: int, bits: int) -> int:
+        """Tokens that fit in a block of ``elements`` numbers of 16 bits, whole groups; 0: none."""
+        if bits == 16:
+            return elements // (key_rank + value_rank) // 16 * 16
+        group = cls(key_rank, value_rank, 4, GROUP)
+        return 2 * elements // group.bytes(2) * GROUP
+
+    def bytes(self, itemsize: int) -> int:
+        """Bytes of a full block's content, scales included; itemsize: of the cache's dtype."""
+        if self.bits == 16:
+            return self.tokens * (self.key_rank + self.value_rank) * itemsize
+        return sum(stop - first for first, stop in self._regions())
+
+    def write(
+        self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Latents [M, tokens, rank] into blocks int64 [M] of cache [blocks, elements]."""
+        if self.bits == 16:
+            content = torch.cat((keys.flatten(1), values.flatten(1)), 1).to(cache.dtype)
+        else:
+            content = _bytes(*self._quantised(keys.float(), values.float()))
+        room = torch.zeros(
+            len(blocks), cache.shape[1] * cache.itemsize, dtype=torch.uint8, device=cache.device
+        )
+        content = content.view(torch.uint8)
+        room[:, : content.shape[1]] = content
+        cache[blocks] = room.view(cache.dtype)
+
+    def read(
+        self, cache: torch.Tensor, blocks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents of keys and values, [M, tokens, rank] in the cache's dtype, of blocks int64 [M].
+        """
+        if self.bits == 16:
+            cut = self.tokens * self.key_rank
+            keys = cache[:, :cut].index_select(0, blocks)
+            values = cache[:, cut : cut + self.tokens * self.value_rank].index_select(0, blocks)
+        else:
+            raw = cache.view(torch.uint8).index_select(0, blocks)
+            kc, vc, ks, kz, vs, vz = (raw[:, a:b].contiguous() for a, b in self._regions())
+            half = {"dtype": torch.float16}
+            keys = _codes(kc, self.key_rank).to(cache.dtype)
+            keys.mul_(ks.view(**half).view(len(raw), -1, 1, self.key_rank))
+            keys.add_(kz.view(**half).view(len(raw), -1, 1, self.key_rank))
+            values = _codes(vc, self.value_rank).to(cache.dtype)
+            values.mul_(vs.view(**half).view(len(raw), -1, GROUP, 1))
+            values.add_(vz.view(**half).view(len(raw), -1, GROUP, 1))
+        shape = len(blocks), self.tokens, -1
+        return keys.reshape(shape), values.reshape(shape)
+
+    def _quantised(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Codes of keys and of values, uint8 [M, tokens / 2, rank], then float16: scales and zeros
+        of keys [M, tokens / GROUP, key_rank] each, of values [M, tokens] each.
+
+        In each group, row i holds token i in its low and token i + GROUP / 2 in its high bits.
+        """
+        keys = keys.unflatten(1, (-1, GROUP))
+        key_codes, *of_keys = _round(keys, dim=2)
+        value_codes, *of_values = _round(values.unflatten(1, (-1, GROUP)), dim=3)
+        packed = [
+            codes[:, :, : GROUP // 2] | codes[:, :, GROUP // 2 :] << 4
+            for codes in (key_codes, value_codes)
+        ]
+        return (*packed, *of_keys, *of_values)
+
+    def _regions(self) -> list[tuple[int, int]]:
+        """Where each of the six parts of ``_quantised`` lies in a block, in bytes."""
+        groups, half = self.tokens // GROUP, self.tokens // 2
+        sizes = [half * self.key_rank, half * self.value_rank]
+        sizes += [2 * groups * self.key_rank] * 2 + [2 * self.tokens] * 2
+        ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+        return list(zip([0, *ends], ends, strict=False))
+
+
+def _round(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes 0 to 15, uint8, of x over its range along ``dim``, with the float16 scale and zero."""
+    least, most = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    scale = ((most - least) / _MOST).half()
+    zero = least.half()
+    step = scale.float().clamp(min=torch.finfo(torch.float16).tiny)
+    codes = ((x - zero.float()) / step).round().clamp(0, _MOST).to(torch.uint8)
+    return codes, scale, zero
+
+
+def _bytes(*parts: torch.Tensor) -> torch.Tensor:
+    return torch.cat([part.contiguous().flatten(1).view(torch.uint8) for part in parts], 1)
+
+
+def _codes(packed: torch.Tensor, rank: int) -> torch.Tensor:
+    """uint8 [M, bytes] to [M, groups, GROUP, rank]."""
+    rows = packed.view(len(packed), -1, GROUP // 2, rank)
+    return torch.cat((rows & _MOST, rows >> 4), dim=2)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-compress calibrate-kv``: fit the bases of a KV policy that stores latents."""
+
+import json
+import shlex
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, Final, get_args
+
+import typer
+from rich.table import Table
+
+from compress_common.errors import CompressError, joined
+from kv_policies.bases import Bases
+from kv_policies.bases_header import SIDES, Objective, exact_ratio
+from quant_methods.calibration import SELF, CalibrationSettings
+from vllm_plugin.bases_plot import METHODS, draw
+from vllm_plugin.commands.common import AsJson, Model, check_writable, out, whole_file
+from vllm_plugin.kv_bases import HeldOut, make_bases
+from vllm_plugin.profile_plot import canvas
+from vllm_plugin.progress import bar
+
+_POLICIES: Final = ("cskv",)
+_ITEM_BYTES: Final = 2  # of a cache in 16 bits
+
+
+def calibrate_kv(
+    model: Model,
+    ratio: Annotated[
+        str, typer.Option(help="share of each key and value that is saved, from 0, below 1")
+    ],
+    method: Annotated[str, typer.Option(help="KV policy: cskv")] = "cskv",
+    text: Annotated[
+        str, typer.Option(help="'self' (the model samples it), or a .txt or .jsonl file")
+    ] = SELF,
+    samples: Annotated[
+        int, typer.Option(help="texts: more are steadier; the last quarter is held out")
+    ] = 64,
+    length: Annotated[int, typer.Option(help="tokens per text")] = 512,
+    allocate: Annotated[
+        bool, typer.Option(help="share out ranks between keys and values, in place of halves")
+    ] = False,
+    objective: Annotated[
+        str,
+        typer.Option(help="'reconstruction' of keys and values, or 'attention': as it sees them"),
+    ] = "reconstruction",
+    target: Annotated[
+        Path | None,
+        typer.Option("--out", help="the file (default: kv-bases-MODEL-RATIO.safetensors)"),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw it: a .png, .svg or .pdf")] = None,
+    device: Annotated[str, typer.Option(help="where the model runs: cpu, cuda")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Fit low-rank bases of keys and values, for the policy `cskv`.
+
+    Runs the model in transformers on a text, one block at a time, and takes the principal
+    components of its keys (before RoPE) and values.
+
+    Example: vllm-compress calibrate-kv meta-llama/Llama-3.1-8B-Instruct --ratio 0.8
+    """
+    share, wanted = _checked(ratio, method, objective)
+    settings = CalibrationSettings(source=text, samples=samples, length=length)
+    if target is None:
+        name = Path(model).expanduser().resolve().name
+        target = Path(f"kv-bases-{name}-{float(share):g}.safetensors")
+    figure: Any = canvas(plot) if plot else None
+    check_writable(target, plot)  # told before minutes of work
+    with bar() as progress:
+        bases, report = make_bases(
+            model,
+            share,
+            settings,
+            allocate=allocate,
+            objective=wanted,
+            device=device,
+            progress=progress,
+        )
+    with whole_file(target) as partial:
+        bases.save(partial)
+    if plot:
+        draw(bases, report, figure)
+        with whole_file(plot) as partial:
+            figure.savefig(partial, format=plot.suffix[1:])
+    if as_json:
+        content = {
+            "out": str(target),
+            "plot": str(plot) if plot else None,
+            "bases": bases.header.model_dump(mode="json", by_alias=True),
+            "held_out": [asdict(row) for row in report],
+        }
+        print(json.dumps(content))
+    else:
+        _print_table(bases, report)
+        for path in (target, plot):
+            if path:
+                out.print(f"written: {path}", highlight=False, soft_wrap=True)
+        serve = {"compress": {"kv": {"policy": method, "bases": str(target)}}}
+        command = ["vllm", "serve", model, "--additional-config", json.dumps(serve)]
+        out.print(f"serve it: {shlex.join(command)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _checked(ratio: str, method: str, objective: str) -> tuple[Fraction, Objective]:
+    """The options that are not plain numbers; CompressError lists all that are wrong."""
+    known: dict[str, Objective] = {name: name for name in get_args(Objective)}
+    problems, share = [], Fraction(0)
+    try:
+        share = exact_ratio(ratio)
+    except CompressError as error:
+        problems.append(str(error))
+    if method not in _POLICIES:
+        problems.append(f"--method {method!r} has no bases to fit; allowed: {', '.join(_POLICIES)}")
+    if objective not in known:
+        problems.append(f"--objective {objective!r} is unknown; allowed: {', '.join(known)}")
+    if problems:
+        raise joined(problems)
+    return share, known[objective]
+
+
+def _print_table(bases: Bases, report: list[HeldOut]) -> None:
+    header = bases.header
+    title = f"{header.model.name}, ratio {float(header.ratio):g}: energy lost, held out"
+    table = Table(title=title)
+    for column in ("layer", *(f"{s} {c}" for s in SIDES for c in ("rank", *METHODS.values()))):
+        table.add_column(column, justify="right")
+    for row in report:
+        cells = [str(row.layer)]
+        for side, rank in zip(SIDES, bases.ranks(row.layer), strict=True):
+            cells += [str(rank), *(f"{getattr(row, side)[m]:.3f}" for m in METHODS)]
+        table.add_row(*cells)
+    means = [f"{fmean(getattr(r, s)[m] for r in report):.3f}" for s in SIDES for m in METHODS]
+    table.add_section()
+    table.add_row("mean", "", *means[: len(METHODS)], "", *means[len(METHODS) :])
+    out.print(table)
+    if others := header.model.num_hidden_layers - len(header.layers):
+        out.print(f"{others} layers without full attention keep what they have")
+    stored = sum(bases.ranks(header.layers[0].layer)) * _ITEM_BYTES
+    whole = 2 * header.features * _ITEM_BYTES
+    out.print(
+        f"bytes per token in 16 bits: {stored} of {whole} per layer, {stored * len(report)} of "
+        f"{whole * len(report)} in all; the last tokens stay whole beside them",
+        highlight=False,
+        soft_wrap=True,
+    )

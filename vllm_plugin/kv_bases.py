@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bases: low-rank factors of a model's keys and values, fitted with transformers.
+
+No vLLM engine is started. Blocks run one at a time on all of the text: beyond the model itself,
+memory holds the activations of one block.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from compress_common.errors import CompressError
+from kv_policies.bases import Bases
+from kv_policies.bases_header import SIDES, Calibration, Header, Layer, Objective, Side, total_rank
+from kv_policies.low_rank import Factor, split_rank
+from quant_methods.architecture import QKV, architecture_of
+from quant_methods.base import Progress, silent
+from quant_methods.blocks import Blocks
+from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
+from quant_methods.checkpoint import Checkpoint, resolve
+from vllm_plugin.block_factors import BlockFactor
+from vllm_plugin.kv_fingerprint import fingerprint_of
+from vllm_plugin.kv_profile import _layers_to_profile, _loaded, _usable
+
+_PARTS: Final = 4  # the last of so many parts of the text is held out
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Relative errors of a layer's keys and values, by method, on text that nothing was fitted to.
+
+    In the objective's own metric: 0 is exact, 1 is as bad as their mean.
+    """
+
+    layer: int
+    key: dict[str, float]
+    value: dict[str, float]
+
+
+@torch.no_grad()
+def make_bases(
+    model: str,
+    ratio: Fraction,
+    text: CalibrationSettings,
+    *,
+    allocate: bool = False,
+    objective: Objective = "reconstruction",
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> tuple[Bases, list[HeldOut]]:
+    """The bases of a model folder or hub id, and how they do on the last quarter of the text.
+
+    ratio: share of the cache's numbers that is saved. allocate: share out each layer's rank between
+    keys and values as they need it, in place of halves. device: where blocks run, in the
+    checkpoint's dtype. Limit: every layer has the same total rank; to spread it over layers would
+    take blocks of several sizes. CompressError when the model or the text does not suit.
+    """
+    fitted = text.samples - text.samples // _PARTS
+    if fitted == text.samples:
+        raise CompressError(f"{text.samples} samples are too few: one of {_PARTS} is held out")
+    folder = resolve(model)
+    name = folder.resolve().name if Path(model).expanduser().is_dir() else model
+    checkpoint = Checkpoint(folder)  # says what is wrong with the files
+    config = _loaded(AutoConfig, folder, name)
+    layers = _layers_to_profile(name, config)
+    arch = architecture_of(config)
+    if cap := getattr(config, "attn_logit_softcapping", None):
+        raise CompressError(
+            f"{name} caps its attention scores (at {cap}), which cskv does not serve"
+        )
+    fingerprint = fingerprint_of(name, config)
+    features = fingerprint.num_key_value_heads * fingerprint.head_dim
+    if fitted * text.length < features:
+        raise CompressError(
+            f"{fitted * text.length} tokens cannot tell {features} features apart; raise the "
+            "samples or the length"
+        )
+    place = _usable(device)
+
+    progress("load model", 0, 1)
+    network = _loaded(AutoModelForCausalLM, folder, name, dtype="auto").eval()
+    tokenizer = _loaded(AutoTokenizer, folder, name)
+    blocks = Blocks(network, arch, calibration_tokens(text, network, tokenizer, progress), place)
+    rows: list[Layer] = []
+    factors: dict[tuple[int, Side], Factor] = {}
+    report = []
+    for index in range(layers[-1] + 1):
+        progress("fit", index, layers[-1] + 1)
+        with blocks.resident(index) as block:
+            inputs = _inputs(blocks, index)
+            if index not in layers:
+                continue
+            seen, unseen = inputs[:fitted].flatten(0, 1), inputs[fitted:].flatten(0, 1)
+            sides = {side: BlockFactor(block.self_attn, side, seen, objective) for side in SIDES}
+            ranks = _ranks(sides, total_rank(ratio, features), allocate)
+            errors = {side: sides[side].errors(unseen, ranks[side]) for side in SIDES}
+        lost = {f"{side}_error": round(sides[side].lost(ranks[side]), 6) for side in SIDES}
+        rows.append(Layer(layer=index, key_rank=ranks["key"], value_rank=ranks["value"], **lost))
+        report.append(HeldOut(index, **errors))
+        for side in SIDES:
+            factors[index, side] = sides[side].factor.cut(ranks[side]).float()
+    progress("fit", layers[-1] + 1, layers[-1] + 1)
+
+    own = text.source == SELF
+    calibration = Calibration(
+        tool_version=version("vllm-compress-plugin"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        text=f"sampled by the model itself, seed {text.seed}" if own else Path(text.source).name,
+        text_sha256=None if own else hashlib.sha256(Path(text.source).read_bytes()).hexdigest(),
+        samples=fitted,
+        sample_tokens=text.length,
+    )
+    header = Header(
+        model=fingerprint,
+        weights=weights_digest(checkpoint, arch.layers_prefix, fingerprint.num_hidden_layers),
+        ratio=ratio,
+        objective=objective,
+        layers=tuple(rows),
+        calibration=calibration,
+    )
+    return Bases(header, factors), report
+
+
+def weights_digest(checkpoint: Checkpoint, prefix: str, depth: int) -> str:
+    """SHA-256 of the key and value weights of the first and the last layer, as they are stored.
+
+    prefix: of the layers' names, such as ``model.layers``. Tells a fine-tune from its base.
+    CompressError when the checkpoint has no such weights.
+    """
+    names = [f"{prefix}.{i}.{name}.weight" for i in (0, depth - 1) for name in QKV[1:]]
+    if missing := [name for name in names if name not in checkpoint.files]:
+        raise CompressError(f"{checkpoint.folder} has no weight {missing[0]}")
+    digest = hashlib.sha256()
+    for _, tensor in checkpoint.tensors(names):
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _inputs(blocks: Blocks, index: int) -> torch.Tensor:
+    """What a block's projections get, [samples, length, hidden]; steps to the next block."""
+    seen: list[torch.Tensor] = []
+    with blocks.watch(index, QKV[1:2], lambda _, inputs: seen.append(inputs)):
+        blocks.hidden = blocks.run(index, blocks.hidden)
+    return seen[0]
+
+
+def _ranks(sides: dict[Side, BlockFactor], total: int, allocate: bool) -> dict[Side, int]:
+    key = total // 2
+    if allocate:
+        key, _ = split_rank(sides["key"].energies, sides["value"].energies, total)
+    return {"key": key, "value": total - key}

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer of vLLM needs to hold latents: its rotary embedding, its bases, its blocks."""
+
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
+
+from compress_common.errors import CompressError
+from kv_policies.bases import Bases
+from kv_policies.latent_cache import LatentCache
+from kv_policies.latents import LatentFormat
+from kv_policies.rope import Rope
+from vllm_plugin.kv_cache.pages import Pages
+
+# Those whose table depends on the position alone and does not scale keys.
+_ROTATIONS = (RotaryEmbedding, Llama3RotaryEmbedding)
+
+
+class KernelRope(Rope):
+    """``Rope`` with vLLM's own kernel, in place."""
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """x [M, H, D], contiguous, of the table's dtype, at positions int64 [M]; over x."""
+        ops.rotary_embedding(
+            positions, x.view(len(x), -1), None, x.shape[-1], self.table, self.neox
+        )
+        return x
+
+
+def rope_of(model: torch.nn.Module, layer: str) -> KernelRope:
+    """The rotation that the keys of an attention layer get, by the layer's name.
+
+    CompressError where there is none, or one that cannot be undone.
+    """
+    parent: Any = model.get_submodule(layer.rpartition(".")[0])
+    found = getattr(parent, "rotary_emb", None)
+    if type(found) not in _ROTATIONS:
+        kinds = ", ".join(kind.__name__ for kind in _ROTATIONS)
+        raise CompressError(
+            f"layer {layer} rotates its keys by {type(found).__name__}; cskv can undo {kinds}; "
+            "choose another policy"
+        )
+    return KernelRope(found.cos_sin_cache, found.is_neox_style)
+
+
+def latent_cache(
+    bases: Bases, index: int, bits: Any, per_block: int, pages: Pages, heads: int, rope: Rope
+) -> LatentCache:
+    """The latents of layer ``index`` in its pages, ``per_block`` tokens to a block."""
+    form = LatentFormat(*bases.ranks(index), bits, per_block)
+    keys, values = bases.factor(index, "key"), bases.factor(index, "value")
+    return LatentCache(pages.blocks, form, keys, values, heads, rope)
