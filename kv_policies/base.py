@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a KV policy is: its settings, its declared abilities, and one score per cached token.
 
-A policy keeps some tokens (``KVPolicy``, this file) or latents of all (``LatentPolicy``). Shapes used everywhere, for R requests padded to common sizes::
+A policy chooses tokens (``KVPolicy``) or keeps latents of all of them (``cskv``). Shapes used
+everywhere, for R requests padded to common sizes::
 
     queries    [R, Hq, Q, D]   after RoPE          positions [R, Q]   index of each query's own key,
     keys       [R, Hkv, T, D]  after RoPE                             -1 for padding

@@ -69,9 +69,9 @@ class Segments(NamedTuple):
     """Segments to compact with one choice of policy, of S requests padded to C columns.
 
     blocks: int64 [S, C] physical. first: int64 [S], position of the first token. lengths: int64 [S]
-    tokens that are there, present the same on the host. choosable: int64 [S], the first tokens, from which kept int64 [S] stay; most is its
-    maximum. destination: int64 [M] physical blocks, filled from (source_row, source_block), int64
-    [M] each, of what was chosen.
+    tokens that are there, present the same on the host. choosable: int64 [S], the first tokens,
+    from which kept int64 [S] stay; most is its maximum. destination: int64 [M] physical blocks,
+    filled from (source_row, source_block), int64 [M] each, of what was chosen.
     """
 
     blocks: torch.Tensor

@@ -5,6 +5,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+# Elements of rebuilt keys at a time: 2 MiB, which stays in a core's cache.
+_TILE = 1 << 19
+
 
 class Rotation(Protocol):
     """See ``rope.Rope``."""
@@ -13,9 +16,9 @@ class Rotation(Protocol):
 
 
 class Decoder(NamedTuple):
-    """From latents back to keys or values: mean + latent @ decode, F = Hkv * D features.
+    """From latents back to keys or values: ``mean + latent @ decode``.
 
-    decode: [Hkv, rank, D]. mean: [Hkv, 1, D].
+    decode: float32 [rank, F]. mean: float32 [F]. F = Hkv * D features.
     """
 
     decode: torch.Tensor
@@ -24,7 +27,7 @@ class Decoder(NamedTuple):
 
 class Latents(NamedTuple):
     """Of R requests, padded to N tokens: keys [R, N, key_rank], values [R, N, value_rank],
-    positions int64 [R, N], and hidden, float [R, N], which is added to the logits."""
+    positions int64 [R, N], and hidden, float32 [R, N], which is added to the logits."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -49,35 +52,56 @@ def attend(
     rope: Rotation,
     scale: float,
 ) -> torch.Tensor:
-    """One softmax over both, [R, Hq, Q, D] to the same.
+    """One softmax over both: query [R, Hq, Q, D] to the same shape and type.
 
-    Keys are rebuilt and rotated to their positions. Values are not rebuilt: the weighted sum is
-    taken of their latents and mapped once, since sum(p * (mean + c @ decode)) = sum(p) * mean +
-    sum(p * c) @ decode. Latents are all older than the queries.
-
-    Products are in the cache's own type, the softmax in float32.
+    Keys are rebuilt and rotated to their positions, a tile at a time. Values are not rebuilt: since
+    sum(p * (mean + c @ decode)) = sum(p) * mean + sum(p * c) @ decode, the weighted sum is taken of
+    the latents and mapped once. Latents are all older than the queries. All in float32.
     """
     requests, heads, count, width = query.shape
-    kv_heads, rank, _ = keys.decode.shape
-    tokens = latents.keys.shape[1]
+    kv_heads, tokens = raw.keys.shape[1], latents.keys.shape[1]
     # Queries of the heads of a group are rows of one product per KV head.
-    rows = query.reshape(requests, kv_heads, -1, width) * scale
-    flat = latents.keys.reshape(1, -1, rank).expand(kv_heads, -1, -1)
-    rebuilt = torch.baddbmm(keys.mean, flat, keys.decode)
-    positions = latents.positions.flatten().repeat(kv_heads)
-    rebuilt = rope.rotate(rebuilt.view(-1, 1, width), positions)
-    rebuilt = rebuilt.view(kv_heads, requests, tokens, width)
-    old = rows.transpose(0, 1) @ rebuilt.transpose(-1, -2)
-    new = rows @ raw.keys.transpose(-1, -2)
-    logits = torch.cat((old.transpose(0, 1), new), -1).float()
-    logits[..., :tokens] += latents.hidden[:, None, None]
-    at = torch.arange(new.shape[-1], device=query.device)
+    rows = (query.float() * scale).reshape(requests, kv_heads, -1, width)
+    new = rows @ raw.keys.float().mT
+    logits = new.new_empty(*new.shape[:3], tokens + new.shape[3])
+    logits[..., tokens:] = new
+    _old_logits(rows, latents, keys, rope, logits[..., :tokens])
+    at = torch.arange(new.shape[3], device=query.device)
     unseen = at >= raw.seen.repeat(1, heads // kv_heads)[:, None, :, None]
     logits[..., tokens:].masked_fill_(unseen, -torch.inf)
-    weights = torch.softmax(logits, -1).to(query.dtype)
+    weights = torch.softmax(logits, -1)
     old, new = weights[..., :tokens], weights[..., tokens:]
+    summed = old.flatten(1, 2) @ latents.values.float()
+    mapped = summed.unflatten(1, (kv_heads, -1)) @ _by_head(values.decode, kv_heads)
+    means = old.sum(-1, keepdim=True) * _by_head(values.mean[None], kv_heads)
     # Behind the tokens that are there may be anything, and NaN * 0 is NaN.
     there = at[:, None] < raw.seen.amax(1)[:, None, None, None]
-    summed = (old.flatten(1, 2) @ latents.values).unflatten(1, (kv_heads, -1))
-    out = summed @ values.decode + old.sum(-1, keepdim=True) * values.mean + new @ raw.values.where(there, 0)
-    return out.view(query.shape)
+    out = mapped + means + new @ raw.values.where(there, 0).float()
+    return out.view(query.shape).to(query.dtype)
+
+
+def _old_logits(
+    rows: torch.Tensor, latents: Latents, keys: Decoder, rope: Rotation, logits: torch.Tensor
+) -> None:
+    """Logits [R, Hkv, M, N] of rows [R, Hkv, M, D], scaled queries, over latents."""
+    requests, kv_heads, count, width = rows.shape
+    features = kv_heads * width
+    # Zeros for the other heads' features: one product per request, with no loop over heads and no
+    # copy of the keys.
+    spread = rows.new_zeros(requests, kv_heads, count, kv_heads, width)
+    spread.diagonal(dim1=1, dim2=3).copy_(rows.permute(0, 2, 3, 1))
+    spread = spread.view(requests, -1, features)
+    tile = max(32, _TILE // (requests * features))
+    for start in range(0, logits.shape[3], tile):
+        part = slice(start, start + tile)
+        flat = latents.keys[:, part].flatten(0, 1).float()
+        rebuilt = torch.addmm(keys.mean, flat, keys.decode).view(-1, kv_heads, width)
+        rebuilt = rope.rotate(rebuilt, latents.positions[:, part].flatten())
+        products = spread @ rebuilt.view(requests, -1, features).mT
+        logits[..., part] = products.view(requests, kv_heads, count, -1)
+    logits += latents.hidden[:, None, None]
+
+
+def _by_head(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[rows, F] to [Hkv, rows, D]."""
+    return x.unflatten(1, (kv_heads, -1)).transpose(0, 1)

@@ -75,8 +75,7 @@ def plan_reading(
 class LatentCache:
     """Packs and reads the latents of one layer.
 
-    cache: [blocks, elements], what a layer holds, a block in one piece. heads: KV heads, joint in a
-    latent.
+    cache: [blocks, elements], what a layer holds, a block in one piece.
     """
 
     def __init__(
@@ -85,7 +84,6 @@ class LatentCache:
         form: LatentFormat,
         keys: Factor,
         values: Factor,
-        heads: int,
         rope: Rope,
     ) -> None:
         self._cache, self._form, self._rope = cache, form, rope
@@ -93,7 +91,10 @@ class LatentCache:
             (factor.encode.float().to(cache.device), factor.mean.float().to(cache.device))
             for factor in (keys, values)
         ]
-        self._decoders = [_decoder(factor, heads, cache) for factor in (keys, values)]
+        self._keys, self._values = (
+            Decoder(factor.decode.float().to(cache.device), factor.mean.float().to(cache.device))
+            for factor in (keys, values)
+        )
 
     def compact(self, work: Work, pages: Pages) -> None:
         """Turn the segments of a step into latents, in their destinations."""
@@ -134,22 +135,17 @@ class LatentCache:
         """Attention of the requests in ``reading``: query [tokens, Hq, D] to their rows of output,
         of the same shape."""
         rows = len(reading.raw)
-        latents = [
+        keys, values = (
             x.reshape(rows, -1, x.shape[-1]) for x in self._form.read(self._cache, reading.blocks)
-        ]
+        )
         content = pages.read(reading.raw)
         out = attend(
             query[reading.tokens].transpose(1, 2),
-            Latents(*latents, reading.positions, reading.hidden),
+            Latents(keys, values, reading.positions, reading.hidden),
             Raw(content.keys(), content.values(), reading.seen),
-            *self._decoders,
+            self._keys,
+            self._values,
             self._rope,
             scale,
         )
         output[reading.tokens.flatten()] = out.transpose(1, 2).flatten(0, 1)
-
-
-def _decoder(factor: Factor, heads: int, cache: torch.Tensor) -> Decoder:
-    decode = factor.decode.unflatten(1, (heads, -1)).transpose(0, 1).contiguous()
-    mean = factor.mean.view(heads, 1, -1)
-    return Decoder(decode.to(cache), mean.to(cache))

@@ -56,11 +56,8 @@ class LatentFormat:
         room[:, : content.shape[1]] = content
         cache[blocks] = room.view(cache.dtype)
 
-    def read(
-        self, cache: torch.Tensor, blocks: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents of keys and values, [M, tokens, rank] in the cache's dtype, of blocks int64 [M].
-        """
+    def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents of keys and values, [M, tokens, rank] in the cache's dtype, of blocks int64 [M]."""
         if self.bits == 16:
             cut = self.tokens * self.key_rank
             keys = cache[:, :cut].index_select(0, blocks)

@@ -55,4 +55,4 @@ def test_every_token_is_read_once(
             if count:
                 assert column in destinations and count <= tokens
                 seen += range(first, first + count)
-        assert seen == [position for col in sorted(covered) for position in range(col * bs, col * bs + bs)]
+        assert seen == [col * bs + offset for col in sorted(covered) for offset in range(bs)]

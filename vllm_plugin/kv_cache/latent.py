@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a layer of vLLM needs to hold latents: its rotary embedding, its bases, its blocks."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class KernelRope(Rope):
     """``Rope`` with vLLM's own kernel, in place."""
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """x [M, H, D], contiguous, of the table's dtype, at positions int64 [M]; over x."""
+        """x [M, H, D], float32 and contiguous, at positions int64 [M]; over x."""
         ops.rotary_embedding(
             positions, x.view(len(x), -1), None, x.shape[-1], self.table, self.neox
         )
@@ -43,13 +44,18 @@ def rope_of(model: torch.nn.Module, layer: str) -> KernelRope:
             f"layer {layer} rotates its keys by {type(found).__name__}; cskv can undo {kinds}; "
             "choose another policy"
         )
-    return KernelRope(found.cos_sin_cache, found.is_neox_style)
+    return _rotation(found)
+
+
+@lru_cache(maxsize=8)  # layers share a module, and its table may be large
+def _rotation(module: Any) -> KernelRope:
+    return KernelRope(module.cos_sin_cache.float(), module.is_neox_style)
 
 
 def latent_cache(
-    bases: Bases, index: int, bits: Any, per_block: int, pages: Pages, heads: int, rope: Rope
+    bases: Bases, index: int, bits: Any, per_block: int, pages: Pages, rope: Rope
 ) -> LatentCache:
     """The latents of layer ``index`` in its pages, ``per_block`` tokens to a block."""
     form = LatentFormat(*bases.ranks(index), bits, per_block)
     keys, values = bases.factor(index, "key"), bases.factor(index, "value")
-    return LatentCache(pages.blocks, form, keys, values, heads, rope)
+    return LatentCache(pages.blocks, form, keys, values, rope)

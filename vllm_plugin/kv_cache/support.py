@@ -47,8 +47,8 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
     model = config.model_config
     if settings.latents and config.parallel_config.tensor_parallel_size > 1:
         problems.append(
-            f"--tensor-parallel-size above 1: a latent of {settings.policy} is of all KV heads; set "
-            "it to 1 or choose another policy"
+            f"--tensor-parallel-size above 1: {settings.policy} packs all KV heads into one latent; "
+            "set it to 1 or choose another policy"
         )
     for step in (settings.build, lambda: _layouts(settings, config)):
         try:
@@ -152,7 +152,7 @@ def layer_problems(
                 problems.append(f"layer {name} has {what}, which no policy knows")
         if latents_of is not None:
             if getattr(impl, "logits_soft_cap", None):
-                problems.append(f"layer {name} caps its logits, which cskv does not; choose another")
+                problems.append(f"layer {name} caps its logits, which latents do not; use snap_kv")
             try:
                 rope_of(latents_of, name)
             except CompressError as error:

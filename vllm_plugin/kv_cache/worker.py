@@ -19,6 +19,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from compress_common.errors import CompressError, joined
+from kv_policies.base import KVPolicy
 from kv_policies.bases import Bases
 from vllm_plugin.kv_cache.backend import CompressedBuilder
 from vllm_plugin.kv_cache.batch import Batch
@@ -111,10 +112,11 @@ class CompressedWorker(PlatformWorker):
                     f"{builder.kv_cache_spec.block_size}; set --block-size to that"
                 )
             builder.batch = self.batch
-            if bases is None:
+            per_block = int(spec.block_size / spec.layout.keep)
+            if isinstance(self.policy, KVPolicy):
                 builder.policy = self.policy
-            else:
-                builder.per_block = int(spec.block_size / spec.layout.keep)
+            elif bases is not None:
+                builder.per_block = per_block
             for name in group.layer_names:
                 impl = context[name].impl
                 impl.batch, impl.policy = self.batch, self.policy
@@ -130,9 +132,8 @@ class CompressedWorker(PlatformWorker):
                         bases,
                         extract_layer_index(name),
                         self.policy.settings.bits,
-                        builder.per_block,
+                        per_block,
                         impl.pages,
-                        spec.num_kv_heads,
                         rope_of(self.model_runner.get_model(), name),
                     )
         if has_kv_transfer_group() and get_tensor_model_parallel_rank() == 0:
