@@ -19,6 +19,7 @@ from benchmarks.common import ROOT, Options, cache_folder
 from benchmarks.engine import Engine, EngineFailed, in_process
 from benchmarks.models import TINY, random_llama
 from benchmarks.texts import opticks
+from kv_policies.budget import exact
 from vllm_plugin.demo_model import demo_model_path
 
 BLOCK = 32  # tokens, for all contenders: vLLM's own default for CPUs is 128
@@ -72,7 +73,8 @@ def contender(name: str, keep: float, model: Path, options: Options) -> dict[str
     """The engine arguments of ``full``, ``fp8`` or a policy with its defaults.
 
     ``prefix_kv`` has a profile, made here if there is none yet. ``snap_kv_profile`` is snap_kv with
-    the sizes of that profile.
+    the sizes of that profile. ``cskv`` has bases, made here too, of ratio 1 - keep;
+    ``cskv_int4`` holds latents of these in 4 bits.
     """
     if name == "full":
         return {"plugin": False}
@@ -82,6 +84,9 @@ def contender(name: str, keep: float, model: Path, options: Options) -> dict[str
         return policy(name, profile=str(profile(model, keep, options)))
     if name == "snap_kv_profile":
         return policy("snap_kv", profile=str(profile(model, keep, options)))
+    if name in ("cskv", "cskv_int4"):
+        bits = 4 if name == "cskv_int4" else 16
+        return policy("cskv", bases=str(bases(model, 1 - exact(keep))), bits=bits)
     return policy(name, keep=keep)
 
 
@@ -92,20 +97,34 @@ def profile(model: Path, keep: float, options: Options) -> Path:
     """
     if options.smoke:
         return made_up_profile(model, keep, 2, options)
+    return _made("profile", model, "json", "--keep", str(keep))
+
+
+def bases(model: Path, ratio: Fraction, *options: str) -> Path:
+    """The bases that ``vllm-compress calibrate-kv`` makes of the same text, kept in the cache."""
+    return _made("calibrate-kv", model, "safetensors", "--ratio", str(float(ratio)), *options)
+
+
+def _made(command: str, model: Path, suffix: str, *options: str) -> Path:
+    """What a command of ours makes of a model and the first half of Opticks."""
     digest = hashlib.sha256()
     for file in (model / "config.json", *sorted(model.glob("*.safetensors"))):
         digest.update(file.read_bytes())
-    target = cache_folder() / f"profile-{digest.hexdigest()[:12]}-{keep}-r{_REVISION}.json"
+    name = "".join(option.replace("--", "-") for option in options)
+    target = cache_folder() / f"{command}-{digest.hexdigest()[:12]}{name}-r{_REVISION}.{suffix}"
     if not target.is_file():
-        command = [sys.executable, "-m", "vllm_plugin.cli", "profile", str(model)]
         text = cache_folder() / "opticks-1.txt"
         text.write_text(opticks()[0], encoding="utf-8")
-        command += ["--keep", str(keep), "--text", str(text), "--out", str(target)]
         told = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, "-m", "vllm_plugin.cli", command, str(model), *options]
+            + ["--text", str(text), "--out", str(target)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         if told.returncode or not target.is_file():
-            raise NotMeasured(f"vllm-compress profile: {_last_line(told.stdout)}")
+            raise NotMeasured(f"vllm-compress {command}: {_last_line(told.stdout)}")
     return target
 
 
@@ -121,7 +140,6 @@ def _make_up(model: Path, keep: float, levels: int, target: Path) -> None:
 
     from transformers import AutoConfig
 
-    from kv_policies.budget import exact
     from kv_policies.profile import Profile, Provenance
     from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 

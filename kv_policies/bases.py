@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from compress_common.errors import CompressError, explain, joined
 from kv_policies.bases_header import SCHEMA, SIDES, VERSION, Header, Side
@@ -55,7 +55,9 @@ class Bases:
             for (layer, side), factor in self.factors.items()
             for part, tensor in vars(factor).items()
         }
-        save_file(tensors, path, {_HEADER: self.header.model_dump_json(by_alias=True)})
+        metadata = {_HEADER: self.header.model_dump_json(by_alias=True)}
+        # Not ``save_file``: what it writes is for its owner's eyes only, whatever the umask.
+        Path(path).write_bytes(save(tensors, metadata))
 
     @classmethod
     def load(

@@ -55,12 +55,34 @@ class Factor:
         return Factor(*(t.to("cpu", torch.float32, copy=True).contiguous() for t in tensors))
 
 
-def moments(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [F] and covariance [F, F] of states [N, F]."""
+def moments(
+    states: torch.Tensor, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [F] and covariance [F, F] of states [N, F]; weights [N] of the tokens, None: equal."""
     states = states.double()
-    mean = states.mean(0)
+    share = _shares(states, weights)
+    mean = share @ states
     centred = states - mean
-    return mean, centred.T @ centred / len(states)
+    return mean, centred.T * share @ centred
+
+
+def token_weights(received: torch.Tensor) -> torch.Tensor:
+    """How much an error of each token matters, [N], from the attention that it received.
+
+    Half is shared out by attention, so that the few tokens that all queries see (the first one
+    above all, whose keys are like no other's) are kept well: bases that treat tokens alike lose
+    them, and with them the text. Half is even, as what nobody asked for in this text may be asked
+    for in another.
+    """
+    received = received.double()
+    return (received / received.sum() + 1 / len(received)) / 2
+
+
+def _shares(states: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    if weights is None:
+        return torch.full_like(states[:, 0], 1 / len(states))
+    weights = weights.to(states)
+    return weights / weights.sum()
 
 
 def closed_form(
@@ -138,11 +160,18 @@ def split_rank(key: torch.Tensor, value: torch.Tensor, total: int) -> tuple[int,
 
 
 def relative_error(
-    states: torch.Tensor, restored: torch.Tensor, metric: torch.Tensor | None = None
+    states: torch.Tensor,
+    restored: torch.Tensor,
+    metric: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> float:
-    """Expected error of restored states [N, F] over that of their mean: 0 exact, 1 nothing kept."""
+    """Expected error of restored states [N, F] over that of their mean: 0 exact, 1 nothing kept.
+
+    metric, weights: as for ``closed_form`` and ``moments``.
+    """
+    share = _shares(states, weights)
 
     def energy(x: torch.Tensor) -> torch.Tensor:
-        return (x * (x if metric is None else x @ metric)).sum()
+        return share @ (x * (x if metric is None else x @ metric)).sum(1)
 
-    return float(energy(states - restored) / energy(states - states.mean(0)))
+    return float(energy(states - restored) / energy(states - share @ states))

@@ -100,6 +100,10 @@ class Blocks:
             )
         return out
 
+    def argument(self, index: int, name: str) -> Any:
+        """A keyword argument that a block is called with; None without it."""
+        return self._kwargs[index].get(name)
+
     @contextmanager
     def watch(
         self, index: int, names: tuple[str, ...], seen: Callable[[str, torch.Tensor], None]

@@ -51,7 +51,7 @@ def make_bases(
     text: CalibrationSettings,
     *,
     allocate: bool = False,
-    objective: Objective = "reconstruction",
+    objective: Objective = "attention",
     device: str = "cpu",
     progress: Progress = silent,
 ) -> tuple[Bases, list[HeldOut]]:
@@ -97,8 +97,12 @@ def make_bases(
             inputs = _inputs(blocks, index)
             if index not in layers:
                 continue
-            seen, unseen = inputs[:fitted].flatten(0, 1), inputs[fitted:].flatten(0, 1)
-            sides = {side: BlockFactor(block.self_attn, side, seen, objective) for side in SIDES}
+            seen, unseen = inputs[:fitted], inputs[fitted:]
+            rotation = blocks.argument(index, "position_embeddings")
+            sides = {
+                side: BlockFactor(block.self_attn, side, seen, rotation, objective)
+                for side in SIDES
+            }
             ranks = _ranks(sides, total_rank(ratio, features), allocate)
             errors = {side: sides[side].errors(unseen, ranks[side]) for side in SIDES}
         lost = {f"{side}_error": round(sides[side].lost(ranks[side]), 6) for side in SIDES}

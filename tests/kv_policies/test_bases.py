@@ -109,6 +109,11 @@ def test_round_trip_is_exact_and_stable(file: Path) -> None:
     assert file.read_bytes() == first
 
 
+def test_those_who_serve_may_read_it(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_another_model_is_refused_with_every_difference(file: Path) -> None:
     assert Bases.load(file, MODEL.model_copy(update={"name": "/models/tiny"})).layers == (0, 1, 2)
     other = MODEL.model_copy(update={"num_hidden_layers": 8, "head_dim": 32, "name": "big"})

@@ -37,15 +37,17 @@ def calibrate_kv(
     ] = SELF,
     samples: Annotated[
         int, typer.Option(help="texts: more are steadier; the last quarter is held out")
-    ] = 64,
+    ] = 24,
     length: Annotated[int, typer.Option(help="tokens per text")] = 512,
     allocate: Annotated[
         bool, typer.Option(help="share out ranks between keys and values, in place of halves")
     ] = False,
     objective: Annotated[
         str,
-        typer.Option(help="'reconstruction' of keys and values, or 'attention': as it sees them"),
-    ] = "reconstruction",
+        typer.Option(
+            help="'attention': what it sees of keys and values; 'reconstruction': the paper's"
+        ),
+    ] = "attention",
     target: Annotated[
         Path | None,
         typer.Option("--out", help="the file (default: kv-bases-MODEL-RATIO.safetensors)"),

@@ -47,7 +47,7 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
     model = config.model_config
     if settings.latents and config.parallel_config.tensor_parallel_size > 1:
         problems.append(
-            f"--tensor-parallel-size above 1: {settings.policy} packs all KV heads into one latent; "
+            f"--tensor-parallel-size above 1: a latent of {settings.policy} is of all KV heads; "
             "set it to 1 or choose another policy"
         )
     for step in (settings.build, lambda: _layouts(settings, config)):

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A profile without a calibration run: what a layer keeps does not matter to the mechanics."""
+"""A profile and bases without a calibration run: what is kept does not matter to the mechanics."""
 
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 
+from kv_policies.bases import Bases
+from kv_policies.bases_header import SIDES, Calibration, Header, Layer, total_rank
+from kv_policies.low_rank import svd
 from kv_policies.profile import Profile, Provenance
+from quant_methods.checkpoint import Checkpoint
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 
 
@@ -29,6 +34,73 @@ def save_profile(model: Path, path: Path, keep: Fraction, levels: int) -> Path:
         ),
     ).save(path)
     return path
+
+
+def save_bases(model: Path, path: Path, ratio: Fraction) -> Path:
+    """The SVD of each projection, which needs no text."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    layers = full_attention_layers(config)
+    fingerprint, checkpoint = fingerprint_of("test", config), Checkpoint(model)
+    features = fingerprint.num_key_value_heads * fingerprint.head_dim
+    total = total_rank(ratio, features)
+    ranks = {"key": total // 2, "value": total - total // 2}
+    places = {
+        f"model.layers.{layer}.self_attn.{side[0]}_proj.weight": (layer, side)
+        for layer in layers
+        for side in SIDES
+    }
+    factors = {}
+    for name, tensor in checkpoint.tensors(places):
+        layer, side = places[name]
+        weight = tensor.double().T
+        factors[layer, side] = svd(weight, torch.zeros_like(weight[0])).cut(ranks[side]).float()
+    header = Header(
+        model=fingerprint,
+        weights="0" * 64,
+        ratio=ratio,
+        objective="reconstruction",
+        layers=tuple(
+            Layer(
+                layer=layer,
+                key_rank=ranks["key"],
+                value_rank=ranks["value"],
+                key_error=0,
+                value_error=0,
+            )
+            for layer in layers
+        ),
+        calibration=Calibration(
+            tool_version="test", created="2026-11-25", text="none", samples=1, sample_tokens=1
+        ),
+    )
+    Bases(header, factors).save(path)
+    return path
+
+
+@pytest.fixture
+def low_rank_model(demo_model: Path, tmp_path: Path) -> Path:
+    """The demo model with key and value projections cut to half their rank."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    for layer in model.model.layers:
+        for side in SIDES:
+            projection = getattr(layer.self_attn, f"{side[0]}_proj")
+            weight = projection.weight.data.double().T
+            factor = svd(weight, torch.zeros_like(weight[0])).cut(weight.shape[1] // 2)
+            projection.weight.data = (weight @ factor.encode @ factor.decode).T.float()
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(demo_model).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="session")
+def bases(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ratio 0.8, for the demo model."""
+    path = tmp_path_factory.mktemp("bases") / "kv.safetensors"
+    return save_bases(demo_model, path, Fraction(4, 5))
 
 
 @pytest.fixture(scope="session")

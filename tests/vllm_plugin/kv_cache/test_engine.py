@@ -5,6 +5,7 @@ Where texts of different schedules are compared the model runs in float32: in bf
 too takes another token now and then when a prompt is cut or batched differently.
 """
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 
 from tests.support.kv_engine import run
 from tests.support.kv_prompts import needle_prompts, text_prompts
+from tests.vllm_plugin.kv_cache.conftest import save_bases
 
 LENGTHS = [5, 17, 32, 33, 64, 90, 127, 128, 129, 160, 200, 256, 300, 400, 512, 640, 800, 1000, 1250]
 LENGTHS += [1500]
-POLICIES = ("snap_kv", "prefix_kv", "key_diff", "recent")
+POLICIES = ("snap_kv", "prefix_kv", "key_diff", "recent", "cskv")
 # Bytes of one block of 32 tokens over all layers of the demo model in float32.
 BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 32
 
@@ -66,26 +68,47 @@ def test_keep_1_is_stock(
         assert_nothing_left(answer)
 
 
-@pytest.mark.parametrize("levels", [False, True])
+def test_latents_of_low_rank_keys_and_values_lose_nothing(
+    demo_model: Path, low_rank_model: Path, tmp_path: Path
+) -> None:
+    """Where the bases hold all that there is, the texts are stock's. In float32: what is left is
+    the order of sums, about 1e-6 of a logit."""
+    file = save_bases(low_rank_model, tmp_path / "kv.safetensors", Fraction(1, 2))
+    case = {"prompts": text_prompts(demo_model, LENGTHS), "engine": pool(900), "max_tokens": 40}
+    case["engine"] |= {"max_model_len": 2048}
+    kv = {"policy": "cskv", "bases": str(file), "decode_window": 32, "min_prompt": 0}
+    stock, ours = run(low_rank_model, [case | {"kv": None}, case | {"kv": kv}])
+    assert tokens(ours) == tokens(stock)
+    assert ours["freed"][0] > 100
+    assert_nothing_left(ours)
+
+
+@pytest.mark.parametrize("kind", ["one level", "three levels", "latents", "latents of 4 bits"])
 def test_freed_blocks_are_used_by_others_and_nothing_mixes(
-    demo_model: Path, profile: Path, levels: bool
+    demo_model: Path, profile: Path, bases: Path, kind: str
 ) -> None:
     kv: dict[str, Any] = {"policy": "snap_kv", "keep": 0.25, "decode_window": 0}
-    if levels:
+    if kind == "three levels":
         kv = {"policy": "prefix_kv", "profile": str(profile), "queries": 128}
+    elif kind != "one level":
+        kv = {"policy": "cskv", "bases": str(bases), "bits": 4 if "4" in kind else 16}
     case = {"kv": kv, "prompts": needle_prompts(demo_model, 16, 450), "max_tokens": 24}
-    tight, ample = run(demo_model, [case | {"engine": pool(blocks)} for blocks in (70, 600)])
+    tight, ample = run(
+        demo_model, [case | {"engine": pool(blocks)} for blocks in (30 if "4" in kind else 70, 600)]
+    )
     assert tokens(tight) == tokens(ample)
     assert tight["steps"] > ample["steps"]  # the pool was short
-    assert len(tight["freed"]) == (3 if levels else 1) and min(tight["freed"]) > 0
+    assert len(tight["freed"]) == (3 if kind == "three levels" else 1) and min(tight["freed"]) > 0
     assert_nothing_left(tight)
     assert_nothing_left(ample)
 
 
-def test_windows_survive_preemption(demo_model: Path) -> None:
+@pytest.mark.parametrize("policy", ["key_diff", "cskv"])
+def test_windows_survive_preemption(demo_model: Path, bases: Path, policy: str) -> None:
     """A resumed request recomputes prompt and windows, and says what it would have said."""
+    budget = {"bases": str(bases)} if policy == "cskv" else {"keep": 0.5}
     case = {
-        "kv": {"policy": "key_diff", "keep": 0.5, "decode_window": 64},
+        "kv": {"policy": policy, "decode_window": 64} | budget,
         "prompts": needle_prompts(demo_model, 6, 260),
         "max_tokens": 200,
     }
@@ -96,13 +119,12 @@ def test_windows_survive_preemption(demo_model: Path) -> None:
     assert_nothing_left(tight)
 
 
-@pytest.mark.parametrize("policy", ["snap_kv", "prefix_kv"])
+@pytest.mark.parametrize("policy", ["snap_kv", "prefix_kv", "cskv"])
 def test_prefix_cache_hits_and_changes_nothing(
-    demo_model: Path, profile: Path, policy: str
+    demo_model: Path, profile: Path, bases: Path, policy: str
 ) -> None:
-    kv: dict[str, Any] = {"policy": policy, "keep": 0.25}
-    if policy == "prefix_kv":
-        kv["profile"] = str(profile)
+    budgets = {"prefix_kv": {"profile": str(profile)}, "cskv": {"bases": str(bases)}}
+    kv = {"policy": policy} | budgets.get(policy, {"keep": 0.25})
     first = needle_prompts(demo_model, 1, 700)[0]
     prompts = [first, *(first[:cut] + first[-30:] for cut in (500, 560))]
     case = {"kv": kv, "prompts": prompts, "max_tokens": 16}
@@ -120,7 +142,9 @@ def test_prefix_cache_hits_and_changes_nothing(
     assert_nothing_left(warm)
 
 
-def test_a_request_may_keep_everything(demo_model: Path) -> None:
+@pytest.mark.parametrize("policy", ["recent", "cskv"])
+def test_a_request_may_keep_everything(demo_model: Path, bases: Path, policy: str) -> None:
+    kv = {"policy": policy} | ({"bases": str(bases)} if policy == "cskv" else {"keep": 0.25})
     case = {"prompts": needle_prompts(demo_model, 3, 450), "max_tokens": 16}
     engine = pool(300) | {"enable_prefix_caching": True}
     stock, mixed, all_out = run(
@@ -129,12 +153,12 @@ def test_a_request_may_keep_everything(demo_model: Path) -> None:
             case | {"kv": None, "engine": engine},
             case
             | {
-                "kv": {"policy": "recent", "keep": 0.25},
+                "kv": kv,
                 "engine": engine,
                 "keep": [1, None, "1"],
                 "rounds": 2,
             },
-            case | {"kv": {"policy": "recent", "keep": 0.25}, "engine": engine, "keep": [1, 1, 1]},
+            case | {"kv": kv, "engine": engine, "keep": [1, 1, 1]},
         ],
     )
     assert tokens(all_out) == tokens(stock) and all_out["freed"] == [0]
@@ -145,14 +169,16 @@ def test_a_request_may_keep_everything(demo_model: Path) -> None:
     assert_nothing_left(mixed)
 
 
-@pytest.mark.parametrize("levels", [False, True])
+@pytest.mark.parametrize("kind", ["one level", "three levels", "latents"])
 def test_a_storm_of_aborts_and_preemptions_leaves_nothing(
-    demo_model: Path, profile: Path, levels: bool
+    demo_model: Path, profile: Path, bases: Path, kind: str
 ) -> None:
     kv: dict[str, Any] = {"policy": "snap_kv", "keep": 0.25, "decode_window": 32}
-    if levels:
+    if kind == "three levels":
         kv = {"policy": "prefix_kv", "profile": str(profile), "decode_window": 32, "queries": 64}
-    lengths = [40 + 97 * number % 460 for number in range(200 if not levels else 60)]
+    elif kind == "latents":
+        kv = {"policy": "cskv", "bases": str(bases), "decode_window": 64}
+    lengths = [40 + 97 * number % 460 for number in range(200 if kind == "one level" else 60)]
     engine = pool(36) | {"enable_prefix_caching": True, "max_num_batched_tokens": 192}
     case = {"kv": kv, "prompts": text_prompts(demo_model, lengths), "max_tokens": 70, "storm": 7}
     (answer,) = run(demo_model, [case | {"engine": engine}])
