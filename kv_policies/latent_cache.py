@@ -2,6 +2,7 @@
 """Latents in the blocks of one layer: written when a segment ends, read by attention."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -20,17 +21,33 @@ class Reading:
     """What attention reads for the R requests of a step that have latents.
 
     tokens: int64 [R, Q], each query among the step's tokens, padded with a request's last one.
-    seen: int64 [R, Q], raw tokens that it sees. raw: int64 [R, C], blocks of these. blocks: int64
-    [R * L], of latents. positions: int64 [R, L * tokens], of their tokens. hidden: float of the
-    same shape, -inf where there is none.
+    seen: int64 [R, Q], raw tokens that it sees. raw: int64 [R, C], blocks of these. blocks, first,
+    count: int64 [R, L], of latents: block, position of its first token, and how many it holds of
+    the ``per_block`` that it could.
     """
 
     tokens: torch.Tensor
     seen: torch.Tensor
     raw: torch.Tensor
     blocks: torch.Tensor
-    positions: torch.Tensor
-    hidden: torch.Tensor
+    first: torch.Tensor
+    count: torch.Tensor
+    per_block: int
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Of each token of the latent blocks, int64 [R, L * per_block]; 0 where there is none."""
+        positions = (self.first[..., None] + self._at).flatten(1)
+        return positions.where(self.hidden == 0, 0)
+
+    @cached_property
+    def hidden(self) -> torch.Tensor:
+        """0 for each token of the latent blocks, -inf where there is none: [R, L * per_block]."""
+        return torch.where(self._at < self.count[..., None], 0.0, -torch.inf).flatten(1)
+
+    @property
+    def _at(self) -> torch.Tensor:
+        return torch.arange(self.per_block, device=self.first.device)
 
 
 def plan_reading(
@@ -54,9 +71,6 @@ def plan_reading(
     q = step.q[rows][:, None]
     # Padding repeats the last query, so that it may be written twice.
     query = torch.minimum(torch.arange(int(q.max())), q - 1)
-    at = torch.arange(tokens)
-    positions = (first[..., None] + at).flatten(1)
-    hidden = torch.where(at < count[..., None], 0.0, -torch.inf).flatten(1)
     device = table.device
     rows_there = rows.to(device)
     lengths = seq_lens[rows_there, None].long()
@@ -66,9 +80,10 @@ def plan_reading(
         tokens=(step.starts[rows][:, None] + query).to(device),
         seen=seen,
         raw=view[rows_there, : min(most, view.shape[1])].long(),
-        blocks=table[rows_there[:, None], column.to(device)].long().flatten(),
-        positions=torch.where(hidden < 0, 0, positions).to(device),
-        hidden=hidden.to(device),
+        blocks=table[rows_there[:, None], column.to(device)].long(),
+        first=first.to(device),
+        count=count.to(device),
+        per_block=tokens,
     )
 
 
@@ -86,12 +101,12 @@ class LatentCache:
         values: Factor,
         rope: Rope,
     ) -> None:
-        self._cache, self._form, self._rope = cache, form, rope
+        self.cache, self.form, self.rope = cache, form, rope
         self._encoders = [
             (factor.encode.float().to(cache.device), factor.mean.float().to(cache.device))
             for factor in (keys, values)
         ]
-        self._keys, self._values = (
+        self.keys, self.values = (
             Decoder(factor.decode.float().to(cache.device), factor.mean.float().to(cache.device))
             for factor in (keys, values)
         )
@@ -109,20 +124,20 @@ class LatentCache:
         # Behind a segment's end may be anything: its last token stands in, also for quantisation.
         last = (segments.lengths - 1)[:, None]
         blocks = segments.most // (length // segments.blocks.shape[1])
-        at = torch.arange(blocks * self._form.tokens, device=keys.device)
+        at = torch.arange(blocks * self.form.tokens, device=keys.device)
         source = torch.minimum(at, last)
-        keys = self._rope.unrotate(keys.flatten(0, 1), positions.flatten().clamp(max=self._limit))
+        keys = self.rope.unrotate(keys.flatten(0, 1), positions.flatten().clamp(max=self._limit))
         latents = []
         for x, (encode, mean) in zip((keys, values), self._encoders, strict=True):
             latent = (x.reshape(rows, length, -1) - mean) @ encode
             latent = latent.gather(1, source[..., None].expand(-1, -1, latent.shape[-1]))
             latent = latent.unflatten(1, (blocks, -1))
             latents.append(latent[segments.source_row, segments.source_block])
-        self._form.write(self._cache, segments.destination, *latents)
+        self.form.write(self.cache, segments.destination, *latents)
 
     @property
     def _limit(self) -> int:
-        return len(self._rope.table) - 1
+        return len(self.rope.table) - 1
 
     def attend(
         self,
@@ -136,16 +151,17 @@ class LatentCache:
         of the same shape."""
         rows = len(reading.raw)
         keys, values = (
-            x.reshape(rows, -1, x.shape[-1]) for x in self._form.read(self._cache, reading.blocks)
+            x.reshape(rows, -1, x.shape[-1])
+            for x in self.form.read(self.cache, reading.blocks.flatten())
         )
         content = pages.read(reading.raw)
         out = attend(
             query[reading.tokens].transpose(1, 2),
             Latents(keys, values, reading.positions, reading.hidden),
             Raw(content.keys(), content.values(), reading.seen),
-            self._keys,
-            self._values,
-            self._rope,
+            self.keys,
+            self.values,
+            self.rope,
             scale,
         )
         output[reading.tokens.flatten()] = out.transpose(1, 2).flatten(0, 1)

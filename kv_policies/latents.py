@@ -57,7 +57,7 @@ class LatentFormat:
         cache[blocks] = room.view(cache.dtype)
 
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents of keys and values, [M, tokens, rank] in the cache's dtype, of blocks int64 [M]."""
+        """Latents of keys and of values, [M, tokens, rank] in the cache's dtype; blocks int [M]."""
         if self.bits == 16:
             cut = self.tokens * self.key_rank
             keys = cache[:, :cut].index_select(0, blocks)

@@ -53,9 +53,16 @@ def _rotation(module: Any) -> KernelRope:
 
 
 def latent_cache(
-    bases: Bases, index: int, bits: Any, per_block: int, pages: Pages, rope: Rope
+    bases: Bases, index: int, bits: Any, per_block: int, pages: Pages, rope: Rope, cache: Any
 ) -> LatentCache:
-    """The latents of layer ``index`` in its pages, ``per_block`` tokens to a block."""
+    """The latents of layer ``index`` in its pages, ``per_block`` tokens to a block.
+
+    cache: the layer's, [blocks, Hkv, block_size, 2 * D].
+    """
     form = LatentFormat(*bases.ranks(index), bits, per_block)
     keys, values = bases.factor(index, "key"), bases.factor(index, "value")
-    return LatentCache(pages.blocks, form, keys, values, rope)
+    if cache.device.type == "cpu":
+        return LatentCache(pages.blocks, form, keys, values, rope)
+    from vllm_plugin.kv_cache.latent_cuda import TritonLatentCache
+
+    return TritonLatentCache(pages.blocks, form, keys, values, rope, cache=cache)

@@ -96,48 +96,51 @@ class CompressedWorker(PlatformWorker):
         ]
         layers = sum(len(group.layer_names) for group in groups)
         self.batch = Batch(self.model_runner, self.use_v2_model_runner, layers)
-        context = self.vllm_config.compilation_config.static_forward_context
         bases = self._bases()
         for group in groups:
-            spec = group.kv_cache_spec
-            builder = group.get_metadata_builder()
-            if not isinstance(builder, CompressedBuilder):
-                raise CompressError(
-                    f"layers would be served by {type(builder).__name__}, which does not compress: "
-                    "an engine without compress.kv ran in this process before; start a new process"
-                )
-            if builder.kv_cache_spec.block_size != spec.layout.block_size:
-                raise CompressError(
-                    f"the attention kernel splits blocks of {spec.layout.block_size} tokens into "
-                    f"{builder.kv_cache_spec.block_size}; set --block-size to that"
-                )
-            builder.batch = self.batch
-            per_block = int(spec.block_size / spec.layout.keep)
-            if isinstance(self.policy, KVPolicy):
-                builder.policy = self.policy
-            elif bases is not None:
-                builder.per_block = per_block
-            for name in group.layer_names:
-                impl = context[name].impl
-                impl.batch, impl.policy = self.batch, self.policy
-                impl.pages = Pages.of(
-                    context[name].kv_cache,
-                    spec.num_kv_heads,
-                    spec.block_size,
-                    spec.head_size,
-                    partial(_write, context[name]),
-                )
-                if bases is not None:
-                    impl.latents = latent_cache(
-                        bases,
-                        extract_layer_index(name),
-                        self.policy.settings.bits,
-                        per_block,
-                        impl.pages,
-                        rope_of(self.model_runner.get_model(), name),
-                    )
+            self._equip(group, bases)
         if has_kv_transfer_group() and get_tensor_model_parallel_rank() == 0:
             get_kv_transfer_group().activity = self.batch.activity
+
+    def _equip(self, group: Any, bases: Bases | None) -> None:
+        """Give a group's builder and layers the batch, the policy, and their blocks."""
+        spec, builder = group.kv_cache_spec, group.get_metadata_builder()
+        if not isinstance(builder, CompressedBuilder):
+            raise CompressError(
+                f"layers would be served by {type(builder).__name__}, which does not compress: an "
+                "engine without compress.kv ran in this process before; start a new process"
+            )
+        if builder.kv_cache_spec.block_size != spec.layout.block_size:
+            raise CompressError(
+                f"the attention kernel splits blocks of {spec.layout.block_size} tokens into "
+                f"{builder.kv_cache_spec.block_size}; set --block-size to that"
+            )
+        builder.batch = self.batch
+        per_block = int(spec.block_size / spec.layout.keep)
+        if isinstance(self.policy, KVPolicy):
+            builder.policy = self.policy
+        elif bases is not None:
+            builder.per_block = per_block
+        for name in group.layer_names:
+            layer = self.vllm_config.compilation_config.static_forward_context[name]
+            layer.impl.batch, layer.impl.policy = self.batch, self.policy
+            layer.impl.pages = Pages.of(
+                layer.kv_cache,
+                spec.num_kv_heads,
+                spec.block_size,
+                spec.head_size,
+                partial(_write, layer),
+            )
+            if bases is not None:
+                layer.impl.latents = latent_cache(
+                    bases,
+                    extract_layer_index(name),
+                    self.policy.settings.bits,
+                    per_block,
+                    layer.impl.pages,
+                    rope_of(self.model_runner.get_model(), name),
+                    layer.kv_cache,
+                )
 
     def _bases(self) -> Bases | None:
         """The bases of latents; None where tokens are chosen, or nothing is compressed."""

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents read by the Triton kernel. Never ran on a GPU yet."""
+
+from typing import Any
+
+import torch
+
+from compress_common.errors import CompressError
+from kv_policies.latent_attention import Decoder
+from kv_policies.latent_cache import LatentCache, Reading
+from vllm_plugin.kv_cache.latent_triton import latent_decode
+
+
+class TritonLatentCache(LatentCache):
+    """``LatentCache`` whose attention rebuilds keys on chip.
+
+    cache: the layer's, [blocks, Hkv, block_size, 2 * D], as vLLM's Triton attention takes it.
+    """
+
+    def __init__(self, blocks: torch.Tensor, *latents: Any, cache: torch.Tensor) -> None:
+        super().__init__(blocks, *latents)
+        self._raw = cache.transpose(1, 2).chunk(2, dim=-1)
+        if not self.rope.neox or self.rope.table.shape[1] != self._raw[0].shape[-1]:
+            raise CompressError(
+                "the CUDA kernel of cskv turns all of a head in halves, as Llama does; this model "
+                "turns a part of it or pairs of neighbours; choose another policy"
+            )
+        self._bytes = blocks.view(torch.uint8)
+        # Products are in the type of the cache, for the tensor cores.
+        self._decoders = [
+            Decoder(*(x.to(blocks) for x in side)) for side in (self.keys, self.values)
+        ]
+
+    def attend(
+        self, reading: Reading, pages: Any, query: torch.Tensor, scale: float, output: torch.Tensor
+    ) -> None:
+        """As ``LatentCache.attend``; ``pages`` are not needed."""
+        requests, count = reading.tokens.shape
+        index = reading.tokens.flatten()
+        row = torch.arange(requests, device=index.device, dtype=torch.int32)
+        wanted = query[index]
+        out = torch.empty_like(wanted)
+        keys, values = self._decoders
+        latent_decode(
+            wanted,
+            row.repeat_interleave(count),
+            reading.raw.int(),
+            reading.seen.flatten().int(),
+            *self._raw,
+            self._bytes,
+            reading.blocks.int(),
+            reading.count.int(),
+            reading.first.int(),
+            keys.decode,
+            keys.mean,
+            values.decode,
+            values.mean,
+            self.rope.table,
+            scale,
+            tokens=self.form.tokens,
+            bits=self.form.bits,
+            out=out,
+        )
+        output[index] = out
