@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import architecture_of
+from quant_methods.architecture import QKV, architecture_of
 from quant_methods.base import Progress, silent
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats import FORMATS, Format
@@ -189,7 +189,13 @@ def _write_metadata(
         "weight_bytes_after": written,
         **plan.report,
     }
-    marker = {"schema": 1, "method": plan.method, "alpha": plan.report.get("alpha")}
+    marker = {
+        "schema": 1,
+        "method": plan.method,
+        "alpha": plan.report.get("alpha"),
+        # The values that go into the KV cache are others than the original model's.
+        "values_scaled": any(name.endswith(f"{QKV[2]}.output") for name in plan.vectors),
+    }
     config = checkpoint.config | {
         "dtype": str(dtype).removeprefix("torch."),
         "quantization_config": chosen.config(plan.layer_grids(), marker),

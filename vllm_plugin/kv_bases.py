@@ -26,8 +26,8 @@ from quant_methods.blocks import Blocks
 from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
 from quant_methods.checkpoint import Checkpoint, resolve
 from vllm_plugin.block_factors import BlockFactor
-from vllm_plugin.kv_fingerprint import fingerprint_of
-from vllm_plugin.kv_profile import _layers_to_profile, _loaded, _usable
+from vllm_plugin.hf_model import layers_to_fit, loaded, usable
+from vllm_plugin.kv_fingerprint import fingerprint_of, weights_digest
 
 _PARTS: Final = 4  # the last of so many parts of the text is held out
 
@@ -68,8 +68,8 @@ def make_bases(
     folder = resolve(model)
     name = folder.resolve().name if Path(model).expanduser().is_dir() else model
     checkpoint = Checkpoint(folder)  # says what is wrong with the files
-    config = _loaded(AutoConfig, folder, name)
-    layers = _layers_to_profile(name, config)
+    config = loaded(AutoConfig, folder, name)
+    layers = layers_to_fit(name, config)
     arch = architecture_of(config)
     if cap := getattr(config, "attn_logit_softcapping", None):
         raise CompressError(
@@ -82,11 +82,11 @@ def make_bases(
             f"{fitted * text.length} tokens cannot tell {features} features apart; raise the "
             "samples or the length"
         )
-    place = _usable(device)
+    place = usable(device)
 
     progress("load model", 0, 1)
-    network = _loaded(AutoModelForCausalLM, folder, name, dtype="auto").eval()
-    tokenizer = _loaded(AutoTokenizer, folder, name)
+    network = loaded(AutoModelForCausalLM, folder, name, dtype="auto").eval()
+    tokenizer = loaded(AutoTokenizer, folder, name)
     blocks = Blocks(network, arch, calibration_tokens(text, network, tokenizer, progress), place)
     rows: list[Layer] = []
     factors: dict[tuple[int, Side], Factor] = {}
@@ -130,21 +130,6 @@ def make_bases(
         calibration=calibration,
     )
     return Bases(header, factors), report
-
-
-def weights_digest(checkpoint: Checkpoint, prefix: str, depth: int) -> str:
-    """SHA-256 of the key and value weights of the first and the last layer, as they are stored.
-
-    prefix: of the layers' names, such as ``model.layers``. Tells a fine-tune from its base.
-    CompressError when the checkpoint has no such weights.
-    """
-    names = [f"{prefix}.{i}.{name}.weight" for i in (0, depth - 1) for name in QKV[1:]]
-    if missing := [name for name in names if name not in checkpoint.files]:
-        raise CompressError(f"{checkpoint.folder} has no weight {missing[0]}")
-    digest = hashlib.sha256()
-    for _, tensor in checkpoint.tensors(names):
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _inputs(blocks: Blocks, index: int) -> torch.Tensor:

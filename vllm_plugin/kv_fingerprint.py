@@ -5,12 +5,16 @@
 ``model_config.hf_text_config``.
 """
 
+import hashlib
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from compress_common.errors import CompressError
 from kv_policies.profile import ModelFingerprint
+from quant_methods.architecture import QKV
+from quant_methods.checkpoint import Checkpoint
 
 
 def fingerprint_of(name: str, config: Any) -> ModelFingerprint:
@@ -56,3 +60,18 @@ def full_attention_layers(config: Any) -> tuple[int, ...]:
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return ()
     return tuple(range(config.num_hidden_layers))
+
+
+def weights_digest(checkpoint: Checkpoint, prefix: str, depth: int) -> str:
+    """SHA-256 of the key and value weights of the first and the last layer, as they are stored.
+
+    prefix: of the layers' names, such as ``model.layers``. Tells a fine-tune from its base.
+    CompressError when the checkpoint has no such weights.
+    """
+    names = [f"{prefix}.{i}.{name}.weight" for i in (0, depth - 1) for name in QKV[1:]]
+    if missing := [name for name in names if name not in checkpoint.files]:
+        raise CompressError(f"{checkpoint.folder} has no weight {missing[0]}")
+    digest = hashlib.sha256()
+    for _, tensor in checkpoint.tensors(names):
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

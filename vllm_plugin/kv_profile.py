@@ -12,20 +12,19 @@ from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from compress_common.errors import CompressError, joined
+from compress_common.errors import CompressError
 from kv_policies.budget import fractions_of, quantise, retained, rounded, uniform
 from kv_policies.profile import Profile, Provenance
 from quant_methods.base import Progress, silent
 from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
 from quant_methods.checkpoint import Checkpoint, resolve
-from vllm_plugin.attention_capture import ATTENTION, attention_of, not_reached, register
-from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
+from vllm_plugin.attention_capture import ATTENTION, attention_of, register
+from vllm_plugin.hf_model import layers_to_fit, loaded, usable
+from vllm_plugin.kv_fingerprint import fingerprint_of
 
 
 def make_profile(
@@ -55,20 +54,20 @@ def make_profile(
     folder = resolve(model)
     name = folder.resolve().name if Path(model).expanduser().is_dir() else model
     Checkpoint(folder)  # says what is wrong with the files
-    config = _loaded(AutoConfig, folder, name)
+    config = loaded(AutoConfig, folder, name)
     decoder = config.get_text_config()
-    layers = _layers_to_profile(name, config)
+    layers = layers_to_fit(name, config)
     fingerprint = fingerprint_of(name, decoder)
     chosen = quantise(uniform(len(layers), keep), levels)  # a bad number is told before the work
 
     progress("load model", 0, 1)
-    place = _usable(device)
+    place = usable(device)
     register()
-    network = _loaded(
+    network = loaded(
         AutoModelForCausalLM, folder, name, dtype="auto", attn_implementation=ATTENTION
     )
     network = network.eval().to(place)
-    tokenizer = _loaded(AutoTokenizer, folder, name)
+    tokenizer = loaded(AutoTokenizer, folder, name)
     attention_of(network, torch.zeros(1, 2, dtype=torch.int64), layers)  # refuses before the work
     tokens = calibration_tokens(text, network, tokenizer, progress)
     samples = []
@@ -109,42 +108,3 @@ def kept_by_layer(samples: Sequence[torch.Tensor], fractions: Sequence[Fraction]
         fmean(retained(sample[row : row + 1], [fraction]) for sample in samples)
         for row, fraction in enumerate(fractions)
     ]
-
-
-def _layers_to_profile(name: str, config: Any) -> tuple[int, ...]:
-    """The full-attention layers; CompressError lists what makes a model unfit for KV policies."""
-    decoder = config.get_text_config()
-    problems = []
-    if config.is_encoder_decoder:
-        problems.append("is an encoder-decoder; decoders only")
-    if rank := getattr(decoder, "kv_lora_rank", None):
-        problems.append(f"uses multi-head latent attention (kv_lora_rank {rank}): no keys per head")
-    if shared := getattr(decoder, "num_kv_shared_layers", None):
-        problems.append(f"has {shared} layers that share the KV cache of another")
-    layers = () if problems else full_attention_layers(decoder)
-    if not problems and not layers:
-        window = getattr(decoder, "sliding_window", None)
-        problems.append(f"has no layer with full attention (sliding window {window})")
-    if problems:
-        kind = decoder.model_type
-        raise joined([f"{name} ({kind}) cannot be profiled: it {p}" for p in problems])
-    return layers
-
-
-def _loaded(loader: Any, folder: Path, name: str, **options: Any) -> Any:
-    try:
-        return loader.from_pretrained(folder, trust_remote_code=False, **options)
-    except (ValueError, OSError, KeyError, ImportError, StrictDataclassError) as error:
-        if error.args == (ATTENTION,):  # looked up in a model's own table of attention classes
-            raise not_reached(AutoConfig.from_pretrained(folder)) from error
-        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-        raise CompressError(f"transformers cannot load {name}: {reason}") from error
-
-
-def _usable(device: str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
-        raise CompressError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error

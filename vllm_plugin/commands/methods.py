@@ -29,6 +29,7 @@ def list_methods(as_json: AsJson = False) -> None:
             "needs_profile": kind.capabilities.needs_profile,
             "per_head": kind.capabilities.per_head,
             "needs_queries": kind.capabilities.needs_queries,
+            "content": kind.capabilities.content,
             "paper": kind.capabilities.paper,
             "settings": _settings(kind.settings_type),
         }
@@ -50,6 +51,10 @@ def list_methods(as_json: AsJson = False) -> None:
     _print(f"\n[bold underline]KV cache[/]  vllm serve MODEL --additional-config '{example}'")
     for name, row in kv.items():
         _print(f"[bold]{name}[/]  {row['paper']}")
+        if row["content"] == "latents":
+            _print("  every token as a latent; bases from `vllm-compress calibrate-kv`")
+            _print_settings(row["settings"], '"{}": {}')
+            continue
         shares = "from `vllm-compress profile`" if row["needs_profile"] else "equal, or a profile's"
         _print(
             f"  shares of layers: {shares}; tokens chosen per "

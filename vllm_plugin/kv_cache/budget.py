@@ -10,7 +10,10 @@ from kv_policies.latents import LatentFormat
 from kv_policies.layout import Layout
 from kv_policies.profile import load
 from kv_policies.registry import policies
-from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
+from quant_methods.architecture import architecture_of
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.local import local_folder
+from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, weights_digest
 from vllm_plugin.settings import KVSettings
 
 
@@ -68,7 +71,19 @@ def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
             f"calibrate-kv {name} --ratio 0.8` and name the file as compress.kv.bases, or choose "
             "another policy"
         )
-    return Bases.load(path, model, full_attention_layers(config))
+    return Bases.load(path, model, full_attention_layers(config), _digest(name, config))
+
+
+def _digest(name: str, config: Any) -> str | None:
+    """Of a 16-bit checkpoint on this machine; None: nothing to compare with."""
+    folder = local_folder(name)
+    if folder is None or getattr(config, "quantization_config", None):
+        return None
+    try:
+        arch = architecture_of(config)
+        return weights_digest(Checkpoint(folder), arch.layers_prefix, config.num_hidden_layers)
+    except CompressError:  # no weights there, as with --load-format dummy
+        return None
 
 
 def _share_of_latents(settings: KVSettings, block_size: int, name: str, config: Any) -> Fraction:

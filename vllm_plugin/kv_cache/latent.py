@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
 
@@ -14,7 +15,9 @@ from kv_policies.bases import Bases
 from kv_policies.latent_cache import LatentCache
 from kv_policies.latents import LatentFormat
 from kv_policies.rope import Rope
+from quant_methods.formats import MARKER
 from vllm_plugin.kv_cache.pages import Pages
+from vllm_plugin.settings import parse_settings
 
 # Those whose table depends on the position alone and does not scale keys.
 _ROTATIONS = (RotaryEmbedding, Llama3RotaryEmbedding)
@@ -29,6 +32,32 @@ class KernelRope(Rope):
             positions, x.view(len(x), -1), None, x.shape[-1], self.table, self.neox
         )
         return x
+
+
+def latent_problems(config: VllmConfig) -> list[str]:
+    """What rules latents out before a worker starts, with the flag to change."""
+    problems = []
+    if config.parallel_config.tensor_parallel_size > 1:
+        problems.append(
+            "--tensor-parallel-size above 1: a latent of cskv is of all KV heads; set it to 1 or "
+            "choose another policy"
+        )
+    written = getattr(config.model_config.hf_text_config, "quantization_config", None) or {}
+    marker = dict(written).get(MARKER)
+    weights = parse_settings(config.additional_config).weights
+    folds = (weights.model_extra or {}).get("folds") if weights else None
+    if written and marker is None:
+        problems.append(
+            "a checkpoint quantised by others: its values may be scaled, so that bases of the "
+            "original model would not fit; serve the 16-bit checkpoint, with --quantization "
+            "smoothquant_plus, or choose another policy"
+        )
+    elif folds == "all" or (marker and marker.get("values_scaled", True)):
+        problems.append(
+            "int4 weights with folds 'all' scale the values that cskv's bases were fitted to; "
+            "quantise with folds 'norms', or choose another policy"
+        )
+    return problems
 
 
 def rope_of(model: torch.nn.Module, layer: str) -> KernelRope:

@@ -19,8 +19,8 @@ class TritonLatentCache(LatentCache):
 
     def __init__(self, blocks: torch.Tensor, *latents: Any, cache: torch.Tensor) -> None:
         super().__init__(blocks, *latents)
-        self._raw = cache.transpose(1, 2).chunk(2, dim=-1)
-        if not self.rope.neox or self.rope.table.shape[1] != self._raw[0].shape[-1]:
+        self._raw_keys, self._raw_values = cache.transpose(1, 2).chunk(2, dim=-1)
+        if not self.rope.neox or self.rope.table.shape[1] != self._raw_keys.shape[-1]:
             raise CompressError(
                 "the CUDA kernel of cskv turns all of a head in halves, as Llama does; this model "
                 "turns a part of it or pairs of neighbours; choose another policy"
@@ -46,7 +46,8 @@ class TritonLatentCache(LatentCache):
             row.repeat_interleave(count),
             reading.raw.int(),
             reading.seen.flatten().int(),
-            *self._raw,
+            self._raw_keys,
+            self._raw_values,
             self._bytes,
             reading.blocks.int(),
             reading.count.int(),

@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from compress_common.errors import CompressError, joined
 from vllm_plugin.kv_cache.budget import layouts_of
-from vllm_plugin.kv_cache.latent import rope_of
+from vllm_plugin.kv_cache.latent import latent_problems, rope_of
 from vllm_plugin.kv_cache.requests import RequestCheck, UncachedRequestCheck
 from vllm_plugin.kv_fingerprint import full_attention_layers, unknown_kinds
 from vllm_plugin.settings import KVSettings
@@ -45,11 +45,8 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
     """Set our worker and the check of requests; CompressError lists all that rules them out."""
     problems = config_problems(config, worker)
     model = config.model_config
-    if settings.latents and config.parallel_config.tensor_parallel_size > 1:
-        problems.append(
-            f"--tensor-parallel-size above 1: a latent of {settings.policy} is of all KV heads; "
-            "set it to 1 or choose another policy"
-        )
+    if settings.latents:
+        problems += latent_problems(config)
     for step in (settings.build, lambda: _layouts(settings, config)):
         try:
             step()

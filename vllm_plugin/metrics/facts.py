@@ -4,6 +4,7 @@
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 from vllm.config import VllmConfig
 
@@ -37,13 +38,14 @@ def facts_of(config: VllmConfig) -> Facts:
     if weights := weights_of(config, settings):
         gauges |= _both("weight_bytes", weights)
     if kv is not None and chosen:
+        file = kv.profile or (kv.model_extra or {}).get("bases")
         shares = [layout.keep for layout in chosen.values()]
         info |= {
             "policy": kv.policy,
             "keep": f"{float(sum(shares, Fraction(0)) / len(shares)):.4g}",
             "levels": str(len(set(shares))),
             "decode_window": str(kv.decode_window),
-            "profile": kv.profile.name if kv.profile else NONE,
+            "profile": Path(file).name if file else NONE,
         }
     return Facts(info, gauges)
 

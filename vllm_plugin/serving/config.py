@@ -111,9 +111,14 @@ def _checked(
     settings = parse_settings({KEY: section})
     if settings.kv is not None:
         settings.kv.build()
-        if settings.kv.profile is not None:
-            profile = settings.kv.profile.expanduser().resolve()
-            section = section | {"kv": dict(section["kv"]) | {"profile": str(profile)}}
+        files = {
+            "profile": settings.kv.profile,
+            "bases": (settings.kv.model_extra or {}).get("bases"),
+        }
+        absolute = {
+            name: str(Path(file).expanduser().resolve()) for name, file in files.items() if file
+        }
+        section = section | {"kv": dict(section["kv"]) | absolute}
     if quantization in methods() and settings.weights is not None:
         settings.weights.request(quantization, tensor_parallel)
     elif quantization is not None and settings.weights is not None:

@@ -12,7 +12,7 @@ from kv_policies.bases_header import SIDES, Calibration, Header, Layer, total_ra
 from kv_policies.low_rank import svd
 from kv_policies.profile import Profile, Provenance
 from quant_methods.checkpoint import Checkpoint
-from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
+from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, weights_digest
 
 
 def save_profile(model: Path, path: Path, keep: Fraction, levels: int) -> Path:
@@ -58,7 +58,7 @@ def save_bases(model: Path, path: Path, ratio: Fraction) -> Path:
         factors[layer, side] = svd(weight, torch.zeros_like(weight[0])).cut(ranks[side]).float()
     header = Header(
         model=fingerprint,
-        weights="0" * 64,
+        weights=weights_digest(checkpoint, "model.layers", fingerprint.num_hidden_layers),
         ratio=ratio,
         objective="reconstruction",
         layers=tuple(

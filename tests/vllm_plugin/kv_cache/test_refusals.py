@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -57,6 +60,11 @@ def refusal(model: Path | str, kv: dict[str, Any] | None = None, **engine: Any) 
         (SNAP | {"decode_window": 100}, "window must be 0 or a multiple of the block size 32"),
         (SNAP | {"min_blocks": 0}, "min_blocks"),
         (SNAP | {"profile": "/nowhere/kv.json"}, "cannot read the profile /nowhere/kv.json"),
+        ({"policy": "cskv"}, "or `bases` for cskv"),
+        ({"policy": "cskv", "keep": 0.2}, "vllm-compress calibrate-kv"),
+        ({"policy": "cskv", "bases": "/nowhere/kv"}, "cannot read the bases /nowhere/kv"),
+        ({"policy": "cskv", "keep": 1, "bits": 8}, "bits"),
+        (SNAP | {"bases": "kv.safetensors"}, "unknown setting 'bases'"),
     ],
 )
 def test_bad_settings(demo_model: Path, kv: dict[str, Any], expected: str) -> None:
@@ -94,6 +102,68 @@ def test_profile_of_another_budget_or_model(
     assert "was made for 0.25" in refusal(demo_model, given)
     other = save_profile(tiny_model("llama"), tmp_path / "o.json", Fraction(1, 4), 1)
     assert "not of" in refusal(demo_model, {"policy": "prefix_kv", "profile": str(other)})
+
+
+def changed(file: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> bytes:
+    """The bases with some tensors and some of the header replaced."""
+    with safe_open(file, framework="pt") as opened:
+        told = json.loads(opened.metadata()["vllm-compress"])
+    return save(load_file(file) | tensors, {"vllm-compress": json.dumps(told | header)})
+
+
+NAN = {"layers.3.key.mean": torch.full((192,), torch.nan)}
+SHORT = {"layers.3.key.encode": torch.zeros(192, 37)}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda file: file.read_bytes()[:5000], "damaged, cut short or not safetensors"),
+        (lambda file: b"[]", "not safetensors"),
+        (lambda file: changed(file, {}, {"version": 9}), "have version 9"),
+        (lambda file: changed(file, {}, {"schema": "kv"}), "is not a file of KV bases"),
+        (lambda file: changed(file, NAN, {}), "layers.3.key.mean has NaN or infinity"),
+        (lambda file: changed(file, SHORT, {}), "its header says float32 [192, 38]"),
+        (lambda file: changed(file, {}, {"weights": "1" * 64}), "a fine-tune?"),
+    ],
+)
+def test_bad_bases(
+    demo_model: Path, bases: Path, tmp_path: Path, change: Callable[[Path], bytes], expected: str
+) -> None:
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(change(bases))
+    text = refusal(demo_model, {"policy": "cskv", "bases": str(bad)})
+    assert expected in text and "vllm-compress calibrate-kv" in text
+
+
+def test_bases_of_another_model_or_with_another_budget(
+    demo_model: Path, bases: Path, tiny_model: Callable[..., Path], profile: Path
+) -> None:
+    kv = {"policy": "cskv", "bases": str(bases)}
+    assert "not for" in refusal(tiny_model("llama"), kv)
+    text = refusal(demo_model, kv | {"keep": 0.3, "profile": str(profile)})
+    assert "leave keep out" in text and "leave profile out" in text
+
+
+def test_latents_under_what_changes_values(demo_model: Path, bases: Path) -> None:
+    """Scaled values, and half of the heads, are not what the bases were fitted to."""
+    config = {
+        "compress": {
+            "kv": {"policy": "cskv", "bases": str(bases)},
+            "weights": {"folds": "all"},
+        }
+    }
+    vllm_plugin.register()
+    with pytest.raises(CompressError) as caught:
+        EngineArgs(
+            model=str(demo_model),
+            quantization="smoothquant_plus",
+            additional_config=config,
+            tensor_parallel_size=3,
+            enforce_eager=True,
+        ).create_engine_config()
+    assert "folds 'norms'" in str(caught.value)
+    assert "--tensor-parallel-size" in str(caught.value)
 
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
