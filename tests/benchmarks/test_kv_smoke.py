@@ -57,3 +57,17 @@ def test_quality(demo_model: Path, tmp_path: Path):
     assert abs(line["forced_minus_prompt_nats"]) < 0.05
     pytest.importorskip("matplotlib")
     assert out.with_suffix(".png").is_file()
+
+
+@pytest.mark.slow
+def test_cskv(demo_model: Path, tmp_path: Path):
+    contract = {
+        "bytes_per_token_ratio_080",
+        "bytes_per_token_ratio_080_int4",
+        "decode_ratio_b8_2000",
+        "recon_error_vs_svd_max",
+        "recon_error_vs_asvd_max",
+    }
+    line, _ = smoke("cskv", contract, tmp_path / "cskv.json")
+    assert line["bytes_per_token_ratio_080_int4"] < line["bytes_per_token_ratio_080"] < 0.25
+    assert 0 < line["recon_error_vs_asvd_max"] < 1
