@@ -87,6 +87,23 @@ def plan_reading(
     )
 
 
+def fresh_blocks(layout: Layout, step: Step, table: torch.Tensor) -> torch.Tensor | None:
+    """Blocks, int64, that a step begins to fill and does not finish; None if there are none.
+
+    What they hold before may be somebody's latents: as keys and values these bytes can be NaN, and
+    a kernel that multiplies what lies behind the last token with zero would spread it.
+
+    table: int [R, C], physical block of each column.
+    """
+    end = step.c + step.q
+    last = (end - 1).div(layout.block_size, rounding_mode="floor")
+    begun = (end % layout.block_size > 0) & (step.q > 0) & (last * layout.block_size >= step.c)
+    rows = (begun & (step.n > 0)).nonzero().flatten()
+    if not len(rows):
+        return None
+    return table[rows.to(table.device), last[rows].to(table.device)].long()
+
+
 class LatentCache:
     """Packs and reads the latents of one layer.
 
@@ -110,6 +127,10 @@ class LatentCache:
             Decoder(factor.decode.float().to(cache.device), factor.mean.float().to(cache.device))
             for factor in (keys, values)
         )
+
+    def clear(self, blocks: torch.Tensor) -> None:
+        """Zero blocks, int64 [M]."""
+        self.cache[blocks] = 0
 
     def compact(self, work: Work, pages: Pages) -> None:
         """Turn the segments of a step into latents, in their destinations."""

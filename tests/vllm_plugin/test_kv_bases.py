@@ -141,7 +141,8 @@ def test_the_file_is_of_this_model_alone(
 
 def test_demo_model(calibrate: Callable, demo_model: Path, text: Path) -> None:
     arguments = (demo_model, "--ratio", "1/2", "--text", text, "--samples", 8, "--length", 128)
-    code, output, errors = calibrate(*arguments, "--json", "--out", "demo.safetensors")
+    arguments += ("--objective", "reconstruction", "--out", "demo.safetensors")
+    code, output, errors = calibrate(*arguments, "--json")
     assert code == 0, errors
     printed, made = json.loads(output), Bases.load("demo.safetensors")
     assert printed["bases"] == made.header.model_dump(mode="json", by_alias=True)

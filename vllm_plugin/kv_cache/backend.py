@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from kv_policies.base import KVPolicy
 from kv_policies.compaction import Pages, Work, compact, plan_step
-from kv_policies.latent_cache import LatentCache, Reading, plan_reading
+from kv_policies.latent_cache import LatentCache, Reading, fresh_blocks, plan_reading
 from kv_policies.step import Step
 from vllm_plugin.kv_cache.batch import Batch
 
@@ -50,6 +50,7 @@ class CompressedBuilder:
     batch: Batch | None = None
     policy: KVPolicy | None = None
     per_block: int | None = None
+    fresh: torch.Tensor | None = None  # blocks to clear before this step writes
     _moves: tuple[torch.Tensor, torch.Tensor] | None = None
     _moved: Any = None  # the requests, in order, whose ``_moves`` still hold
     _room: tuple[torch.Tensor, torch.Tensor] | None = None  # for what the kernel reads
@@ -67,6 +68,9 @@ class CompressedBuilder:
         if self.batch is None or (step := self.batch.current(common_attn_metadata)) is None:
             return build(common_prefix_len, common_attn_metadata, *args)
         layout = self.kv_cache_spec.layout
+        if self.per_block is not None:
+            table = common_attn_metadata.block_table_tensor
+            self.fresh = fresh_blocks(layout, step, table)
         passes = step.passes(layout) if step.busy(layout) else [(None, step)]
         parts = []
         for tokens, part in passes:
@@ -148,13 +152,20 @@ def _restricted(
 class CompressedImpl:
     """Runs the backend's attention on the live blocks, then what the step has to do.
 
-    ``pages``, ``batch`` and ``policy`` or ``latents`` are set by the worker.
+    ``pages``, ``batch``, ``builder`` and ``policy`` or ``latents`` are set by the worker.
     """
 
     pages: Pages
     batch: Batch
+    builder: CompressedBuilder
     policy: KVPolicy
     latents: LatentCache | None = None
+
+    def do_kv_cache_update(self, *args: Any, **kwargs: Any) -> None:
+        """The backend's own, into blocks that hold nobody's latents any more."""
+        if self.latents is not None and self.batch.active and self.builder.fresh is not None:
+            self.latents.clear(self.builder.fresh)
+        super().do_kv_cache_update(*args, **kwargs)  # type: ignore[misc]
 
     def forward(
         self,

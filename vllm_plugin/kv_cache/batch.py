@@ -32,7 +32,7 @@ class Batch:
         self._runner = runner
         self._read = self._v2 if v2 else self._v1
         self._opted_out: set[str] = set()
-        self._active = False
+        self.active = False
         self._current: Step | None = None
 
     @contextmanager
@@ -44,15 +44,15 @@ class Batch:
         for request in scheduled.scheduled_new_reqs:
             if opts_out(request.sampling_params):
                 self._opted_out.add(request.req_id)
-        self._active, self._current = True, None
+        self.active, self._current = True, None
         try:
             yield
         finally:
-            self._active = False
+            self.active = False
 
     def current(self, metadata: CommonAttentionMetadata) -> Step | None:
         """The current step; rows that only pad the batch have n = 0."""
-        if self._active and self._current is None:
+        if self.active and self._current is None:
             n, c, ids = self._read(metadata)
             padded = metadata.num_reqs
             starts = metadata.query_start_loc_cpu[: padded + 1].long()
@@ -61,7 +61,7 @@ class Batch:
                 opted_out = torch.zeros(padded, dtype=torch.bool)
                 opted_out[: len(ids)] = torch.tensor([name in self._opted_out for name in ids])
             self._current = Step(n, c, starts[1:] - starts[:-1], starts[:-1], ids, opted_out)
-        return self._current if self._active else None
+        return self._current if self.active else None
 
     def _v1(self, metadata: CommonAttentionMetadata) -> _Read:
         batch = self._runner.input_batch

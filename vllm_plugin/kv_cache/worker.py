@@ -124,6 +124,7 @@ class CompressedWorker(PlatformWorker):
         for name in group.layer_names:
             layer = self.vllm_config.compilation_config.static_forward_context[name]
             layer.impl.batch, layer.impl.policy = self.batch, self.policy
+            layer.impl.builder = builder
             layer.impl.pages = Pages.of(
                 layer.kv_cache,
                 spec.num_kv_heads,

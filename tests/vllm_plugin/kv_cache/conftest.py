@@ -79,21 +79,20 @@ def save_bases(model: Path, path: Path, ratio: Fraction) -> Path:
     return path
 
 
-@pytest.fixture
-def low_rank_model(demo_model: Path, tmp_path: Path) -> Path:
-    """The demo model with key and value projections cut to half their rank."""
+def save_low_rank(source: Path, path: Path) -> Path:
+    """The model with key and value projections cut to half their rank."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for layer in model.model.layers:
         for side in SIDES:
             projection = getattr(layer.self_attn, f"{side[0]}_proj")
             weight = projection.weight.data.double().T
             factor = svd(weight, torch.zeros_like(weight[0])).cut(weight.shape[1] // 2)
             projection.weight.data = (weight @ factor.encode @ factor.decode).T.float()
-    model.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(demo_model).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(source).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ Where texts of different schedules are compared the model runs in float32: in bf
 too takes another token now and then when a prompt is cut or batched differently.
 """
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from tests.support.kv_engine import run
 from tests.support.kv_prompts import needle_prompts, text_prompts
-from tests.vllm_plugin.kv_cache.conftest import save_bases
+from tests.vllm_plugin.kv_cache.conftest import save_bases, save_low_rank
 
 LENGTHS = [5, 17, 32, 33, 64, 90, 127, 128, 129, 160, 200, 256, 300, 400, 512, 640, 800, 1000, 1250]
 LENGTHS += [1500]
@@ -68,13 +69,18 @@ def test_keep_1_is_stock(
         assert_nothing_left(answer)
 
 
+@pytest.mark.parametrize("attention", ["grouped queries", "multi-head"])
 def test_latents_of_low_rank_keys_and_values_lose_nothing(
-    demo_model: Path, low_rank_model: Path, tmp_path: Path
+    demo_model: Path, tiny_model: Callable[..., Path], tmp_path: Path, attention: str
 ) -> None:
     """Where the bases hold all that there is, the texts are stock's. In float32: what is left is
     the order of sums, about 1e-6 of a logit."""
+    mha = attention == "multi-head"
+    source = tiny_model("llama", num_key_value_heads=4) if mha else demo_model
+    low_rank_model = save_low_rank(source, tmp_path / "model")
     file = save_bases(low_rank_model, tmp_path / "kv.safetensors", Fraction(1, 2))
-    case = {"prompts": text_prompts(demo_model, LENGTHS), "engine": pool(900), "max_tokens": 40}
+    prompts = text_prompts(demo_model, LENGTHS[1::3])
+    case: dict[str, Any] = {"prompts": prompts, "engine": pool(900), "max_tokens": 40}
     case["engine"] |= {"max_model_len": 2048}
     kv = {"policy": "cskv", "bases": str(file), "decode_window": 32, "min_prompt": 0}
     stock, ours = run(low_rank_model, [case | {"kv": None}, case | {"kv": kv}])
@@ -83,7 +89,15 @@ def test_latents_of_low_rank_keys_and_values_lose_nothing(
     assert_nothing_left(ours)
 
 
-@pytest.mark.parametrize("kind", ["one level", "three levels", "latents", "latents of 4 bits"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "one level",
+        "three levels",
+        pytest.param("latents", marks=pytest.mark.slow),
+        "latents of 4 bits",
+    ],
+)
 def test_freed_blocks_are_used_by_others_and_nothing_mixes(
     demo_model: Path, profile: Path, bases: Path, kind: str
 ) -> None:
@@ -142,7 +156,7 @@ def test_prefix_cache_hits_and_changes_nothing(
     assert_nothing_left(warm)
 
 
-@pytest.mark.parametrize("policy", ["recent", "cskv"])
+@pytest.mark.parametrize("policy", ["recent", pytest.param("cskv", marks=pytest.mark.slow)])
 def test_a_request_may_keep_everything(demo_model: Path, bases: Path, policy: str) -> None:
     kv = {"policy": policy} | ({"bases": str(bases)} if policy == "cskv" else {"keep": 0.25})
     case = {"prompts": needle_prompts(demo_model, 3, 450), "max_tokens": 16}

@@ -263,6 +263,7 @@ def test_impossible_blocks_are_refused(changes: dict[str, int]) -> None:
         case.run(1, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize(("capability", "shared"), [(80, 163), (90, 227)])
