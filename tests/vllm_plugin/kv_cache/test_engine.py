@@ -85,7 +85,7 @@ def test_latents_of_low_rank_keys_and_values_lose_nothing(
     kv = {"policy": "cskv", "bases": str(file), "decode_window": 32, "min_prompt": 0}
     stock, ours = run(low_rank_model, [case | {"kv": None}, case | {"kv": kv}])
     assert tokens(ours) == tokens(stock)
-    assert ours["freed"][0] > 100
+    assert ours["freed"][0] > 30
     assert_nothing_left(ours)
 
 
