@@ -39,7 +39,8 @@ SHORT, LONG = 330, 1930
 NAMES = {"cskv": "", "cskv_int4": "_int4"}
 
 
-def _engine(name: str, options: Options) -> KVEngine:
+def _engine(name: str, options: Options, cached: bool = False) -> KVEngine:
+    """cached: prompts of earlier rounds are in the prefix cache; decoding is the same."""
     model = demo_model_path()
     return KVEngine(
         model,
@@ -47,6 +48,7 @@ def _engine(name: str, options: Options) -> KVEngine:
         max_model_len=2048,
         kv_cache_memory_bytes=1 << 29,
         skip_tokenizer_init=True,
+        enable_prefix_caching=cached,
         **({"plugin": False} if name == "full" else contender(name, KEEP, model, options)),
     )
 
@@ -71,7 +73,10 @@ def decode(options: Options, result: Result) -> None:
     if options.smoke:
         request |= {"batch": 2, "prompt": 200, "tokens": 3}
     with ExitStack() as stack:
-        engines = {name: stack.enter_context(_engine(name, options)) for name in ("full", *NAMES)}
+        engines = {
+            name: stack.enter_context(_engine(name, options, cached=True))
+            for name in ("full", *NAMES)
+        }
         speed = alternate(
             list(engines),
             options.rounds,

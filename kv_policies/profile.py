@@ -50,7 +50,7 @@ class ModelFingerprint(_Strict):
     def differences(self, other: "ModelFingerprint") -> list[str]:
         """One line per field in which ``other`` is another model."""
         return [
-            f"{field} is {getattr(self, field)!r} in the profile, {getattr(other, field)!r} in the "
+            f"{field} is {getattr(self, field)!r} in the file, {getattr(other, field)!r} in the "
             "model"
             for field in type(self).model_fields
             if field != "name" and getattr(self, field) != getattr(other, field)

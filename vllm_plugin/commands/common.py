@@ -25,6 +25,7 @@ Quantization = Annotated[
 Policy = Annotated[str | None, typer.Option(help="KV policy: see `vllm-compress methods`")]
 Keep = Annotated[str | None, typer.Option(help="share of the KV cache that stays, in (0, 1]")]
 ProfileFile = Annotated[Path | None, typer.Option(help="per-layer shares, in place of --keep")]
+BasesFile = Annotated[Path | None, typer.Option(help="low-rank bases, for cskv")]
 AdditionalConfig = Annotated[
     str, typer.Option(help="as for `vllm serve`: a JSON object with a section 'compress'")
 ]
@@ -42,11 +43,16 @@ def json_object(option: str, text: str) -> dict[str, Any]:
 
 
 def config_of(
-    additional_config: str, policy: str | None, keep: str | None, profile: Path | None
+    additional_config: str,
+    policy: str | None,
+    keep: str | None,
+    profile: Path | None,
+    bases: Path | None,
 ) -> dict[str, Any]:
     """``--additional-config`` with the options of a command in it."""
     given = json_object("--additional-config", additional_config)
-    options = {"policy": policy, "keep": keep, "profile": profile and str(profile)}
+    files = {"profile": profile and str(profile), "bases": bases and str(bases)}
+    options = {"policy": policy, "keep": keep} | files
     chosen = {name: value for name, value in options.items() if value is not None}
     section = given.get(KEY) or {}
     kv = section.get("kv") or {} if isinstance(section, dict) else None

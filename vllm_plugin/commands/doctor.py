@@ -13,6 +13,7 @@ from rich.text import Text
 from vllm_plugin.commands.common import (
     AdditionalConfig,
     AsJson,
+    BasesFile,
     Keep,
     Policy,
     ProfileFile,
@@ -28,6 +29,7 @@ def doctor(
     policy: Policy = None,
     keep: Keep = None,
     profile: ProfileFile = None,
+    bases: BasesFile = None,
     additional_config: AdditionalConfig = "{}",
     block_size: Annotated[int | None, typer.Option(help="as for `vllm serve`")] = None,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="as for `vllm serve`")] = 1,
@@ -46,7 +48,7 @@ def doctor(
 
     from vllm_plugin.doctor import installation, model_checks
 
-    config = config_of(additional_config, policy, keep, profile)
+    config = config_of(additional_config, policy, keep, profile, bases)
     checks = installation()
     if model is not None:
         checks += model_checks(

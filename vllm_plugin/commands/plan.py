@@ -33,6 +33,7 @@ from vllm_plugin.capacity import (
 from vllm_plugin.commands.common import (
     AdditionalConfig,
     AsJson,
+    BasesFile,
     Keep,
     Model,
     Policy,
@@ -91,6 +92,7 @@ def plan(
     policy: Policy = None,
     keep: Keep = None,
     profile: ProfileFile = None,
+    bases: BasesFile = None,
     quantization: Quantization = None,
     additional_config: AdditionalConfig = "{}",
     gpu_memory_utilization: Annotated[
@@ -126,7 +128,9 @@ def plan(
     aside = (
         check(lambda: size(activation_memory, "--activation-memory")) if activation_memory else None
     )
-    settings = check(lambda: parse_settings(config_of(additional_config, policy, keep, profile)))
+    settings = check(
+        lambda: parse_settings(config_of(additional_config, policy, keep, profile, bases))
+    )
     folder = check(lambda: _folder(model))
     config = check(lambda: text_config(folder)) if folder else None
     if tokens and start and start >= tokens:

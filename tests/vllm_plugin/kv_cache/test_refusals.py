@@ -81,7 +81,7 @@ def test_bad_settings(demo_model: Path, kv: dict[str, Any], expected: str) -> No
         (lambda text: text.replace('"hidden_size": 576', '"hidden_size": 99'), "hidden_size is 99"),
         (
             lambda text: text.replace('"num_hidden_layers": 30', '"num_hidden_layers": 31'),
-            "num_hidden_layers is 31 in the profile, 30 in the model",
+            "num_hidden_layers is 31 in the file, 30 in the model",
         ),
     ],
 )
