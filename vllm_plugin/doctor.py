@@ -67,6 +67,15 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.attention.backend:AttentionMetadataBuilder.build": (
         *("common_prefix_len", "common_attn_metadata"),
     ),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
+        *("layer", "key", "value", "kv_cache", "slot_mapping"),
+    ),
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update": (
+        *("layer", "key", "value", "kv_cache", "slot_mapping"),
+    ),
+    "vllm._custom_ops:rotary_embedding": (
+        *("positions", "query", "key", "head_size", "cos_sin_cache", "is_neox"),
+    ),
     "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": (),
     "vllm.v1.worker.gpu_worker:Worker.initialize_from_config": ("kv_cache_config",),
     "vllm.v1.worker.gpu_worker:Worker.execute_model": ("scheduler_output",),
