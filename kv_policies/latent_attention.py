@@ -4,6 +4,7 @@
 from typing import NamedTuple, Protocol
 
 import torch
+from torch.nn.functional import pad
 
 # Elements of rebuilt keys at a time: 2 MiB, which stays in a core's cache.
 _TILE = 1 << 19
@@ -91,11 +92,15 @@ def _old_logits(
     spread = rows.new_zeros(requests, kv_heads, count, kv_heads, width)
     spread.diagonal(dim1=1, dim2=3).copy_(rows.permute(0, 2, 3, 1))
     spread = spread.view(requests, -1, features)
+    # The mean as the row of a latent that is always 1, and one place for all tiles: on a CPU fresh
+    # memory, and adding a row to all others, cost more than the product.
+    decode = torch.cat((keys.decode, keys.mean[None]))
     tile = max(32, _TILE // (requests * features))
+    room = rows.new_empty(requests * min(tile, logits.shape[3]), features)
     for start in range(0, logits.shape[3], tile):
         part = slice(start, start + tile)
-        flat = latents.keys[:, part].flatten(0, 1).float()
-        rebuilt = torch.addmm(keys.mean, flat, keys.decode).view(-1, kv_heads, width)
+        flat = pad(latents.keys[:, part].float(), (0, 1), value=1).flatten(0, 1)
+        rebuilt = torch.mm(flat, decode, out=room[: len(flat)]).view(-1, kv_heads, width)
         rebuilt = rope.rotate(rebuilt, latents.positions[:, part].flatten())
         products = spread @ rebuilt.view(requests, -1, features).mT
         logits[..., part] = products.view(requests, kv_heads, count, -1)
