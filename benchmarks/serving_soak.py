@@ -16,8 +16,9 @@ prefix; one in ten goes away after a random time. Requests are the same for both
   rss_growth_ratio resident bytes of all the server's processes at the end over those after a
                    fifth of the load
 
-Extra keys of the compressed server: compactions, evicted_tokens, preemptions, least_kept_ratio; and
-rss_growth_ratio_stock.
+Extra keys of the compressed server: compactions, evicted_tokens, preemptions, least_kept_ratio;
+rss_growth_ratio_late, from half of the load on, as shapes that come for the first time take memory
+early; and both ratios of stock. With --out, resident bytes at each twentieth of the load.
 
 Limits: one machine runs the client too. Speed is not compared: see kv_capacity.
 """
@@ -27,7 +28,7 @@ import json
 import os
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import openai
@@ -107,7 +108,7 @@ class Soaked:
 
     errors: int = 0
     aborted: int = 0
-    rss: tuple[int, int] = (0, 0)
+    rss: list[int] = field(default_factory=list)  # after each twentieth of the load
     leaked: int = 0
     least_kept: float = 1.0
     problems: tuple[str, ...] = ()
@@ -119,7 +120,6 @@ async def soak(server: Server, asks: list[Ask]) -> Soaked:
         base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600
     )
     done, gate, problems = Soaked(), asyncio.Semaphore(AT_ONCE), []
-    early = 0
     with tqdm(total=len(asks), desc="soak", leave=False) as bar:
 
         async def one(ask: Ask) -> None:
@@ -135,11 +135,10 @@ async def soak(server: Server, asks: list[Ask]) -> Soaked:
                 bar.update()
 
         async def watch() -> None:
-            nonlocal early
             while True:
                 await asyncio.sleep(2)
-                if not early and bar.n >= len(asks) // 5:
-                    early = resident(server.pid)
+                while len(done.rss) < 20 * bar.n // len(asks):
+                    done.rss.append(resident(server.pid))
                 series = await asyncio.to_thread(server.scrape)
                 kept = [s.value for s in series if s.name == "vllm_compress_kv_kept_ratio"]
                 done.least_kept = min(done.least_kept, *kept, 1.0)
@@ -155,7 +154,7 @@ async def soak(server: Server, asks: list[Ask]) -> Soaked:
             break
         await asyncio.sleep(1)
     done.leaked = used_blocks(server)
-    done.rss = early or resident(server.pid), resident(server.pid)
+    done.rss += [resident(server.pid)] * (20 - len(done.rss))
     done.errors, done.problems = len(problems), tuple(problems[:5])
     return done
 
@@ -202,8 +201,9 @@ def run(options: Options, result: Result) -> None:
     result.put("errors_stock", stock.errors)
     result.put("aborted", ours.aborted)
     result.put("leaked_blocks", ours.leaked)
-    result.put("rss_growth_ratio", ours.rss[1] / ours.rss[0])
-    result.put("rss_growth_ratio_stock", stock.rss[1] / stock.rss[0])
+    for suffix, rss in (("", ours.rss), ("_stock", stock.rss)):
+        result.put(f"rss_growth_ratio{suffix}", rss[-1] / rss[3])
+        result.put(f"rss_growth_ratio_late{suffix}", rss[-1] / rss[9])
     result.put("least_kept_ratio", ours.least_kept)
 
 
