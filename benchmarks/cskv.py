@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.common import ROOT, Options, Part, Result, alternate, cache_folder, main
 from benchmarks.engine import in_process
-from benchmarks.kv_engine import BLOCK, KVEngine, NotMeasured, contender
+from benchmarks.kv_engine import BLOCK, KVEngine, NotMeasured, contender, shape_of
 from benchmarks.texts import opticks
 from vllm_plugin.demo_model import demo_model_path
 
@@ -55,13 +55,13 @@ def _engine(name: str, options: Options, cached: bool = False) -> KVEngine:
 
 def bytes_per_token(options: Options, result: Result) -> None:
     """Fill bytes_per_token_ratio_*."""
-    grown = {}
+    grown, block_bytes = {}, shape_of(demo_model_path()).block_bytes
     for name in ("full", *NAMES):
         with _engine(name, options) as engine:
             live = []
             for length in (SHORT, LONG):
-                seen = engine.ask("run", lengths=[length], tokens=3, seed=options.seed)
-                live.append(seen["kept_bytes_per_column"] * -(-(length + 2) // BLOCK))
+                seen = engine.ask("run", lengths=[length], tokens=8, seed=options.seed)
+                live.append(-(-length // BLOCK) * block_bytes - seen["freed_bytes"])
             grown[name] = live[1] - live[0]
     for name, suffix in NAMES.items():
         result.put(f"bytes_per_token_ratio_080{suffix}", grown[name] / grown["full"])

@@ -8,7 +8,7 @@ import torch
 
 from kv_policies.compaction import Content, Pages, Segments, Work
 from kv_policies.latent_attention import Decoder, Latents, Raw, attend
-from kv_policies.latent_layout import latent_blocks
+from kv_policies.latent_layout import latent_blocks, raw_columns
 from kv_policies.latents import LatentFormat
 from kv_policies.layout import Layout
 from kv_policies.low_rank import Factor
@@ -75,11 +75,13 @@ def plan_reading(
     rows_there = rows.to(device)
     lengths = seq_lens[rows_there, None].long()
     seen = lengths - (q - 1 - query).to(device)
-    most = -(-int((step.c + step.q)[rows].max()) // layout.block_size)
+    # Of the host's numbers, so that a GPU need not be waited for.
+    hidden = raw_columns(layout, step.n, step.c, 1, step.opted_out)[1]
+    most = -(-int((step.c + step.q - hidden)[rows].max()) // layout.block_size)
     return Reading(
         tokens=(step.starts[rows][:, None] + query).to(device),
         seen=seen,
-        raw=view[rows_there, : min(most, view.shape[1])].long(),
+        raw=view[rows_there, :most].long(),
         blocks=table[rows_there[:, None], column.to(device)].long(),
         first=first.to(device),
         count=count.to(device),
