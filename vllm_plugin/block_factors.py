@@ -27,7 +27,7 @@ class BlockFactor:
     attention: the block's attention module, of an architecture in ``quant_methods.architecture``:
         ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and perhaps norms per head ``q_norm`` and
         ``k_norm``. RoPE comes after them, so that their output is the key that is wanted.
-    rotation: cosines and sines of RoPE, [1, length, head_dim] each, as blocks are given them.
+    weights: of the tokens, [samples * length], as ``weights_of`` gives them.
     objective: "reconstruction" is the paper's, the error of keys and values. "attention" weighs
         tokens by the attention that they receive, key features by the queries that they meet, and
         value features by what the output projection makes of them.
@@ -39,25 +39,24 @@ class BlockFactor:
         attention: Any,
         side: Side,
         inputs: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
+        weights: torch.Tensor | None,
         objective: Objective,
     ) -> None:
-        self.attention, self.name, self.rotation = attention, side[0], rotation
-        self.objective = objective
+        self.attention, self.name = attention, side[0]
         flat = inputs.flatten(0, 1)
         self.magnitude = flat.abs().mean(0, dtype=torch.float64)
         self.metric = _metric(attention, side, flat) if objective == "attention" else None
         states = _normed(attention, self.name, _projected(attention, self.name, flat))
-        self.factor, self.energies = closed_form(
-            *moments(states, self._weights(inputs)), self.metric
-        )
+        self.factor, self.energies = closed_form(*moments(states, weights), self.metric)
 
     def lost(self, rank: int) -> float:
         """Relative error at this rank on the inputs that it was fitted to."""
         return float(self.energies[rank:].sum() / self.energies.sum())
 
-    def errors(self, inputs: torch.Tensor, rank: int) -> dict[str, float]:
-        """Relative error at this rank on other inputs [samples, length, hidden], by method.
+    def errors(
+        self, inputs: torch.Tensor, weights: torch.Tensor | None, rank: int
+    ) -> dict[str, float]:
+        """Relative error at this rank on other inputs, with their weights, by method.
 
         SVD and ASVD know of no norm: it comes after what they restore, as in CSKV it would.
         """
@@ -70,16 +69,25 @@ class BlockFactor:
         others = {"svd": svd(weight, bias), "asvd": asvd(weight, bias, self.magnitude)}
         for method, factor in others.items():
             restored[method] = _normed(self.attention, self.name, factor.cut(rank).project(raw))
-        weights = self._weights(inputs)
         return {
             method: relative_error(states, found, self.metric, weights)
             for method, found in restored.items()
         }
 
-    def _weights(self, inputs: torch.Tensor) -> torch.Tensor | None:
-        if self.objective == "reconstruction":
-            return None
-        return token_weights(_received(self.attention, inputs, self.rotation))
+
+def weights_of(
+    attention: Any,
+    inputs: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    objective: Objective,
+) -> torch.Tensor | None:
+    """How much each token of the inputs matters, for keys and values alike; None: all the same.
+
+    rotation: cosines and sines of RoPE, [1, length, head_dim] each, as blocks are given them.
+    """
+    if objective == "reconstruction":
+        return None
+    return token_weights(_received(attention, inputs, rotation))
 
 
 def _received(

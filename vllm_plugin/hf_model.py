@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models in transformers, for the tools that measure one before it is served."""
 
+import hashlib
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from compress_common.errors import CompressError, joined
+from quant_methods.calibration import SELF, CalibrationSettings
 from vllm_plugin.attention_capture import ATTENTION, not_reached
 from vllm_plugin.kv_fingerprint import full_attention_layers
 
@@ -52,3 +56,15 @@ def usable(device: str) -> torch.device:
         raise CompressError(
             f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
         ) from error
+
+
+def origin(text: CalibrationSettings) -> dict[str, Any]:
+    """Where figures measured now, on this text, come from: for the file that holds them."""
+    own = text.source == SELF
+    return {
+        "tool_version": version("vllm-compress-plugin"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "text": f"sampled by the model itself, seed {text.seed}" if own else Path(text.source).name,
+        "text_sha256": None if own else hashlib.sha256(Path(text.source).read_bytes()).hexdigest(),
+        "sample_tokens": text.length,
+    }

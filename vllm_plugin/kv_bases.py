@@ -5,11 +5,8 @@ No vLLM engine is started. Blocks run one at a time on all of the text: beyond t
 memory holds the activations of one block.
 """
 
-import hashlib
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -23,10 +20,10 @@ from kv_policies.low_rank import Factor, split_rank
 from quant_methods.architecture import QKV, architecture_of
 from quant_methods.base import Progress, silent
 from quant_methods.blocks import Blocks
-from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
+from quant_methods.calibration import CalibrationSettings, calibration_tokens
 from quant_methods.checkpoint import Checkpoint, resolve
-from vllm_plugin.block_factors import BlockFactor
-from vllm_plugin.hf_model import layers_to_fit, loaded, usable
+from vllm_plugin.block_factors import BlockFactor, weights_of
+from vllm_plugin.hf_model import layers_to_fit, loaded, origin, usable
 from vllm_plugin.kv_fingerprint import fingerprint_of, weights_digest
 
 _PARTS: Final = 4  # the last of so many parts of the text is held out
@@ -99,12 +96,13 @@ def make_bases(
                 continue
             seen, unseen = inputs[:fitted], inputs[fitted:]
             rotation = blocks.argument(index, "position_embeddings")
-            sides = {
-                side: BlockFactor(block.self_attn, side, seen, rotation, objective)
-                for side in SIDES
-            }
+            attention = block.self_attn
+            weights, others = (
+                weights_of(attention, x, rotation, objective) for x in (seen, unseen)
+            )
+            sides = {side: BlockFactor(attention, side, seen, weights, objective) for side in SIDES}
             ranks = _ranks(sides, total_rank(ratio, features), allocate)
-            errors = {side: sides[side].errors(unseen, ranks[side]) for side in SIDES}
+            errors = {side: sides[side].errors(unseen, others, ranks[side]) for side in SIDES}
         lost = {f"{side}_error": round(sides[side].lost(ranks[side]), 6) for side in SIDES}
         rows.append(Layer(layer=index, key_rank=ranks["key"], value_rank=ranks["value"], **lost))
         report.append(HeldOut(index, **errors))
@@ -112,15 +110,7 @@ def make_bases(
             factors[index, side] = sides[side].factor.cut(ranks[side]).float()
     progress("fit", layers[-1] + 1, layers[-1] + 1)
 
-    own = text.source == SELF
-    calibration = Calibration(
-        tool_version=version("vllm-compress-plugin"),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        text=f"sampled by the model itself, seed {text.seed}" if own else Path(text.source).name,
-        text_sha256=None if own else hashlib.sha256(Path(text.source).read_bytes()).hexdigest(),
-        samples=fitted,
-        sample_tokens=text.length,
-    )
+    calibration = Calibration(**origin(text), samples=fitted)
     header = Header(
         model=fingerprint,
         weights=weights_digest(checkpoint, arch.layers_prefix, fingerprint.num_hidden_layers),

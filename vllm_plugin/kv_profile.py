@@ -4,12 +4,9 @@
 No vLLM engine is started; any decoder whose attention ``attention_capture`` reaches will do.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
@@ -20,10 +17,10 @@ from compress_common.errors import CompressError
 from kv_policies.budget import fractions_of, quantise, retained, rounded, uniform
 from kv_policies.profile import Profile, Provenance
 from quant_methods.base import Progress, silent
-from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
+from quant_methods.calibration import CalibrationSettings, calibration_tokens
 from quant_methods.checkpoint import Checkpoint, resolve
 from vllm_plugin.attention_capture import ATTENTION, attention_of, register
-from vllm_plugin.hf_model import layers_to_fit, loaded, usable
+from vllm_plugin.hf_model import layers_to_fit, loaded, origin, usable
 from vllm_plugin.kv_fingerprint import fingerprint_of
 
 
@@ -79,14 +76,9 @@ def make_profile(
     fractions = rounded(fractions_of(samples, keep))
     cut = quantise(fractions, len(chosen.fractions))
     shares = {"profile": fractions, "levels": cut.per_layer, "uniform": uniform(len(layers), keep)}
-    own = text.source == SELF
     provenance = Provenance(
-        tool_version=version("vllm-compress-plugin"),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        text=f"sampled by the model itself, seed {text.seed}" if own else Path(text.source).name,
-        text_sha256=None if own else hashlib.sha256(Path(text.source).read_bytes()).hexdigest(),
+        **origin(text),
         samples=len(samples),
-        sample_tokens=text.length,
         attention_retained={
             kind: round(fmean(kept_by_layer(samples, values)), 6) for kind, values in shares.items()
         },

@@ -95,13 +95,18 @@ class KVSettings(BaseModel):
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> "KVSettings":
-        if self.keep is None and self.profile is None and "bases" not in (self.model_extra or {}):
+        if self.keep is None and self.profile is None and self.bases is None:
             raise ValueError(
                 "needs `keep`, the share that stays, or a `profile`, or `bases` for cskv"
             )
         if self.levels is not None and self.profile is None:
             raise ValueError("`levels` cuts a profile's layers; add `profile` or remove it")
         return self
+
+    @property
+    def bases(self) -> str | None:
+        """The file of bases among the policy's own settings; None: it names none."""
+        return (self.model_extra or {}).get("bases")
 
     @property
     def latents(self) -> bool:

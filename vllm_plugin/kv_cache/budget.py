@@ -63,15 +63,15 @@ def layouts_of(settings: KVSettings, block_size: int, name: str, config: Any) ->
 
 def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
     """The bases that ``settings`` name, checked against the model; parameters as above."""
-    path = settings.build().settings.bases
-    model = fingerprint_of(name, config)
-    if path is None:
+    policy = settings.build()  # says what is wrong with its settings
+    if settings.bases is None:
         raise CompressError(
             f"{settings.policy} needs bases of the model: make them with `vllm-compress "
             f"calibrate-kv {name} --ratio 0.8` and name the file as compress.kv.bases, or choose "
             "another policy"
         )
-    return Bases.load(path, model, full_attention_layers(config), _digest(name, config))
+    model, layers = fingerprint_of(name, config), full_attention_layers(config)
+    return Bases.load(policy.settings.bases, model, layers, _digest(name, config))
 
 
 def _digest(name: str, config: Any) -> str | None:
@@ -93,8 +93,7 @@ def _share_of_latents(settings: KVSettings, block_size: int, name: str, config: 
     problems = []
     if settings.keep is not None:
         problems.append(
-            f"keep is given, but the bases {settings.build().settings.bases} name their own ratio; "
-            "leave keep out"
+            f"keep is given, but the bases {settings.bases} name their own ratio; leave keep out"
         )
     if settings.profile is not None:
         problems.append(f"{settings.policy} keeps the same of every layer; leave profile out")

@@ -38,7 +38,7 @@ def facts_of(config: VllmConfig) -> Facts:
     if weights := weights_of(config, settings):
         gauges |= _both("weight_bytes", weights)
     if kv is not None and chosen:
-        file = kv.profile or (kv.model_extra or {}).get("bases")
+        file = kv.profile or kv.bases
         shares = [layout.keep for layout in chosen.values()]
         info |= {
             "policy": kv.policy,

@@ -111,10 +111,7 @@ def _checked(
     settings = parse_settings({KEY: section})
     if settings.kv is not None:
         settings.kv.build()
-        files = {
-            "profile": settings.kv.profile,
-            "bases": (settings.kv.model_extra or {}).get("bases"),
-        }
+        files = {"profile": settings.kv.profile, "bases": settings.kv.bases}
         absolute = {
             name: str(Path(file).expanduser().resolve()) for name, file in files.items() if file
         }
