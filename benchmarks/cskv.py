@@ -103,7 +103,7 @@ def _parts(requests: int, tokens: int) -> dict[str, float]:
     features = kv_heads * width
     angles = torch.randn(2048, width // 2)
     rope = KernelRope(torch.cat((angles.cos(), angles.sin()), -1))
-    decoders = [Decoder(torch.randn(rank, features), torch.randn(features)) for _ in range(2)]
+    decoders = [Decoder(torch.randn(rank + 1, features)) for _ in range(2)]
     latents = Latents(
         *torch.randn(2, requests, tokens, rank).bfloat16(),
         torch.arange(tokens).expand(requests, -1),

@@ -4,7 +4,6 @@
 from typing import NamedTuple, Protocol
 
 import torch
-from torch.nn.functional import pad
 
 # Elements of rebuilt keys at a time: 2 MiB, which stays in a core's cache.
 _TILE = 1 << 19
@@ -19,11 +18,19 @@ class Rotation(Protocol):
 class Decoder(NamedTuple):
     """From latents back to keys or values: ``mean + latent @ decode``.
 
-    decode: float32 [rank, F]. mean: float32 [F]. F = Hkv * D features.
+    affine: float32 [rank + 1, F], the mean as the row of a latent that is always 1. F = Hkv * D
+    features.
     """
 
-    decode: torch.Tensor
-    mean: torch.Tensor
+    affine: torch.Tensor
+
+    @property
+    def decode(self) -> torch.Tensor:
+        return self.affine[:-1]
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.affine[-1]
 
 
 class Latents(NamedTuple):
@@ -92,15 +99,16 @@ def _old_logits(
     spread = rows.new_zeros(requests, kv_heads, count, kv_heads, width)
     spread.diagonal(dim1=1, dim2=3).copy_(rows.permute(0, 2, 3, 1))
     spread = spread.view(requests, -1, features)
-    # The mean as the row of a latent that is always 1, and one place for all tiles: on a CPU fresh
-    # memory, and adding a row to all others, cost more than the product.
-    decode = torch.cat((keys.decode, keys.mean[None]))
-    tile = max(32, _TILE // (requests * features))
-    room = rows.new_empty(requests * min(tile, logits.shape[3]), features)
+    # One place for all tiles: fresh memory costs a CPU more than the product.
+    tile = min(max(32, _TILE // (requests * features)), logits.shape[3])
+    taken = rows.new_ones(requests * tile, len(keys.affine))
+    room = rows.new_empty(requests * tile, features)
     for start in range(0, logits.shape[3], tile):
         part = slice(start, start + tile)
-        flat = pad(latents.keys[:, part].float(), (0, 1), value=1).flatten(0, 1)
-        rebuilt = torch.mm(flat, decode, out=room[: len(flat)]).view(-1, kv_heads, width)
+        old = latents.keys[:, part]
+        flat = taken[: old.shape[0] * old.shape[1]]
+        flat[:, :-1].view(old.shape).copy_(old)
+        rebuilt = torch.mm(flat, keys.affine, out=room[: len(flat)]).view(-1, kv_heads, width)
         rebuilt = rope.rotate(rebuilt, latents.positions[:, part].flatten())
         products = spread @ rebuilt.view(requests, -1, features).mT
         logits[..., part] = products.view(requests, kv_heads, count, -1)

@@ -126,7 +126,7 @@ class LatentCache:
             for factor in (keys, values)
         ]
         self.keys, self.values = (
-            Decoder(factor.decode.float().to(cache.device), factor.mean.float().to(cache.device))
+            Decoder(torch.cat((factor.decode, factor.mean[None])).float().to(cache.device))
             for factor in (keys, values)
         )
 

@@ -27,9 +27,7 @@ class TritonLatentCache(LatentCache):
             )
         self._bytes = blocks.view(torch.uint8)
         # Products are in the type of the cache, for the tensor cores.
-        self._decoders = [
-            Decoder(*(x.to(blocks) for x in side)) for side in (self.keys, self.values)
-        ]
+        self._decoders = [Decoder(side.affine.to(blocks)) for side in (self.keys, self.values)]
 
     def attend(
         self, reading: Reading, pages: Any, query: torch.Tensor, scale: float, output: torch.Tensor
