@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Denoising of masked diffusion language models: canvas, commit rules, cache policies. torch only."""
+"""Masked diffusion language models: canvas, commit rules and cache policies, in torch alone."""

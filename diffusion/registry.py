@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cache policies by name: ours, and third parties' through an entry-point group."""
+
+from typing import Any, Final
+
+from compress_common.registry import Registry
+from diffusion.base import CachePolicy
+from diffusion.dual_cache import DualCache
+from diffusion.elastic import Elastic
+from diffusion.fixed_period import FixedPeriod
+from diffusion.full import Full
+from diffusion.never import Never
+
+_REGISTRY: Final = Registry[CachePolicy](
+    noun="diffusion cache policy",
+    group="vllm_compress.diffusion_policies",
+    built_in=(Full, Never, FixedPeriod, DualCache, Elastic),
+)
+
+
+def policies() -> dict[str, type[CachePolicy]]:
+    """Every registered policy; CompressError when two claim one name."""
+    return _REGISTRY.classes()
+
+
+def build_policy(name: str, settings: dict[str, Any]) -> CachePolicy:
+    """A policy with validated settings; CompressError lists every bad key and value at once."""
+    return _REGISTRY.build(name, settings)
