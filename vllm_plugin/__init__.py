@@ -18,7 +18,7 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.model_loader import register_model_loader
 
-    from vllm_plugin import config_edge
+    from vllm_plugin import config_edge, diffusion
     from vllm_plugin.kv_cache import manager
     from vllm_plugin.quantization.config import CONFIGS
     from vllm_plugin.quantization.loader import LOAD_FORMAT, QuantisingLoader
@@ -27,6 +27,7 @@ def register() -> None:
         register_quantization_config(config.method)(config)
     register_model_loader(LOAD_FORMAT)(QuantisingLoader)
     manager.register()
+    diffusion.register()
     config_edge.install()
     _registered = True
 

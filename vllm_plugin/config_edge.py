@@ -14,6 +14,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 from compress_common.errors import CompressError, joined
 from quant_methods.architecture import architecture_of
+from vllm_plugin.diffusion import support as diffusion
+from vllm_plugin.diffusion.config import MODEL_TYPE
 from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
 from vllm_plugin.metrics.connector import report
 from vllm_plugin.quantization.config import SmoothQuantPlusConfig
@@ -36,7 +38,15 @@ def install() -> None:
         settings = parse_settings(self.additional_config)
         if settings.kv is not None:
             choose_engine_args(self)
+        model_type = diffusion.model_type_of(self)
+        denoises = model_type == MODEL_TYPE
+        if denoises:
+            diffusion.choose_engine_args(self)
+        else:
+            diffusion.refuse_other(model_type, settings.diffusion)
         config = original(self, *args, **kwargs)
+        if denoises:
+            diffusion.apply_diffusion(config, settings.diffusion)
         apply_settings(config, settings, self.worker_cls)
         return config
 

@@ -12,6 +12,7 @@ from kv_policies.profile import Share
 from kv_policies.registry import build_policy, policies
 from quant_methods.calibration import CalibrationSettings
 from quant_methods.planning import PlanRequest
+from vllm_plugin.diffusion.settings import DiffusionSettings
 
 KEY = "compress"
 
@@ -126,6 +127,7 @@ class Settings(BaseModel):
 
     weights: WeightSettings | None = None
     kv: KVSettings | None = None
+    diffusion: DiffusionSettings | None = None
 
 
 def parse_settings(additional_config: Any) -> Settings:

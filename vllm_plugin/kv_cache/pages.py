@@ -26,7 +26,8 @@ class Pages:
         self, blocks: torch.Tensor, keys: "Order", values: "Order", shape: tuple[int, ...]
     ) -> None:
         self.blocks = blocks  # [blocks, elements], each in one piece
-        self._keys, self._values, self._shape = keys, values, shape
+        self._keys, self._values = keys, values
+        self.shape = shape  # KV heads, tokens of a block, head size
 
     @classmethod
     def of(
@@ -76,7 +77,7 @@ class Content:
 
     def _plain(self, order: "Order") -> torch.Tensor:
         view = order.view(self._raw).unflatten(0, (self._rows, -1)).transpose(1, 2)
-        heads, _, size = self._pages._shape
+        heads, _, size = self._pages.shape
         return view.contiguous().view(self._raw.dtype).view(self._rows, heads, -1, size)
 
 

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watches where attention goes in a step, from the queries and keys of a few rows.
+
+Attention kernels return no probabilities. Those of tracked and active rows are computed again here,
+from queries and keys as they go into the kernel: a few rows against the keys of their request.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from diffusion.base import Observation
+from diffusion.denoiser import Denoiser
+from diffusion.drift import Over, Total, most_attended, probabilities, similarity
+from vllm_plugin.kv_cache.pages import Pages
+
+
+class Probe:
+    """Collects a batch's observations, layer by layer.
+
+    denoisers: R requests. rows: of each, positions that it computes, by stage. tables: its blocks,
+    int64 [R, C]. slots: of each, int64 [N]. pages: of each layer. heads: of all ranks. total: see
+    ``drift``.
+    """
+
+    def __init__(
+        self,
+        denoisers: Sequence[Denoiser],
+        rows: dict[int, list[np.ndarray]],
+        tables: torch.Tensor,
+        slots: Sequence[np.ndarray],
+        pages: Sequence[Pages],
+        heads: int,
+        total: Total,
+    ) -> None:
+        self._pages, self._tables, self._heads, self._total = pages, tables, heads, total
+        plans = [one.plan for one in denoisers]
+        settings = [one.policy.settings for one in denoisers]
+        self._count = [one.policy.tracks for one in denoisers]
+        self._over: list[Over] = [setting.similarity for setting in settings]
+        self._starts = [plan.start for plan in plans]
+        self._stages = {
+            first: _Rows([r for r in of_stage], plans) for first, of_stage in rows.items()
+        }
+        width = tables.shape[1] * pages[0].shape[1]
+        length = torch.tensor([len(one.canvas) for one in denoisers])[:, None]
+        self._there = torch.arange(width) < length
+        self._candidates = torch.zeros_like(self._there)
+        for row, one in enumerate(denoisers):
+            limit = one.canvas.limit
+            self._candidates[row, :limit] = torch.from_numpy(~one.canvas.masked[:limit])
+        self._stage = self._stages[0]
+        tracked = [plan.tracked for plan in plans]
+        self.tracked = (
+            torch.from_numpy(np.concatenate(tracked)),
+            torch.from_numpy(np.concatenate([s[t] for s, t in zip(slots, tracked, strict=True)])),
+        )
+        self._tracked_rows = _padded([np.arange(len(t)) for t in tracked], offset=True)
+        self._similarity: list[torch.Tensor] = []
+        self._attended: list[torch.Tensor] = []
+
+    def see(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, past: torch.Tensor | None
+    ) -> None:
+        """See ``step.Observer``."""
+        self._stage = stage = self._stages.get(layer, self._stage)
+        pages = self._pages[layer]
+        heads, _, width = pages.shape
+        old = pages.read(self._tables).keys()
+        scale = width**-0.5
+        q = queries.unflatten(-1, (-1, width))
+        new = old if past is None else old.clone()
+        new[stage.request, :, stage.position] = keys.unflatten(-1, (heads, width))
+        active = probabilities(_taken(q, stage.active), new, scale, self._there)
+        self._attended.append(
+            most_attended(
+                active, stage.active >= 0, self._candidates, max(self._count), self._total
+            )
+        )
+        tested = torch.tensor([layer < start for start in self._starts])
+        if past is None or not tested.any():
+            self._similarity.append(torch.full((len(tested),), torch.nan))
+            return
+        rows = self._tracked_rows >= 0
+        before = probabilities(
+            _taken(past.unflatten(-1, (-1, width)), self._tracked_rows), old, scale, self._there
+        )
+        now = probabilities(_taken(q, stage.tracked), new, scale, self._there)
+        found = torch.full((len(tested),), torch.nan)
+        for over in sorted(set(self._over)):
+            mine = tested & torch.tensor([one == over for one in self._over])
+            value = similarity(before, now, rows, self._there, over, self._heads, self._total)
+            found = found.where(~mine, value)
+        self._similarity.append(found)
+
+    def observations(self) -> list[Observation]:
+        """Of each request, after all layers."""
+        similarity = torch.stack(self._similarity, 1).numpy()
+        attended = torch.stack(self._attended, 1).numpy()
+        return [
+            Observation(similarity[row], attended[row, :, :count])
+            for row, count in enumerate(self._count)
+        ]
+
+
+class _Rows:
+    """Where active and tracked positions lie among a stage's rows, and whose each row is."""
+
+    def __init__(self, rows: Sequence[np.ndarray], plans: Sequence) -> None:  # type: ignore[type-arg]
+        starts = np.cumsum([0, *(len(r) for r in rows[:-1])])
+        self.request = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(r) for r in rows]))
+        self.position = torch.from_numpy(np.concatenate(rows))
+        self.active, self.tracked = (
+            _padded(
+                [
+                    start + np.searchsorted(r, getattr(plan, which))
+                    for start, r, plan in zip(starts, rows, plans, strict=True)
+                ]
+            )
+            for which in ("active", "tracked")
+        )
+
+
+def _padded(rows: Sequence[np.ndarray], offset: bool = False) -> torch.Tensor:
+    """int64 [R, longest], -1 behind each; offset: numbered through over all of them."""
+    first = 0
+    out = []
+    for row in rows:
+        out.append(torch.from_numpy(row + first if offset else row))
+        first += len(row)
+    return pad_sequence(out, batch_first=True, padding_value=-1)
+
+
+def _taken(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Rows [T, H, D] at int64 [R, K] to [R, H, K, D]; anything where at is -1."""
+    return x[at.clamp(min=0)].transpose(1, 2)

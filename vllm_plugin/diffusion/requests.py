@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one request may ask for: ``vllm_xargs`` such as ``compress_threshold`` over HTTP.
+
+What a denoiser cannot give (log-probabilities, grammars, penalties) is refused, not left out.
+"""
+
+import json
+import os
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from compress_common.errors import joined
+from diffusion.base import CachePolicy
+from diffusion.settings import Decoding
+from vllm_plugin.diffusion.settings import DiffusionSettings
+from vllm_plugin.kv_cache import requests as kv_requests
+
+PREFIX = "compress_"
+# Carries the server's settings to each of its API processes, which validate requests.
+_VARIABLE = "VLLM_COMPRESS_DIFFUSION"
+
+# Parameters that have no meaning for a denoiser, and the values that ask for nothing.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "logprobs": (None,),
+    "prompt_logprobs": (None,),
+    "logprob_token_ids": (None,),
+    "structured_outputs": (None,),
+    "logit_bias": (None, {}),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "min_tokens": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "repetition_detection": (None,),
+    "thinking_token_budget": (None,),
+}
+# These choose among sampled tokens, so they ask for nothing at temperature 0.
+_SAMPLING: dict[str, tuple[Any, ...]] = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,)}
+
+
+def canvas_length(prompt: int, params: SamplingParams, max_model_len: int) -> int:
+    """Masks behind a prompt of so many tokens."""
+    return min(params.max_tokens or max_model_len, max_model_len - prompt)
+
+
+def decoding_of(params: SamplingParams, served: DiffusionSettings) -> tuple[Decoding, CachePolicy]:
+    """What a (validated) request is decoded with."""
+    mine = served.for_request(_asked(params))
+    return mine.decoding(), mine.build()
+
+
+def check(params: SamplingParams, served: DiffusionSettings) -> None:
+    """ValueError, HTTP 400 over the endpoint, with all that a request cannot have."""
+    problems = []
+    unfit = dict(_REFUSED)
+    if params.temperature > 0:
+        unfit |= _SAMPLING
+    for name, nothing in unfit.items():
+        value = getattr(params, name, nothing[0])
+        if value not in nothing:
+            problems.append(
+                f"{name} {value!r}: a diffusion model commits tokens in any order, several at a "
+                f"time, and has no such thing{' above temperature 0' if name in _SAMPLING else ''};"
+                " leave it out"
+            )
+    try:
+        served.for_request(_asked(params))
+    except ValueError as error:
+        allowed = [*Decoding.model_fields, *type(served.build()).settings_type.model_fields]
+        names = ", ".join(PREFIX + name for name in allowed)
+        problems.append(f"{error} (a request may set {names})")
+    if problems:
+        kv_requests.on_refusal("diffusion")
+        raise joined(problems)
+
+
+def _asked(params: SamplingParams) -> dict[str, Any]:
+    extra = params.extra_args or {}
+    return {
+        name.removeprefix(PREFIX): value for name, value in extra.items() if name.startswith(PREFIX)
+    }
+
+
+class RequestCheck(LogitsProcessor):
+    """Calls ``check`` for each request when it arrives; touches no logits.
+
+    A logits processor is vLLM's seam for validating parameters of a request before it is admitted.
+    It is not told the configuration there, so that travels in the environment.
+    """
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        check(sampling_params, DiffusionSettings(**json.loads(os.environ[_VARIABLE])))
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        pass
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        pass
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+
+def check_requests(config: VllmConfig, served: DiffusionSettings) -> None:
+    """Have requests of this engine checked."""
+    os.environ[_VARIABLE] = json.dumps(served.model_dump(exclude_none=True))
+    model = config.model_config
+    model.logits_processors = [*(model.logits_processors or []), RequestCheck]

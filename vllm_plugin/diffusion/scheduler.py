@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's scheduler for requests whose every step computes any number of their positions.
+
+A request is admitted with blocks for its whole canvas, so it is never preempted, and its step is
+never cut: what does not fit the token budget waits for the next step. To the scheduler the canvas
+is tokens that are there from the start and are computed again and again.
+"""
+
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.sched.utils import check_stop
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_plugin.diffusion.requests import canvas_length
+
+
+class DiffusionScheduler(Scheduler):
+    """Reserves canvases and sizes steps as the worker's policies have planned them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_sampled_tokens_per_step = 0  # as vLLM has it for its own diffusion models
+        self._mask = self.vllm_config.model_config.hf_config.mask_token_id
+        self._next_rows: dict[str, int] = {}
+
+    def add_request(self, request: Request) -> None:
+        """Append the canvas, so that admission reserves its blocks."""
+        if request.request_id not in self.requests:
+            length = canvas_length(
+                request.num_prompt_tokens, request.sampling_params, self.max_model_len
+            )
+            request._all_token_ids.extend([self._mask] * length)
+        super().add_request(request)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Let each running request compute the rows of its next step, if these fit as a whole."""
+        budget = self.max_num_scheduled_tokens
+        for request in self.running:
+            rows = self._next_rows[request.request_id]
+            if rows > budget:
+                rows = 0  # the base passes over what has nothing to compute
+            budget -= rows
+            request.num_computed_tokens = request.num_tokens - rows
+        return super().schedule(throttle_prefills)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        """Take the sizes of the next steps from the worker."""
+        self._next_rows |= getattr(model_runner_output, "next_rows", {})
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for name in scheduler_output.num_scheduled_tokens:
+            if name not in self.requests:
+                self._next_rows.pop(name, None)
+        return outputs
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        """Put final tokens in the place of masks."""
+        for count, token in enumerate(new_token_ids, 1):
+            place = request.num_prompt_tokens + request.num_output_tokens
+            request._all_token_ids[place] = token
+            request._output_token_ids.append(token)
+            # The canvas may reach the longest length from the start: only a longer one would stop.
+            if check_stop(request, self.max_model_len + 1):
+                return new_token_ids[:count], True
+        return new_token_ids, False

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``compress.diffusion``: how a diffusion model is served, and what a request may change of it."""
+
+from typing import Any
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from compress_common.errors import CompressError, explain, joined, nearest
+from diffusion.base import CachePolicy
+from diffusion.registry import build_policy, policies
+from diffusion.settings import Decoding
+
+DEFAULT_POLICY = "fixed_period"
+BLOCK = 32  # tokens, of policies that need blocks and were given none
+
+
+class DiffusionSettings(Decoding):
+    """Commit rule and schedule, plus ``policy`` and the settings of that policy, such as gamma."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    policy: str = Field(
+        DEFAULT_POLICY, description="when what is cached is recomputed: see `vllm-compress methods`"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            kinds = policies()
+            chosen = kinds.get(str(values.get("policy", DEFAULT_POLICY)))
+            valid = list(cls.model_fields)
+            for kind in [chosen] if chosen else kinds.values():
+                valid += kind.settings_type.model_fields
+            unknown = [
+                f"unknown setting {k!r}{nearest(k, valid)}" for k in values if k not in valid
+            ]
+            if unknown:
+                raise ValueError(f"{'; '.join(unknown)} (valid: {', '.join(dict.fromkeys(valid))})")
+        return values
+
+    @model_validator(mode="after")
+    def _fits_the_policy(self) -> "DiffusionSettings":
+        kind = policies().get(self.policy)
+        if kind is not None and kind.blocks_only and self.window_length is not None:
+            raise ValueError(
+                f"`window_length`: {self.policy} works on blocks; give `block_length` instead"
+            )
+        return self
+
+    def build(self) -> CachePolicy:
+        """A policy for one request; CompressError lists what is wrong with its settings."""
+        return build_policy(self.policy, dict(self.model_extra or {}))
+
+    def decoding(self) -> Decoding:
+        """Commit rule and schedule."""
+        chosen = self.model_dump(include=set(Decoding.model_fields), exclude_none=True)
+        if self.block_length is None and policies()[self.policy].blocks_only:
+            chosen["block_length"] = BLOCK
+        return Decoding(**chosen)
+
+    def for_request(self, values: dict[str, Any]) -> "DiffusionSettings":
+        """The same with a request's values; CompressError lists all that is wrong with them."""
+        mine = self.model_dump(exclude_none=True)
+        for one, other in (("threshold", "tokens_per_step"), ("window_length", "block_length")):
+            if one in values:
+                mine.pop(other, None)
+            if other in values:
+                mine.pop(one, None)
+        if "policy" in values:
+            raise CompressError(
+                "a request cannot choose the policy, only settings of the served one, "
+                f"{self.policy}"
+            )
+        try:
+            changed = DiffusionSettings(**(mine | values))
+        except ValidationError as error:
+            raise joined(explain(error, "request", list(Decoding.model_fields))) from error
+        changed.build()
+        return changed

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models are served by denoising, with which settings, and what rules it out."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+from vllm.config import CompilationMode, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from compress_common.errors import CompressError, joined
+from diffusion.base import CachePolicy
+from vllm_plugin.diffusion.config import ARCHITECTURE, MODEL_TYPE, LLaDAConfig, config_problems
+from vllm_plugin.diffusion.requests import check_requests
+from vllm_plugin.diffusion.settings import DiffusionSettings
+from vllm_plugin.settings import parse_settings
+
+WORKER = "vllm_plugin.diffusion.worker.DiffusionWorker"
+SCHEDULER = "vllm_plugin.diffusion.scheduler.DiffusionScheduler"
+_CPU_BLOCK = 32
+
+# Other diffusion models, and why they are not served.
+_BLOCK_CAUSAL = (
+    "is block-causal: what lies before its active block never changes, so there is nothing for a "
+    "refresh policy to decide"
+)
+_OTHERS = {
+    "llada2_moe": _BLOCK_CAUSAL,
+    "diffusion_gemma": _BLOCK_CAUSAL,
+    "Dream": "shifts its logits by one position, which is not built",
+    "llada_moe": "is a mixture of experts, which is not built",
+}
+
+
+def model_type_of(args: EngineArgs) -> str | None:
+    """The ``model_type`` of a checkpoint's config, before vLLM reads it; None if it has none."""
+    try:
+        found, _ = PretrainedConfig.get_config_dict(
+            args.hf_config_path or args.model, revision=args.revision
+        )
+    except (OSError, ValueError):
+        return None  # vLLM says what is wrong with it
+    return found.get("model_type")
+
+
+def settings_of(config: VllmConfig) -> DiffusionSettings:
+    """``compress.diffusion``, or its defaults."""
+    return parse_settings(config.additional_config).diffusion or DiffusionSettings()
+
+
+def policy_of(config: VllmConfig) -> CachePolicy:
+    """A fresh policy as the server is configured."""
+    return settings_of(config).build()
+
+
+def choose_engine_args(args: EngineArgs) -> None:
+    """Choose what depends on denoising and the user left alone."""
+    for name, value in {
+        "async_scheduling": False,
+        "enable_prefix_caching": False,
+        "enable_chunked_prefill": False,
+        "scheduler_cls": SCHEDULER,
+    }.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.worker_cls == "auto":
+        args.worker_cls = WORKER
+    if current_platform.is_cpu() and args.block_size is None:
+        args.block_size = _CPU_BLOCK
+    args.enforce_eager = True  # the number of rows changes between layers
+    # What the published model is decoded with.
+    args.override_generation_config = {"temperature": 0.0} | args.override_generation_config
+
+
+def apply_diffusion(config: VllmConfig, settings: DiffusionSettings | None) -> None:
+    """Check an engine whose model denoises; CompressError lists all that rules it out."""
+    served = settings or DiffusionSettings()
+    problems = _problems(config)
+    try:
+        served.build()
+        served.decoding()
+    except CompressError as error:
+        problems.append(str(error))
+    if problems:
+        raise joined(problems)
+    check_requests(config, served)
+
+
+def refuse_other(model_type: str | None, settings: DiffusionSettings | None) -> None:
+    """CompressError if ``compress.diffusion`` is set for a model that does not denoise."""
+    if settings is not None:
+        why = _OTHERS.get(str(model_type), "is none that denoises a canvas")
+        raise CompressError(
+            f"compress.diffusion is set, but this model ({model_type}) {why}; remove the section, "
+            f"or serve a model of type {MODEL_TYPE} ({ARCHITECTURE})"
+        )
+
+
+def _problems(config: VllmConfig) -> list[str]:
+    model, parallel = config.model_config, config.parallel_config
+    scheduler = config.scheduler_config
+    kv = parse_settings(config.additional_config).kv
+    found: dict[str, Any] = {
+        "compress.kv: its policies are made for caches that grow token by token; remove the "
+        "section": kv is not None,
+        f"platform {current_platform.device_name}: denoising runs on Model Runner V1 of CPUs; the "
+        "adapter of Model Runner V2 is not built": not current_platform.is_cpu()
+        or config.use_v2_model_runner,
+        f"--worker-cls {parallel.worker_cls}: denoising brings its own; remove the flag": (
+            parallel.worker_cls != WORKER
+        ),
+        f"--scheduler-cls {scheduler.scheduler_cls}: denoising brings its own; remove the flag": (
+            scheduler.scheduler_cls != SCHEDULER
+        ),
+        "--async-scheduling: the size of a step is known when the last one has ended; remove the "
+        "flag": scheduler.async_scheduling,
+        "--enable-prefix-caching: keys and values of a prompt depend on what follows it; remove "
+        "the flag": config.cache_config.enable_prefix_caching,
+        f"--max-num-batched-tokens {scheduler.max_num_batched_tokens}: a refresh computes a whole "
+        f"request in one step, here up to --max-model-len {model.max_model_len}; raise one or "
+        "lower the other": scheduler.max_num_batched_tokens < model.max_model_len,
+        f"--kv-cache-dtype {config.cache_config.cache_dtype}: leave it at auto": (
+            config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16")
+        ),
+        "--speculative-config: several tokens are committed per step already; remove it": (
+            config.speculative_config is not None
+        ),
+        "--enable-lora was never tested with a diffusion model; remove it": (
+            config.lora_config is not None
+        ),
+        "--kv-transfer-config: cached keys and values are only good for one canvas; remove it": (
+            config.kv_transfer_config is not None
+        ),
+        "--pipeline-parallel-size above 1: all layers of a step run in one process; use "
+        "--tensor-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--decode-context-parallel-size or --prefill-context-parallel-size above 1: blocks are "
+        "spread over ranks; set them to 1": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "compilation was not switched off; add --enforce-eager": (
+            config.compilation_config.mode != CompilationMode.NONE
+        ),
+    }
+    problems = [problem for problem, present in found.items() if present]
+    if not isinstance(model.hf_config, LLaDAConfig):
+        problems.append(
+            f"the config of this model was read as {type(model.hf_config).__name__}, which another "
+            "package or remote code registered; remove --trust-remote-code"
+        )
+    else:
+        problems += config_problems(model.hf_config)
+    return problems
