@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine in a process of its own, its metrics read after every step.
 
-``watch(model, kv, prompts, max_tokens, extra)`` is the caller's side. The answer has ``start``, the
-plugin's series before the first request, ``steps``: per step the pool's ``free`` blocks, the
-``columns`` of all block tables, whether a request ``finished``, and the plugin's series; and
-``end``, its series when all is done. A series is its name and labels as Prometheus prints them.
+``watch(model, kv, prompts, max_tokens, extra)`` is the caller's side; ``diffusion`` in place of
+``kv`` is that section, ``stop`` has token ids. The answer has ``start``, the plugin's series before
+the first request, ``steps``: per step the pool's ``free`` blocks, the ``columns`` of all block
+tables, whether a request ``finished``, and the plugin's series; ``end``, its series when all is
+done, and ``refused``, the places of prompts that were refused. A series is its name and labels as
+Prometheus prints them.
 """
 
 import json
@@ -45,23 +47,35 @@ def series() -> dict[str, float]:
 
 def _main() -> None:
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.exceptions import VLLMValidationError
 
     case = json.load(sys.stdin)
+    arguments = ENGINE | case.get("engine", {})
     llm = LLM(
         case["model"],
-        additional_config={"compress": {"kv": case["kv"]}} if case.get("kv") else {},
+        additional_config={
+            "compress": {name: case[name] for name in ("kv", "diffusion") if case.get(name)}
+        },
         disable_log_stats=False,
-        **(ENGINE | case.get("engine", {})),
+        **arguments,
     )
     engine = llm.llm_engine
     manager = engine.engine_core.engine_core.scheduler.kv_cache_manager
-    start, steps = series(), []
+    start, steps, refused = series(), [], []
     free = manager.block_pool.get_num_free_blocks()
     for index, (prompt, extra) in enumerate(zip(case["prompts"], case["extra"], strict=True)):
         sampling = SamplingParams(
-            temperature=0, max_tokens=case["max_tokens"], ignore_eos=True, extra_args=extra
+            temperature=0,
+            max_tokens=case["max_tokens"],
+            ignore_eos=True,
+            stop_token_ids=case.get("stop"),
+            detokenize=not arguments.get("skip_tokenizer_init"),
+            extra_args=extra,
         )
-        engine.add_request(str(index), TokensPrompt(prompt_token_ids=prompt), sampling)
+        try:
+            engine.add_request(str(index), TokensPrompt(prompt_token_ids=prompt), sampling)
+        except VLLMValidationError:
+            refused.append(index)
     while engine.has_unfinished_requests():
         outputs = engine.step()
         tables = (m.req_to_blocks for m in manager.coordinator.single_type_managers)
@@ -73,7 +87,7 @@ def _main() -> None:
                 "series": series(),
             }
         )
-    answer({"start": start, "free": free, "steps": steps, "end": series()})
+    answer({"start": start, "free": free, "steps": steps, "end": series(), "refused": refused})
 
 
 if __name__ == "__main__":

@@ -95,12 +95,14 @@ class Probe:
             found = found.where(~mine, value)
         self._similarity.append(found)
 
-    def observations(self) -> list[Observation]:
-        """Of each request, after all layers."""
-        similarity = torch.stack(self._similarity, 1).numpy()
-        attended = torch.stack(self._attended, 1).numpy()
+    def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """After all layers: similarity [R, L] and attended int64 [R, L, most tracked]."""
+        return torch.stack(self._similarity, 1), torch.stack(self._attended, 1)
+
+    def observations(self, similarity: torch.Tensor, attended: torch.Tensor) -> list[Observation]:
+        """What was seen, by request."""
         return [
-            Observation(similarity[row], attended[row, :, :count])
+            Observation(similarity[row].numpy(), attended[row, :, :count].numpy())
             for row, count in enumerate(self._count)
         ]
 

@@ -21,7 +21,7 @@ from vllm_plugin.kv_cache import requests as kv_requests
 
 PREFIX = "compress_"
 # Carries the server's settings to each of its API processes, which validate requests.
-_VARIABLE = "VLLM_COMPRESS_DIFFUSION"
+_VARIABLE = "COMPRESS_DIFFUSION_SETTINGS"
 
 # Parameters that have no meaning for a denoiser, and the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from diffusion.denoiser import Denoiser
 from vllm_plugin.diffusion.activity import Activity
@@ -88,6 +88,8 @@ class DiffusionWorker(PlatformWorker):
             self._running[request.req_id] = self._admitted(request)
         ids = list(scheduler_output.num_scheduled_tokens)
         if not ids:
+            if not has_kv_transfer_group():
+                return EMPTY_MODEL_RUNNER_OUTPUT
             return self.model_runner.kv_connector_no_forward(scheduler_output, self.vllm_config)
         return self._step(ids, scheduler_output)
 
@@ -125,8 +127,10 @@ class DiffusionWorker(PlatformWorker):
                 prepared.tokens, first.positions, step=DenoiseStep(prepared.stages, probe)
             )
             logits = model.compute_logits(hidden[prepared.active])
-            seen = probe.observations() if probe is not None else None
-            confidence, tokens = predictions(batch, logits, self._mask)
+            confidence, tokens = self._predicted(batch, logits)
+            seen = None
+            if probe is not None:
+                seen = probe.observations(*self._agreed(*probe.seen()))
             for one in batch:
                 self.activity.step(one.denoiser)
             final = advance(batch, confidence, tokens, seen)
@@ -141,6 +145,20 @@ class DiffusionWorker(PlatformWorker):
                 name: next_rows(one.denoiser, layers) for name, one in zip(ids, batch, strict=True)
             },
         )
+
+    def _predicted(self, batch: list[Running], logits: torch.Tensor | None) -> list[torch.Tensor]:
+        """Probability and token of each active position, the same on all ranks."""
+        if get_tp_group().rank_in_group == 0:
+            assert logits is not None
+            return self._agreed(*predictions(batch, logits, self._mask))
+        count = sum(len(one.denoiser.plan.active) for one in batch)
+        return self._agreed(
+            torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.int64)
+        )
+
+    def _agreed(self, *found: torch.Tensor) -> list[torch.Tensor]:
+        """What the first rank found: ranks that differ in a rounding would part for ever."""
+        return [get_tp_group().broadcast(x) for x in found]
 
     @property
     def _mask(self) -> int:

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run vLLM engines that denoise, one after the other in a process of their own.
+
+``run(model, cases)`` is the caller's side. A case is a dict: ``section`` (``compress.diffusion``),
+``engine`` (engine arguments), ``requests`` (dicts with ``prompt``, token ids, ``max_tokens``, and
+if wanted ``temperature``, ``seed``, ``extra``), ``alone`` (one request at a time), ``rounds`` (send
+all so many times), ``storm`` (abort at random times with this seed).
+
+The answer has ``rounds`` (tokens per request, null if aborted), ``pieces`` (how many outputs each
+request of the last round had), ``free_before`` and ``free_after`` blocks, ``held`` requests of the
+worker, ``peak_running``, ``preemptions``, ``steps``, and ``chunked`` and ``cached``, whether the
+engine cuts prompts and caches prefixes.
+"""
+
+import gc
+import json
+import os
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion.base import Plan
+from diffusion.denoiser import Denoiser
+from diffusion.dense import DenseLLaDA
+from diffusion.reference import generate
+from tests.support.generate import SINGLE_PROCESS, answer, ask_child
+from vllm_plugin.diffusion.settings import DiffusionSettings
+
+MASK, STOP = 63, 1  # of ``tests.support.llada``
+ENGINE = {
+    "skip_tokenizer_init": True,
+    "dtype": "float32",  # the reference's; in bfloat16 near-equal probabilities change places
+    "max_model_len": 256,
+    "kv_cache_memory_bytes": 1 << 26,
+    "gpu_memory_utilization": 0.2,
+}
+
+
+def run(model: Path, cases: list[dict[str, Any]], timeout: float = 400) -> list[dict[str, Any]]:
+    """The answers, one per case; EngineFailed when an engine does not start or dies."""
+    environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    request = {"model": str(model), "cases": cases}
+    return ask_child(["-m", "tests.support.diffusion_engine"], request, environment, timeout)
+
+
+def some_requests(count: int, seed: int = 0, **others: Any) -> list[dict[str, Any]]:
+    """Ragged random requests of 3 to 60 tokens and canvases of 5 to 60."""
+    draw = random.Random(seed)
+    return [
+        {
+            "prompt": [draw.randrange(3, 60) for _ in range(draw.randrange(3, 60))],
+            "max_tokens": draw.randrange(5, 60),
+            **others,
+        }
+        for _ in range(count)
+    ]
+
+
+def expected(
+    model: DenseLLaDA, section: dict[str, Any], request: dict[str, Any]
+) -> tuple[list[int], list[Plan]]:
+    """What the dense reference gives, and the plans of its steps."""
+    asked = {key.removeprefix("compress_"): v for key, v in request.get("extra", {}).items()}
+    settings = DiffusionSettings(**section).for_request(asked)
+    denoiser = Denoiser(
+        request["prompt"],
+        request["max_tokens"],
+        settings.decoding(),
+        settings.build(),
+        mask=MASK,
+        layers=model.shape.n_layers,
+        stops={STOP},
+        temperature=request.get("temperature", 0),
+        seed=request.get("seed", 0),
+    )
+    torch.set_num_threads(1)  # two, beside anything else, wait for each other at every product
+    found = generate(model, denoiser)
+    return found.tokens, found.plans
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    answer([_run(request["model"], case) for case in request["cases"]])
+
+
+def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    config = {"compress": {"diffusion": case["section"]}}
+    llm = LLM(model, additional_config=config, **(ENGINE | case.get("engine", {})))
+    engine = llm.llm_engine
+    core = engine.engine_core.engine_core
+    scheduler, pool = core.scheduler, core.scheduler.kv_cache_manager.block_pool
+    free_before = pool.get_num_free_blocks()
+    watch = _Watch(engine, scheduler, case.get("storm"))
+    rounds = []
+    for number in range(case.get("rounds", 1)):
+        names = [f"{number}-{index}" for index in range(len(case["requests"]))]
+        for name, request in zip(names, case["requests"], strict=True):
+            _add(engine, name, request)
+            if case.get("alone"):
+                watch.drain()
+        watch.drain()
+        rounds.append([watch.tokens(name) for name in names])
+    worker = getattr(core.model_executor.driver_worker, "worker", None)
+    engine.step()  # tells the worker of the last requests that have ended
+    result = {
+        "rounds": rounds,
+        "pieces": [watch.pieces[name] for name in names],
+        "free_before": free_before,
+        "free_after": pool.get_num_free_blocks(),
+        "held": len(worker._running) if worker is not None else None,
+        "sized": len(scheduler._next_rows),
+        "peak_running": watch.peak,
+        "preemptions": watch.preemptions,
+        "steps": watch.steps,
+        "chunked": scheduler.scheduler_config.enable_chunked_prefill,
+        "cached": scheduler.cache_config.enable_prefix_caching,
+        "tokens_in_cache": scheduler.cache_config.num_gpu_blocks * scheduler.block_size,
+    }
+    engine.engine_core.shutdown()
+    del llm, engine, core, scheduler, pool, worker, watch
+    cleanup_dist_env_and_memory()
+    gc.collect()
+    return result
+
+
+class _Watch:
+    """Steps an engine until it is idle, and remembers what it saw."""
+
+    def __init__(self, engine: Any, scheduler: Any, storm: int | None) -> None:
+        self._engine, self._scheduler = engine, scheduler
+        self._draw = None if storm is None else random.Random(storm)
+        self._seen: dict[str, Any] = {}
+        self.pieces = Counter[str]()
+        self.peak = self.preemptions = self.steps = 0
+
+    def drain(self) -> None:
+        requests = self._scheduler.requests
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                self._seen[output.request_id] = output
+                self.pieces[output.request_id] += 1
+            self.steps += 1
+            self.peak = max(self.peak, len(self._scheduler.running))
+            self.preemptions += sum(one.num_preemptions for one in requests.values())
+            if self._draw is not None and requests and self._draw.random() < 0.3:
+                self._engine.abort_request([self._draw.choice(sorted(requests))], internal=True)
+
+    def tokens(self, name: str) -> list[int] | None:
+        output = self._seen.get(name)
+        if output is None or not output.finished:
+            return None
+        return list(output.outputs[0].token_ids)
+
+
+def _add(engine: Any, name: str, request: dict[str, Any]) -> None:
+    from vllm import SamplingParams, TokensPrompt
+
+    sampling = SamplingParams(
+        temperature=request.get("temperature", 0),
+        seed=request.get("seed"),
+        max_tokens=request["max_tokens"],
+        stop_token_ids=[STOP],
+        detokenize=False,
+        extra_args=request.get("extra"),
+    )
+    engine.add_request(name, TokensPrompt(prompt_token_ids=request["prompt"]), sampling)
+
+
+if __name__ == "__main__":
+    _main()

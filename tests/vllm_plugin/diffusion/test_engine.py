@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real engine denoises as the dense reference does, token for token, however it is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion.dense import DenseLLaDA
+from tests.support.diffusion_engine import expected, run, some_requests
+from tests.support.llada import random_llada
+
+LAYERS = 4
+SECTIONS: dict[str, dict[str, Any]] = {
+    "full": {"policy": "full"},
+    "never": {"policy": "never"},
+    "fixed_period": {"policy": "fixed_period", "period": 3},
+    "dual_cache": {"policy": "dual_cache", "block_length": 12},
+    "elastic": {"policy": "elastic", "gamma": 0.97},
+    "elastic, rows": {
+        "policy": "elastic",
+        "similarity": "row",
+        "track": 2,
+        "tokens_per_step": 2,
+        "block_length": 12,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DenseLLaDA]:
+    folder = tmp_path_factory.mktemp("llada")
+    return folder, random_llada(folder, layers=LAYERS)
+
+
+def assert_nothing_left(answer: dict[str, Any]) -> None:
+    assert answer["free_after"] == answer["free_before"]
+    assert answer["held"] in (0, None) and answer["sized"] == 0
+
+
+def test_every_policy_is_the_reference(model: tuple[Path, DenseLLaDA]) -> None:
+    folder, dense = model
+    requests = some_requests(20)
+    cases = [{"section": section, "requests": requests} for section in SECTIONS.values()]
+    cases.append(cases[0] | {"alone": True})
+    answers = run(folder, cases)
+    middle = 0
+    for case, answer in zip(cases, answers, strict=True):
+        wanted = [expected(dense, case["section"], request) for request in requests]
+        assert answer["rounds"] == [[tokens for tokens, _ in wanted]], case["section"]
+        middle += sum(0 < plan.start < LAYERS for _, plans in wanted for plan in plans)
+        assert answer["peak_running"] == (1 if case.get("alone") else 20)
+        assert not answer["chunked"] and not answer["cached"]
+        assert_nothing_left(answer)
+    assert middle > 20  # refreshes that began between the layers were among them
+
+
+def test_requests_of_their_own_settings_share_a_batch(model: tuple[Path, DenseLLaDA]) -> None:
+    folder, dense = model
+    requests = some_requests(10, seed=1)
+    extras: list[dict[str, Any]] = [
+        {},
+        {"compress_gamma": 0.5},
+        {"compress_tokens_per_step": 3},
+        {"compress_threshold": 0.3, "compress_window_length": 5},
+        {"compress_block_length": 7, "compress_similarity": "row", "compress_track": 3},
+    ]
+    for index, request in enumerate(requests):
+        request["extra"] = extras[index % len(extras)]
+        if index >= 5:
+            request |= {"temperature": 0.7, "seed": index}
+    section = SECTIONS["elastic"]
+    (answer,) = run(folder, [{"section": section, "requests": requests}])
+    wanted = [expected(dense, section, request)[0] for request in requests]
+    assert answer["rounds"] == [wanted]
+    assert max(answer["pieces"]) > 1  # they stream
+
+
+@pytest.mark.parametrize("policy", ["full", "elastic"])
+def test_tight_pool_and_aborts_lose_nothing(model: tuple[Path, DenseLLaDA], policy: str) -> None:
+    folder, dense = model
+    requests = some_requests(16, seed=2)
+    case = {"section": SECTIONS[policy], "requests": requests}
+    # 12 blocks of 32 tokens of 4 layers' keys and values, and of their inputs if these are kept.
+    vectors = 3 if policy == "elastic" else 2
+    tight = {"kv_cache_memory_bytes": 12 * 32 * LAYERS * vectors * 128 * 4}
+    budget = {"max_num_batched_tokens": 260}
+    (few, stormy) = run(
+        folder,
+        [
+            case | {"engine": tight | budget, "rounds": 2},
+            case | {"engine": tight, "rounds": 3, "storm": 1},
+        ],
+    )
+    wanted = [expected(dense, case["section"], request)[0] for request in requests]
+    assert few["rounds"] == [wanted, wanted]
+    assert 1 < few["peak_running"] < 16 and few["preemptions"] == stormy["preemptions"] == 0
+    aborted = 0
+    for tokens in stormy["rounds"]:
+        aborted += tokens.count(None)
+        assert all(mine in (None, theirs) for mine, theirs in zip(tokens, wanted, strict=True))
+    assert 0 < aborted < 48
+    for answer in (few, stormy):
+        assert_nothing_left(answer)
+
+
+def test_two_ranks_are_one(model: tuple[Path, DenseLLaDA]) -> None:
+    folder, dense = model
+    requests = some_requests(8, seed=3)
+    requests[0] |= {"temperature": 0.8, "seed": 7}
+    section = SECTIONS["elastic"]
+    (answer,) = run(
+        folder,
+        [{"section": section, "requests": requests, "engine": {"tensor_parallel_size": 2}}],
+    )
+    assert answer["rounds"] == [[expected(dense, section, one)[0] for one in requests]]
+    assert_nothing_left(answer)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be denoised is refused: engines at start, requests when they arrive."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import StructuredOutputsParams
+
+import vllm_plugin
+from compress_common.errors import CompressError
+from tests.support.llada import random_llada
+from vllm_plugin.diffusion.requests import RequestCheck, check
+from vllm_plugin.diffusion.settings import DiffusionSettings
+from vllm_plugin.diffusion.support import SCHEDULER, WORKER
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llada")
+    random_llada(folder, layers=2)
+    return folder
+
+
+def configure(model: Path, section: dict[str, Any] | None = None, **engine: Any) -> VllmConfig:
+    vllm_plugin.register()
+    compress = {"diffusion": section} if section is not None else {}
+    args = {"max_model_len": 256, "skip_tokenizer_init": True, "dtype": "float32"}
+    extra = engine.pop("compress", {})
+    return EngineArgs(
+        model=str(model), additional_config={"compress": compress | extra}, **(args | engine)
+    ).create_engine_config()
+
+
+def refusal(model: Path, section: dict[str, Any] | None = None, **engine: Any) -> str:
+    with pytest.raises(CompressError) as caught:
+        configure(model, section, **engine)
+    return str(caught.value)
+
+
+def test_plain_serving_works(model: Path) -> None:
+    config = configure(model)
+    assert config.parallel_config.worker_cls == WORKER
+    assert config.scheduler_config.scheduler_cls == SCHEDULER
+    assert config.cache_config.block_size == 32
+    assert config.model_config.get_diff_sampling_param()["temperature"] == 0
+    assert config.model_config.logits_processors == [RequestCheck]
+    RequestCheck.validate_params(SamplingParams(temperature=0))
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"policy": "elastc"}, "unknown diffusion cache policy 'elastc'; did you mean 'elastic'?"),
+        ({"policy": "elastic", "gama": 0.9}, "unknown setting 'gama'; did you mean 'gamma'?"),
+        ({"policy": "never", "gamma": 0.9}, "unknown setting 'gamma'"),
+        ({"policy": "elastic", "gamma": 2}, "gamma: Input should be less than or equal to 1"),
+        ({"policy": "fixed_period", "period": 0}, "greater than or equal to 1"),
+        ({"threshold": 0}, "threshold: Input should be greater than 0"),
+        ({"threshold": 0.5, "tokens_per_step": 2}, "exclude each other"),
+        ({"window_length": 8, "block_length": 8}, "exclude each other"),
+        ({"policy": "dual_cache", "window_length": 8}, "give `block_length` instead"),
+    ],
+)
+def test_bad_settings(model: Path, section: dict[str, Any], expected: str) -> None:
+    assert expected in refusal(model, section)
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
+        ({"enable_prefix_caching": True}, "--enable-prefix-caching"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"enable_chunked_prefill": True, "max_num_batched_tokens": 100}, "raise one or lower"),
+        ({"compress": {"kv": {"policy": "recent", "keep": 0.5}}}, "compress.kv"),
+    ],
+)
+def test_unsupported_engines(model: Path, engine: dict[str, Any], expected: str) -> None:
+    assert expected in refusal(model, **engine)
+
+
+def test_all_problems_in_one_error(model: Path) -> None:
+    text = refusal(model, {"policy": "elastc"}, kv_cache_dtype="fp8", enable_prefix_caching=True)
+    assert text.startswith("3 problems:")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"alibi": True}, "config.json has alibi True"),
+        ({"include_qkv_bias": True}, "include_qkv_bias True"),
+        ({"weight_tying": True}, "weight_tying True"),
+        ({"mask_token_id": 126336}, "mask_token_id 126336, outside of the vocabulary"),
+    ],
+)
+def test_other_llada_configs(
+    model: Path, tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
+    assert expected in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("llada2_moe", "block-causal"),
+        ("Dream", "shifts its logits"),
+        ("llama", "none that denoises"),
+    ],
+)
+def test_other_models(tmp_path: Path, model_type: str, expected: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    assert expected in refusal(tmp_path, {"policy": "elastic"})
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logprobs": 1},
+        {"prompt_logprobs": 1},
+        {"min_tokens": 2},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"repetition_penalty": 1.1},
+        {"logit_bias": {5: 1.0}},
+        {"allowed_token_ids": [5]},
+        {"bad_words": ["no"]},
+        {"structured_outputs": StructuredOutputsParams(regex="a+")},
+    ],
+)
+def test_requests_for_what_there_is_not(params: dict[str, Any]) -> None:
+    (name,) = params
+    with pytest.raises(ValueError, match=f"^{name} "):
+        check(SamplingParams(temperature=0, **params), DiffusionSettings())
+
+
+def test_sampling_filters_are_refused_where_they_mean_something() -> None:
+    params = {"top_p": 0.9, "top_k": 5, "min_p": 0.1}
+    check(SamplingParams(temperature=0, **params), DiffusionSettings())
+    with pytest.raises(ValueError, match="3 problems"):
+        check(SamplingParams(temperature=0.5, **params), DiffusionSettings())
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({"compress_threshold": 0}, "greater than 0, got 0"),
+        ({"compress_threshold": "high"}, "valid number"),
+        ({"compress_gamma": 1.5}, "less than or equal to 1, got 1.5"),
+        ({"compress_period": 3}, "unknown setting 'period'"),
+        ({"compress_policy": "full"}, "cannot choose the policy"),
+        ({"compress_threshold": 0.5, "compress_tokens_per_step": 1}, "exclude each other"),
+        ({"compress_nothing": 1}, "compress_block_length, compress_gamma, compress_track"),
+    ],
+)
+def test_bad_request_settings(extra: dict[str, Any], expected: str) -> None:
+    served = DiffusionSettings(policy="elastic")
+    with pytest.raises(ValueError) as caught:
+        check(SamplingParams(temperature=0, extra_args=extra), served)
+    assert expected in str(caught.value)
+
+
+def test_request_settings_take_the_place_of_the_servers() -> None:
+    served = DiffusionSettings(policy="elastic", threshold=0.8, window_length=8)
+    asked = served.for_request({"tokens_per_step": "2", "block_length": 4, "gamma": 0.5})
+    assert asked.decoding().tokens_per_step == 2 and asked.decoding().threshold is None
+    assert asked.decoding().block_length == 4 and asked.build().settings.gamma == 0.5
