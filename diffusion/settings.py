@@ -42,16 +42,6 @@ class Decoding(BaseModel):
                 raise ValueError(f"`{one}` and `{other}` exclude each other; give one of them")
         return self
 
-    def changed(self, values: dict[str, float | int]) -> "Decoding":
-        """The same with a request's values; one of a pair takes the other's place."""
-        mine = self.model_dump(exclude_none=True)
-        pairs = {"threshold": "tokens_per_step", "window_length": "block_length"}
-        for name in values:
-            for one, other in (*pairs.items(), *((b, a) for a, b in pairs.items())):
-                if name == one and other not in values:
-                    mine.pop(other, None)
-        return Decoding(**(mine | values))
-
     def rule(self) -> CommitRule:
         if self.tokens_per_step is not None:
             return Fixed(self.tokens_per_step)

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine compresses and what that should bring, as one table in its log."""
+"""What an engine compresses, or how it denoises, as one table in its log."""
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from compress_common.errors import CompressError
+from diffusion.commit import CommitRule, Fixed, Threshold
+from diffusion.schedule import Blocks, Schedule, Window
 from kv_policies.layout import Layout
 from vllm_plugin.capacity import Footprint, kv_footprint, requests_in_pool, weight_footprint
+from vllm_plugin.diffusion.config import LLaDAConfig
+from vllm_plugin.diffusion.settings import DiffusionSettings
+from vllm_plugin.diffusion.support import settings_of
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.quantization.cpu_int4 import resolve_activations
 from vllm_plugin.settings import Settings, WeightSettings
@@ -23,7 +28,10 @@ def table(vllm_config: VllmConfig, settings: Settings, num_blocks: int | None = 
     cannot be told is said so; nothing is raised for it.
     """
     try:
-        return _weights(vllm_config, settings) + _kv(vllm_config, settings, num_blocks)
+        rows = _weights(vllm_config, settings)
+        if denoised := diffusion_of(vllm_config):
+            return rows + _denoising(vllm_config, denoised)
+        return rows + _kv(vllm_config, settings, num_blocks)
     except CompressError as error:
         return [("not known", str(error))]
 
@@ -60,6 +68,11 @@ def layouts(config: VllmConfig, settings: Settings) -> dict[int, Layout] | None:
     )
 
 
+def diffusion_of(config: VllmConfig) -> DiffusionSettings | None:
+    """How a model that denoises is served; None for any other model."""
+    return settings_of(config) if isinstance(config.model_config.hf_config, LLaDAConfig) else None
+
+
 def _weights(config: VllmConfig, settings: Settings) -> Rows:
     method = getattr(config.quant_config, "method", None)
     if (found := weights_of(config, settings)) is None:
@@ -89,3 +102,38 @@ def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:
         before, after = requests_in_pool(text, chosen, cache.block_size, num_blocks, longest)
         rows.append(("requests that fit", f"{before} -> {after} of {longest:,} tokens"))
     return rows
+
+
+def _denoising(config: VllmConfig, served: DiffusionSettings) -> Rows:
+    model, text = config.model_config, config.model_config.hf_text_config
+    policy, decoding = served.build(), served.decoding()
+    chosen = [f"{name} {value}" for name, value in policy.settings.model_dump().items()]
+    size = kv_footprint(text, model.dtype, config.cache_config.cache_dtype, None)
+    rows = [
+        ("denoising", ", ".join([served.policy, *chosen])),
+        ("commits", _committed(decoding.rule())),
+        ("predicts", _predicted(decoding.schedule())),
+        ("KV bytes a token", f"{size.original:,}"),
+    ]
+    if policy.tracks:
+        inputs = text.num_hidden_layers * text.hidden_size * model.dtype.itemsize
+        rows.append(("layer inputs", f"{inputs:,} bytes a token more, on each rank"))
+    return rows
+
+
+def _committed(rule: CommitRule) -> str:
+    match rule:
+        case Fixed(count=count):
+            return f"the likeliest {count} of a step"
+        case Threshold(least=least):
+            return f"what is at least {least} probable"
+    return type(rule).__name__
+
+
+def _predicted(schedule: Schedule) -> str:
+    match schedule:
+        case Window(length=length):
+            return f"the leftmost {length} masks"
+        case Blocks(length=length):
+            return f"one block of {length} after the other"
+    return type(schedule).__name__

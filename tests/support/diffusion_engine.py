@@ -43,6 +43,7 @@ ENGINE = {
 def run(model: Path, cases: list[dict[str, Any]], timeout: float = 400) -> list[dict[str, Any]]:
     """The answers, one per case; EngineFailed when an engine does not start or dies."""
     environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # ranks share what cores there are
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     request = {"model": str(model), "cases": cases}
     return ask_child(["-m", "tests.support.diffusion_engine"], request, environment, timeout)
@@ -108,7 +109,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
                 watch.drain()
         watch.drain()
         rounds.append([watch.tokens(name) for name in names])
-    worker = getattr(core.model_executor.driver_worker, "worker", None)
+    worker = getattr(getattr(core.model_executor, "driver_worker", None), "worker", None)
     engine.step()  # tells the worker of the last requests that have ended
     result = {
         "rounds": rounds,

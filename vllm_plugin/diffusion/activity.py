@@ -10,7 +10,7 @@ from diffusion.denoiser import Denoiser
 class Done:
     """Sums over requests and steps. token_layers: positions computed, over all layers; full_:
     what computing everything would have been. refreshes: steps that computed everything from some
-    layer on. tokens: committed. requests: denoised to the end; steps_of: theirs."""
+    layer on. tokens: that became final. requests: denoised to the end; steps_of: theirs."""
 
     steps: int = 0
     refreshes: int = 0
@@ -35,11 +35,10 @@ class Activity:
         self._done.refreshes += plan.start < self._layers
         self._done.token_layers += plan.token_layers(length, self._layers)
         self._done.full_token_layers += length * self._layers
-        self._done.tokens -= int(denoiser.canvas.masked.sum())
 
-    def committed(self, denoiser: Denoiser) -> None:
-        """Count what the step has committed, or dropped behind a stop token."""
-        self._done.tokens += int(denoiser.canvas.masked.sum())
+    def ended(self, denoiser: Denoiser, final: int) -> None:
+        """Count the tokens that the step made final; none that a stop token drops."""
+        self._done.tokens += final
         if denoiser.finished:
             self._done.requests += 1
             self._done.steps_of += denoiser.steps

@@ -37,7 +37,8 @@ class DiffusionScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Let each running request compute the rows of its next step, if these fit as a whole."""
-        budget = self.max_num_scheduled_tokens
+        budget, running = self.max_num_scheduled_tokens, [r.request_id for r in self.running]
+        self._next_rows = {name: self._next_rows[name] for name in running}
         for request in self.running:
             rows = self._next_rows[request.request_id]
             if rows > budget:
@@ -51,11 +52,7 @@ class DiffusionScheduler(Scheduler):
     ) -> Any:
         """Take the sizes of the next steps from the worker."""
         self._next_rows |= getattr(model_runner_output, "next_rows", {})
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for name in scheduler_output.num_scheduled_tokens:
-            if name not in self.requests:
-                self._next_rows.pop(name, None)
-        return outputs
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False

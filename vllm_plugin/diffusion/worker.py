@@ -77,7 +77,7 @@ class DiffusionWorker(PlatformWorker):
         self._running: dict[str, Running] = {}
         self._seeds = np.random.default_rng(self.model_config.seed)
         self.activity = Activity(len(layers))
-        if has_kv_transfer_group():
+        if has_kv_transfer_group() and get_tp_group().rank_in_group == 0:
             get_kv_transfer_group().denoising = self.activity
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
@@ -134,8 +134,8 @@ class DiffusionWorker(PlatformWorker):
             for one in batch:
                 self.activity.step(one.denoiser)
             final = advance(batch, confidence, tokens, seen)
-            for one in batch:
-                self.activity.committed(one.denoiser)
+            for one, tokens_now in zip(batch, final, strict=True):
+                self.activity.ended(one.denoiser, len(tokens_now))
         return DenoisedOutput(
             req_ids=ids,
             req_id_to_index={name: index for index, name in enumerate(ids)},

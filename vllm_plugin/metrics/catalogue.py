@@ -35,7 +35,7 @@ class Metric:
         return self.full_name + ("_total" if self.kind == "counter" else "")
 
 
-REFUSALS = ("compress_keep", "prefix_caching_off")
+REFUSALS = ("compress_keep", "prefix_caching_off", "diffusion")
 
 METRICS = (
     Metric(
@@ -101,6 +101,24 @@ METRICS = (
         "gauge",
         "share of their blocks that running requests hold, now; 1 without any compaction",
     ),
+    Metric("diffusion_steps", "counter", "denoising steps, summed over requests"),
+    Metric(
+        "diffusion_refreshes",
+        "counter",
+        "denoising steps that computed every position, from some layer on",
+    ),
+    Metric(
+        "diffusion_token_layers",
+        "counter",
+        "positions computed, summed over layers and steps, and what all positions would have been",
+        ("state",),
+        ("computed", "full"),
+    ),
+    Metric(
+        "diffusion_tokens", "counter", "tokens committed, without those that a stop token drops"
+    ),
+    Metric("diffusion_requests", "counter", "requests denoised to the end"),
+    Metric("diffusion_request_steps", "counter", "steps of requests denoised to the end"),
     Metric(
         "refused_requests",
         "counter",

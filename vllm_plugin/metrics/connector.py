@@ -16,6 +16,8 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
+from vllm_plugin.diffusion.activity import Activity as Denoising
+from vllm_plugin.diffusion.activity import Done as Denoised
 from vllm_plugin.kv_cache.activity import Activity, Done
 from vllm_plugin.kv_cache.manager import CompressedManager
 from vllm_plugin.kv_cache.requests import opts_out
@@ -32,8 +34,8 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
     """Reports what compression did since the last step; loads and saves nothing.
 
     The scheduler's instance counts requests and blocks, from the cache managers that free them. A
-    worker's counts what was compacted, from the ``activity`` that the worker hands over; of several
-    ranks, which all do the same, one does.
+    worker's counts what was compacted or denoised, from the ``activity`` or ``denoising`` that the
+    worker hands over; of several ranks, which all do the same, one does.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.activity: Activity | None = None
+        self.denoising: Denoising | None = None
         self._stats = CompressStats()
         self._managers: list[CompressedManager] = []
         self._freed = 0
@@ -57,6 +60,8 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
             self._read_managers()
         if self.activity is not None:
             self._read_activity(self.activity.take())
+        if self.denoising is not None:
+            self._read_denoising(self.denoising.take())
         if self._stats.is_empty():
             return None
         stats, self._stats = self._stats, CompressStats()
@@ -136,6 +141,15 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
         self._stats.add("kv_evicted_tokens", done.evicted)
         if done.seconds:
             self._stats.took(done.seconds)
+
+    def _read_denoising(self, done: Denoised) -> None:
+        self._stats.add("diffusion_steps", done.steps)
+        self._stats.add("diffusion_refreshes", done.refreshes)
+        self._stats.add("diffusion_token_layers", done.token_layers, "computed")
+        self._stats.add("diffusion_token_layers", done.full_token_layers, "full")
+        self._stats.add("diffusion_tokens", done.tokens)
+        self._stats.add("diffusion_requests", done.requests)
+        self._stats.add("diffusion_request_steps", done.steps_of)
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         pass

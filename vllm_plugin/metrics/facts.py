@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 
 from compress_common.errors import CompressError
 from vllm_plugin.capacity import Footprint, kv_footprint
-from vllm_plugin.self_check import layouts, weights_of
+from vllm_plugin.self_check import diffusion_of, layouts, weights_of
 from vllm_plugin.settings import parse_settings
 
 NONE = "none"
@@ -25,7 +25,7 @@ class Facts:
 
 
 def facts_of(config: VllmConfig) -> Facts:
-    """The facts of an engine that compresses something."""
+    """The facts of an engine that compresses something, or denoises."""
     settings = parse_settings(config.additional_config)
     model, kv = config.model_config, settings.kv
     info = dict.fromkeys(("policy", "keep", "levels", "decode_window", "profile"), NONE)
@@ -37,6 +37,8 @@ def facts_of(config: VllmConfig) -> Facts:
         gauges |= _both("kv_bytes_per_token", kv_footprint(text, model.dtype, cache, chosen))
     if weights := weights_of(config, settings):
         gauges |= _both("weight_bytes", weights)
+    if denoised := diffusion_of(config):
+        info["policy"] = denoised.policy
     if kv is not None and chosen:
         file = kv.profile or kv.bases
         shares = [layout.keep for layout in chosen.values()]

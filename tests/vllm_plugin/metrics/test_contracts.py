@@ -19,9 +19,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 import vllm_plugin
+from tests.support.llada import random_llada
 from vllm_plugin.metrics.catalogue import METRICS
 from vllm_plugin.metrics.connector import StatsConnector
 from vllm_plugin.metrics.prometheus import CompressMetrics
+from vllm_plugin.self_check import table
+from vllm_plugin.settings import parse_settings
 
 
 def configure(model: Path, **engine: Any) -> VllmConfig:
@@ -75,6 +78,44 @@ def test_config_selects_the_connector(demo_model: Path, engine: dict[str, Any]) 
     assert KVConnectorFactory.get_connector_class(chosen) is StatsConnector
     assert KVConnectorFactory.supports_hma_config(chosen)
     assert not chosen.is_kv_consumer  # freed blocks would be held back
+
+
+@pytest.mark.parametrize(
+    "section, rows",
+    [
+        (
+            {},
+            {
+                "denoising": "fixed_period, period 4",
+                "commits": "what is at least 0.9 probable",
+                "predicts": "the leftmost 16 masks",
+                "KV bytes a token": "2,048",
+            },
+        ),
+        (
+            {"policy": "elastic", "track": 2, "tokens_per_step": 3, "block_length": 8},
+            {
+                "denoising": "elastic, gamma 0.9, track 2, similarity heads",
+                "commits": "the likeliest 3 of a step",
+                "predicts": "one block of 8 after the other",
+                "KV bytes a token": "2,048",
+                "layer inputs": "1,024 bytes a token more, on each rank",
+            },
+        ),
+    ],
+)
+def test_a_diffusion_model_is_reported_and_described(
+    tmp_path: Path, section: dict[str, Any], rows: dict[str, str]
+) -> None:
+    random_llada(tmp_path, layers=2)
+    chosen = {"compress": {"diffusion": section}} if section else {}
+    config = configure(
+        tmp_path, skip_tokenizer_init=True, dtype="float32", additional_config=chosen
+    )
+    assert KVConnectorFactory.get_connector_class(config.kv_transfer_config) is StatsConnector
+    found = dict(table(config, parse_settings(config.additional_config)))
+    assert found.pop("weights").startswith("not compressed")
+    assert found == rows
 
 
 def test_nothing_is_reported_where_nothing_is_compressed(demo_model: Path) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.diffusion_engine import expected
 from tests.support.kv_prompts import text_prompts
+from tests.support.llada import random_llada
 from tests.support.metrics_engine import watch
 from vllm_plugin.metrics.catalogue import METRICS, REFUSALS
 from vllm_plugin.metrics.stats import CompressStats
@@ -91,6 +93,61 @@ def test_keep_1_saves_nothing_and_says_why(demo_model: Path) -> None:
     assert original == pytest.approx(file, rel=0.001) and 0.4 < left / original < 0.45
     assert end["kv_skipped_requests_total reason=nothing_to_evict"] == 1
     assert end["kv_freed_blocks_total"] == end["kv_evicted_tokens_total policy=key_diff"] == 0
+
+
+def test_a_diffusion_engine_did_what_the_reference_does(tmp_path: Path) -> None:
+    model, section = random_llada(tmp_path, seed=2), {"policy": "elastic"}
+    prompts = [list(range(first, 4 * first)) for first in (6, 8, 4, 5)]
+    extra = [None, {"compress_gamma": 0.98}, {"compress_tokens_per_step": 2}, {"compress_gamma": 5}]
+    memory = 1 << 26
+    watched = watch(
+        tmp_path,
+        diffusion=section,
+        prompts=prompts,
+        extra=extra,
+        max_tokens=20,
+        stop=[1],
+        engine={
+            "dtype": "float32",
+            "max_model_len": 256,
+            "kv_cache_memory_bytes": memory,
+            "skip_tokenizer_init": True,
+            "enable_prefix_caching": False,
+        },
+    )
+    start, end = watched["start"], watched["end"]
+    assert watched["refused"] == [3] and end["refused_requests_total reason=diffusion"] == 1
+    info = next(key for key in start if key.startswith("info "))
+    assert "policy=elastic" in info and "keep=none" in info
+    # Keys and values, and half as much for the inputs of all layers.
+    token = start["kv_bytes_per_token state=original"]
+    assert token == 4 * 2 * 128 * 4 and watched["free"] == memory // (32 * token * 3 // 2) - 1
+
+    layers, steps, refreshes, computed, full = model.shape.n_layers, 0, 0, 0, 0
+    tokens = []
+    for prompt, asked in zip(prompts[:3], extra[:3], strict=True):
+        request = {"prompt": prompt, "max_tokens": 20, "extra": asked or {}}
+        released, plans = expected(model, section, request)
+        tokens.append(len(released))
+        steps += len(plans)
+        refreshes += sum(plan.start < layers for plan in plans)
+        computed += sum(plan.token_layers(len(prompt) + 20, layers) for plan in plans)
+        full += len(plans) * (len(prompt) + 20) * layers
+    counted = {
+        "steps_total": steps,
+        "refreshes_total": refreshes,
+        "tokens_total": sum(tokens),
+        "token_layers_total state=computed": computed,
+        "token_layers_total state=full": full,
+        "requests_total": 3,
+        "request_steps_total": steps,
+    }
+    assert {f"diffusion_{name}": value for name, value in counted.items()} == {
+        key: value for key, value in end.items() if key.startswith("diffusion_")
+    }
+    assert all(start[f"diffusion_{name}"] == 0 for name in counted)
+    assert tokens[0] < 20  # a stop token ends the first
+    assert 3 < refreshes < steps and computed < full
 
 
 def test_reports_add_up_and_survive_their_journey() -> None:
