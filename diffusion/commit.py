@@ -11,12 +11,12 @@ import torch
 def predict(
     logits: torch.Tensor, mask: int, noise: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token of each row and its probability, float64 [M] and int64 [M].
+    """The probability of each row's token and the token, float64 [M] and int64 [M].
 
     logits: [M, V]. mask: a token that is never predicted. noise: float64 [M, V], added to the
     logits for the choice, not for its probability (see ``gumbel``).
     """
-    scores = logits.double()
+    scores = logits.to(torch.float64, copy=True)
     scores[:, mask] = -torch.inf
     chosen = (scores if noise is None else scores + noise).argmax(-1)
     own = scores.gather(1, chosen[:, None])[:, 0]
@@ -60,4 +60,5 @@ class Threshold:
     least: float
 
     def choose(self, confidence: np.ndarray) -> np.ndarray:
-        return confidence >= min(self.least, float(confidence.max()))
+        known = np.nan_to_num(confidence)  # of NaN logits: what is committed is no worse than they
+        return known >= min(self.least, float(known.max()))

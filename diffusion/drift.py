@@ -48,13 +48,11 @@ def similarity(
     products = (past * current, past * past, current * current)
     counted = rows.sum(1).float()
     if over == "heads":
-        dot, left, right = total(torch.stack([x.sum(1) for x in products]))
-        cosine = dot / (left.sqrt() * right.sqrt()).clamp(min=_EPS)
-        cosine = cosine * (rows[:, :, None] & there[:, None])
+        cosine = _cosine(*total(torch.stack([x.sum(1) for x in products])))
+        cosine = cosine.masked_fill(~(rows[:, :, None] & there[:, None]), 0)
         return cosine.sum((1, 2)) / (counted * there.sum(1))
-    dot, left, right = (x.sum(-1) for x in products)
-    cosine = dot / (left.sqrt() * right.sqrt()).clamp(min=_EPS)
-    return total((cosine * rows[:, None]).sum((1, 2))) / (counted * heads)
+    cosine = _cosine(*(x.sum(-1) for x in products)).masked_fill(~rows[:, None], 0)
+    return total(cosine.sum((1, 2))) / (counted * heads)
 
 
 def most_attended(
@@ -68,8 +66,13 @@ def most_attended(
 
     -1 where there are fewer candidates.
     """
-    mass = total((current * rows[:, None, :, None]).sum((1, 2)))
+    mass = total(current.masked_fill(~rows[:, None, :, None], 0).sum((1, 2)))
     mass = mass.masked_fill(~candidates, -1)
     best, place = mass.topk(min(count, mass.shape[1]), dim=1)
     place = place.where(best >= 0, -1)
     return torch.nn.functional.pad(place, (0, count - place.shape[1]), value=-1)
+
+
+def _cosine(dot: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """From squared norms. Each norm has its own floor: their product is tiny for many keys."""
+    return dot / (left.sqrt().clamp(min=_EPS) * right.sqrt().clamp(min=_EPS))

@@ -58,7 +58,8 @@ class Elastic:
         active = schedule.active(canvas)
         if self._seen is None:
             return Plan(np.arange(len(canvas)), 0, active)
-        tracked = np.unique(self._seen.attended[self._seen.attended >= 0])
+        attended = self._seen.attended
+        tracked = np.unique(attended[(attended >= 0) & (attended < canvas.limit)])
         rows = np.union1d(np.union1d(tracked, new), active)
         return Plan(rows, next_start(self._seen.similarity, self.settings.gamma), active, tracked)
 

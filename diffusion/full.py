@@ -7,6 +7,8 @@ from diffusion.base import Refreshing
 
 
 class Full(Refreshing):
+    """LLaDA as it was published."""
+
     name: ClassVar[str] = "full"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.09992"
 

@@ -7,6 +7,8 @@ from diffusion.base import Refreshing
 
 
 class Never(Refreshing):
+    """One full step at the start."""
+
     name: ClassVar[str] = "never"
     paper: ClassVar[str] = "none: the other end of the scale"
 

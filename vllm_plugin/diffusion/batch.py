@@ -51,7 +51,7 @@ def next_rows(denoiser: Denoiser, layers: int) -> int:
     return len(plan.rows) if plan.start >= layers else len(denoiser.canvas)
 
 
-def prepare(batch: Sequence[Running], layers: int) -> Prepared:
+def prepare(batch: Sequence[Running], layers: int, device: torch.device) -> Prepared:
     """Lay the plans of a batch out as stages: one more where requests begin to compute all."""
     plans = [one.denoiser.plan for one in batch]
     firsts = sorted({0, *(plan.start for plan in plans if plan.start < layers)})
@@ -62,12 +62,12 @@ def prepare(batch: Sequence[Running], layers: int) -> Prepared:
         ]
         for first in firsts
     }
-    tables = _tables(batch)
+    tables = _tables(batch).to(device)
     stages, metadata = [], {}
     for first in firsts:
         positions = np.concatenate(rows[first])
         slots = np.concatenate([o.slots[r] for o, r in zip(batch, rows[first], strict=True)])
-        stage = Stage(first, torch.from_numpy(positions), torch.from_numpy(slots))
+        stage = Stage(first, *(torch.from_numpy(x).to(device) for x in (positions, slots)))
         stages.append(stage)
         metadata[first] = _metadata(batch, rows[first], stage, tables)
     tokens = [o.denoiser.canvas.tokens[r] for o, r in zip(batch, rows[0], strict=True)]
@@ -78,12 +78,12 @@ def prepare(batch: Sequence[Running], layers: int) -> Prepared:
         for start, r, plan in zip(starts, last, plans, strict=True)
     ]
     return Prepared(
-        torch.from_numpy(np.concatenate(tokens)),
+        torch.from_numpy(np.concatenate(tokens)).to(device),
         stages,
         rows,
         metadata,
         tables,
-        torch.from_numpy(np.concatenate(active)),
+        torch.from_numpy(np.concatenate(active)).to(device),
     )
 
 
@@ -95,7 +95,10 @@ def predictions(
     if all(one is None for one in noise):
         return predict(logits, mask)
     parts = logits.split([len(one.denoiser.plan.active) for one in batch])
-    found = [predict(part, mask, n) for part, n in zip(parts, noise, strict=True)]
+    found = [
+        predict(part, mask, None if n is None else n.to(part.device))
+        for part, n in zip(parts, noise, strict=True)
+    ]
     confidence, tokens = zip(*found, strict=True)
     return torch.cat(confidence), torch.cat(tokens)
 
@@ -108,10 +111,10 @@ def advance(
 ) -> list[list[int]]:
     """End the step of each request; the tokens that became final."""
     ends = np.cumsum([len(one.denoiser.plan.active) for one in batch])[:-1]
-    parts = zip(np.split(confidence.numpy(), ends), np.split(tokens.numpy(), ends), strict=True)
+    probable, chosen = (np.split(x.cpu().numpy(), ends) for x in (confidence, tokens))
     return [
-        one.denoiser.advance(*part, None if seen is None else seen[row])
-        for row, (one, part) in enumerate(zip(batch, parts, strict=True))
+        one.denoiser.advance(probable[row], chosen[row], None if seen is None else seen[row])
+        for row, one in enumerate(batch)
     ]
 
 
@@ -130,9 +133,9 @@ def _metadata(
     starts = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
     lengths = torch.tensor([len(one.slots) for one in batch], dtype=torch.int32)
     return CommonAttentionMetadata(
-        query_start_loc=starts,
+        query_start_loc=starts.to(tables.device),
         query_start_loc_cpu=starts,
-        seq_lens=lengths,
+        seq_lens=lengths.to(tables.device),
         num_reqs=len(batch),
         num_actual_tokens=len(stage.slots),
         max_query_len=max(counts),

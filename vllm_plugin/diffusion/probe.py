@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from diffusion.base import Observation
+from diffusion.base import Observation, Plan
 from diffusion.denoiser import Denoiser
 from diffusion.drift import Over, Total, most_attended, probabilities, similarity
 from vllm_plugin.kv_cache.pages import Pages
@@ -41,23 +41,26 @@ class Probe:
         self._count = [one.policy.tracks for one in denoisers]
         self._over: list[Over] = [setting.similarity for setting in settings]
         self._starts = [plan.start for plan in plans]
-        self._stages = {
-            first: _Rows([r for r in of_stage], plans) for first, of_stage in rows.items()
-        }
+        self._device = device = tables.device
+        self._stages = {first: _Rows(of_stage, plans, device) for first, of_stage in rows.items()}
         width = tables.shape[1] * pages[0].shape[1]
         length = torch.tensor([len(one.canvas) for one in denoisers])[:, None]
-        self._there = torch.arange(width) < length
-        self._candidates = torch.zeros_like(self._there)
+        there = torch.arange(width) < length
+        candidates = torch.zeros_like(there)
         for row, one in enumerate(denoisers):
             limit = one.canvas.limit
-            self._candidates[row, :limit] = torch.from_numpy(~one.canvas.masked[:limit])
+            candidates[row, :limit] = torch.from_numpy(~one.canvas.masked[:limit])
+        self._there, self._candidates = there.to(device), candidates.to(device)
         self._stage = self._stages[0]
         tracked = [plan.tracked for plan in plans]
+        at = [s[t] for s, t in zip(slots, tracked, strict=True)]
         self.tracked = (
-            torch.from_numpy(np.concatenate(tracked)),
-            torch.from_numpy(np.concatenate([s[t] for s, t in zip(slots, tracked, strict=True)])),
+            torch.from_numpy(np.concatenate(tracked)).to(device),
+            torch.from_numpy(np.concatenate(at)).to(device),
         )
-        self._tracked_rows = _padded([np.arange(len(t)) for t in tracked], offset=True)
+        starts = np.cumsum([0, *(len(t) for t in tracked[:-1])])
+        rows_of = [start + np.arange(len(t)) for start, t in zip(starts, tracked, strict=True)]
+        self._tracked_rows = _padded(rows_of).to(device)
         self._similarity: list[torch.Tensor] = []
         self._attended: list[torch.Tensor] = []
 
@@ -79,21 +82,20 @@ class Probe:
                 active, stage.active >= 0, self._candidates, max(self._count), self._total
             )
         )
-        tested = torch.tensor([layer < start for start in self._starts])
-        if past is None or not tested.any():
-            self._similarity.append(torch.full((len(tested),), torch.nan))
+        tested = [layer < start for start in self._starts]
+        found = torch.full((len(tested),), torch.nan, device=self._device)
+        self._similarity.append(found)
+        if past is None or not any(tested):
             return
         rows = self._tracked_rows >= 0
         before = probabilities(
             _taken(past.unflatten(-1, (-1, width)), self._tracked_rows), old, scale, self._there
         )
         now = probabilities(_taken(q, stage.tracked), new, scale, self._there)
-        found = torch.full((len(tested),), torch.nan)
         for over in sorted(set(self._over)):
-            mine = tested & torch.tensor([one == over for one in self._over])
+            mine = [t and one == over for t, one in zip(tested, self._over, strict=True)]
             value = similarity(before, now, rows, self._there, over, self._heads, self._total)
-            found = found.where(~mine, value)
-        self._similarity.append(found)
+            found.copy_(found.where(~torch.tensor(mine, device=self._device), value))
 
     def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
         """After all layers: similarity [R, L] and attended int64 [R, L, most tracked]."""
@@ -101,8 +103,9 @@ class Probe:
 
     def observations(self, similarity: torch.Tensor, attended: torch.Tensor) -> list[Observation]:
         """What was seen, by request."""
+        similarities, places = similarity.cpu().numpy(), attended.cpu().numpy()
         return [
-            Observation(similarity[row].numpy(), attended[row, :, :count].numpy())
+            Observation(similarities[row], places[row, :, :count])
             for row, count in enumerate(self._count)
         ]
 
@@ -110,29 +113,27 @@ class Probe:
 class _Rows:
     """Where active and tracked positions lie among a stage's rows, and whose each row is."""
 
-    def __init__(self, rows: Sequence[np.ndarray], plans: Sequence) -> None:  # type: ignore[type-arg]
+    def __init__(
+        self, rows: Sequence[np.ndarray], plans: Sequence[Plan], device: torch.device
+    ) -> None:
         starts = np.cumsum([0, *(len(r) for r in rows[:-1])])
-        self.request = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(r) for r in rows]))
-        self.position = torch.from_numpy(np.concatenate(rows))
+        request = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+        self.request = torch.from_numpy(request).to(device)
+        self.position = torch.from_numpy(np.concatenate(rows)).to(device)
         self.active, self.tracked = (
             _padded(
                 [
                     start + np.searchsorted(r, getattr(plan, which))
                     for start, r, plan in zip(starts, rows, plans, strict=True)
                 ]
-            )
+            ).to(device)
             for which in ("active", "tracked")
         )
 
 
-def _padded(rows: Sequence[np.ndarray], offset: bool = False) -> torch.Tensor:
-    """int64 [R, longest], -1 behind each; offset: numbered through over all of them."""
-    first = 0
-    out = []
-    for row in rows:
-        out.append(torch.from_numpy(row + first if offset else row))
-        first += len(row)
-    return pad_sequence(out, batch_first=True, padding_value=-1)
+def _padded(rows: Sequence[np.ndarray]) -> torch.Tensor:
+    """int64 [R, longest], -1 behind each."""
+    return pad_sequence([torch.from_numpy(row) for row in rows], True, -1)
 
 
 def _taken(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

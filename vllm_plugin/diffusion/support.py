@@ -68,6 +68,7 @@ def choose_engine_args(args: EngineArgs) -> None:
     if current_platform.is_cpu() and args.block_size is None:
         args.block_size = _CPU_BLOCK
     args.enforce_eager = True  # the number of rows changes between layers
+    args.attention_config.use_non_causal = True
     # What the published model is decoded with.
     args.override_generation_config = {"temperature": 0.0} | args.override_generation_config
 
@@ -103,9 +104,9 @@ def _problems(config: VllmConfig) -> list[str]:
     found: dict[str, Any] = {
         "compress.kv: its policies are made for caches that grow token by token; remove the "
         "section": kv is not None,
-        f"platform {current_platform.device_name}: denoising runs on Model Runner V1 of CPUs; the "
-        "adapter of Model Runner V2 is not built": not current_platform.is_cpu()
-        or config.use_v2_model_runner,
+        f"platform {current_platform.device_name}: denoising runs on CPU and CUDA": not (
+            current_platform.is_cpu() or current_platform.is_cuda()
+        ),
         f"--worker-cls {parallel.worker_cls}: denoising brings its own; remove the flag": (
             parallel.worker_cls != WORKER
         ),

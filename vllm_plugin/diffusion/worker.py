@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker whose step is a denoising step: the adapter of Model Runner V1."""
+"""A worker whose step is a denoising step, with either of vLLM's model runners.
+
+The runner loads the model, allocates the cache and makes the metadata builders, alike in both. It
+does not run the model: its batch is of tokens that follow each other, and a denoising step is of
+any positions, more of them in some layers than in others.
+"""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +20,9 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.worker.kv_connector_model_runner_mixin import (
+    KVConnectorModelRunnerMixin as Connector,
+)
 
 from diffusion.denoiser import Denoiser
 from vllm_plugin.diffusion.activity import Activity
@@ -90,14 +98,14 @@ class DiffusionWorker(PlatformWorker):
         if not ids:
             if not has_kv_transfer_group():
                 return EMPTY_MODEL_RUNNER_OUTPUT
-            return self.model_runner.kv_connector_no_forward(scheduler_output, self.vllm_config)
+            return Connector.kv_connector_no_forward(scheduler_output, self.vllm_config)
         return self._step(ids, scheduler_output)
 
     @torch.inference_mode()
     def _step(self, ids: list[str], scheduled: SchedulerOutput) -> DenoisedOutput:
         batch = [self._running[name] for name in ids]
         model, layers = self.model_runner.get_model(), len(self._names)
-        prepared = prepare(batch, layers)
+        prepared = prepare(batch, layers, self.device)
         probe = None
         if self._pages is not None:
             probe = Probe(
@@ -121,7 +129,7 @@ class DiffusionWorker(PlatformWorker):
             set_forward_context(
                 metadata, self.vllm_config, num_tokens=len(first.positions), slot_mapping=slots
             ),
-            self.model_runner.maybe_get_kv_connector_output(scheduled) as connector_output,
+            Connector.maybe_get_kv_connector_output(scheduled) as connector_output,
         ):
             hidden = model(
                 prepared.tokens, first.positions, step=DenoiseStep(prepared.stages, probe)
@@ -153,7 +161,8 @@ class DiffusionWorker(PlatformWorker):
             return self._agreed(*predictions(batch, logits, self._mask))
         count = sum(len(one.denoiser.plan.active) for one in batch)
         return self._agreed(
-            torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.int64)
+            torch.empty(count, dtype=torch.float64, device=self.device),
+            torch.empty(count, dtype=torch.int64, device=self.device),
         )
 
     def _agreed(self, *found: torch.Tensor) -> list[torch.Tensor]:
