@@ -8,16 +8,15 @@ import json
 import os
 from typing import Any
 
-import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
-from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from compress_common.errors import joined
 from diffusion.base import CachePolicy
 from diffusion.settings import Decoding
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.kv_cache import requests as kv_requests
+from vllm_plugin.request_check import RequestCheck
 
 PREFIX = "compress_"
 # Carries the server's settings to each of its API processes, which validate requests.
@@ -86,32 +85,19 @@ def _asked(params: SamplingParams) -> dict[str, Any]:
     }
 
 
-class RequestCheck(LogitsProcessor):
-    """Calls ``check`` for each request when it arrives; touches no logits.
+class DiffusionRequestCheck(RequestCheck):
+    """Calls ``check`` for each request when it arrives.
 
-    A logits processor is vLLM's seam for validating parameters of a request before it is admitted.
-    It is not told the configuration there, so that travels in the environment.
+    vLLM does not tell it the configuration there, so that travels in the environment.
     """
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         check(sampling_params, DiffusionSettings(**json.loads(os.environ[_VARIABLE])))
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        pass
-
-    def is_argmax_invariant(self) -> bool:
-        return True
-
-    def update_state(self, batch_update: Any) -> None:
-        pass
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits
-
 
 def check_requests(config: VllmConfig, served: DiffusionSettings) -> None:
     """Have requests of this engine checked."""
     os.environ[_VARIABLE] = json.dumps(served.model_dump(exclude_none=True))
     model = config.model_config
-    model.logits_processors = [*(model.logits_processors or []), RequestCheck]
+    model.logits_processors = [*(model.logits_processors or []), DiffusionRequestCheck]

@@ -2,12 +2,10 @@
 """What one request may ask for: ``extra_args={"compress_keep": 1}``, ``vllm_xargs`` over HTTP."""
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from vllm import SamplingParams
-from vllm.config import VllmConfig
-from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from vllm_plugin.request_check import RequestCheck
 
 KEY = "compress_keep"
 
@@ -47,11 +45,8 @@ def check(params: SamplingParams, cached: bool) -> None:
         )
 
 
-class RequestCheck(LogitsProcessor):
-    """Calls ``check`` for each request when it arrives; touches no logits.
-
-    A logits processor is vLLM's seam for validating parameters of a request before it is admitted.
-    """
+class KVRequestCheck(RequestCheck):
+    """Calls ``check`` for each request when it arrives."""
 
     cached = True
 
@@ -59,20 +54,8 @@ class RequestCheck(LogitsProcessor):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         check(sampling_params, cls.cached)
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        pass
 
-    def is_argmax_invariant(self) -> bool:
-        return True
-
-    def update_state(self, batch_update: Any) -> None:
-        pass
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits
-
-
-class UncachedRequestCheck(RequestCheck):
+class UncachedKVRequestCheck(KVRequestCheck):
     """The check where prefix caching is off."""
 
     cached = False

@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from compress_common.errors import CompressError, joined
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_cache.latent import latent_problems, rope_of
-from vllm_plugin.kv_cache.requests import RequestCheck, UncachedRequestCheck
+from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck
 from vllm_plugin.kv_fingerprint import full_attention_layers, unknown_kinds
 from vllm_plugin.settings import KVSettings
 
@@ -55,7 +55,7 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
     if problems:
         raise joined(problems)
     config.parallel_config.worker_cls = WORKER
-    check = RequestCheck if config.cache_config.enable_prefix_caching else UncachedRequestCheck
+    check = KVRequestCheck if config.cache_config.enable_prefix_caching else UncachedKVRequestCheck
     model.logits_processors = [*(model.logits_processors or []), check]
 
 

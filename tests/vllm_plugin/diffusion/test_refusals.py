@@ -14,7 +14,7 @@ from vllm.sampling_params import StructuredOutputsParams
 import vllm_plugin
 from compress_common.errors import CompressError
 from tests.support.llada import random_llada
-from vllm_plugin.diffusion.requests import RequestCheck, check
+from vllm_plugin.diffusion.requests import DiffusionRequestCheck, check
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.diffusion.support import SCHEDULER, WORKER
 
@@ -48,8 +48,8 @@ def test_plain_serving_works(model: Path) -> None:
     assert config.scheduler_config.scheduler_cls == SCHEDULER
     assert config.cache_config.block_size == 32
     assert config.model_config.get_diff_sampling_param()["temperature"] == 0
-    assert config.model_config.logits_processors == [RequestCheck]
-    RequestCheck.validate_params(SamplingParams(temperature=0))
+    assert config.model_config.logits_processors == [DiffusionRequestCheck]
+    DiffusionRequestCheck.validate_params(SamplingParams(temperature=0))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 import vllm_plugin
 from compress_common.errors import CompressError
 from tests.vllm_plugin.kv_cache.conftest import save_profile
-from vllm_plugin.kv_cache.requests import RequestCheck, UncachedRequestCheck, check
+from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck, check
 from vllm_plugin.kv_cache.support import WORKER
 
 SNAP = {"policy": "snap_kv", "keep": 0.25}
@@ -272,10 +272,10 @@ def test_what_works_is_configured(demo_model: Path, tiny_model: Callable[..., Pa
     config = configure(demo_model)
     assert config.parallel_config.worker_cls == WORKER
     assert config.cache_config.block_size == 32
-    assert config.model_config.logits_processors == [RequestCheck]
+    assert config.model_config.logits_processors == [KVRequestCheck]
     config = configure(demo_model, block_size=64, enable_prefix_caching=False)
     assert config.cache_config.block_size == 64
-    assert config.model_config.logits_processors == [UncachedRequestCheck]
+    assert config.model_config.logits_processors == [UncachedKVRequestCheck]
     assert configure(tiny_model("gemma3")).parallel_config.worker_cls == WORKER
     assert configure(demo_model, {"policy": "prefix_kv", "keep": 1})  # nothing to share out
 
