@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every policy on the dense model, one request at a time: what an engine must give exactly."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,18 +23,34 @@ class Generated:
     plans: list[Plan] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one step computed: the canvas as it was, int64 [N], and logits [M, V] of plan.active."""
+
+    tokens: np.ndarray
+    plan: Plan
+    logits: torch.Tensor
+
+
 @torch.inference_mode()
-def generate(model: DenseLLaDA, denoiser: Denoiser, in_step: bool = False) -> Generated:
+def generate(
+    model: DenseLLaDA,
+    denoiser: Denoiser,
+    in_step: bool = False,
+    watch: Callable[[Step], None] | None = None,
+) -> Generated:
     """Denoise to the end.
 
     in_step: let drift that a layer shows refresh the layers behind it in the same step, the
-    published order, not in the next.
+    published order, not in the next. watch: called with each step before it commits.
     """
     forward = CachedForward(model, denoiser, in_step)
     result = Generated()
     while not denoiser.finished:
         plan = denoiser.plan
         logits, seen, start = forward(plan)
+        if watch is not None:
+            watch(Step(denoiser.canvas.tokens, plan, logits))
         noise = denoiser.noise(logits.shape[1])
         confidence, tokens = predict(logits, denoiser.canvas.mask, noise)
         result.plans.append(Plan(plan.rows, start, plan.active, plan.tracked))

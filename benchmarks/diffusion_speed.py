@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens per second of each policy in the engine, and what a step costs beside the model."""
+
+from contextlib import ExitStack
+from typing import Any
+
+from benchmarks import tiny_llada
+from benchmarks.common import Options, Result, alternate
+from benchmarks.diffusion_quality import POLICIES
+from benchmarks.engine import Engine
+
+PROMPT, CANVAS = 256, 256
+RAGGED = (256, 296, 320, 352, 400, 432, 480, 512)  # prompt and canvas, half of each
+
+
+class DiffusionEngine(Engine):
+    """An engine that answers what this benchmark asks."""
+
+    child = "benchmarks.diffusion_child:DiffusionChild"
+
+
+def _engine(policy: str, options: Options) -> DiffusionEngine:
+    _, decoding = POLICIES[policy]
+    section = {"policy": policy, "tokens_per_step": 2, **decoding}
+    return DiffusionEngine(
+        tiny_llada.folder(),
+        dtype="float32",
+        max_model_len=512,
+        max_num_batched_tokens=8192,
+        kv_cache_memory_bytes=1 << 28,
+        additional_config={"compress": {"diffusion": section}},
+        preloaded=options.smoke,
+    )
+
+
+def speed(options: Options, result: Result) -> None:
+    """Fill P_tokens_per_s_ratio, parallel_only_ratio, batch8_ratio and overhead_share."""
+    canvas = 32 if options.smoke else CANVAS
+    one: dict[str, Any] = {"shapes": [(PROMPT, canvas)], "seed": options.seed}
+    ragged = [(total // 2, canvas if options.smoke else total // 2) for total in RAGGED]
+    with ExitStack() as stack:
+        engines = {name: stack.enter_context(_engine(name, options)) for name in POLICIES}
+        asks: dict[str, tuple[str, dict[str, Any]]] = {name: (name, one) for name in POLICIES}
+        asks["one a step"] = ("full", one | {"extra": {"compress_tokens_per_step": 1}})
+        asks["ragged"] = ("fixed_period", {"shapes": ragged, "seed": options.seed})
+        asks["alone"] = ("fixed_period", asks["ragged"][1] | {"alone": True})
+
+        def measure(name: str) -> dict[str, float]:
+            policy, request = asks[name]
+            return engines[policy].ask("denoise", **request)
+
+        samples = alternate(list(asks), options.rounds, measure, "speed")
+    rates = {name: [s["tokens_per_s"] for s in seen] for name, seen in samples.items()}
+    result.details["tokens_per_s"] = rates
+    for name in POLICIES:
+        result.ratio(f"{name}_tokens_per_s_ratio", rates[name], rates["full"])
+    result.ratio("parallel_only_ratio", rates["full"], rates["one a step"])
+    result.ratio("batch8_ratio", rates["ragged"], rates["alone"])
+    result.median("overhead_share", [s["overhead_share"] for s in samples["ragged"]])
+    for name in ("full", "elastic"):
+        result.median(f"overhead_share_{name}", [s["overhead_share"] for s in samples[name]])
