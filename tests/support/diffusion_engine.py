@@ -18,6 +18,7 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,19 @@ ENGINE = {
 }
 
 
-def run(model: Path, cases: list[dict[str, Any]], timeout: float = 400) -> list[dict[str, Any]]:
-    """The answers, one per case; EngineFailed when an engine does not start or dies."""
+def run(
+    model: Path, cases: list[dict[str, Any]], timeout: float = 400, v2: bool = False
+) -> list[dict[str, Any]]:
+    """The answers, one per case; EngineFailed when an engine does not start or dies.
+
+    v2: with Model Runner V2, in Triton's interpreter.
+    """
     environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # ranks share what cores there are
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    request = {"model": str(model), "cases": cases}
+    if v2:
+        environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+    request = {"model": str(model), "cases": cases, "v2": v2}
     return ask_child(["-m", "tests.support.diffusion_engine"], request, environment, timeout)
 
 
@@ -63,7 +71,11 @@ def some_requests(count: int, seed: int = 0, **others: Any) -> list[dict[str, An
 
 
 def expected(
-    model: DenseLLaDA, section: dict[str, Any], request: dict[str, Any]
+    model: DenseLLaDA,
+    section: dict[str, Any],
+    request: dict[str, Any],
+    mask: int = MASK,
+    stops: Collection[int] = (STOP,),
 ) -> tuple[list[int], list[Plan]]:
     """What the dense reference gives, and the plans of its steps."""
     asked = {key.removeprefix("compress_"): v for key, v in request.get("extra", {}).items()}
@@ -73,9 +85,9 @@ def expected(
         request["max_tokens"],
         settings.decoding(),
         settings.build(),
-        mask=MASK,
+        mask=mask,
         layers=model.shape.n_layers,
-        stops={STOP},
+        stops=stops,
         temperature=request.get("temperature", 0),
         seed=request.get("seed", 0),
     )
@@ -86,7 +98,18 @@ def expected(
 
 def _main() -> None:
     request = json.load(sys.stdin)
+    if request["v2"]:
+        _pretend_triton_has_a_cpu_backend()
     answer([_run(request["model"], case) for case in request["cases"]])
+
+
+def _pretend_triton_has_a_cpu_backend() -> None:
+    """vLLM's CPU build refuses Model Runner V2 without one; the interpreter needs none."""
+    from types import SimpleNamespace
+
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
 
 
 def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +144,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
         "peak_running": watch.peak,
         "preemptions": watch.preemptions,
         "steps": watch.steps,
+        "v2": scheduler.use_v2_model_runner,
         "chunked": scheduler.scheduler_config.enable_chunked_prefill,
         "cached": scheduler.cache_config.enable_prefix_caching,
         "tokens_in_cache": scheduler.cache_config.num_gpu_blocks * scheduler.block_size,

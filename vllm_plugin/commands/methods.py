@@ -7,13 +7,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from diffusion.registry import policies as diffusion_policies
+from diffusion.settings import Decoding
 from kv_policies.registry import policies
 from quant_methods.registry import methods
 from vllm_plugin.commands.common import AsJson, out
 
 
 def list_methods(as_json: AsJson = False) -> None:
-    """List the quantisation methods and KV-cache policies that are registered, with settings."""
+    """List the registered quantisation methods, KV-cache and diffusion policies, with settings."""
     weights: dict[str, dict[str, Any]] = {
         name: {
             "at_load": kind.capabilities.at_load,
@@ -35,8 +37,16 @@ def list_methods(as_json: AsJson = False) -> None:
         }
         for name, kind in sorted(policies().items())
     }
+    diffusion: dict[str, dict[str, Any]] = {
+        name: {
+            "blocks_only": kind.blocks_only,
+            "paper": kind.paper,
+            "settings": _settings(kind.settings_type),
+        }
+        for name, kind in sorted(diffusion_policies().items())
+    }
     if as_json:
-        print(json.dumps({"weights": weights, "kv": kv}, default=str))
+        print(json.dumps({"weights": weights, "kv": kv, "diffusion": diffusion}, default=str))
         return
     _print("[bold underline]weights[/]  vllm serve MODEL --quantization NAME")
     for name, row in weights.items():
@@ -61,6 +71,15 @@ def list_methods(as_json: AsJson = False) -> None:
             f"{'KV head' if row['per_head'] else 'layer'}, by "
             f"{'attention' if row['needs_queries'] else 'keys or positions'}"
         )
+        _print_settings(row["settings"], '"{}": {}')
+    example = json.dumps({"compress": {"diffusion": {"policy": "NAME", "threshold": 0.9}}})
+    _print(f"\n[bold underline]Diffusion[/]  vllm serve MODEL --additional-config '{example}'")
+    _print("  of every policy:")
+    _print_settings(_settings(Decoding), '"{}": {}')
+    for name, row in diffusion.items():
+        _print(f"[bold]{name}[/]  {row['paper']}")
+        if row["blocks_only"]:
+            _print("  works on blocks: block_length, not window_length")
         _print_settings(row["settings"], '"{}": {}')
 
 

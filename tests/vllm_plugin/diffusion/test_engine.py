@@ -115,3 +115,14 @@ def test_two_ranks_are_one(model: tuple[Path, DenseLLaDA]) -> None:
     )
     assert answer["rounds"] == [[expected(dense, section, one)[0] for one in requests]]
     assert_nothing_left(answer)
+
+
+def test_model_runner_v2_is_the_reference(model: tuple[Path, DenseLLaDA]) -> None:
+    pytest.importorskip("triton", reason="Model Runner V2 needs Triton")
+    folder, dense = model
+    requests = some_requests(6, seed=5)
+    section = SECTIONS["elastic"]
+    (answer,) = run(folder, [{"section": section, "requests": requests}], v2=True)
+    assert answer["v2"]
+    assert answer["rounds"] == [[expected(dense, section, one)[0] for one in requests]]
+    assert_nothing_left(answer)
