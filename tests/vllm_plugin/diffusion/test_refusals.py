@@ -52,6 +52,38 @@ def test_plain_serving_works(model: Path) -> None:
     DiffusionRequestCheck.validate_params(SamplingParams(temperature=0))
 
 
+# What LLaDA-8B-Instruct's config.json has beside the sizes.
+PUBLISHED = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_layer_norm": False,
+    "auto_map": {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+    },
+    "block_type": "llama",
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "rope": True,
+    "rope_theta": 500000.0,
+    "scale_logits": False,
+    "use_cache": False,
+    "weight_tying": False,
+}
+
+
+def test_published_config_is_read_without_remote_code(model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config |= PUBLISHED | {"vocab_size": 60}  # embedding_size, 64, is what counts
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = configure(tmp_path).model_config
+    assert found.hf_config.hidden_size == 128
+    assert found.get_vocab_size() == 64 and found.max_model_len == 256
+    assert found.hf_config.rope_parameters["rope_theta"] == 500000.0
+
+
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
