@@ -2,6 +2,7 @@
 """Classes by name: ours, and third parties' through an entry-point group. Fails closed."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -36,6 +37,10 @@ class Registry(Generic[T]):
 
     def classes(self) -> dict[str, type[T]]:
         """Every registered class; CompressError when two claim one name or one cannot be loaded."""
+        return self._classes
+
+    @cached_property  # requests ask too, and looking through what is installed takes 15 ms
+    def _classes(self) -> dict[str, type[T]]:
         found = {kind.name: kind for kind in self.built_in}
         for entry in entry_points(group=self.group):
             source = f"entry point {entry.name!r} ({entry.value})"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -45,12 +46,15 @@ class Entry:
 REGISTRY = Registry[Named](noun="method", group="tests.no_such_group", built_in=(First, Second))
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *targets: Any) -> None:
+def install(monkeypatch: pytest.MonkeyPatch, *targets: Any) -> Registry[Named]:
+    """A registry that has not looked yet; it looks once."""
+
     def entry_points(group: str) -> list[Entry]:
         assert group == REGISTRY.group
         return [Entry(target) for target in targets]
 
     monkeypatch.setattr("compress_common.registry.entry_points", entry_points)
+    return replace(REGISTRY)
 
 
 def test_built_in_classes_are_built_with_validated_settings() -> None:
@@ -61,24 +65,24 @@ def test_built_in_classes_are_built_with_validated_settings() -> None:
 
 def test_classes_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     third = type("Third", (First,), {"name": "third"})
-    install(monkeypatch, third, third, First)  # the same class twice is no conflict
-    assert REGISTRY.classes() == {"first": First, "second": Second, "third": third}
-    assert isinstance(REGISTRY.build("third", {}), third)
+    registry = install(monkeypatch, third, third, First)  # the same class twice is no conflict
+    assert registry.classes() == {"first": First, "second": Second, "third": third}
+    assert isinstance(registry.build("third", {}), third)
 
 
 def test_two_classes_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, type("Other", (First,), {"name": "second"}))
+    registry = install(monkeypatch, type("Other", (First,), {"name": "second"}))
     with pytest.raises(CompressError, match="registers method 'second', which exists"):
-        REGISTRY.classes()
+        registry.classes()
 
 
 @pytest.mark.parametrize("target", [ImportError("no module 'x'"), object()])
 def test_an_entry_point_that_cannot_be_used_is_refused(
     monkeypatch: pytest.MonkeyPatch, target: Any
 ) -> None:
-    install(monkeypatch, target)
+    registry = install(monkeypatch, target)
     with pytest.raises(CompressError, match="'other'.*gives no method: .*; repair or uninstall"):
-        REGISTRY.build("first", {})
+        registry.build("first", {})
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
