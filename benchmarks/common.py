@@ -112,6 +112,19 @@ def alternate(
     return samples
 
 
+def draw_beside_out(arguments: Sequence[str], draw: Callable[[dict[str, Any], Path], None]) -> None:
+    """Draw the file that ``--out`` names as .png beside it, if it is there and matplotlib is."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--out", type=Path)
+    out: Path | None = parser.parse_known_args(arguments)[0].out
+    if out is None:
+        return
+    try:
+        draw(json.loads(out.read_text(encoding="utf-8")), out.with_suffix(".png"))
+    except ImportError:
+        log.print("not drawn: matplotlib is missing (pip install '.[plot]')")
+
+
 def cache_folder() -> Path:
     """Where benchmarks keep models and tools between runs; may be deleted at any time."""
     folder = cache_dir() / "benchmarks"

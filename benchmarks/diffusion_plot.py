@@ -1,54 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """The picture of ``diffusion``: accuracy over what was computed."""
 
-import argparse
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import log
 
+def draw(full: dict[str, Any], target: Path) -> None:
+    """Two panels, one line per policy, its settings in order of their cost.
 
-def draw_beside_out(arguments: Sequence[str]) -> None:
-    """Draw the curve of the file that ``--out`` names, if it has one and matplotlib is there."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--out", type=Path)
-    out: Path | None = parser.parse_known_args(arguments)[0].out
-    if out is None:
-        return
-    curve = json.loads(out.read_text(encoding="utf-8"))["details"].get("curve")
-    if curve is None:
-        return
-    try:
-        draw(curve, out.with_suffix(".png"))
-    except ImportError:
-        log.print("not drawn: matplotlib is missing (pip install '.[plot]')")
-
-
-def draw(curve: Sequence[dict[str, Any]], target: Path) -> None:
-    """One line per policy, its settings in order of their cost."""
+    Points of another commit rule, which compute more than full, are left out.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    if (curve := full["details"].get("curve")) is None:
+        return  # that part was not run
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     lines: dict[str, list[dict[str, Any]]] = {}
     for point in curve:
         name = f"{point['policy']}, in step" if point["in_step"] else point["policy"]
-        lines.setdefault(name, []).append(point)
-    for name, points in lines.items():
-        points = sorted(points, key=lambda point: point["token_layers_ratio"])
-        axes.plot(
-            [point["token_layers_ratio"] for point in points],
-            [point["accuracy"] for point in points],
-            marker="o",
-            label=name,
-        )
-    axes.set(
-        xlabel="token-layers, of what full computes with the same rule",
-        ylabel="right tokens",
-        xscale="log",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(target, dpi=120)
+        if point["token_layers_ratio"] <= 1:
+            lines.setdefault(name, []).append(point)
+    for axes, measure, title in (
+        (left, "accuracy", "right tokens"),
+        (right, "kl", "nats, KL from computing everything"),
+    ):
+        for name, points in lines.items():
+            points = sorted(points, key=lambda point: point["token_layers_ratio"])
+            seen = [(point["token_layers_ratio"], point[measure]) for point in points]
+            axes.plot(*zip(*seen, strict=True), marker="o", label=name)
+        axes.set(xlabel="token-layers, over full's", title=title)
+        axes.grid(alpha=0.3)
+    left.set_ylim(0.9, 1.01)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(target, dpi=110)

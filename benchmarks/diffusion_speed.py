@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens per second of each policy in the engine, and what a step costs beside the model."""
 
+import random
 from contextlib import ExitStack
 from typing import Any
 
 from benchmarks import tiny_llada
 from benchmarks.common import Options, Result, alternate
 from benchmarks.diffusion_quality import POLICIES
-from benchmarks.engine import Engine
+from benchmarks.engine import Engine, in_process
+from diffusion.denoiser import Denoiser
+from diffusion.reference import generate
+from diffusion.registry import build_policy
+from diffusion.settings import Decoding
 
 PROMPT, CANVAS = 256, 256
 RAGGED = (256, 296, 320, 352, 400, 432, 480, 512)  # prompt and canvas, half of each
@@ -45,6 +50,8 @@ def speed(options: Options, result: Result) -> None:
         asks["one a step"] = ("full", one | {"extra": {"compress_tokens_per_step": 1}})
         asks["ragged"] = ("fixed_period", {"shapes": ragged, "seed": options.seed})
         asks["alone"] = ("fixed_period", asks["ragged"][1] | {"alone": True})
+        asks["never, ragged"] = ("never", asks["ragged"][1])
+        asks["never, alone"] = ("never", asks["alone"][1])
 
         def measure(name: str) -> dict[str, float]:
             policy, request = asks[name]
@@ -57,6 +64,31 @@ def speed(options: Options, result: Result) -> None:
         result.ratio(f"{name}_tokens_per_s_ratio", rates[name], rates["full"])
     result.ratio("parallel_only_ratio", rates["full"], rates["one a step"])
     result.ratio("batch8_ratio", rates["ragged"], rates["alone"])
+    result.ratio("batch8_ratio_never", rates["never, ragged"], rates["never, alone"])
     result.median("overhead_share", [s["overhead_share"] for s in samples["ragged"]])
     for name in ("full", "elastic"):
         result.median(f"overhead_share_{name}", [s["overhead_share"] for s in samples[name]])
+    for name, share in in_process(_token_layers, PROMPT, canvas, options.seed).items():
+        result.put(f"{name}_token_layers_ratio_512", share)
+
+
+def _token_layers(prompt: int, canvas: int, seed: int) -> dict[str, float]:
+    """What each policy computes of the request that is timed, over ``full``."""
+    draw = random.Random(seed)
+    tokens = [draw.randrange(10) for _ in range(prompt)]
+    model = tiny_llada.load(tiny_llada.folder())
+    layers, found = model.shape.n_layers, {}
+    for name, (settings, decoding) in POLICIES.items():
+        denoiser = Denoiser(
+            tokens,
+            canvas,
+            Decoding(tokens_per_step=2, **decoding),
+            build_policy(name, settings),
+            mask=tiny_llada.MASK,
+            layers=layers,
+        )
+        length = len(denoiser.canvas)
+        plans = generate(model, denoiser).plans
+        computed = sum(plan.token_layers(length, layers) for plan in plans)
+        found[name] = computed / (len(plans) * length * layers)
+    return found

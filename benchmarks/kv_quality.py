@@ -30,9 +30,9 @@ and is left out of the nats.
 
 import sys
 
-from benchmarks.common import Part, main
+from benchmarks.common import Part, draw_beside_out, main
 from benchmarks.kv_engine import POLICIES
-from benchmarks.kv_quality_plot import draw_beside_out
+from benchmarks.kv_quality_plot import draw
 from benchmarks.kv_quality_recall import MEASURES, quality, rows
 
 KEYS = tuple(f"{prefix}_{measure}" for prefix, _, _ in rows(POLICIES) for measure in MEASURES)
@@ -40,5 +40,5 @@ PARTS = {"quality": Part((*KEYS, "full_passkey", "full_needles"), quality)}
 
 if __name__ == "__main__":
     status = main(__doc__, PARTS)
-    draw_beside_out(sys.argv[1:])
+    draw_beside_out(sys.argv[1:], draw)
     sys.exit(status)

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The picture of ``kv_quality``: recall and loss over the share that is kept."""
 
-import argparse
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import log
 from benchmarks.kv_quality_recall import KEEPS, MEASURES, ROWS, rows
 
 TITLES = {
@@ -17,23 +13,11 @@ TITLES = {
 }
 
 
-def draw_beside_out(arguments: Sequence[str]) -> None:
-    """Draw the file that ``--out`` names, if it is there and matplotlib is."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--out", type=Path)
-    out: Path | None = parser.parse_known_args(arguments)[0].out
-    if out is None:
-        return
-    try:
-        draw(json.loads(out.read_text(encoding="utf-8"))["result"], out.with_suffix(".png"))
-    except ImportError:
-        log.print("not drawn: matplotlib is missing (pip install '.[plot]')")
-
-
-def draw(result: dict[str, Any], target: Path) -> None:
+def draw(full: dict[str, Any], target: Path) -> None:
     """One panel per measure, one line per policy; fp8, which has no keep, is level."""
     from matplotlib.figure import Figure
 
+    result = full["result"]
     figure = Figure(figsize=(12, 4), layout="constrained")
     for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
         for name in ROWS:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classes by name: ours, and third parties' through an entry-point group. Fails closed."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -56,6 +57,19 @@ class Registry(Generic[T]):
                     f"{source} registers {self.noun} {name!r}, which exists; rename or uninstall it"
                 )
         return found
+
+    def refuse_unknown(self, settings: dict[str, Any], own: Iterable[str], name: str) -> None:
+        """ValueError for keys that neither a section (``own``) nor the class ``name`` has.
+
+        If there is no such class, the settings of all are taken for valid: its name is the problem.
+        """
+        known = self.classes()
+        valid = list(own)
+        for kind in [known[name]] if name in known else known.values():
+            valid += kind.settings_type.model_fields
+        unknown = [f"unknown setting {k!r}{nearest(k, valid)}" for k in settings if k not in valid]
+        if unknown:
+            raise ValueError(f"{'; '.join(unknown)} (valid: {', '.join(dict.fromkeys(valid))})")
 
     def build(self, name: str, settings: dict[str, Any]) -> T:
         """One, with validated settings; CompressError lists every bad key and value at once."""

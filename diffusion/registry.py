@@ -11,7 +11,7 @@ from diffusion.fixed_period import FixedPeriod
 from diffusion.full import Full
 from diffusion.never import Never
 
-_REGISTRY: Final = Registry[CachePolicy](
+POLICIES: Final = Registry[CachePolicy](
     noun="diffusion cache policy",
     group="vllm_compress.diffusion_policies",
     built_in=(Full, Never, FixedPeriod, DualCache, Elastic),
@@ -20,9 +20,9 @@ _REGISTRY: Final = Registry[CachePolicy](
 
 def policies() -> dict[str, type[CachePolicy]]:
     """Every registered policy; CompressError when two claim one name."""
-    return _REGISTRY.classes()
+    return POLICIES.classes()
 
 
 def build_policy(name: str, settings: dict[str, Any]) -> CachePolicy:
     """A policy with validated settings; CompressError lists every bad key and value at once."""
-    return _REGISTRY.build(name, settings)
+    return POLICIES.build(name, settings)

@@ -11,7 +11,7 @@ from kv_policies.prefix_kv import PrefixKV
 from kv_policies.recent import Recent
 from kv_policies.snap_kv import SnapKV
 
-_REGISTRY: Final = Registry[Policy](
+KV_POLICIES: Final = Registry[Policy](
     noun="KV policy",
     group="vllm_compress.kv_policies",
     built_in=(PrefixKV, SnapKV, KeyDiff, Recent, CSKV),
@@ -20,9 +20,9 @@ _REGISTRY: Final = Registry[Policy](
 
 def policies() -> dict[str, type[Policy]]:
     """Every registered policy; CompressError when two claim one name."""
-    return _REGISTRY.classes()
+    return KV_POLICIES.classes()
 
 
 def build_policy(name: str, settings: dict[str, Any]) -> Policy:
     """The policy with validated settings; CompressError lists every bad key and value at once."""
-    return _REGISTRY.build(name, settings)
+    return KV_POLICIES.build(name, settings)

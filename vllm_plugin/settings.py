@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compress_common.errors import CompressError, explain, joined, nearest
+from compress_common.errors import CompressError, explain, joined
 from kv_policies.base import Policy
 from kv_policies.profile import Share
-from kv_policies.registry import build_policy, policies
+from kv_policies.registry import KV_POLICIES, build_policy, policies
 from quant_methods.calibration import CalibrationSettings
 from quant_methods.planning import PlanRequest
 from vllm_plugin.diffusion.settings import DiffusionSettings
@@ -82,16 +82,8 @@ class KVSettings(BaseModel):
     def _known_keys(cls, values: Any) -> Any:
         """Refuse unknown keys here, where those of the section and of the policy are both known."""
         if isinstance(values, dict):
-            kinds = policies()
-            chosen = kinds.get(str(values.get("policy")))
-            valid = list(cls.model_fields)
-            for kind in [chosen] if chosen else kinds.values():
-                valid += kind.settings_type.model_fields
-            unknown = [
-                f"unknown setting {k!r}{nearest(k, valid)}" for k in values if k not in valid
-            ]
-            if unknown:
-                raise ValueError(f"{'; '.join(unknown)} (valid: {', '.join(dict.fromkeys(valid))})")
+            name = str(values.get("policy"))
+            KV_POLICIES.refuse_unknown(values, cls.model_fields, name)
         return values
 
     @model_validator(mode="after")

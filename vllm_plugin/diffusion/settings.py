@@ -5,9 +5,9 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from compress_common.errors import CompressError, explain, joined, nearest
+from compress_common.errors import CompressError, explain, joined
 from diffusion.base import CachePolicy
-from diffusion.registry import build_policy, policies
+from diffusion.registry import POLICIES, build_policy, policies
 from diffusion.settings import Decoding
 
 DEFAULT_POLICY = "fixed_period"
@@ -27,16 +27,8 @@ class DiffusionSettings(Decoding):
     @classmethod
     def _known_keys(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            kinds = policies()
-            chosen = kinds.get(str(values.get("policy", DEFAULT_POLICY)))
-            valid = list(cls.model_fields)
-            for kind in [chosen] if chosen else kinds.values():
-                valid += kind.settings_type.model_fields
-            unknown = [
-                f"unknown setting {k!r}{nearest(k, valid)}" for k in values if k not in valid
-            ]
-            if unknown:
-                raise ValueError(f"{'; '.join(unknown)} (valid: {', '.join(dict.fromkeys(valid))})")
+            name = str(values.get("policy", DEFAULT_POLICY))
+            POLICIES.refuse_unknown(values, cls.model_fields, name)
         return values
 
     @model_validator(mode="after")
