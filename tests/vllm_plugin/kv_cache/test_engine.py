@@ -47,20 +47,21 @@ def pool(blocks: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("policies", "chunk", "caching"),
+    ("policies", "chunk", "caching", "lengths"),
     [
-        (POLICIES, 2048, True),
-        (("snap_kv",), 256, False),
-        pytest.param(POLICIES, 256, True, marks=pytest.mark.slow),
-        pytest.param(POLICIES, 2048, False, marks=pytest.mark.slow),
-        pytest.param(POLICIES, 256, False, marks=pytest.mark.slow),
+        (POLICIES, 2048, True, LENGTHS[::2]),
+        (("snap_kv",), 256, False, LENGTHS[1::2]),
+        pytest.param(POLICIES, 2048, True, LENGTHS, marks=pytest.mark.slow),
+        pytest.param(POLICIES, 256, True, LENGTHS, marks=pytest.mark.slow),
+        pytest.param(POLICIES, 2048, False, LENGTHS, marks=pytest.mark.slow),
+        pytest.param(POLICIES, 256, False, LENGTHS, marks=pytest.mark.slow),
     ],
 )
 def test_keep_1_is_stock(
-    demo_model: Path, policies: tuple[str, ...], chunk: int, caching: bool
+    demo_model: Path, policies: tuple[str, ...], chunk: int, caching: bool, lengths: list[int]
 ) -> None:
     engine = {"max_num_batched_tokens": chunk, "enable_prefix_caching": caching}
-    case = {"prompts": text_prompts(demo_model, LENGTHS), "engine": engine}
+    case = {"prompts": text_prompts(demo_model, lengths), "engine": engine}
     kvs = [None, *({"policy": policy, "keep": 1} for policy in policies)]
     stock, *ours = run(demo_model, [case | {"kv": kv} for kv in kvs])
     for answer in ours:
@@ -92,7 +93,7 @@ def test_latents_of_low_rank_keys_and_values_lose_nothing(
 @pytest.mark.parametrize(
     "kind",
     [
-        "one level",
+        pytest.param("one level", marks=pytest.mark.slow),
         "three levels",
         pytest.param("latents", marks=pytest.mark.slow),
         "latents of 4 bits",
@@ -117,7 +118,7 @@ def test_freed_blocks_are_used_by_others_and_nothing_mixes(
     assert_nothing_left(ample)
 
 
-@pytest.mark.parametrize("policy", ["key_diff", "cskv"])
+@pytest.mark.parametrize("policy", [pytest.param("key_diff", marks=pytest.mark.slow), "cskv"])
 def test_windows_survive_preemption(demo_model: Path, bases: Path, policy: str) -> None:
     """A resumed request recomputes prompt and windows, and says what it would have said."""
     budget = {"bases": str(bases)} if policy == "cskv" else {"keep": 0.5}
