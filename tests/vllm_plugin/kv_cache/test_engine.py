@@ -134,7 +134,9 @@ def test_windows_survive_preemption(demo_model: Path, bases: Path, policy: str) 
     assert_nothing_left(tight)
 
 
-@pytest.mark.parametrize("policy", ["snap_kv", "prefix_kv", "cskv"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("snap_kv", marks=pytest.mark.slow), "prefix_kv", "cskv"]
+)
 def test_prefix_cache_hits_and_changes_nothing(
     demo_model: Path, profile: Path, bases: Path, policy: str
 ) -> None:
@@ -184,7 +186,9 @@ def test_a_request_may_keep_everything(demo_model: Path, bases: Path, policy: st
     assert_nothing_left(mixed)
 
 
-@pytest.mark.parametrize("kind", ["one level", "three levels", "latents"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("one level", marks=pytest.mark.slow), "three levels", "latents"]
+)
 def test_a_storm_of_aborts_and_preemptions_leaves_nothing(
     demo_model: Path, profile: Path, bases: Path, kind: str
 ) -> None:
