@@ -30,6 +30,8 @@ PROMPTS = [
     "She opened the door and",
 ]
 EAGER = {"TORCH_COMPILE_DISABLE": "1"}  # the dequantiser's compiled form has tests of its own
+# Each engine would measure where to change over, and a busy machine may give another number.
+SAME_ROUNDING = {"COMPRESS_INT4_ROWS": "16"}
 QUICK = {"calibration": {"samples": 2, "length": 16}, "alpha": 0.5, "group_size": 32}
 
 
@@ -47,7 +49,7 @@ def written(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def from_written(written: Path) -> dict:
-    return generate(written, PROMPTS)
+    return generate(written, PROMPTS, env=SAME_ROUNDING)
 
 
 def test_written_checkpoint_is_ours(from_written: dict) -> None:
@@ -56,7 +58,7 @@ def test_written_checkpoint_is_ours(from_written: dict) -> None:
 
 
 def test_quantising_at_load_gives_the_same_text(demo_model: Path, from_written: dict) -> None:
-    raw = generate(demo_model, PROMPTS, quantization="smoothquant_plus")
+    raw = generate(demo_model, PROMPTS, quantization="smoothquant_plus", env=SAME_ROUNDING)
     assert raw["tokens"] == from_written["tokens"]
 
 

@@ -9,6 +9,7 @@ group together by at most 2^-8 |zero|, so by at most scale / 32.
 
 import functools
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 _TILE_BYTES = 8 << 20  # dequantised weights alive at a time: fits a last-level cache
 _NEVER = 1 << 62
+ROWS = "COMPRESS_INT4_ROWS"
 
 _crossovers: dict[tuple[int, int, int], int] = {}
 
@@ -168,7 +170,13 @@ def linear_dequantised(
 
 
 def crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_size: int) -> int:
-    """Largest M for which `linear_int4pack` is the faster one; measured once per (K, N, g)."""
+    """Largest M for which `linear_int4pack` is the faster one; measured once per (K, N, g).
+
+    COMPRESS_INT4_ROWS sets it: both ways round differently, and measuring on a busy machine may not
+    give the same M twice.
+    """
+    if fixed := os.environ.get(ROWS):
+        return int(fixed)
     n, k = packed.shape[0], packed.shape[1] * 2
     key = k, n, group_size
     if key not in _crossovers:
