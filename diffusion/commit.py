@@ -44,6 +44,9 @@ class Fixed:
 
     count: int
 
+    def __str__(self) -> str:
+        return f"the likeliest {self.count} of a step"
+
     def choose(self, confidence: np.ndarray) -> np.ndarray:
         chosen = np.zeros(len(confidence), dtype=bool)
         chosen[np.argsort(-confidence, kind="stable")[: self.count]] = True
@@ -58,6 +61,9 @@ class Threshold:
     """
 
     least: float
+
+    def __str__(self) -> str:
+        return f"what is at least {self.least} probable"
 
     def choose(self, confidence: np.ndarray) -> np.ndarray:
         known = np.nan_to_num(confidence)  # of NaN logits: what is committed is no worse than they

@@ -23,6 +23,9 @@ class Window:
 
     length: int
 
+    def __str__(self) -> str:
+        return f"the leftmost {self.length} masks"
+
     def active(self, canvas: Canvas) -> np.ndarray:
         return np.flatnonzero(canvas.masked)[: self.length]
 
@@ -32,6 +35,9 @@ class Blocks:
     """The masked positions of one block of ``length`` after the other (semi-autoregressive)."""
 
     length: int
+
+    def __str__(self) -> str:
+        return f"one block of {self.length} after the other"
 
     def active(self, canvas: Canvas) -> np.ndarray:
         masked = np.flatnonzero(canvas.masked)

@@ -7,6 +7,7 @@ from diffusion.commit import CommitRule, Fixed, Threshold
 from diffusion.schedule import Blocks, Schedule, Window
 
 THRESHOLD, WINDOW = 0.9, 16
+PAIRS = (("threshold", "tokens_per_step"), ("window_length", "block_length"))  # one of each
 
 
 class Decoding(BaseModel):
@@ -37,7 +38,7 @@ class Decoding(BaseModel):
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "Decoding":
-        for one, other in (("threshold", "tokens_per_step"), ("window_length", "block_length")):
+        for one, other in PAIRS:
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"`{one}` and `{other}` exclude each other; give one of them")
         return self

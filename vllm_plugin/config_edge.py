@@ -20,7 +20,6 @@ from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
 from vllm_plugin.metrics.connector import report
 from vllm_plugin.quantization.config import SmoothQuantPlusConfig
 from vllm_plugin.quantization.loader import LOAD_FORMAT
-from vllm_plugin.self_check import diffusion_of
 from vllm_plugin.settings import KEY, Settings, WeightSettings, parse_settings
 
 # Safetensors under any name that vLLM has for them.
@@ -71,7 +70,7 @@ def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto")
             "--quantization smoothquant_plus or remove the section"
         )
     quantised = isinstance(config.quant_config, SmoothQuantPlusConfig)
-    if settings.kv is not None or quantised or diffusion_of(config) is not None:
+    if settings.kv is not None or quantised or diffusion.diffusion_of(config) is not None:
         report(config)
 
 

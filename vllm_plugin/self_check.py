@@ -6,13 +6,10 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from compress_common.errors import CompressError
-from diffusion.commit import CommitRule, Fixed, Threshold
-from diffusion.schedule import Blocks, Schedule, Window
 from kv_policies.layout import Layout
 from vllm_plugin.capacity import Footprint, kv_footprint, requests_in_pool, weight_footprint
-from vllm_plugin.diffusion.config import LLaDAConfig
 from vllm_plugin.diffusion.settings import DiffusionSettings
-from vllm_plugin.diffusion.support import settings_of
+from vllm_plugin.diffusion.support import diffusion_of
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.quantization.cpu_int4 import resolve_activations
 from vllm_plugin.settings import Settings, WeightSettings
@@ -68,11 +65,6 @@ def layouts(config: VllmConfig, settings: Settings) -> dict[int, Layout] | None:
     )
 
 
-def diffusion_of(config: VllmConfig) -> DiffusionSettings | None:
-    """How a model that denoises is served; None for any other model."""
-    return settings_of(config) if isinstance(config.model_config.hf_config, LLaDAConfig) else None
-
-
 def _weights(config: VllmConfig, settings: Settings) -> Rows:
     method = getattr(config.quant_config, "method", None)
     if (found := weights_of(config, settings)) is None:
@@ -111,29 +103,11 @@ def _denoising(config: VllmConfig, served: DiffusionSettings) -> Rows:
     size = kv_footprint(text, model.dtype, config.cache_config.cache_dtype, None)
     rows = [
         ("denoising", ", ".join([served.policy, *chosen])),
-        ("commits", _committed(decoding.rule())),
-        ("predicts", _predicted(decoding.schedule())),
+        ("commits", str(decoding.rule())),
+        ("predicts", str(decoding.schedule())),
         ("KV bytes a token", f"{size.original:,}"),
     ]
     if policy.tracks:
         inputs = text.num_hidden_layers * text.hidden_size * model.dtype.itemsize
         rows.append(("layer inputs", f"{inputs:,} bytes a token more, on each rank"))
     return rows
-
-
-def _committed(rule: CommitRule) -> str:
-    match rule:
-        case Fixed(count=count):
-            return f"the likeliest {count} of a step"
-        case Threshold(least=least):
-            return f"what is at least {least} probable"
-    return type(rule).__name__
-
-
-def _predicted(schedule: Schedule) -> str:
-    match schedule:
-        case Window(length=length):
-            return f"the leftmost {length} masks"
-        case Blocks(length=length):
-            return f"one block of {length} after the other"
-    return type(schedule).__name__

@@ -147,7 +147,6 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
         "v2": scheduler.use_v2_model_runner,
         "chunked": scheduler.scheduler_config.enable_chunked_prefill,
         "cached": scheduler.cache_config.enable_prefix_caching,
-        "tokens_in_cache": scheduler.cache_config.num_gpu_blocks * scheduler.block_size,
     }
     engine.engine_core.shutdown()
     del llm, engine, core, scheduler, pool, worker, watch

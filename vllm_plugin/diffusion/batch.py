@@ -71,12 +71,7 @@ def prepare(batch: Sequence[Running], layers: int, device: torch.device) -> Prep
         stages.append(stage)
         metadata[first] = _metadata(batch, rows[first], stage, tables)
     tokens = [o.denoiser.canvas.tokens[r] for o, r in zip(batch, rows[0], strict=True)]
-    last = rows[firsts[-1]]
-    starts = np.cumsum([0, *(len(r) for r in last[:-1])])
-    active = [
-        start + np.searchsorted(r, plan.active)
-        for start, r, plan in zip(starts, last, plans, strict=True)
-    ]
+    active = places(rows[firsts[-1]], [plan.active for plan in plans])
     return Prepared(
         torch.from_numpy(np.concatenate(tokens)).to(device),
         stages,
@@ -85,6 +80,14 @@ def prepare(batch: Sequence[Running], layers: int, device: torch.device) -> Prep
         tables,
         torch.from_numpy(np.concatenate(active)).to(device),
     )
+
+
+def places(rows: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Where each request's wanted positions lie among the rows of all, one after the other."""
+    starts = np.cumsum([0, *(len(r) for r in rows[:-1])])
+    return [
+        start + np.searchsorted(r, one) for start, r, one in zip(starts, rows, wanted, strict=True)
+    ]
 
 
 def predictions(

@@ -12,37 +12,37 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from diffusion.base import Observation, Plan
-from diffusion.denoiser import Denoiser
 from diffusion.drift import Over, Total, most_attended, probabilities, similarity
+from vllm_plugin.diffusion.batch import Prepared, Running, places
 from vllm_plugin.kv_cache.pages import Pages
 
 
 class Probe:
     """Collects a batch's observations, layer by layer.
 
-    denoisers: R requests. rows: of each, positions that it computes, by stage. tables: its blocks,
-    int64 [R, C]. slots: of each, int64 [N]. pages: of each layer. heads: of all ranks. total: see
+    batch: R requests. prepared: their step. pages: of each layer. heads: of all ranks. total: see
     ``drift``.
     """
 
     def __init__(
         self,
-        denoisers: Sequence[Denoiser],
-        rows: dict[int, list[np.ndarray]],
-        tables: torch.Tensor,
-        slots: Sequence[np.ndarray],
+        batch: Sequence[Running],
+        prepared: Prepared,
         pages: Sequence[Pages],
         heads: int,
         total: Total,
     ) -> None:
-        self._pages, self._tables, self._heads, self._total = pages, tables, heads, total
+        self._pages, self._heads, self._total = pages, heads, total
+        self._tables = tables = prepared.tables
+        denoisers = [one.denoiser for one in batch]
         plans = [one.plan for one in denoisers]
-        settings = [one.policy.settings for one in denoisers]
         self._count = [one.policy.tracks for one in denoisers]
-        self._over: list[Over] = [setting.similarity for setting in settings]
+        self._over: list[Over] = [one.policy.settings.similarity for one in denoisers]
         self._starts = [plan.start for plan in plans]
         self._device = device = tables.device
-        self._stages = {first: _Rows(of_stage, plans, device) for first, of_stage in rows.items()}
+        self._stages = {
+            first: _Rows(of_stage, plans, device) for first, of_stage in prepared.rows.items()
+        }
         width = tables.shape[1] * pages[0].shape[1]
         length = torch.tensor([len(one.canvas) for one in denoisers])[:, None]
         there = torch.arange(width) < length
@@ -53,14 +53,12 @@ class Probe:
         self._there, self._candidates = there.to(device), candidates.to(device)
         self._stage = self._stages[0]
         tracked = [plan.tracked for plan in plans]
-        at = [s[t] for s, t in zip(slots, tracked, strict=True)]
+        at = [one.slots[t] for one, t in zip(batch, tracked, strict=True)]
         self.tracked = (
             torch.from_numpy(np.concatenate(tracked)).to(device),
             torch.from_numpy(np.concatenate(at)).to(device),
         )
-        starts = np.cumsum([0, *(len(t) for t in tracked[:-1])])
-        rows_of = [start + np.arange(len(t)) for start, t in zip(starts, tracked, strict=True)]
-        self._tracked_rows = _padded(rows_of).to(device)
+        self._tracked_rows = _padded(places(tracked, tracked)).to(device)
         self._similarity: list[torch.Tensor] = []
         self._attended: list[torch.Tensor] = []
 
@@ -103,9 +101,9 @@ class Probe:
 
     def observations(self, similarity: torch.Tensor, attended: torch.Tensor) -> list[Observation]:
         """What was seen, by request."""
-        similarities, places = similarity.cpu().numpy(), attended.cpu().numpy()
+        similarities, found = similarity.cpu().numpy(), attended.cpu().numpy()
         return [
-            Observation(similarities[row], places[row, :, :count])
+            Observation(similarities[row], found[row, :, :count])
             for row, count in enumerate(self._count)
         ]
 
@@ -116,18 +114,12 @@ class _Rows:
     def __init__(
         self, rows: Sequence[np.ndarray], plans: Sequence[Plan], device: torch.device
     ) -> None:
-        starts = np.cumsum([0, *(len(r) for r in rows[:-1])])
         request = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
         self.request = torch.from_numpy(request).to(device)
         self.position = torch.from_numpy(np.concatenate(rows)).to(device)
         self.active, self.tracked = (
-            _padded(
-                [
-                    start + np.searchsorted(r, getattr(plan, which))
-                    for start, r, plan in zip(starts, rows, plans, strict=True)
-                ]
-            ).to(device)
-            for which in ("active", "tracked")
+            _padded(places(rows, wanted)).to(device)
+            for wanted in ([plan.active for plan in plans], [plan.tracked for plan in plans])
         )
 
 

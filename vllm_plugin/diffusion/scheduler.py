@@ -37,10 +37,9 @@ class DiffusionScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Let each running request compute the rows of its next step, if these fit as a whole."""
-        budget, running = self.max_num_scheduled_tokens, [r.request_id for r in self.running]
-        self._next_rows = {name: self._next_rows[name] for name in running}
+        budget, known, self._next_rows = self.max_num_scheduled_tokens, self._next_rows, {}
         for request in self.running:
-            rows = self._next_rows[request.request_id]
+            rows = self._next_rows[request.request_id] = known[request.request_id]
             if rows > budget:
                 rows = 0  # the base passes over what has nothing to compute
             budget -= rows

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from compress_common.errors import CompressError, explain, joined
 from diffusion.base import CachePolicy
 from diffusion.registry import POLICIES, build_policy, policies
-from diffusion.settings import Decoding
+from diffusion.settings import PAIRS, Decoding
 
 DEFAULT_POLICY = "fixed_period"
 BLOCK = 32  # tokens, of policies that need blocks and were given none
@@ -54,7 +54,7 @@ class DiffusionSettings(Decoding):
     def for_request(self, values: dict[str, Any]) -> "DiffusionSettings":
         """The same with a request's values; CompressError lists all that is wrong with them."""
         mine = self.model_dump(exclude_none=True)
-        for one, other in (("threshold", "tokens_per_step"), ("window_length", "block_length")):
+        for one, other in PAIRS:
             if one in values:
                 mine.pop(other, None)
             if other in values:

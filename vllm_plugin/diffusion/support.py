@@ -48,6 +48,11 @@ def settings_of(config: VllmConfig) -> DiffusionSettings:
     return parse_settings(config.additional_config).diffusion or DiffusionSettings()
 
 
+def diffusion_of(config: VllmConfig) -> DiffusionSettings | None:
+    """How a model that denoises is served; None for any other model."""
+    return settings_of(config) if isinstance(config.model_config.hf_config, LLaDAConfig) else None
+
+
 def policy_of(config: VllmConfig) -> CachePolicy:
     """A fresh policy as the server is configured."""
     return settings_of(config).build()

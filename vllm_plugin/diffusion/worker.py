@@ -7,8 +7,6 @@ any positions, more of them in some layers than in others.
 """
 
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -61,25 +59,20 @@ class DiffusionWorker(PlatformWorker):
         super().initialize_from_config(kv_cache_config)
         (groups,) = self.model_runner.attn_groups
         context = self.vllm_config.compilation_config.static_forward_context
+        layers = [layer.self_attn.attn for layer in self.model_runner.get_model().model.layers]
+        self._layers = len(layers)
+        at = {layer.layer_name: index for index, layer in enumerate(layers)}
         self._builders = [
-            (group.layer_names, group.get_metadata_builder())
+            (group.get_metadata_builder(), {name: at[name] for name in group.layer_names})
             for group in groups
             if isinstance(context[group.layer_names[0]], Attention)
         ]
-        layers = [layer.self_attn.attn for layer in self.model_runner.get_model().model.layers]
-        self._names = [layer.layer_name for layer in layers]
         self._block_size = groups[0].kv_cache_spec.block_size
         self._settings = settings_of(self.vllm_config)
         self._pages = None
         if self._settings.build().tracks:
             self._pages = [
-                Pages.of(
-                    layer.kv_cache,
-                    layer.num_kv_heads,
-                    self._block_size,
-                    layer.head_size,
-                    partial(_write, layer),
-                )
+                Pages.of_layer(layer, layer.num_kv_heads, self._block_size, layer.head_size)
                 for layer in layers
             ]
         self._running: dict[str, Running] = {}
@@ -104,25 +97,17 @@ class DiffusionWorker(PlatformWorker):
     @torch.inference_mode()
     def _step(self, ids: list[str], scheduled: SchedulerOutput) -> DenoisedOutput:
         batch = [self._running[name] for name in ids]
-        model, layers = self.model_runner.get_model(), len(self._names)
+        model, layers = self.model_runner.get_model(), self._layers
         prepared = prepare(batch, layers, self.device)
         probe = None
         if self._pages is not None:
-            probe = Probe(
-                [one.denoiser for one in batch],
-                prepared.rows,
-                prepared.tables,
-                [one.slots for one in batch],
-                self._pages,
-                self.model_config.hf_config.num_attention_heads,
-                get_tp_group().all_reduce,
-            )
+            heads = self.model_config.hf_config.num_attention_heads
+            probe = Probe(batch, prepared, self._pages, heads, get_tp_group().all_reduce)
         metadata, slots = {}, {}
-        for names, builder in self._builders:
+        for builder, indices in self._builders:
             built = {first: builder.build(0, common) for first, common in prepared.metadata.items()}
-            for name in names:
-                index = self._names.index(name)
-                stage = max((s for s in prepared.stages if s.first <= index), key=_first)
+            for name, index in indices.items():
+                stage = [one for one in prepared.stages if one.first <= index][-1]
                 metadata[name], slots[name] = built[stage.first], stage.slots
         first = prepared.stages[0]
         with (
@@ -185,18 +170,10 @@ class DiffusionWorker(PlatformWorker):
             decoding,
             policy,
             mask=self._mask,
-            layers=len(self._names),
+            layers=self._layers,
             stops=stops,
             fill=params.eos_token_id,
             temperature=params.temperature,
             seed=int(self._seeds.integers(2**63)) if params.seed is None else params.seed,
         )
         return Running.of(denoiser, request.block_ids[0], self._block_size)
-
-
-def _first(stage: Any) -> int:
-    return stage.first
-
-
-def _write(layer: Attention, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)

@@ -4,6 +4,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -47,6 +49,12 @@ class Pages:
         keys, values = (Order.of(places, cache.dtype) for places in _places(block, shape, write))
         blocks = cache.as_strided((len(cache), block.numel()), (cache.stride(0), 1))
         return cls(blocks, keys, values, shape)
+
+    @classmethod
+    def of_layer(cls, layer: Any, heads: int, block_size: int, head_size: int) -> "Pages":
+        """Probe the cache of an attention layer, through its own backend."""
+        write = partial(_write, layer)
+        return cls.of(layer.kv_cache, heads, block_size, head_size, write)
 
     def read(self, blocks: torch.Tensor) -> "Content":
         """A copy of blocks, int64 [R, C]."""
@@ -123,6 +131,10 @@ class Order:
         """Raw blocks [M, elements], contiguous, seen in plain order, [M, *sizes] of ``dtype``."""
         wide = raw.view(self.dtype)
         return wide.as_strided((len(wide), *self.sizes), (wide.shape[1], *self.strides), self.first)
+
+
+def _write(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
 
 
 def _run(rest: torch.Tensor) -> int:

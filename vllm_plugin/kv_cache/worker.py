@@ -2,15 +2,12 @@
 """Workers that know layer names and prompt lengths, and hand them to attention."""
 
 from collections import Counter
-from functools import partial
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.interfaces import supports_realtime
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
@@ -125,12 +122,8 @@ class CompressedWorker(PlatformWorker):
             layer = self.vllm_config.compilation_config.static_forward_context[name]
             layer.impl.batch, layer.impl.policy = self.batch, self.policy
             layer.impl.builder = builder
-            layer.impl.pages = Pages.of(
-                layer.kv_cache,
-                spec.num_kv_heads,
-                spec.block_size,
-                spec.head_size,
-                partial(_write, layer),
+            layer.impl.pages = Pages.of_layer(
+                layer, spec.num_kv_heads, spec.block_size, spec.head_size
             )
             if bases is not None:
                 layer.impl.latents = latent_cache(
@@ -155,7 +148,3 @@ class CompressedWorker(PlatformWorker):
         assert self.batch is not None
         with self.batch.step(scheduler_output):
             return super().execute_model(scheduler_output)
-
-
-def _write(layer: Attention, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)

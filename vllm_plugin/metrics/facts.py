@@ -10,7 +10,8 @@ from vllm.config import VllmConfig
 
 from compress_common.errors import CompressError
 from vllm_plugin.capacity import Footprint, kv_footprint
-from vllm_plugin.self_check import diffusion_of, layouts, weights_of
+from vllm_plugin.diffusion.support import diffusion_of
+from vllm_plugin.self_check import layouts, weights_of
 from vllm_plugin.settings import parse_settings
 
 NONE = "none"

@@ -175,12 +175,13 @@ def crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_size: int) -
     COMPRESS_INT4_ROWS sets it: both ways round differently, and measuring on a busy machine may not
     give the same M twice.
     """
-    if fixed := os.environ.get(ROWS):
-        return int(fixed)
     n, k = packed.shape[0], packed.shape[1] * 2
     key = k, n, group_size
     if key not in _crossovers:
-        _crossovers[key] = _measure_crossover(packed, scale_zero, group_size)
+        fixed = os.environ.get(ROWS)
+        _crossovers[key] = (
+            int(fixed) if fixed else _measure_crossover(packed, scale_zero, group_size)
+        )
         m = _crossovers[key]
         logger.info("int4 linear K=%d N=%d g=%d: int4pack GEMM up to M=%d", k, n, group_size, m)
     return _crossovers[key]
