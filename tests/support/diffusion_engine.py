@@ -28,7 +28,7 @@ from diffusion.base import Plan
 from diffusion.denoiser import Denoiser
 from diffusion.dense import DenseLLaDA
 from diffusion.reference import generate
-from tests.support.generate import SINGLE_PROCESS, answer, ask_child
+from tests.support.generate import SINGLE_PROCESS, answer, ask_child, kernel
 from vllm_plugin.diffusion.settings import DiffusionSettings
 
 MASK, STOP = 63, 1  # of ``tests.support.llada``
@@ -36,6 +36,7 @@ ENGINE = {
     "skip_tokenizer_init": True,
     "dtype": "float32",  # the reference's; in bfloat16 near-equal probabilities change places
     "max_model_len": 256,
+    "block_size": 32,
     "kv_cache_memory_bytes": 1 << 26,
     "gpu_memory_utilization": 0.2,
 }
@@ -117,7 +118,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     config = {"compress": {"diffusion": case["section"]}}
-    llm = LLM(model, additional_config=config, **(ENGINE | case.get("engine", {})))
+    llm = LLM(model, additional_config=config, **(ENGINE | kernel() | case.get("engine", {})))
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
     scheduler, pool = core.scheduler, core.scheduler.kv_cache_manager.block_pool

@@ -74,6 +74,16 @@ def ask_child(
     raise EngineFailed(process.stdout[-4000:] + process.stderr[-8000:])
 
 
+def kernel() -> dict[str, Any]:
+    """In a child: the attention that our layers are built on, by name where vLLM would choose.
+
+    Two engines say the same only with the same kernel.
+    """
+    from vllm.platforms import current_platform
+
+    return {} if current_platform.is_cpu() else {"attention_backend": "TRITON_ATTN"}
+
+
 def answer(content: Any) -> None:
     """The child's side of ``ask_child``."""
     print(_ANSWER + json.dumps(content), flush=True)
@@ -83,7 +93,7 @@ def _main() -> None:
     request = json.load(sys.stdin)
     from vllm import LLM, SamplingParams
 
-    llm = LLM(request["model"], **request["engine_args"])
+    llm = LLM(request["model"], **(kernel() | request["engine_args"]))
     sampling = SamplingParams(
         temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, prompt_logprobs=0
     )

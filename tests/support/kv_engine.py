@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.generate import SINGLE_PROCESS, answer, ask_child
+from tests.support.generate import SINGLE_PROCESS, answer, ask_child, kernel
 
 ENGINE = {
     "max_model_len": 2048,
@@ -54,7 +54,8 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     config = {"compress": {"kv": case["kv"]}} if case["kv"] else {}
-    llm = LLM(model, additional_config=config, **(ENGINE | case.get("engine", {})))
+    stock = {} if case["kv"] else kernel()
+    llm = LLM(model, additional_config=config, **(ENGINE | stock | case.get("engine", {})))
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
     scheduler, pool = core.scheduler, core.scheduler.kv_cache_manager.block_pool

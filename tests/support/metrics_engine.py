@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.generate import SINGLE_PROCESS, answer, ask_child
+from tests.support.generate import SINGLE_PROCESS, answer, ask_child, kernel
 from tests.support.kv_engine import ENGINE
 
 
@@ -50,7 +50,7 @@ def _main() -> None:
     from vllm.exceptions import VLLMValidationError
 
     case = json.load(sys.stdin)
-    arguments = ENGINE | case.get("engine", {})
+    arguments = ENGINE | ({} if case.get("kv") else kernel()) | case.get("engine", {})
     llm = LLM(
         case["model"],
         additional_config={

@@ -129,10 +129,12 @@ def _restricted(
     metadata: CommonAttentionMetadata, step: Step, part: Step, tokens: torch.Tensor
 ) -> CommonAttentionMetadata:
     """The metadata of one pass: of some requests, some tokens."""
-    device = metadata.block_table_tensor.device
+    device, prefilling = metadata.block_table_tensor.device, metadata.is_prefilling
     row = torch.tensor([step.ids.index(name) for name in part.ids])
     starts = torch.zeros(len(row) + 1, dtype=metadata.query_start_loc.dtype)
     torch.cumsum(part.q, 0, out=starts[1:])
+    if prefilling is not None:
+        prefilling = prefilling[row.to(prefilling.device)]  # on the host also beside a GPU
     row, lengths = row.to(device), (part.c + part.q).int()
     return metadata.replace(
         query_start_loc=starts.to(device),
@@ -145,7 +147,7 @@ def _restricted(
         block_table_tensor=metadata.block_table_tensor[row],
         slot_mapping=metadata.slot_mapping[tokens.to(device)],
         positions=None if metadata.positions is None else metadata.positions[tokens.to(device)],
-        is_prefilling=None if metadata.is_prefilling is None else metadata.is_prefilling[row],
+        is_prefilling=prefilling,
     )
 
 

@@ -43,6 +43,8 @@ class Pages:
         Raises PackedCache, for instance for quantised caches.
         """
         block = cache[0]
+        # In the order of memory: heads or tokens may come first, as the engine's layout has it.
+        block = block.permute(sorted(range(block.ndim), key=block.stride, reverse=True))
         if not block.is_contiguous():
             raise PackedCache("a block of this KV cache is not one piece of memory")
         shape = heads, block_size, head_size

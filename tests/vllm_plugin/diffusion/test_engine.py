@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from diffusion.dense import DenseLLaDA
 from tests.support.diffusion_engine import expected, run, some_requests
@@ -104,6 +105,7 @@ def test_tight_pool_and_aborts_lose_nothing(model: tuple[Path, DenseLLaDA], poli
         assert_nothing_left(answer)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two GPUs, or none, for two ranks")
 def test_two_ranks_are_one(model: tuple[Path, DenseLLaDA]) -> None:
     folder, dense = model
     requests = some_requests(8, seed=3)
@@ -117,6 +119,7 @@ def test_two_ranks_are_one(model: tuple[Path, DenseLLaDA]) -> None:
     assert_nothing_left(answer)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="all tests use Model Runner V2 on a GPU")
 def test_model_runner_v2_is_the_reference(model: tuple[Path, DenseLLaDA]) -> None:
     pytest.importorskip("triton", reason="Model Runner V2 needs Triton")
     folder, dense = model

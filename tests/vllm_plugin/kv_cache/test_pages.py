@@ -69,6 +69,34 @@ def test_reads_and_writes_what_the_kernel_does(
     assert torch.equal(other.raw, cache.raw)
 
 
+@pytest.mark.parametrize("between", [0, 3])
+def test_heads_may_lie_within_tokens(between: int) -> None:
+    """As vLLM lays a cache out on a GPU, where layers may also lie between a layer's blocks."""
+    heads, block, size = 3, 16, 40
+    raw = torch.zeros(BLOCKS, 1 + between, block, heads, 2 * size)
+    cache = raw[:, between].transpose(1, 2)
+
+    def write(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        for slot, *both in zip(slots.tolist(), key, value, strict=True):
+            cache[slot // block, :, slot % block] = torch.cat(both, -1)
+
+    key, value = torch.randn(2, BLOCKS * block, heads, size)
+    write(key, value, torch.arange(BLOCKS * block))
+    pages = Pages.of(cache, heads, block, size, write)
+    content = pages.read(torch.tensor([[4, 1]]))
+    tokens = torch.tensor([[4], [1]]) * block + torch.arange(block)
+    assert torch.equal(content.keys()[0], key[tokens.flatten()].transpose(0, 1))
+    assert torch.equal(content.values()[0], value[tokens.flatten()].transpose(0, 1))
+
+    before = raw.clone()
+    pages.write(
+        torch.tensor([2]), torch.ones(1, heads, block, size), torch.zeros(1, heads, block, size)
+    )
+    assert cache[2, ..., :size].eq(1).all() and cache[2, ..., size:].eq(0).all()
+    before[2, between] = raw[2, between]
+    assert torch.equal(raw, before)
+
+
 def test_quantised_caches_are_refused() -> None:
     with pytest.raises(PackedCache):
         Cache(2, 32, 64, torch.bfloat16, "fp8").pages()

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernel of cskv beside vLLM's Triton attention over raw keys and values. Needs a GPU.
+
+One layer of Llama-3.1-8B's shape at ratio 0.8: 32 heads of 128 over 8 KV heads, latents of 208 and
+200 numbers, blocks of 32 tokens, the last 32 tokens raw, one query token a request.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from benchmarks.common import Options, Result
+
+HEADS, KV_HEADS, WIDTH, RANKS = 32, 8, 128, (208, 200)
+BLOCK, RECENT = 32, 32
+SHAPES = ((8, 2048), (8, 8192), (64, 2048), (64, 8192))  # requests, tokens of each
+
+
+def kernel(options: Options, result: Result) -> None:
+    """Fill kernel_*: see the text of ``benchmarks.cskv``."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("needs an NVIDIA GPU")
+    torch.manual_seed(options.seed)
+
+    rate, flops = _ceilings()
+    result.details["device"] = torch.cuda.get_device_name()
+    for requests, tokens in SHAPES[:1] if options.smoke else SHAPES:
+        raw = _milliseconds(_raw(requests, tokens))
+        for bits in (16, 4):
+            run, used = _latents(requests, tokens, bits)
+            spent = _milliseconds(run)
+            name = f"b{requests}_{tokens}" + ("_int4" if bits == 4 else "")
+            result.put(f"kernel_ratio_{name}", raw / spent, raw_ms=raw, latent_ms=spent)
+            result.put(f"kernel_bandwidth_share_{name}", used / spent / rate)
+            work = requests * tokens * 2 * (RANKS[0] * KV_HEADS * WIDTH + HEADS * RANKS[1])
+            result.put(f"kernel_flops_share_{name}", work / spent / flops)
+
+
+def _ceilings() -> tuple[float, float]:
+    """Bytes and operations that the device does per millisecond."""
+    memory, square = _random(1 << 14, 1 << 14), _random(8192, 8192)
+    copied = torch.empty_like(memory)
+    return (
+        2 * memory.nbytes / _milliseconds(lambda: copied.copy_(memory)),
+        2 * 8192**3 / _milliseconds(lambda: square @ square),
+    )
+
+
+def _milliseconds(run: Any) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=20, rep=100, return_mode="median")
+
+
+def _raw(requests: int, tokens: int) -> Any:
+    """vLLM's Triton attention, called as its backend calls it."""
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    columns = tokens // BLOCK
+    cache = _random(requests * columns, BLOCK, KV_HEADS, 2 * WIDTH)
+    keys, values = cache.chunk(2, dim=-1)
+    table = torch.randperm(len(cache), device="cuda").int().view(requests, columns)
+    query = _random(requests, HEADS, WIDTH)
+    out = torch.empty_like(query)
+    segments = 16
+    sums = query.new_empty(requests, HEADS, segments, WIDTH, dtype=torch.float32)
+    tops, totals = query.new_empty(2, requests, HEADS, segments, dtype=torch.float32)
+    starts = torch.arange(requests + 1, device="cuda", dtype=torch.int32)
+    lengths = torch.full((requests,), tokens, device="cuda", dtype=torch.int32)
+    return lambda: unified_attention(
+        q=query,
+        k=keys,
+        v=values,
+        out=out,
+        cu_seqlens_q=starts,
+        max_seqlen_q=1,
+        seqused_k=lengths,
+        max_seqlen_k=tokens,
+        softmax_scale=WIDTH**-0.5,
+        causal=True,
+        window_size=(-1, -1),
+        block_table=table,
+        softcap=0,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        seq_threshold_3D=128 // KV_HEADS,
+        num_par_softmax_segments=segments,
+        softmax_segm_output=sums,
+        softmax_segm_max=tops,
+        softmax_segm_expsum=totals,
+    )
+
+
+def _latents(requests: int, tokens: int, bits: int) -> tuple[Any, int]:
+    """Our kernel, and the bytes of latents and raw tokens that it has to read."""
+    from kv_policies.latents import LatentFormat
+    from vllm_plugin.kv_cache.latent_triton import latent_decode
+
+    features, elements = KV_HEADS * WIDTH, 2 * KV_HEADS * WIDTH * BLOCK
+    form = LatentFormat(*RANKS, bits, LatentFormat.most_tokens(elements, *RANKS, bits))
+    columns = math.ceil((tokens - RECENT) / form.tokens)
+    cache = _random(requests * (columns + 1), BLOCK, KV_HEADS, 2 * WIDTH)
+    keys, values = cache.chunk(2, dim=-1)
+    blocks = cache.view(len(cache), -1)
+    table = torch.randperm(len(cache), device="cuda").int().view(requests, columns + 1)
+    first = form.tokens * torch.arange(columns, device="cuda", dtype=torch.int32)
+    first = first.expand(requests, -1).contiguous()
+    held = (tokens - RECENT - first).clamp(max=form.tokens).int()
+    form.write(
+        blocks,
+        table[:, 1:].flatten().long(),
+        *(_random(requests * columns, form.tokens, rank) for rank in RANKS),
+    )
+    angles = torch.randn(tokens, WIDTH // 2, device="cuda")
+    query = _random(requests, HEADS, WIDTH)
+    arguments = (
+        query,
+        torch.arange(requests, device="cuda", dtype=torch.int32),
+        table[:, :1].contiguous(),
+        torch.full((requests,), RECENT, device="cuda", dtype=torch.int32),
+        keys,
+        values,
+        blocks.view(torch.uint8),
+        table[:, 1:].contiguous(),
+        held,
+        first,
+        _random(RANKS[0], features) / RANKS[0] ** 0.5,
+        _random(features),
+        _random(RANKS[1], features) / RANKS[1] ** 0.5,
+        _random(features),
+        torch.cat((angles.cos(), angles.sin()), -1),
+        WIDTH**-0.5,
+    )
+    used = requests * (columns * form.bytes(2) + 4 * features * RECENT)
+    out = torch.empty_like(query)
+    return lambda: latent_decode(*arguments, tokens=form.tokens, bits=bits, out=out), used
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").bfloat16()
