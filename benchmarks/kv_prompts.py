@@ -4,6 +4,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ CITIES = ("Paris", "London", "Rome", "Berlin", "Madrid", "Vienna", "Tokyo", "Cai
 class Sizes:
     """Tokens of filler, depths (shares of it) of the pass key, needles per prompt, windows.
 
+    prompts: of each length and depth, and of each length and needle.
+
     The first token of a continuation is predicted before anything is compacted: it is not judged.
     """
 
@@ -31,6 +34,7 @@ class Sizes:
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     needle_lengths: tuple[int, ...] = (300, 500, 700, 900, 1100, 1300)
     needles: int = 4
+    prompts: int = 3
     windows: int = 16
     context: int = 1000
     continuation: int = 65
@@ -54,28 +58,26 @@ class Material:
 
 
 def material(model: Path, sizes: Sizes, seed: int) -> Material:
-    """Everything, in the model's tokens. One prompt per length and depth; one per length and
-    needle, with all needles in it and a question about one."""
+    """Everything, in the model's tokens. Prompts per length and depth; prompts per length and
+    needle, with all needles in each and a question about one."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     draw = random.Random(seed)
     passkey = []
-    for length in sizes.lengths:
-        for depth in sizes.depths:
-            key = str(draw.randrange(10_000, 100_000))
-            prompt = _hide(tokenizer, length, [(depth, PASS_KEY.format(key))], ASK_PASS_KEY)
-            passkey.append(Question(prompt, key, length, depth))
+    for _, length, depth in product(range(sizes.prompts), sizes.lengths, sizes.depths):
+        key = str(draw.randrange(10_000, 100_000))
+        prompt = _hide(tokenizer, length, [(depth, PASS_KEY.format(key))], ASK_PASS_KEY)
+        passkey.append(Question(prompt, key, length, depth))
     needles = []
     depths = [(index + 0.5) / sizes.needles for index in range(sizes.needles)]
-    for length in sizes.needle_lengths:
-        for asked, depth in enumerate(depths):
-            cities = draw.sample(CITIES, sizes.needles)
-            numbers = [str(number) for number in draw.sample(range(1000, 10_000), sizes.needles)]
-            facts = [NEEDLE.format(*pair) for pair in zip(cities, numbers, strict=True)]
-            question = ASK_NEEDLE.format(cities[asked])
-            prompt = _hide(tokenizer, length, list(zip(depths, facts, strict=True)), question)
-            needles.append(Question(prompt, numbers[asked], length, depth))
+    for _, length, asked in product(range(sizes.prompts), sizes.needle_lengths, range(len(depths))):
+        cities = draw.sample(CITIES, sizes.needles)
+        numbers = [str(number) for number in draw.sample(range(1000, 10_000), sizes.needles)]
+        facts = [NEEDLE.format(*pair) for pair in zip(cities, numbers, strict=True)]
+        question = ASK_NEEDLE.format(cities[asked])
+        prompt = _hide(tokenizer, length, list(zip(depths, facts, strict=True)), question)
+        needles.append(Question(prompt, numbers[asked], length, depths[asked]))
     return Material(passkey, needles, _windows(tokenizer, sizes))
 
 

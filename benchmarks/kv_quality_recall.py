@@ -21,7 +21,7 @@ MEASURES = ("passkey", "needles", "nats")
 ROWS = (*POLICIES, "snap_kv_profile", "cskv_int4")
 # cskv at the ratio of its paper, too, and only there in 4 bits.
 KEEPS_OF = {"cskv": (*KEEPS, 0.20), "cskv_int4": (0.20,)}
-SMOKE_SIZES = Sizes((160,), (0.5,), (160,), 2, 2, 160, 8)
+SMOKE_SIZES = Sizes((160,), (0.5,), (160,), 2, 1, 2, 160, 8)
 SMOKE_ROWS = ("fp8", "snap_kv_025")
 _ANSWER_TOKENS = 12
 
