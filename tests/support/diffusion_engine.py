@@ -51,6 +51,7 @@ def run(
     """
     environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # ranks share what cores there are
+    environment["TRITON_F32_DEFAULT"] = "ieee"  # a GPU would take TF32, the reference does not
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     if v2:
         environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}

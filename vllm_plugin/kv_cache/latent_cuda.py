@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents read by the Triton kernel. Never ran on a GPU yet."""
+"""Latents read by the Triton kernel."""
 
 from typing import Any
 

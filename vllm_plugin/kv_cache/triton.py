@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's Triton attention with compressed layers, for CUDA. Never ran on a GPU yet."""
+"""vLLM's Triton attention with compressed layers, for CUDA."""
 
 from typing import ClassVar
 
