@@ -22,8 +22,8 @@ P_tokens_per_s_ratio  Over full, one request.
 parallel_only_ratio   full with 2 tokens a step over full with 1: what the commit rule alone brings.
 batch8_ratio          8 ragged requests (256 to 512 tokens) at once over one after the other.
 overhead_share        Time of a step that is not the model's forward, fixed_period, 8 requests.
-Extra: batch8_ratio_never; overhead_share_full and _elastic, one request; P_token_layers_ratio_512,
-what each policy computes of the timed request (by the reference).
+Extra: batch8_ratio_never and _dual_cache; overhead_share_full and _elastic, one request;
+P_token_layers_ratio_512, what each policy computes of the timed request (by the reference).
 
 Limits. A tiny model on two synthetic tasks: it says which policy loses what on these, not on an 8B
 model. Fixed costs per operation weigh more than on a large one, which makes the speed-ups small.

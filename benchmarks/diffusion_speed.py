@@ -50,8 +50,9 @@ def speed(options: Options, result: Result) -> None:
         asks["one a step"] = ("full", one | {"extra": {"compress_tokens_per_step": 1}})
         asks["ragged"] = ("fixed_period", {"shapes": ragged, "seed": options.seed})
         asks["alone"] = ("fixed_period", asks["ragged"][1] | {"alone": True})
-        asks["never, ragged"] = ("never", asks["ragged"][1])
-        asks["never, alone"] = ("never", asks["alone"][1])
+        for policy in ("never", "dual_cache"):
+            asks[f"{policy}, ragged"] = (policy, asks["ragged"][1])
+            asks[f"{policy}, alone"] = (policy, asks["alone"][1])
 
         def measure(name: str) -> dict[str, float]:
             policy, request = asks[name]
@@ -64,7 +65,9 @@ def speed(options: Options, result: Result) -> None:
         result.ratio(f"{name}_tokens_per_s_ratio", rates[name], rates["full"])
     result.ratio("parallel_only_ratio", rates["full"], rates["one a step"])
     result.ratio("batch8_ratio", rates["ragged"], rates["alone"])
-    result.ratio("batch8_ratio_never", rates["never, ragged"], rates["never, alone"])
+    for name in ("never", "dual_cache"):
+        key = f"batch8_ratio_{name}"
+        result.ratio(key, rates[f"{name}, ragged"], rates[f"{name}, alone"])
     result.median("overhead_share", [s["overhead_share"] for s in samples["ragged"]])
     for name in ("full", "elastic"):
         result.median(f"overhead_share_{name}", [s["overhead_share"] for s in samples[name]])

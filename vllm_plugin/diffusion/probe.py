@@ -69,27 +69,31 @@ class Probe:
         self._stage = stage = self._stages.get(layer, self._stage)
         pages = self._pages[layer]
         heads, _, width = pages.shape
-        old = pages.read(self._tables).keys()
-        scale = width**-0.5
-        q = queries.unflatten(-1, (-1, width))
-        new = old if past is None else old.clone()
-        new[stage.request, :, stage.position] = keys.unflatten(-1, (heads, width))
-        active = probabilities(_taken(q, stage.active), new, scale, self._there)
-        self._attended.append(
-            most_attended(
-                active, stage.active >= 0, self._candidates, max(self._count), self._total
-            )
-        )
-        tested = [layer < start for start in self._starts]
+        current = pages.read(self._tables).keys()  # a copy
+        tested, before = [layer < start for start in self._starts], None
+        if past is not None and any(tested):
+            before = self._of(past, self._tracked_rows, current)
+        current[stage.request, :, stage.position] = keys.unflatten(-1, (heads, width))
+        now = self._of(queries, stage.active if before is None else stage.watched, current)
+        active, tracked = now.tensor_split([stage.active.shape[1]], dim=2)
+        there, most = stage.active >= 0, max(self._count)
+        self._attended.append(most_attended(active, there, self._candidates, most, self._total))
         found = torch.full((len(tested),), torch.nan, device=self._device)
+        if before is not None:
+            self._compare(before, tracked, tested, found)
         self._similarity.append(found)
-        if past is None or not any(tested):
-            return
+
+    def _of(self, queries: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Probabilities of queries [T, Hq * D] at int64 [R, K] over a layer's keys."""
+        width = keys.shape[-1]
+        taken = _taken(queries.unflatten(-1, (-1, width)), rows)
+        return probabilities(taken, keys, width**-0.5, self._there)
+
+    def _compare(
+        self, before: torch.Tensor, now: torch.Tensor, tested: list[bool], found: torch.Tensor
+    ) -> None:
+        """Fill the similarity, [R], of requests that are tested, each as it wants it taken."""
         rows = self._tracked_rows >= 0
-        before = probabilities(
-            _taken(past.unflatten(-1, (-1, width)), self._tracked_rows), old, scale, self._there
-        )
-        now = probabilities(_taken(q, stage.tracked), new, scale, self._there)
         for over in sorted(set(self._over)):
             mine = [t and one == over for t, one in zip(tested, self._over, strict=True)]
             value = similarity(before, now, rows, self._there, over, self._heads, self._total)
@@ -109,7 +113,10 @@ class Probe:
 
 
 class _Rows:
-    """Where active and tracked positions lie among a stage's rows, and whose each row is."""
+    """Where active and tracked positions lie among a stage's rows, and whose each row is.
+
+    active: int64 [R, A]. watched: int64 [R, A + K], the tracked positions behind the active ones.
+    """
 
     def __init__(
         self, rows: Sequence[np.ndarray], plans: Sequence[Plan], device: torch.device
@@ -117,10 +124,11 @@ class _Rows:
         request = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
         self.request = torch.from_numpy(request).to(device)
         self.position = torch.from_numpy(np.concatenate(rows)).to(device)
-        self.active, self.tracked = (
+        self.active, tracked = (
             _padded(places(rows, wanted)).to(device)
             for wanted in ([plan.active for plan in plans], [plan.tracked for plan in plans])
         )
+        self.watched = torch.cat((self.active, tracked), 1)
 
 
 def _padded(rows: Sequence[np.ndarray]) -> torch.Tensor:
