@@ -53,7 +53,9 @@ def curve() -> Iterator[Contender]:
         yield Contender(
             "elastic", {"gamma": gamma}, WINDOW, in_step=True, label=f"gamma {gamma}, in step"
         )
-    yield Contender("elastic", {"similarity": "row"}, WINDOW, label="rows")
+    for gamma in (0.5, 0.9, 1.0):
+        settings = {"gamma": gamma, "similarity": "heads"}
+        yield Contender("elastic", settings, WINDOW, label=f"heads, gamma {gamma}")
     yield Contender("elastic", {"track": 4}, WINDOW, label="track 4")
     for block in (8, 32):
         yield Contender("dual_cache", {}, {"block_length": block}, label=f"block {block}")

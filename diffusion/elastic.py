@@ -21,10 +21,10 @@ class ElasticSettings(NoSettings):
     track: int = Field(
         1, ge=1, le=16, description="most attended tokens that each layer tracks; more: surer tests"
     )
-    similarity: Literal["heads", "row"] = Field(
-        "heads",
-        description="cosine over the heads, as the authors' code has it, or over a row of "
-        "attention, as their text has it",
+    similarity: Literal["row", "heads"] = Field(
+        "row",
+        description="cosine over a row of attention, as the authors write it, or over the heads, "
+        "as their code has it, which takes keys that no head attends to for drift",
     )
 
 

@@ -152,7 +152,7 @@ def test_registry() -> None:
         ("elastic", {"gamma": float("nan")}, r"elastic.gamma: .*, got nan"),
         ("elastic", {"track": 0}, r"elastic.track: .*greater than or equal to 1, got 0"),
         ("elastic", {"track": 17}, r"elastic.track: .*less than or equal to 16, got 17"),
-        ("elastic", {"similarity": "key"}, r"elastic.similarity: .*'heads' or 'row', got 'key'"),
+        ("elastic", {"similarity": "key"}, r"elastic.similarity: .*'row' or 'heads', got 'key'"),
         ("fixed_period", {"period": 0}, r"fixed_period.period: .*equal to 1, got 0"),
         ("elastic", {"gamma": 2, "track": 0}, "2 problems"),
     ],

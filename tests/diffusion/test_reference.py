@@ -154,7 +154,8 @@ def attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 def test_elastic_is_the_published_loop(gamma: float, track: int, late: bool) -> None:
     middle = 0
     for prompt in range(4):
-        got = run("elastic", {"gamma": gamma, "track": track}, prompt=prompt, in_step=not late)
+        settings = {"gamma": gamma, "track": track, "similarity": "heads"}
+        got = run("elastic", settings, prompt=prompt, in_step=not late)
         tokens, starts = published(prompt, gamma, track, late)
         assert [plan.start for plan in got.plans] == starts and got.tokens == tokens
         middle += sum(0 < start < LAYERS for start in starts)
@@ -209,7 +210,7 @@ def test_starting_in_the_middle_takes_kept_inputs(start: int) -> None:
         past = attention(old, k)
         k[:, :, rows], v[:, :, rows] = k_rows, v_rows
         now = attention(q, k)
-        similarity.append(cosine_similarity(past, now[:, :, mine], dim=1).mean().item())
+        similarity.append(cosine_similarity(past, now[:, :, mine], dim=-1).mean().item())
         x = layer.finish(x, now @ v.repeat_interleave(2, 1))
     if start < LAYERS:  # all positions from here on, those that are no rows as they were before
         whole = inputs[start].clone()

@@ -17,7 +17,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "never": {"policy": "never"},
     "fixed_period": {"policy": "fixed_period", "period": 3},
     "dual_cache": {"policy": "dual_cache", "block_length": 12},
-    "elastic": {"policy": "elastic", "gamma": 0.97},
+    "elastic": {"policy": "elastic", "gamma": 0.97, "similarity": "heads"},
     "elastic, rows": {
         "policy": "elastic",
         "similarity": "row",

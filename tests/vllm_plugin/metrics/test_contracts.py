@@ -95,7 +95,7 @@ def test_config_selects_the_connector(demo_model: Path, engine: dict[str, Any]) 
         (
             {"policy": "elastic", "track": 2, "tokens_per_step": 3, "block_length": 8},
             {
-                "denoising": "elastic, gamma 0.9, track 2, similarity heads",
+                "denoising": "elastic, gamma 0.9, track 2, similarity row",
                 "commits": "the likeliest 3 of a step",
                 "predicts": "one block of 8 after the other",
                 "KV bytes a token": "2,048",
