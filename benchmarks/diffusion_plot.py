@@ -19,6 +19,7 @@ def draw(full: dict[str, Any], target: Path) -> None:
     lines: dict[str, list[dict[str, Any]]] = {}
     for point in curve:
         name = f"{point['policy']}, in step" if point["in_step"] else point["policy"]
+        name += ", heads" if point["label"].startswith("heads") else ""
         if point["token_layers_ratio"] <= 1:
             lines.setdefault(name, []).append(point)
     for axes, measure, title in (

@@ -87,6 +87,15 @@ def test_identical_attention_gives_one(over: Over, far: float) -> None:
     assert got.item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize(("over", "want"), [("row", 1), ("heads", 1 / 9)])
+def test_keys_that_no_head_attends_to_are_drift_over_heads(over: Over, want: float) -> None:
+    """The published code's cosine has a floor of 1e-8 for each norm: why rows are the default."""
+    same = torch.full((1, HEADS, 2, 9), 1e-12)
+    same[..., 0] = 1
+    got = similarity(same, same, all_of(1, 2), all_of(1, 9), over, HEADS)
+    assert got.item() == pytest.approx(want, abs=1e-5)
+
+
 @pytest.mark.parametrize("over", OVER)
 def test_other_attention_gives_zero(over: Over) -> None:
     past, current = torch.eye(2).expand(1, HEADS, 2, 2), torch.eye(2).flip(0)[None, None]
