@@ -18,7 +18,7 @@ SHAPES = ((8, 2048), (8, 8192), (64, 2048), (64, 8192))  # requests, tokens of e
 
 
 def kernel(options: Options, result: Result) -> None:
-    """Fill kernel_*: see the text of ``benchmarks.cskv``."""
+    """Fill kernel_*: see the text of ``benchmarks.gpu``."""
     if not torch.cuda.is_available():
         raise RuntimeError("needs an NVIDIA GPU")
     torch.manual_seed(options.seed)
