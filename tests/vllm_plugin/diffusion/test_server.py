@@ -55,7 +55,8 @@ def test_chat_streams_the_same_text(server: Server) -> None:
         "model": "demo",
         "messages": [{"role": "user", "content": f"copy {DIGITS}"}],
         "max_tokens": 40,
-        "extra_body": {"vllm_xargs": {"compress_tokens_per_step": 2}},
+        # Short blocks, so that tokens become final a few at a time.
+        "extra_body": {"vllm_xargs": {"compress_tokens_per_step": 2, "compress_block_length": 4}},
     }
     chat = client(server).chat.completions
     whole = chat.create(**asked)
