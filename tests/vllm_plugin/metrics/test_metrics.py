@@ -90,13 +90,14 @@ def test_keep_1_saves_nothing_and_says_why(demo_model: Path) -> None:
     assert any("method=smoothquant_plus" in key for key in end)
     original, left = (end[f"weight_bytes state={state}"] for state in ("original", "compressed"))
     file = (demo_model / "model.safetensors").stat().st_size
-    assert original == pytest.approx(file, rel=0.001) and 0.4 < left / original < 0.45
+    # 0.46 with vLLM's int8 kernel for AMX, which holds more beside the codes.
+    assert original == pytest.approx(file, rel=0.001) and 0.4 < left / original < 0.47
     assert end["kv_skipped_requests_total reason=nothing_to_evict"] == 1
     assert end["kv_freed_blocks_total"] == end["kv_evicted_tokens_total policy=key_diff"] == 0
 
 
 def test_a_diffusion_engine_did_what_the_reference_does(tmp_path: Path) -> None:
-    model, section = random_llada(tmp_path, seed=2), {"policy": "elastic"}
+    model, section = random_llada(tmp_path, seed=2), {"policy": "elastic", "similarity": "heads"}
     prompts = [list(range(first, 4 * first)) for first in (6, 8, 4, 5)]
     extra = [None, {"compress_gamma": 0.98}, {"compress_tokens_per_step": 2}, {"compress_gamma": 5}]
     memory = 1 << 26
