@@ -50,7 +50,7 @@ def pool(blocks: int) -> dict[str, Any]:
     ("policies", "chunk", "caching", "lengths"),
     [
         (POLICIES, 2048, True, LENGTHS[::2]),
-        (("snap_kv",), 256, False, LENGTHS[1::2]),
+        pytest.param(("snap_kv",), 256, False, LENGTHS[1::2], marks=pytest.mark.slow),
         pytest.param(POLICIES, 2048, True, LENGTHS, marks=pytest.mark.slow),
         pytest.param(POLICIES, 256, True, LENGTHS, marks=pytest.mark.slow),
         pytest.param(POLICIES, 2048, False, LENGTHS, marks=pytest.mark.slow),
@@ -70,7 +70,9 @@ def test_keep_1_is_stock(
         assert_nothing_left(answer)
 
 
-@pytest.mark.parametrize("attention", ["grouped queries", "multi-head"])
+@pytest.mark.parametrize(
+    "attention", [pytest.param("grouped queries", marks=pytest.mark.slow), "multi-head"]
+)
 def test_latents_of_low_rank_keys_and_values_lose_nothing(
     demo_model: Path, tiny_model: Callable[..., Path], tmp_path: Path, attention: str
 ) -> None:
