@@ -31,7 +31,7 @@ from benchmarks.common import Options, Part, Result, alternate, cache_folder, ma
 from benchmarks.cskv_kernel import kernel
 from benchmarks.diffusion_speed import DiffusionEngine
 from benchmarks.engine import Engine, in_process
-from benchmarks.kv_engine import KVEngine, policy
+from benchmarks.kv_engine import KVEngine, policy, save_made_up_bases
 
 BATCHES = (8, 64)
 LLAMA = {
@@ -85,9 +85,14 @@ def decode(options: Options, result: Result) -> None:
         "cskv": partial(KVEngine, **policy("cskv", bases=str(bases))),
         "cskv_int4": partial(KVEngine, **policy("cskv", bases=str(bases), bits=4)),
     }
-    more = {"enforce_eager": options.smoke, "block_size": 32, "max_model_len": 2048}
-    more |= {"enable_prefix_caching": True, "max_num_batched_tokens": 8192}
-    more |= {"kv_cache_memory_bytes": 9 << 30}
+    more = {
+        "enforce_eager": options.smoke,
+        "block_size": 32,
+        "max_model_len": 2048,
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": 8192,
+        "kv_cache_memory_bytes": 9 << 30,
+    }
     with ExitStack() as stack:
         engines = _together(stack, starts, model, **more)
         for batch in BATCHES:
@@ -171,18 +176,16 @@ def _make_bases(model: Path, target: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    from kv_policies.bases import Bases
-    from kv_policies.bases_header import SIDES, Calibration, Header, Layer, total_rank
+    from kv_policies.bases_header import SIDES, total_rank
     from kv_policies.low_rank import Factor
-    from quant_methods.checkpoint import Checkpoint
-    from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, weights_digest
+    from vllm_plugin.kv_fingerprint import full_attention_layers
 
     config = AutoConfig.from_pretrained(model)
-    fingerprint, layers = fingerprint_of(model.name, config), full_attention_layers(config)
-    features = fingerprint.num_key_value_heads * fingerprint.head_dim
+    layers, hidden = full_attention_layers(config), config.hidden_size
+    features = config.num_key_value_heads * hidden // config.num_attention_heads
     weights = {
         f"model.layers.{layer}.self_attn.{side[0]}_proj.weight": torch.randn(
-            features, fingerprint.hidden_size
+            features, hidden
         ).bfloat16()
         for layer in (0, len(layers) - 1)
         for side in SIDES
@@ -200,31 +203,7 @@ def _make_bases(model: Path, target: Path) -> None:
         for layer in layers
         for side in SIDES
     }
-    rows = tuple(
-        Layer(
-            layer=layer,
-            key_rank=ranks["key"],
-            value_rank=ranks["value"],
-            key_error=0,
-            value_error=0,
-        )
-        for layer in layers
-    )
-    made_up = Calibration(
-        tool_version="benchmarks", created="never", text="none", samples=1, sample_tokens=1
-    )
-    digest = weights_digest(Checkpoint(model), "model.layers", len(layers))
-    Bases(
-        Header(
-            model=fingerprint,
-            weights=digest,
-            ratio=ratio,
-            objective="reconstruction",
-            layers=rows,
-            calibration=made_up,
-        ),
-        factors,
-    ).save(target)
+    save_made_up_bases(model, ratio, factors, target)
 
 
 PARTS = {

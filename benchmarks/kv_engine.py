@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import ROOT, Options, cache_folder
 from benchmarks.engine import Engine, EngineFailed, in_process
@@ -21,6 +21,10 @@ from benchmarks.models import TINY, random_llama
 from benchmarks.texts import opticks
 from kv_policies.budget import exact
 from vllm_plugin.demo_model import demo_model_path
+
+if TYPE_CHECKING:
+    from kv_policies.bases_header import Side
+    from kv_policies.low_rank import Factor
 
 BLOCK = 32  # tokens, for all contenders: vLLM's own default for CPUs is 128
 POLICIES = ("prefix_kv", "snap_kv", "key_diff", "recent", "cskv", "fp8")
@@ -161,6 +165,44 @@ def _make_up(model: Path, keep: float, levels: int, target: Path) -> None:
             sample_tokens=1,
         ),
     ).save(target)
+
+
+def save_made_up_bases(
+    model: Path, ratio: Fraction, factors: "dict[tuple[int, Side], Factor]", target: Path
+) -> None:
+    """Bases of ``factors``, one per layer and side, that fit ``model`` and come from no text."""
+    from transformers import AutoConfig
+
+    from kv_policies.bases import Bases
+    from kv_policies.bases_header import Calibration, Header, Layer
+    from quant_methods.checkpoint import Checkpoint
+    from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, weights_digest
+
+    config = AutoConfig.from_pretrained(model)
+    fingerprint = fingerprint_of(model.name, config)
+    digest = weights_digest(Checkpoint(model), "model.layers", fingerprint.num_hidden_layers)
+    rows = tuple(
+        Layer(
+            layer=layer,
+            key_rank=len(factors[layer, "key"].decode),
+            value_rank=len(factors[layer, "value"].decode),
+            key_error=0,
+            value_error=0,
+        )
+        for layer in full_attention_layers(config)
+    )
+    made_up = Calibration(
+        tool_version="benchmarks", created="never", text="none", samples=1, sample_tokens=1
+    )
+    header = Header(
+        model=fingerprint,
+        weights=digest,
+        ratio=ratio,
+        objective="reconstruction",
+        layers=rows,
+        calibration=made_up,
+    )
+    Bases(header, factors).save(target)
 
 
 @contextmanager

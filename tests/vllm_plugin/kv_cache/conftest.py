@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kv_policies.bases import Bases
-from kv_policies.bases_header import SIDES, Calibration, Header, Layer, total_rank
+from benchmarks.kv_engine import save_made_up_bases
+from kv_policies.bases_header import SIDES, total_rank
 from kv_policies.low_rank import svd
 from kv_policies.profile import Profile, Provenance
 from quant_methods.checkpoint import Checkpoint
-from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, weights_digest
+from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 
 
 def save_profile(model: Path, path: Path, keep: Fraction, levels: int) -> Path:
@@ -42,7 +42,7 @@ def save_bases(model: Path, path: Path, ratio: Fraction) -> Path:
 
     config = AutoConfig.from_pretrained(model)
     layers = full_attention_layers(config)
-    fingerprint, checkpoint = fingerprint_of("test", config), Checkpoint(model)
+    fingerprint = fingerprint_of("test", config)
     features = fingerprint.num_key_value_heads * fingerprint.head_dim
     total = total_rank(ratio, features)
     ranks = {"key": total // 2, "value": total - total // 2}
@@ -52,30 +52,11 @@ def save_bases(model: Path, path: Path, ratio: Fraction) -> Path:
         for side in SIDES
     }
     factors = {}
-    for name, tensor in checkpoint.tensors(places):
+    for name, tensor in Checkpoint(model).tensors(places):
         layer, side = places[name]
         weight = tensor.double().T
         factors[layer, side] = svd(weight, torch.zeros_like(weight[0])).cut(ranks[side]).float()
-    header = Header(
-        model=fingerprint,
-        weights=weights_digest(checkpoint, "model.layers", fingerprint.num_hidden_layers),
-        ratio=ratio,
-        objective="reconstruction",
-        layers=tuple(
-            Layer(
-                layer=layer,
-                key_rank=ranks["key"],
-                value_rank=ranks["value"],
-                key_error=0,
-                value_error=0,
-            )
-            for layer in layers
-        ),
-        calibration=Calibration(
-            tool_version="test", created="2026-11-25", text="none", samples=1, sample_tokens=1
-        ),
-    )
-    Bases(header, factors).save(path)
+    save_made_up_bases(model, ratio, factors, path)
     return path
 
 
