@@ -108,10 +108,12 @@ def _latents(requests: int, tokens: int, bits: int) -> tuple[Any, int]:
     first = form.tokens * torch.arange(columns, device="cuda", dtype=torch.int32)
     first = first.expand(requests, -1).contiguous()
     held = (tokens - RECENT - first).clamp(max=form.tokens).int()
+    units = form.tokens // form.unit
     form.write(
         blocks,
-        table[:, 1:].flatten().long(),
-        *(_random(requests * columns, form.tokens, rank) for rank in RANKS),
+        table[:, 1:].flatten().long().repeat_interleave(units),
+        torch.arange(units, device="cuda").repeat(requests * columns),
+        *(_random(requests * columns * units, form.unit, rank) for rank in RANKS),
     )
     angles = torch.randn(tokens, WIDTH // 2, device="cuda")
     query = _random(requests, HEADS, WIDTH)

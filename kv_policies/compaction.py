@@ -12,9 +12,9 @@ import torch
 
 from kv_policies.base import KVPolicy, first_observed
 from kv_policies.key_diff import KeyDiff
-from kv_policies.layout import Layout, SegmentBatch
 from kv_policies.select import pack, select
 from kv_policies.step import Step
+from kv_policies.token_layout import SegmentBatch, TokenLayout
 
 
 class Content(Protocol):
@@ -65,13 +65,24 @@ class Observations:
         return len(self._sums)
 
 
+class Tally(NamedTuple):
+    """Segments of one kind, "prompt" or "window", that a step compacts: of how many requests, how
+    many tokens there were, and how many of them the blocks that stay could hold raw."""
+
+    kind: str
+    requests: int
+    tokens: int
+    kept: int
+
+
 class Segments(NamedTuple):
     """Segments to compact with one choice of policy, of S requests padded to C columns.
 
     blocks: int64 [S, C] physical. first: int64 [S], position of the first token. lengths: int64 [S]
     tokens that are there, present the same on the host. choosable: int64 [S], the first tokens,
     from which kept int64 [S] stay; most is its maximum. destination: int64 [M] physical blocks,
-    filled from (source_row, source_block), int64 [M] each, of what was chosen.
+    filled from (source_row, source_block), int64 [M] each, of what was chosen. tally: what metrics
+    count.
     """
 
     blocks: torch.Tensor
@@ -84,6 +95,7 @@ class Segments(NamedTuple):
     destination: torch.Tensor
     source_row: torch.Tensor
     source_block: torch.Tensor
+    tally: Tally
 
 
 class Queries(NamedTuple):
@@ -111,6 +123,11 @@ class Work:
     prompts: Segments | None
     windows: Segments | None
 
+    @property
+    def tallies(self) -> list[Tally]:
+        """What metrics count."""
+        return [segments.tally for segments in (self.prompts, self.windows) if segments]
+
 
 def window_policy(policy: KVPolicy) -> KVPolicy:
     """What scores decode windows: the policy, or key_diff where it needs queries.
@@ -121,22 +138,21 @@ def window_policy(policy: KVPolicy) -> KVPolicy:
 
 
 def plan_step(
-    layout: Layout,
-    policy: KVPolicy | None,
+    layout: TokenLayout,
+    policy: KVPolicy,
     table: torch.Tensor,
     step: Step,
 ) -> Work | None:
     """What a step has to do; None for nothing, as in most steps.
 
-    policy: what scores tokens; None where nothing is chosen (latents of all tokens).
     table: int [R, C], physical block of each column, on any device.
     """
     ending = layout.ending_batch(step.n, step.c, step.q, step.opted_out)
     is_prompt = ending.start == 0
-    prompts = _segments(layout, table, ending, is_prompt, step.n if policy else None)
-    windows = _segments(layout, table, ending, ~is_prompt, None)
+    prompts = _segments("prompt", layout, table, ending, is_prompt, step.n)
+    windows = _segments("window", layout, table, ending, ~is_prompt, None)
     queries = None
-    if policy is not None and policy.capabilities.needs_queries:
+    if policy.capabilities.needs_queries:
         queries = _queries(layout, policy, table, step)
     if queries is None and prompts is None and windows is None:
         return None
@@ -144,7 +160,8 @@ def plan_step(
 
 
 def _segments(
-    layout: Layout,
+    kind: str,
+    layout: TokenLayout,
     table: torch.Tensor,
     ending: SegmentBatch,
     which: torch.Tensor,
@@ -178,11 +195,12 @@ def _segments(
         destination=table[there(row[source_row]), there(column)].long(),
         source_row=there(source_row),
         source_block=there(source_block),
+        tally=Tally(kind, len(row), int(choosable.sum()), len(source_row) * size),
     )
 
 
 def _queries(
-    layout: Layout,
+    layout: TokenLayout,
     policy: KVPolicy,
     table: torch.Tensor,
     step: Step,

@@ -3,14 +3,14 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
-from kv_policies.compaction import Content, Pages, Segments, Work
+from kv_policies.compaction import Pages, Tally
 from kv_policies.latent_attention import Decoder, Latents, Raw, attend
-from kv_policies.latent_layout import latent_blocks, raw_columns
+from kv_policies.latent_layout import LatentLayout
 from kv_policies.latents import LatentFormat
-from kv_policies.layout import Layout
 from kv_policies.low_rank import Factor
 from kv_policies.rope import Rope
 from kv_policies.step import Step
@@ -23,7 +23,7 @@ class Reading:
     tokens: int64 [R, Q], each query among the step's tokens, padded with a request's last one.
     seen: int64 [R, Q], raw tokens that it sees. raw: int64 [R, C], blocks of these. blocks, first,
     count: int64 [R, L], of latents: block, position of its first token, and how many it holds of
-    the ``per_block`` that it could.
+    the ``per_block`` that it could. longest: tokens of the request that has most.
     """
 
     tokens: torch.Tensor
@@ -33,17 +33,19 @@ class Reading:
     first: torch.Tensor
     count: torch.Tensor
     per_block: int
+    longest: int
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """Of each token of the latent blocks, int64 [R, L * per_block]; 0 where there is none."""
-        positions = (self.first[..., None] + self._at).flatten(1)
+        """Of each token of the latent blocks, int64 [R, longest]; 0 where there is none."""
+        positions = (self.first[..., None] + self._at).flatten(1)[:, : self.longest]
         return positions.where(self.hidden == 0, 0)
 
     @cached_property
     def hidden(self) -> torch.Tensor:
-        """0 for each token of the latent blocks, -inf where there is none: [R, L * per_block]."""
-        return torch.where(self._at < self.count[..., None], 0.0, -torch.inf).flatten(1)
+        """0 for each token of the latent blocks, -inf where there is none: [R, longest]."""
+        hidden = torch.where(self._at < self.count[..., None], 0.0, -torch.inf)
+        return hidden.flatten(1)[:, : self.longest]
 
     @property
     def _at(self) -> torch.Tensor:
@@ -51,8 +53,7 @@ class Reading:
 
 
 def plan_reading(
-    layout: Layout,
-    tokens: int,
+    layout: LatentLayout,
     table: torch.Tensor,
     view: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -60,11 +61,12 @@ def plan_reading(
 ) -> Reading | None:
     """The reading of a step; None where no request has latents.
 
-    tokens: per latent block. table: int [R, C], physical block of each column. view, seq_lens: the
-    raw blocks and tokens of each request.
+    table: int [R, C], physical block of each column. view, seq_lens: the raw blocks and tokens of
+    each request.
     """
-    held = latent_blocks(layout, step.n, step.c, tokens, step.opted_out)
-    rows = (held.tokens.sum(1) > 0).nonzero().flatten()
+    held = layout.latent_blocks(step.n, step.c, step.opted_out)
+    old = held.tokens.sum(1)
+    rows = (old > 0).nonzero().flatten()
     if not len(rows):
         return None
     column, first, count = (field[rows] for field in held)
@@ -76,8 +78,7 @@ def plan_reading(
     lengths = seq_lens[rows_there, None].long()
     seen = lengths - (q - 1 - query).to(device)
     # Of the host's numbers, so that a GPU need not be waited for.
-    hidden = raw_columns(layout, step.n, step.c, 1, step.opted_out)[1]
-    most = -(-int((step.c + step.q - hidden)[rows].max()) // layout.block_size)
+    most = -(-int((step.c + step.q - old)[rows].max()) // layout.block_size)
     return Reading(
         tokens=(step.starts[rows][:, None] + query).to(device),
         seen=seen,
@@ -85,11 +86,86 @@ def plan_reading(
         blocks=table[rows_there[:, None], column.to(device)].long(),
         first=first.to(device),
         count=count.to(device),
-        per_block=tokens,
+        per_block=layout.tokens,
+        longest=int(old.max()),
     )
 
 
-def fresh_blocks(layout: Layout, step: Step, table: torch.Tensor) -> torch.Tensor | None:
+class Packing(NamedTuple):
+    """What a step turns into latents: of S requests, raw blocks int64 [S, C], the last ones
+    repeated, and the position of the first token, int64 [S].
+
+    destination: int64 [M], a block that takes unit ``slot`` [M] of it from unit ``source`` of row
+    ``row``. fresh: int64 [F], those that hold no latents yet. tallies: what metrics count.
+    """
+
+    blocks: torch.Tensor
+    first: torch.Tensor
+    destination: torch.Tensor
+    slot: torch.Tensor
+    row: torch.Tensor
+    source: torch.Tensor
+    fresh: torch.Tensor
+    tallies: list[Tally]
+
+
+def plan_packing(
+    layout: LatentLayout, unit: int, table: torch.Tensor, step: Step
+) -> Packing | None:
+    """What a step has to pack; None for nothing, as in most steps.
+
+    unit: tokens that are written at once. table: int [R, C], physical block of each column.
+    """
+    start, prompt, before = layout.spans(step.n, step.c, step.opted_out)
+    after = layout.spans(step.n, step.c + step.q, step.opted_out).old
+    rows = (after > before).nonzero().flatten()
+    if not len(rows):
+        return None
+    is_prompt = (step.c < step.n)[rows]
+    start, prompt, before, after = (x[rows] for x in (start, prompt, before, after))
+    columns = torch.arange(int((after - before).max()) // layout.block_size)
+    columns = torch.minimum(
+        (start + before)[:, None] // layout.block_size + columns,
+        (start + after)[:, None] // layout.block_size - 1,
+    )
+    row, source = _runs((after - before) // unit)
+    at = before[row] + source * unit
+    destination = layout.column(at // layout.tokens, start[row], prompt[row])
+    held, needed = layout.blocks(before), layout.blocks(after)
+    of, index = _runs(needed - held)
+    fresh = layout.column(held[of] + index, start[of], prompt[of])
+
+    def there(index: torch.Tensor) -> torch.Tensor:
+        return index.to(table.device, non_blocking=True)
+
+    return Packing(
+        blocks=table[there(rows)[:, None], there(columns)].long(),
+        first=there(start + before),
+        destination=table[there(rows[row]), there(destination)].long(),
+        slot=there(at % layout.tokens // unit),
+        row=there(row),
+        source=there(source),
+        fresh=table[there(rows[of]), there(fresh)].long(),
+        tallies=[
+            Tally(
+                kind,
+                int(some.sum()),
+                int((after - before)[some].sum()),
+                int((needed - held)[some].sum()) * layout.block_size,
+            )
+            for kind, some in (("prompt", is_prompt), ("window", ~is_prompt))
+            if bool(some.any())
+        ],
+    )
+
+
+def _runs(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of int64 [R] counts: the row of each, and its number in the row from 0."""
+    row = torch.repeat_interleave(counts)
+    return row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+
+
+def fresh_blocks(layout: LatentLayout, step: Step, table: torch.Tensor) -> torch.Tensor | None:
     """Blocks, int64, that a step begins to fill and does not finish; None if there are none.
 
     What they hold before may be somebody's latents: as keys and values these bytes can be NaN, and
@@ -134,29 +210,20 @@ class LatentCache:
         """Zero blocks, int64 [M]."""
         self.cache[blocks] = 0
 
-    def compact(self, work: Work, pages: Pages) -> None:
-        """Turn the segments of a step into latents, in their destinations."""
-        for segments in (work.prompts, work.windows):
-            if segments is not None:
-                self._pack(segments, pages.read(segments.blocks))
-
-    def _pack(self, segments: Segments, content: Content) -> None:
+    def pack(self, packing: Packing, pages: Pages) -> None:
+        """Turn raw tokens of a step into latents."""
+        content = pages.read(packing.blocks)
         keys, values = (x.transpose(1, 2).float() for x in (content.keys(), content.values()))
         rows, length = keys.shape[:2]
-        positions = segments.first[:, None] + torch.arange(length, device=keys.device)
-        # Behind a segment's end may be anything: its last token stands in, also for quantisation.
-        last = (segments.lengths - 1)[:, None]
-        blocks = segments.most // (length // segments.blocks.shape[1])
-        at = torch.arange(blocks * self.form.tokens, device=keys.device)
-        source = torch.minimum(at, last)
+        positions = packing.first[:, None] + torch.arange(length, device=keys.device)
         keys = self.rope.unrotate(keys.flatten(0, 1), positions.flatten().clamp(max=self._limit))
         latents = []
         for x, (encode, mean) in zip((keys, values), self._encoders, strict=True):
             latent = (x.reshape(rows, length, -1) - mean) @ encode
-            latent = latent.gather(1, source[..., None].expand(-1, -1, latent.shape[-1]))
-            latent = latent.unflatten(1, (blocks, -1))
-            latents.append(latent[segments.source_row, segments.source_block])
-        self.form.write(self.cache, segments.destination, *latents)
+            units = latent.unflatten(1, (-1, self.form.unit))
+            latents.append(units[packing.row, packing.source])
+        self.clear(packing.fresh)  # they were raw, and as latents these bytes can be NaN
+        self.form.write(self.cache, packing.destination, packing.slot, *latents)
 
     @property
     def _limit(self) -> int:
@@ -174,7 +241,7 @@ class LatentCache:
         of the same shape."""
         rows = len(reading.raw)
         keys, values = (
-            x.reshape(rows, -1, x.shape[-1])
+            x.reshape(rows, -1, x.shape[-1])[:, : reading.longest]
             for x in self.form.read(self.cache, reading.blocks.flatten())
         )
         content = pages.read(reading.raw)

@@ -2,11 +2,13 @@
 """How the latents of many tokens lie in one block of the cache, in 16 bits or in 4."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
 
 GROUP = 32  # tokens that share a key channel's scale, as in CSKV
+_ROWS = 16  # tokens that are written at once in 16 bits
 _MOST = 15
 
 
@@ -27,11 +29,16 @@ class LatentFormat:
     bits: Literal[4, 16]
     tokens: int
 
+    @property
+    def unit(self) -> int:
+        """Tokens that are written at once, a whole number of them to a block."""
+        return _ROWS if self.bits == 16 else GROUP
+
     @classmethod
     def most_tokens(cls, elements: int, key_rank: int, value_rank: int, bits: int) -> int:
         """Tokens that fit in a block of ``elements`` numbers of 16 bits, whole groups; 0: none."""
         if bits == 16:
-            return elements // (key_rank + value_rank) // 16 * 16
+            return elements // (key_rank + value_rank) // _ROWS * _ROWS
         group = cls(key_rank, value_rank, 4, GROUP)
         return 2 * elements // group.bytes(2) * GROUP
 
@@ -39,29 +46,32 @@ class LatentFormat:
         """Bytes of a full block's content, scales included; itemsize: of the cache's dtype."""
         if self.bits == 16:
             return self.tokens * (self.key_rank + self.value_rank) * itemsize
-        return sum(stop - first for first, stop in self._regions())
+        return self._regions()[-1][1]
 
     def write(
-        self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self,
+        cache: torch.Tensor,
+        blocks: torch.Tensor,
+        units: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
     ) -> None:
-        """Latents [M, tokens, rank] into blocks int64 [M] of cache [blocks, elements]."""
+        """Latents [M, unit, rank] into unit ``units`` of block ``blocks``, int64 [M] each, of cache
+        [blocks, elements]; the rest of a block stays as it is."""
         if self.bits == 16:
-            content = torch.cat((keys.flatten(1), values.flatten(1)), 1).to(cache.dtype)
+            content: tuple[torch.Tensor, ...] = keys.to(cache.dtype), values.to(cache.dtype)
         else:
-            content = _bytes(*self._quantised(keys.float(), values.float()))
-        room = torch.zeros(
-            len(blocks), cache.shape[1] * cache.itemsize, dtype=torch.uint8, device=cache.device
-        )
-        content = content.view(torch.uint8)
-        room[:, : content.shape[1]] = content
-        cache[blocks] = room.view(cache.dtype)
+            cache = cache.view(torch.uint8)
+            parts = self._quantised(keys.float(), values.float())
+            content = tuple(part.contiguous().flatten(1).view(torch.uint8) for part in parts)
+        for (first, stop), part in zip(self._regions(), content, strict=True):
+            place = cache[:, first:stop].unflatten(1, (self.tokens // self.unit, -1))
+            place[blocks, units] = part.flatten(1)
 
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents of keys and of values, [M, tokens, rank] in the cache's dtype; blocks int [M]."""
         if self.bits == 16:
-            cut = self.tokens * self.key_rank
-            keys = cache[:, :cut].index_select(0, blocks)
-            values = cache[:, cut : cut + self.tokens * self.value_rank].index_select(0, blocks)
+            keys, values = (cache[:, a:b].index_select(0, blocks) for a, b in self._regions())
         else:
             raw = cache.view(torch.uint8).index_select(0, blocks)
             kc, vc, ks, kz, vs, vz = (raw[:, a:b].contiguous() for a, b in self._regions())
@@ -91,11 +101,15 @@ class LatentFormat:
         return (*packed, *of_keys, *of_values)
 
     def _regions(self) -> list[tuple[int, int]]:
-        """Where each of the six parts of ``_quantised`` lies in a block, in bytes."""
-        groups, half = self.tokens // GROUP, self.tokens // 2
-        sizes = [half * self.key_rank, half * self.value_rank]
-        sizes += [2 * groups * self.key_rank] * 2 + [2 * self.tokens] * 2
-        ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+        """Where each part lies in a block: keys and values in elements of the cache, or the six of
+        ``_quantised`` in bytes."""
+        if self.bits == 16:
+            sizes = [self.tokens * self.key_rank, self.tokens * self.value_rank]
+        else:
+            groups, half = self.tokens // GROUP, self.tokens // 2
+            sizes = [half * self.key_rank, half * self.value_rank]
+            sizes += [2 * groups * self.key_rank] * 2 + [2 * self.tokens] * 2
+        ends = list(accumulate(sizes))
         return list(zip([0, *ends], ends, strict=False))
 
 
@@ -107,10 +121,6 @@ def _round(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch
     step = scale.float().clamp(min=torch.finfo(torch.float16).tiny)
     codes = ((x - zero.float()) / step).round().clamp(0, _MOST).to(torch.uint8)
     return codes, scale, zero
-
-
-def _bytes(*parts: torch.Tensor) -> torch.Tensor:
-    return torch.cat([part.contiguous().flatten(1).view(torch.uint8) for part in parts], 1)
 
 
 def _codes(packed: torch.Tensor, rank: int) -> torch.Tensor:

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from kv_policies.latent_layout import raw_columns
 from kv_policies.layout import Layout
 
 
 @dataclass(frozen=True)
 class Step:
-    """The requests of a step, one row each: int64 [R] on the host, see ``Layout.view``.
+    """The requests of a step, one row each: int64 [R] on the host, see ``Layout``.
 
     starts: first token of each row among the step's tokens. ids: names of the rows, those that pad
     the batch (n = 0) left out. opted_out: bool [R], or None for none.
@@ -25,36 +24,32 @@ class Step:
     ids: list[str]
     opted_out: torch.Tensor | None
     _on: dict[torch.device, tuple[Any, ...]] = field(default_factory=dict)
-    _busy: dict[tuple[int, int, int], bool] = field(default_factory=dict)
+    _busy: dict[tuple[object, ...], bool] = field(default_factory=dict)
 
     def moves(
-        self, layout: Layout, width: int, device: torch.device, latents: bool = False
+        self, layout: Layout, width: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``Layout.moves``, or ``raw_columns`` for latents, on a device from the host's numbers."""
+        """``Layout.moves`` on a device, from the host's numbers."""
         if device not in self._on:
             self._on[device] = tuple(
                 None if x is None else x.to(device, non_blocking=True)
                 for x in (self.n, self.c, self.opted_out)
             )
         n, c, opted_out = self._on[device]
-        if latents:
-            return raw_columns(layout, n, c, width, opted_out)
         return layout.moves(n, c, width, opted_out)
 
     def busy(self, layout: Layout) -> bool:
         """Whether layers of a layout may have to observe or compact in this step."""
-        key = layout.block_size, layout.window, layout.recent
-        if key not in self._busy:
+        if layout.timing not in self._busy:
             prefill = bool((self.c.numpy() < self.n.numpy()).any())
-            self._busy[key] = prefill or layout.window_ends(self.n, self.c, self.q)
-        return self._busy[key]
+            self._busy[layout.timing] = prefill or layout.window_ends(self.n, self.c, self.q)
+        return self._busy[layout.timing]
 
     def passes(self, layout: Layout) -> "list[tuple[torch.Tensor | None, Step]]":
         """The step as ``Layout.substeps``: rows of each pass and, unless it is all there is, the
         tokens that take part.
         """
-        ends = layout.ending_batch(self.n, self.c, self.q, self.opted_out)
-        if bool((ends.ends == (self.c + self.q)[ends.row]).all()):
+        if not layout.is_cut(self.n, self.c, self.q, self.opted_out):
             return [(None, self)]
         steps = []
         for row in range(len(self.ids)):

@@ -134,7 +134,7 @@ def kv_footprint(
     """
     layers = full_attention_layers(config)
     each = layer_token_bytes(config, dtype, cache_dtype)
-    kept = sum((layouts[i].keep if layouts else Fraction(1) for i in layers), Fraction(0))
+    kept = sum((layouts[i].share if layouts else Fraction(1) for i in layers), Fraction(0))
     return Footprint(len(layers) * each, ceil(each * kept))
 
 

@@ -257,7 +257,7 @@ def _kernel(layer: MPLinearLayerConfig, quant: SmoothQuantPlusConfig) -> str:
 def _shares(config: VllmConfig, settings: Settings) -> Iterator[tuple[str, str]]:
     """Runs of layers that keep the same share."""
     chosen = layouts(config, settings) or {}
-    for keep, run in groupby(chosen.items(), key=lambda item: item[1].keep):
+    for keep, run in groupby(chosen.items(), key=lambda item: item[1].share):
         indices = [layer for layer, _ in run]
         name = (
             f"layers {indices[0]} to {indices[-1]}" if len(indices) > 1 else f"layer {indices[0]}"

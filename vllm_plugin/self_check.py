@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine compresses, or how it denoises, as one table in its log."""
 
+from collections.abc import Mapping
+
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -55,7 +57,7 @@ def weights_of(config: VllmConfig, settings: Settings) -> Footprint | None:
     )
 
 
-def layouts(config: VllmConfig, settings: Settings) -> dict[int, Layout] | None:
+def layouts(config: VllmConfig, settings: Settings) -> Mapping[int, Layout] | None:
     """The layout of each compressed layer; None without ``compress.kv``."""
     if settings.kv is None:
         return None

@@ -64,11 +64,12 @@ class KVSettings(BaseModel):
     levels: int | None = Field(
         None, ge=1, le=8, description="groups that a profile's layers are cut into; its own if none"
     )
-    decode_window: int = Field(
-        256,
+    decode_window: int | None = Field(
+        None,
         ge=0,
         description="generated tokens are compacted in windows of this many, a multiple of the "
-        "block size; smaller: memory is given back earlier, choices see less; 0: never",
+        "block size; smaller: memory is given back earlier, choices see less; 0: never. Default: "
+        "256; for cskv the fewest that can become latents, 32 or one block",
     )
     min_prompt: int = Field(
         128, ge=0, description="prompts of fewer tokens keep everything, rounded up to whole blocks"

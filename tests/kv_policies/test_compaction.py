@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_policies.compaction import Observations, compact, plan_step, window_policy
-from kv_policies.layout import Layout
 from kv_policies.registry import build_policy, policies
 from kv_policies.step import Step
+from kv_policies.token_layout import TokenLayout
 
 BLOCK, HEADS, KV_HEADS, DIM, WIDTH, END = 4, 4, 2, 8, 16, 60
 LENGTHS = (43, 20, 9)  # prompts: N % BLOCK is 3, 0 and 1
@@ -48,7 +48,7 @@ class DenseContent:
 class Engine:
     """One layer and three requests, tokens of known K and V."""
 
-    def __init__(self, name: str, layout: Layout) -> None:
+    def __init__(self, name: str, layout: TokenLayout) -> None:
         torch.manual_seed(0)
         values = {"snap_kv": {"window": 4}, "prefix_kv": {"queries": 9}}.get(name, {})
         self.layout, self.policy = layout, build_policy(name, values)
@@ -93,7 +93,7 @@ class Engine:
 @pytest.mark.parametrize("keep", [Fraction(1, 4), Fraction(1, 2), Fraction(1)])
 @pytest.mark.parametrize("name", CHOOSING)
 def test_compacted_cache_holds_the_chosen_tokens_in_order(name: str, keep: Fraction) -> None:
-    layout = Layout(BLOCK, keep)
+    layout = TokenLayout(BLOCK, keep)
     engine = Engine(name, layout)
     engine.step(list(LENGTHS))
     for row, length in enumerate(LENGTHS):
@@ -121,7 +121,7 @@ def test_compacted_cache_holds_the_chosen_tokens_in_order(name: str, keep: Fract
 def test_cuts_into_chunks_and_batches_do_not_matter(
     name: str, keep: Fraction, window: int, random: Random
 ) -> None:
-    layout = Layout(BLOCK, keep, window=window)
+    layout = TokenLayout(BLOCK, keep, window=window)
     whole = Engine(name, layout)
     whole.step(list(LENGTHS))
     cut = Engine(name, layout)
@@ -143,7 +143,7 @@ def test_windows_are_scored_without_queries() -> None:
 
 
 def test_lost_observations_are_an_error() -> None:
-    engine = Engine("snap_kv", Layout(BLOCK, Fraction(1, 4)))
+    engine = Engine("snap_kv", TokenLayout(BLOCK, Fraction(1, 4)))
     engine.step([42, 20, 9])
     engine.observations.forget("a")
     with pytest.raises(RuntimeError, match="request a: earlier chunks"):

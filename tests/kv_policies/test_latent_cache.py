@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latents from raw blocks and back through attention, against attention written the plain way."""
 
-from fractions import Fraction
-
 import pytest
 import torch
 
-from kv_policies.compaction import plan_step
-from kv_policies.latent_cache import LatentCache, plan_reading
+from kv_policies.latent_cache import LatentCache, plan_packing, plan_reading
+from kv_policies.latent_layout import LatentLayout
 from kv_policies.latents import LatentFormat
-from kv_policies.layout import Layout
 from kv_policies.low_rank import Factor
 from kv_policies.rope import Rope
 from kv_policies.step import Step
@@ -63,13 +60,13 @@ def plain(
 
 
 @pytest.mark.parametrize(("key_rank", "value_rank"), [(5, 9), (6, 8)])
-@pytest.mark.parametrize("window", [0, 16])
+@pytest.mark.parametrize("window", [0, 16, 48])
 def test_attention_reads_projections_of_old_tokens_and_recent_ones_as_they_are(
     key_rank: int, value_rank: int, window: int
 ) -> None:
     torch.manual_seed(0)
     tokens = LatentFormat.most_tokens(2 * F * BLOCK, key_rank, value_rank, 16)
-    layout = Layout(BLOCK, Fraction(BLOCK, tokens), window=window, recent=BLOCK)
+    layout = LatentLayout(BLOCK, tokens, 16, window=window, recent=BLOCK)
     rope, pages = Rope(rope_table(400, DIM)), DensePages(3 * COLUMNS)
     of_keys, of_values = factor(key_rank), factor(value_rank)
     form = LatentFormat(key_rank, value_rank, 16, tokens)
@@ -94,10 +91,8 @@ def test_attention_reads_projections_of_old_tokens_and_recent_ones_as_they_are(
                     pages.view(part)[block, :, at] = content[row, position].view(KV_HEADS, DIM)
         starts = q.cumsum(0) - q
         step = Step(LENGTHS, c, q, starts, ["a", "b", "c"], None)
-        columns, hidden = step.moves(layout, COLUMNS, table.device, latents=True)
-        reading = plan_reading(
-            layout, tokens, table, table.gather(1, columns), c + q - hidden, step
-        )
+        columns, hidden = step.moves(layout, COLUMNS, table.device)
+        reading = plan_reading(layout, table, table.gather(1, columns), c + q - hidden, step)
         query = torch.randn(int(q.sum()), HEADS, DIM)
         output = torch.zeros_like(query)
         if reading is not None:
@@ -118,11 +113,11 @@ def test_attention_reads_projections_of_old_tokens_and_recent_ones_as_they_are(
                 stop = position + 1
                 want = plain(query[at], seen_keys[:stop], seen_values[:stop], DIM**-0.5)
                 torch.testing.assert_close(output[at].double(), want, atol=2e-5, rtol=1e-4)
-        work = plan_step(layout, None, table, step)
-        if work is not None:
-            cache.compact(work, pages)
+        packing = plan_packing(layout, form.unit, table, step)
+        if packing is not None:
+            cache.pack(packing, pages)
         for row, end in enumerate(ends):  # freed blocks belong to somebody else at once
             for first, stop in layout.freed(int(LENGTHS[row]), end):
                 pages.cache[table[row, first:stop].long()] = torch.nan
-        c += q
+        c = c + q
     assert any(layout.freed(int(n), int(at)) for n, at in zip(LENGTHS, c, strict=True))

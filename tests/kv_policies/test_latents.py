@@ -32,7 +32,12 @@ def test_what_is_written_is_read(bits: int, tokens: int, dtype: torch.dtype) -> 
     cache = torch.full((6, 700), torch.nan, dtype=dtype)
     keys, values = torch.randn(3, tokens, 7) * 5 + 9, torch.randn(3, tokens, 5) - 30
     blocks = torch.tensor([4, 1, 2])
-    form.write(cache, blocks, keys, values)
+    # A unit at a time, in any order: those of a block come from several windows.
+    count = tokens // form.unit
+    for some in torch.randperm(3 * count).split(4):
+        row, unit = some // count, some % count
+        given = (x.unflatten(1, (-1, form.unit))[row, unit] for x in (keys, values))
+        form.write(cache, blocks[row], unit, *given)
     assert bool(cache[[0, 3, 5]].isnan().all())
     got_keys, got_values = form.read(cache, blocks.flip(0))
     assert got_keys.dtype == dtype
@@ -51,6 +56,6 @@ def test_groups_that_do_not_straddle_zero_are_not_clipped() -> None:
     form = LatentFormat(1, 1, 4, GROUP)
     cache = torch.zeros(1, 64)
     keys = torch.linspace(100, 115, GROUP).view(1, GROUP, 1)
-    form.write(cache, torch.tensor([0]), keys, keys)
+    form.write(cache, torch.tensor([0]), torch.tensor([0]), keys, keys)
     got, _ = form.read(cache, torch.tensor([0]))
     assert float((got - keys).abs().max()) < 0.6

@@ -13,9 +13,9 @@ import kv_policies
 from compress_common.errors import CompressError
 from kv_policies.attention import attention_received
 from kv_policies.base import KVPolicy, first_observed
-from kv_policies.layout import Layout
 from kv_policies.registry import build_policy, policies
 from kv_policies.select import select
+from kv_policies.token_layout import TokenLayout
 
 HEADS, KV_HEADS, DIM = 6, 3, 8
 SCALE = DIM**-0.5
@@ -149,7 +149,7 @@ def test_recent_keeps_sinks_and_the_end() -> None:
 def test_queries_of_a_cached_prefix_are_never_observed(
     name: str, values: dict[str, int], keep: Fraction, expected: int
 ) -> None:
-    layout = Layout(16, keep)
+    layout = TokenLayout(16, keep)
     assert layout.hit_limit(1000) == 736
     assert first_observed(build_policy(name, values), layout, 1000) == expected
 

@@ -15,7 +15,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from compress_common.errors import CompressError
-from kv_policies.layout import Layout
+from kv_policies.token_layout import TokenLayout
 from quant_methods.calibration import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.local import local_folder
@@ -55,7 +55,8 @@ def test_groups_and_block_bytes_are_those_of_vllm(
 ) -> None:
     full = full_attention_layers(config)
     layouts = shares and {
-        layer: Layout(BLOCK, shares[at * len(shares) // len(full)]) for at, layer in enumerate(full)
+        layer: TokenLayout(BLOCK, shares[at * len(shares) // len(full)])
+        for at, layer in enumerate(full)
     }
     specs: dict[str, KVCacheSpec] = {}
     shape = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
@@ -79,7 +80,7 @@ def test_groups_and_block_bytes_are_those_of_vllm(
 
 def test_blocks_of_a_request_follow_the_layout() -> None:
     """Against the columns that attention reads, token by token."""
-    layout = Layout(BLOCK, Fraction(1, 4), window=128)
+    layout = TokenLayout(BLOCK, Fraction(1, 4), window=128)
     config = LlamaConfig(num_hidden_layers=4, **SMALL)
     groups = groups_of(config, dict.fromkeys(range(4), layout))
     for prompt, context in ((1000, 1001), (1000, 1500), (1024, 1152), (1024, 2000), (5, 900)):
@@ -102,7 +103,7 @@ def test_blocks_of_a_request_follow_the_layout() -> None:
 def test_pool_in_smaller_blocks_holds_as_much_without_compression() -> None:
     """Two levels have blocks of half as many layers: twice as many of them in the same memory."""
     config = LlamaConfig(num_hidden_layers=4, **SMALL)
-    layouts = {layer: Layout(BLOCK, Fraction(1, 8 if layer < 2 else 2)) for layer in range(4)}
+    layouts = {layer: TokenLayout(BLOCK, Fraction(1, 8 if layer < 2 else 2)) for layer in range(4)}
     before, after = requests_in_pool(config, layouts, BLOCK, 2000, 4096)
     assert before == (1000 - 1) // 128
     # 3,584 tokens of prompt in 112 blocks, of which 14 and 56 stay; 16 for the answer.
@@ -121,7 +122,10 @@ def test_kv_bytes_leave_sliding_windows_out() -> None:
     config = Gemma3TextConfig(num_hidden_layers=12, sliding_window=64, **SMALL)
     layers = full_attention_layers(config)
     assert len(layers) == 2
-    layouts = {layers[0]: Layout(BLOCK, Fraction(1, 2)), layers[1]: Layout(BLOCK, Fraction(1, 4))}
+    layouts = {
+        layers[0]: TokenLayout(BLOCK, Fraction(1, 2)),
+        layers[1]: TokenLayout(BLOCK, Fraction(1, 4)),
+    }
     found = kv_footprint(config, torch.bfloat16, "auto", layouts)
     assert (found.original, found.compressed) == (2 * 256, 192)
     assert kv_footprint(config, torch.bfloat16, "fp8", None).original == 256

@@ -98,7 +98,7 @@ def test_figures_are_those_of_running_engines(plan: Callable, demo_model: Path) 
     assert f"{before:.1f} -> {after:.1f} MiB" in table["weights"]
     assert table["KV bytes a token"].startswith("23,040 -> 5,760")
     assert f"-> {planned['with']['requests']} of 1,800 tokens" in table["requests that fit"]
-    assert planned["with"]["weights"] < 0.45 * planned["without"]["weights"]
+    assert planned["with"]["weights"] < 0.47 * planned["without"]["weights"]
     assert planned["with"]["requests"] > 4 * planned["without"]["requests"]
 
 

@@ -2,7 +2,7 @@
 """``vllm-compress plan``: how many requests fit, without and with compression. No engine starts."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -261,7 +261,7 @@ def _weights(
 
 def _layouts(
     settings: Settings, block_size: int, model: str, config: Any
-) -> dict[int, Layout] | None:
+) -> Mapping[int, Layout] | None:
     if settings.kv is None:
         return None
     settings.kv.build()

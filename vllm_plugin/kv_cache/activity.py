@@ -2,11 +2,11 @@
 """What a worker compacted: counted where it happens, read by whoever reports it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from kv_policies.compaction import Segments, Work
+from kv_policies.compaction import Tally
 
 
 @dataclass
@@ -30,20 +30,14 @@ class Activity:
         self._layers = layers
         self._done = Done()
 
-    def plan(self, work: Work, layers: int, block_size: int) -> None:
+    def plan(self, tallies: Iterable[Tally], layers: int) -> None:
         """Count what a group of ``layers`` layers has to do in this step."""
-        for kind, segments in (("prompt", work.prompts), ("window", work.windows)):
-            if segments is not None:
-                self._count(kind, segments, layers / self._layers, block_size)
-
-    def _count(self, kind: str, segments: Segments, share: float, block_size: int) -> None:
-        tokens = sum(present // block_size * block_size for present in segments.present)
-        kept = len(segments.destination) * block_size
-        self._done.tokens += tokens * share
-        self._done.evicted += (tokens - kept) * share
-        # Groups of layers compact the same segments, but for those that keep all of one.
-        counted = self._done.segments.get(kind, 0)
-        self._done.segments[kind] = max(counted, len(segments.present))
+        share = layers / self._layers
+        for kind, requests, tokens, kept in tallies:
+            self._done.tokens += tokens * share
+            self._done.evicted += (tokens - kept) * share
+            # Groups of layers compact the same segments, but for those that keep all of one.
+            self._done.segments[kind] = max(self._done.segments.get(kind, 0), requests)
 
     @contextmanager
     def timed(self) -> Iterator[None]:

@@ -13,7 +13,14 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from kv_policies.base import KVPolicy
 from kv_policies.compaction import Pages, Work, compact, plan_step
-from kv_policies.latent_cache import LatentCache, Reading, fresh_blocks, plan_reading
+from kv_policies.latent_cache import (
+    LatentCache,
+    Packing,
+    Reading,
+    fresh_blocks,
+    plan_packing,
+    plan_reading,
+)
 from kv_policies.step import Step
 from vllm_plugin.kv_cache.batch import Batch
 
@@ -31,7 +38,7 @@ class Part:
 
     tokens: torch.Tensor | None
     metadata: Any
-    work: Work | None
+    work: Work | Packing | None
     reading: Reading | None = None
 
 
@@ -39,8 +46,8 @@ class CompressedBuilder:
     """Gives the backend's builder the live blocks only, and plans what is to be compacted.
 
     ``batch`` and ``policy`` are set by the worker; without them (profiling) nothing is compressed.
-    Where kept blocks are latents there is no ``policy`` to choose tokens, but ``per_block``, the
-    tokens of one such block.
+    Where kept blocks are latents there is no ``policy`` to choose tokens, but ``unit``, the tokens
+    of which latents are written at once.
     """
 
     # A group of an equal spec would otherwise get this group's metadata with the raw table.
@@ -49,7 +56,7 @@ class CompressedBuilder:
     kv_cache_spec: Any
     batch: Batch | None = None
     policy: KVPolicy | None = None
-    per_block: int | None = None
+    unit: int | None = None
     fresh: torch.Tensor | None = None  # blocks to clear before this step writes
     _moves: tuple[torch.Tensor, torch.Tensor] | None = None
     _moved: Any = None  # the requests, in order, whose ``_moves`` still hold
@@ -68,25 +75,24 @@ class CompressedBuilder:
         if self.batch is None or (step := self.batch.current(common_attn_metadata)) is None:
             return build(common_prefix_len, common_attn_metadata, *args)
         layout = self.kv_cache_spec.layout
-        if self.per_block is not None:
+        if self.unit is not None:
             table = common_attn_metadata.block_table_tensor
             self.fresh = fresh_blocks(layout, step, table)
         passes = step.passes(layout) if step.busy(layout) else [(None, step)]
         parts = []
         for tokens, part in passes:
-            metadata, work = common_attn_metadata, None
+            metadata = common_attn_metadata
             if tokens is not None:
                 metadata = _restricted(metadata, step, part, tokens)
-            if part.busy(layout):
-                work = plan_step(layout, self.policy, metadata.block_table_tensor, part)
+            table = metadata.block_table_tensor
+            work = self._work(part, table) if part.busy(layout) else None
             if work is not None:
                 layers = len(self.layer_names)  # type: ignore[attr-defined]
-                self.batch.activity.plan(work, layers, layout.block_size)
-            table = metadata.block_table_tensor
+                self.batch.activity.plan(work.tallies, layers)
             view, seq_lens = self._view(part, metadata, tokens is None)
             reading = None
-            if self.per_block is not None:
-                reading = plan_reading(layout, self.per_block, table, view, seq_lens, part)
+            if self.unit is not None:
+                reading = plan_reading(layout, table, view, seq_lens, part)
             metadata = metadata.replace(
                 block_table_tensor=view, seq_lens=seq_lens, _num_computed_tokens_cache=None
             )
@@ -94,6 +100,12 @@ class CompressedBuilder:
             parts.append(Part(tokens, part_metadata, work, reading))
         setattr(parts[0].metadata, _PARTS, parts)
         return parts[0].metadata
+
+    def _work(self, step: Step, table: torch.Tensor) -> Work | Packing | None:
+        layout = self.kv_cache_spec.layout
+        if self.unit is not None:
+            return plan_packing(layout, self.unit, table, step)
+        return None if self.policy is None else plan_step(layout, self.policy, table, step)
 
     def _view(
         self, step: Step, metadata: CommonAttentionMetadata, whole: bool
@@ -104,7 +116,7 @@ class CompressedBuilder:
         """
         layout = self.kv_cache_spec.layout
         table, lengths = metadata.block_table_tensor, metadata.seq_lens
-        moves = layout, table.shape[1], table.device, self.per_block is not None
+        moves = layout, table.shape[1], table.device
         if not whole:
             columns, freed = step.moves(*moves)
             return table.gather(1, columns), (lengths - freed).to(lengths.dtype)
@@ -202,8 +214,9 @@ class CompressedImpl:
                 self.latents.attend(part.reading, self.pages, query, scale, output)
             if part.work is not None:
                 with self.batch.activity.timed():
-                    if self.latents is not None:
-                        self.latents.compact(part.work, self.pages)
+                    if isinstance(part.work, Packing):
+                        assert self.latents is not None
+                        self.latents.pack(part.work, self.pages)
                     else:
                         compact(
                             part.work,

@@ -1,39 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the settings to one layout per layer."""
 
+import math
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, Final
 
 from compress_common.errors import CompressError, joined
 from kv_policies.bases import Bases
-from kv_policies.latents import LatentFormat
+from kv_policies.latent_layout import LatentLayout
+from kv_policies.latents import GROUP, LatentFormat
 from kv_policies.layout import Layout
 from kv_policies.profile import load
 from kv_policies.registry import policies
+from kv_policies.token_layout import TokenLayout
 from quant_methods.architecture import architecture_of
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.local import local_folder
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, weights_digest
 from vllm_plugin.settings import KVSettings
 
+_WINDOW: Final = 256  # generated tokens; enough for a choice among them to mean something
 
-def layouts_of(settings: KVSettings, block_size: int, name: str, config: Any) -> dict[int, Layout]:
+
+def layouts_of(
+    settings: KVSettings, block_size: int, name: str, config: Any
+) -> Mapping[int, Layout]:
     """The layout of each full-attention layer, by its index in the model.
 
     name, config: as for ``fingerprint_of``. CompressError says what does not fit: a profile or
     bases of another model or budget, a policy without the file that it needs, a window that is not
     whole blocks.
     """
+    if settings.latents and settings.keep != 1:
+        return _latent_layouts(settings, block_size, name, config)
     model, layers = fingerprint_of(name, config), full_attention_layers(config)
     policy = policies().get(settings.policy)  # an unknown one is reported by ``settings.build``
     shares = dict.fromkeys(layers, settings.keep or Fraction(1))
-    recent = 0
-    if settings.latents:
-        if settings.keep != 1:
-            share = _share_of_latents(settings, block_size, name, config)
-            shares = dict.fromkeys(layers, share)
-        recent = settings.build().settings.recent
-    elif settings.profile is not None:
+    if settings.profile is not None:
         profile = load(settings.profile, model, layers)
         if settings.keep not in (None, profile.keep):
             raise CompressError(
@@ -49,16 +53,20 @@ def layouts_of(settings: KVSettings, block_size: int, name: str, config: Any) ->
             "as compress.kv.profile, or choose another policy"
         )
     return {
-        layer: Layout(
+        layer: TokenLayout(
             block_size=block_size,
             keep=share,
-            window=settings.decode_window,
+            window=_WINDOW if settings.decode_window is None else settings.decode_window,
             min_blocks=settings.min_blocks,
-            min_prompt=-(-settings.min_prompt // block_size) * block_size,
-            recent=-(-recent // block_size) * block_size,
+            min_prompt=_whole(settings.min_prompt, block_size),
         )
         for layer, share in shares.items()
     }
+
+
+def _whole(tokens: int, block_size: int) -> int:
+    """Rounded up to whole blocks."""
+    return -(-tokens // block_size) * block_size
 
 
 def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
@@ -86,26 +94,44 @@ def _digest(name: str, config: Any) -> str | None:
         return None
 
 
-def _share_of_latents(settings: KVSettings, block_size: int, name: str, config: Any) -> Fraction:
-    """Blocks per block that is packed, the same for all layers."""
+def _latent_layouts(
+    settings: KVSettings, block_size: int, name: str, config: Any
+) -> dict[int, LatentLayout]:
     bases = bases_of(settings, name, config)
-    model, bits = fingerprint_of(name, config), settings.build().settings.bits
+    model, own = fingerprint_of(name, config), settings.build().settings
     problems = []
-    if settings.keep is not None:
-        problems.append(
-            f"keep is given, but the bases {settings.bases} name their own ratio; leave keep out"
-        )
-    if settings.profile is not None:
-        problems.append(f"{settings.policy} keeps the same of every layer; leave profile out")
+    for key, value in (("keep", settings.keep), ("profile", settings.profile)):
+        if value is not None:
+            problems.append(
+                f"{key} is given, but the bases {settings.bases} name their own ratio; leave {key} "
+                "out"
+            )
+    if settings.min_blocks != 1:
+        problems.append(f"{settings.policy} keeps every token; leave min_blocks out")
     elements = block_size * 2 * model.num_key_value_heads * model.head_dim
-    tokens = min(
-        LatentFormat.most_tokens(elements, *bases.ranks(layer), bits) for layer in bases.layers
-    )
-    if tokens <= block_size and bases.ratio:
+    # Layers of one total share their blocks, though scales of 4 bits weigh a little differently.
+    tokens: dict[int, int] = {}
+    for layer in bases.layers:
+        most = LatentFormat.most_tokens(elements, *bases.ranks(layer), own.bits)
+        total = sum(bases.ranks(layer))
+        tokens[total] = min(most, tokens.get(total, most))
+    if bases.ratio and (least := min(tokens.values())) <= block_size:
+        most = next(total for total, held in tokens.items() if held == least)
         problems.append(
-            f"latents of {sum(bases.ranks(bases.layers[0]))} numbers save nothing in blocks of "
-            f"{block_size} tokens: make bases with a larger --ratio, or set a larger --block-size"
+            f"latents of {most} numbers save nothing in blocks of {block_size} tokens: make bases "
+            "with a larger --ratio, or set a larger --block-size"
         )
     if problems:
         raise joined(problems)
-    return Fraction(block_size, max(tokens, block_size))
+    unit = math.lcm(block_size, GROUP)
+    return {
+        layer: LatentLayout(
+            block_size=block_size,
+            tokens=held if (held := tokens[sum(bases.ranks(layer))]) > block_size else 0,
+            unit=unit,
+            window=unit if settings.decode_window is None else settings.decode_window,
+            min_prompt=_whole(settings.min_prompt, block_size),
+            recent=_whole(own.recent, block_size),
+        )
+        for layer in bases.layers
+    }

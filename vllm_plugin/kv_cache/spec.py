@@ -11,7 +11,7 @@ from kv_policies.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedSpec(FullAttentionSpec):
-    """A full-attention layer that keeps ``layout.keep`` of its blocks.
+    """A full-attention layer that keeps ``layout.share`` of its blocks.
 
     Layers of one layout form one KV-cache group with one block table; layers of different layouts
     never do. Memory of the longest request is that of full attention: prefill holds every block.

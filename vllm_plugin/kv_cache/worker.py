@@ -66,7 +66,8 @@ class CompressedWorker(PlatformWorker):
             settings, self.cache_config.block_size, model.model, model.hf_text_config
         )
         self.settings, self.policy = settings, settings.build()
-        shares = Counter(float(layout.keep) for layout in layouts.values())
+        shares = Counter(float(layout.share) for layout in layouts.values())
+        one = next(iter(layouts.values()))
         logger.info(
             "KV cache: %s keeps %s; %d of %d layers compressed, prompts from %d tokens on, decode "
             "windows of %d, blocks of %d",
@@ -74,8 +75,8 @@ class CompressedWorker(PlatformWorker):
             ", ".join(f"{share:.3f} of {count} layers" for share, count in sorted(shares.items())),
             len(full),
             len(specs),
-            next(iter(layouts.values())).min_prompt,
-            settings.decode_window,
+            one.min_prompt,
+            one.window,
             self.cache_config.block_size,
         )
         return specs | {
@@ -113,11 +114,8 @@ class CompressedWorker(PlatformWorker):
                 f"{builder.kv_cache_spec.block_size}; set --block-size to that"
             )
         builder.batch = self.batch
-        per_block = int(spec.block_size / spec.layout.keep)
         if isinstance(self.policy, KVPolicy):
             builder.policy = self.policy
-        elif bases is not None:
-            builder.per_block = per_block
         for name in group.layer_names:
             layer = self.vllm_config.compilation_config.static_forward_context[name]
             layer.impl.batch, layer.impl.policy = self.batch, self.policy
@@ -130,11 +128,12 @@ class CompressedWorker(PlatformWorker):
                     bases,
                     extract_layer_index(name),
                     self.policy.settings.bits,
-                    per_block,
+                    spec.layout.tokens,
                     layer.impl.pages,
                     rope_of(self.model_runner.get_model(), name),
                     layer.kv_cache,
                 )
+                builder.unit = layer.impl.latents.form.unit
 
     def _bases(self) -> Bases | None:
         """The bases of latents; None where tokens are chosen, or nothing is compressed."""

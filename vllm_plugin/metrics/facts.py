@@ -42,12 +42,12 @@ def facts_of(config: VllmConfig) -> Facts:
         info["policy"] = denoised.policy
     if kv is not None and chosen:
         file = kv.profile or kv.bases
-        shares = [layout.keep for layout in chosen.values()]
+        shares = [layout.share for layout in chosen.values()]
         info |= {
             "policy": kv.policy,
             "keep": f"{float(sum(shares, Fraction(0)) / len(shares)):.4g}",
             "levels": str(len(set(shares))),
-            "decode_window": str(kv.decode_window),
+            "decode_window": str(next(iter(chosen.values())).window),
             "profile": Path(file).name if file else NONE,
         }
     return Facts(info, gauges)

@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_worker import Worker
 
-from kv_policies.layout import Layout
+from kv_policies.token_layout import TokenLayout
 from vllm_plugin.kv_cache.cpu import CPUBackend
 from vllm_plugin.kv_cache.manager import CompressedManager, register
 from vllm_plugin.kv_cache.spec import CompressedSpec
@@ -79,7 +79,7 @@ def config() -> VllmConfig:
 
 
 def compressed(share: Fraction) -> CompressedSpec:
-    return CompressedSpec.of(spec(), Layout(32, share))
+    return CompressedSpec.of(spec(), TokenLayout(32, share))
 
 
 def test_built_in_specs_stay_registered_beside_ours() -> None:

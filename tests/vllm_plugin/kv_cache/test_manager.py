@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from kv_policies.layout import Layout
+from kv_policies.token_layout import TokenLayout
 from vllm_plugin.kv_cache.manager import register
 from vllm_plugin.kv_cache.spec import CompressedSpec
 
@@ -24,7 +24,7 @@ BLOCK = 16
 BLOCKS = 400
 
 
-def make(layouts: Sequence[Layout], caching: bool = True) -> KVCacheManager:
+def make(layouts: Sequence[TokenLayout], caching: bool = True) -> KVCacheManager:
     register()
     init_none_hash(sha256)
     plain = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
@@ -78,7 +78,7 @@ def live(manager: KVCacheManager, one: Request, group: int = 0) -> list[int]:
 
 @pytest.mark.parametrize("caching", [True, False])
 def test_blocks_are_freed_when_the_step_that_ends_the_prompt_has_settled(caching: bool) -> None:
-    layouts = [Layout(BLOCK, Fraction(1, 4)), Layout(BLOCK, Fraction(3, 4))]
+    layouts = [TokenLayout(BLOCK, Fraction(1, 4)), TokenLayout(BLOCK, Fraction(3, 4))]
     manager = make(layouts, caching)
     before = free(manager)
     one = request("a", list(range(330)))
@@ -97,7 +97,7 @@ def test_blocks_are_freed_when_the_step_that_ends_the_prompt_has_settled(caching
 
 
 def test_windows_are_freed_once_each() -> None:
-    layout = Layout(BLOCK, Fraction(1, 2), window=32)
+    layout = TokenLayout(BLOCK, Fraction(1, 2), window=32)
     manager = make([layout])
     one = request("a", list(range(40)))
     start(manager, one)
@@ -111,7 +111,10 @@ def test_windows_are_freed_once_each() -> None:
 
 def test_hits_end_before_the_first_block_that_is_overwritten() -> None:
     """The second group is asked with the length that the first one left, not with the prompt's."""
-    layouts = [Layout(BLOCK, Fraction(1, 4), 0, 1, 512), Layout(BLOCK, Fraction(3, 4), 0, 1, 512)]
+    layouts = [
+        TokenLayout(BLOCK, Fraction(1, 4), 0, 1, 512),
+        TokenLayout(BLOCK, Fraction(3, 4), 0, 1, 512),
+    ]
     manager = make(layouts)
     prompt = list(range(600))
     first, second = request("a", prompt), request("b", prompt)
@@ -120,7 +123,7 @@ def test_hits_end_before_the_first_block_that_is_overwritten() -> None:
 
 
 def test_shared_blocks_do_not_count_as_freed_until_the_last_one_lets_go() -> None:
-    layout = Layout(BLOCK, Fraction(1, 4))
+    layout = TokenLayout(BLOCK, Fraction(1, 4))
     manager = make([layout])
     one, two = request("a", list(range(330))), request("b", list(range(330)))
     start(manager, one)
@@ -135,7 +138,7 @@ def test_shared_blocks_do_not_count_as_freed_until_the_last_one_lets_go() -> Non
 
 
 def test_nothing_that_is_overwritten_is_hashed() -> None:
-    layout = Layout(BLOCK, Fraction(1, 4), window=32)
+    layout = TokenLayout(BLOCK, Fraction(1, 4), window=32)
     manager = make([layout])
     one = request("a", list(range(200)))
     start(manager, one)
@@ -148,7 +151,7 @@ def test_nothing_that_is_overwritten_is_hashed() -> None:
 
 
 def test_a_resumed_request_starts_from_the_beginning() -> None:
-    manager = make([Layout(BLOCK, Fraction(1, 4))])
+    manager = make([TokenLayout(BLOCK, Fraction(1, 4))])
     one = request("a", list(range(330)))
     start(manager, one)
     for _ in range(200):
@@ -160,7 +163,7 @@ def test_a_resumed_request_starts_from_the_beginning() -> None:
 
 
 def test_a_request_that_opted_out_frees_nothing_and_is_hashed_whole() -> None:
-    manager = make([Layout(BLOCK, Fraction(1, 4))])
+    manager = make([TokenLayout(BLOCK, Fraction(1, 4))])
     one = request("a", list(range(330)), compress_keep=1)
     start(manager, one)
     for _ in range(3):
@@ -171,7 +174,7 @@ def test_a_request_that_opted_out_frees_nothing_and_is_hashed_whole() -> None:
 
 
 def test_a_prompt_that_grows_is_refused() -> None:
-    manager = make([Layout(BLOCK, Fraction(1, 4))])
+    manager = make([TokenLayout(BLOCK, Fraction(1, 4))])
     one = request("a", list(range(40)))
     one.resumable = True
     with pytest.raises(RuntimeError, match="streams its prompt in"):
@@ -179,7 +182,7 @@ def test_a_prompt_that_grows_is_refused() -> None:
 
 
 def test_a_prompt_that_grows_is_refused_without_prefix_caching() -> None:
-    manager = make([Layout(BLOCK, Fraction(1, 4))], caching=False)
+    manager = make([TokenLayout(BLOCK, Fraction(1, 4))], caching=False)
     one = request("a", list(range(330)))
     start(manager, one)
     decode(manager, one)
@@ -191,7 +194,7 @@ def test_a_prompt_that_grows_is_refused_without_prefix_caching() -> None:
 @given(st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=40)
 def test_no_block_is_lost(random: Random) -> None:
-    layouts = [Layout(BLOCK, Fraction(1, 4), 32), Layout(BLOCK, Fraction(1, 2), 32)]
+    layouts = [TokenLayout(BLOCK, Fraction(1, 4), 32), TokenLayout(BLOCK, Fraction(1, 2), 32)]
     manager = make(layouts)
     total = free(manager)
     running: dict[str, Request] = {}

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import dataclass, field
 from fractions import Fraction
 
 import pytest
@@ -8,21 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_common.errors import CompressError
-from kv_policies.layout import Layout, Segment
+from kv_policies.layout import Segment
+from kv_policies.token_layout import TokenLayout
+from tests.support.layout_sim import Sim, live
 
 KEEPS = st.fractions(min_value=Fraction(1, 60), max_value=1, max_denominator=60)
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> Layout:
+def layouts(draw: st.DrawFn) -> TokenLayout:
     block_size = draw(st.integers(2, 8))
-    return Layout(
+    return TokenLayout(
         block_size,
         draw(KEEPS),
         window=block_size * draw(st.integers(0, 5)),
         min_blocks=draw(st.integers(1, 3)),
         min_prompt=block_size * draw(st.integers(0, 6)),
-        recent=block_size * draw(st.integers(0, 2)),
     )
 
 
@@ -31,7 +31,7 @@ def tensor(*values: int) -> torch.Tensor:
 
 
 def test_picture_of_the_module_text() -> None:
-    layout = Layout(16, Fraction(1, 4), window=64)
+    layout = TokenLayout(16, Fraction(1, 4), window=64)
     n = 8 * 16 + 5
     assert layout.freed(n, n - 1) == []
     assert layout.freed(n, n) == [(0, 6)]
@@ -47,7 +47,7 @@ def test_picture_of_the_module_text() -> None:
 
 
 def test_resumed_step_is_cut_at_the_prompt_and_at_each_window() -> None:
-    layout = Layout(16, Fraction(1, 4), window=64)
+    layout = TokenLayout(16, Fraction(1, 4), window=64)
     n = 8 * 16 + 5
     steps = layout.substeps(n, 32, 300 - 32)
     assert steps == [(32, n - 32), (n, 13 * 16 - n), (13 * 16, 64), (17 * 16, 300 - 17 * 16)]
@@ -56,7 +56,7 @@ def test_resumed_step_is_cut_at_the_prompt_and_at_each_window() -> None:
 
 
 def test_caching_limits() -> None:
-    layout = Layout(16, Fraction(1, 4), window=64)
+    layout = TokenLayout(16, Fraction(1, 4), window=64)
     n = 8 * 16 + 5
     assert layout.cacheable(n, 10**6) == layout.hit_limit(n) == 6 * 16
     # Nothing evicted from this prompt: exact until the first window's destination.
@@ -68,18 +68,18 @@ def test_caching_limits() -> None:
 
 def test_bad_arguments_are_listed_at_once() -> None:
     with pytest.raises(CompressError) as caught:
-        Layout(16, Fraction(5, 4), window=40, min_blocks=0, min_prompt=-1)
+        TokenLayout(16, Fraction(5, 4), window=40, min_blocks=0, min_prompt=-1)
     assert "4 problems" in str(caught.value)
     with pytest.raises(CompressError, match="exact Fraction"):
-        Layout(16, 0.25)  # type: ignore[arg-type]
+        TokenLayout(16, 0.25)  # type: ignore[arg-type]
     with pytest.raises(CompressError, match="at least 2"):
-        Layout(1, Fraction(1))
+        TokenLayout(1, Fraction(1))
 
 
 @given(layouts(), st.integers(1, 120), st.integers(1, 300))
 @settings(deadline=None)
 def test_the_full_blocks_of_a_prompt_tell_how_far_a_hit_may_reach(
-    layout: Layout, n: int, longest: int
+    layout: TokenLayout, n: int, longest: int
 ) -> None:
     full = n // layout.block_size * layout.block_size
     assert layout.cacheable(full, min(longest, n - 1)) <= layout.cacheable(n, n - 1)
@@ -89,7 +89,9 @@ def test_the_full_blocks_of_a_prompt_tell_how_far_a_hit_may_reach(
 
 @given(layouts(), st.integers(1, 120), st.integers(0, 300))
 @settings(deadline=None)
-def test_segments_are_disjoint_ordered_and_of_exact_size(layout: Layout, n: int, c: int) -> None:
+def test_segments_are_disjoint_ordered_and_of_exact_size(
+    layout: TokenLayout, n: int, c: int
+) -> None:
     bs = layout.block_size
     at = 0
     for segment in layout.segments(n, c):
@@ -113,7 +115,9 @@ def test_segments_are_disjoint_ordered_and_of_exact_size(layout: Layout, n: int,
 
 @given(layouts(), st.integers(1, 120), st.lists(st.integers(1, 60), min_size=1, max_size=12))
 @settings(deadline=None)
-def test_any_chunking_ends_the_same_segments(layout: Layout, n: int, chunks: list[int]) -> None:
+def test_any_chunking_ends_the_same_segments(
+    layout: TokenLayout, n: int, chunks: list[int]
+) -> None:
     c, seen = 0, []
     for q in chunks:
         seen += layout.ending(n, c, q)
@@ -138,7 +142,7 @@ def test_any_chunking_ends_the_same_segments(layout: Layout, n: int, chunks: lis
 )
 @settings(deadline=None, max_examples=300)
 def test_batched_form_agrees_with_the_scalar_form(
-    layout: Layout, rows: list[tuple[int, int, int, bool]]
+    layout: TokenLayout, rows: list[tuple[int, int, int, bool]]
 ) -> None:
     n, c, q, opted_out = (torch.tensor(column) for column in zip(*rows, strict=True))
     width = -(-max(a + b for _, a, b, _ in rows) // layout.block_size) + 1
@@ -161,63 +165,10 @@ def test_batched_form_agrees_with_the_scalar_form(
     assert list(zip(*(x.tolist() for x in batch), strict=True)) == expected
 
 
-@dataclass
-class Sim:
-    """Both engine sides with real blocks. A block is its tokens' positions, or None when foreign.
+class TokenSim(Sim[TokenLayout]):
+    """Tokens are chosen by a number that each has."""
 
-    The worker only ever sees (table, n, c, q); the scheduler frees what has settled, and a freed
-    block is overwritten by someone else at once.
-    """
-
-    layout: Layout
-    n: int
-    lag: int
-    blocks: list[list[object]] = field(default_factory=list)
-    table: list[int] = field(default_factory=list)
-    shared: set[int] = field(default_factory=set)
-    null: set[int] = field(default_factory=set)
-    in_flight: list[tuple[int, int]] = field(default_factory=list)
-    c: int = 0
-
-    def start(self, hit: int) -> None:
-        """(Re)start from a prefix-cache hit: shared blocks that others read too."""
-        bs = self.layout.block_size
-        self.table, self.null, self.in_flight, self.c = [], set(), [], hit
-        self.shared = set(range(hit // bs))
-        for column in sorted(self.shared):
-            self._allocate([("raw", column * bs + i) for i in range(bs)])
-
-    def _allocate(self, content: list[object]) -> None:
-        self.table.append(len(self.blocks))
-        self.blocks.append(content)
-
-    def step(self, q: int) -> None:
-        """Schedule one step; the worker runs ``lag`` steps behind."""
-        bs = self.layout.block_size
-        processed = self.c - sum(size for _, size in self.in_flight)
-        for first, stop in self.layout.freed(self.n, processed):
-            for column in set(range(first, stop)) - self.null:
-                self.null.add(column)
-                if column not in self.shared:
-                    self.blocks[self.table[column]] = ["foreign"] * bs
-        while len(self.table) * bs < self.c + q:
-            self._allocate(["empty"] * bs)
-        self.in_flight.append((self.c, q))
-        self.c += q
-        self.drain(self.lag)
-
-    def drain(self, left: int = 0) -> None:
-        """Worker: new tokens are written first, then the sub-steps run."""
-        bs = self.layout.block_size
-        while len(self.in_flight) > left:
-            c, q = self.in_flight.pop(0)
-            for position in range(c, c + q):
-                self.blocks[self.table[position // bs]][position % bs] = ("raw", position)
-            for start, size in self.layout.substeps(self.n, c, q):
-                self._attend(start, size)
-                self._compact(start, size)
-
-    def _attend(self, c: int, q: int) -> None:
+    def attend(self, c: int, q: int) -> None:
         view, seq_lens = self.layout.view(
             tensor(*self.table)[None], tensor(self.n), tensor(c), tensor(q)
         )
@@ -227,12 +178,11 @@ class Sim:
     def expected(self, c: int, q: int) -> list[object]:
         """What step [c, c + q) must see, from the rules in words: kept tokens, then raw ones."""
         bs, lay = self.layout.block_size, self.layout
-        prompt = max(0, self.n // bs - lay.recent // bs)
-        bounds = [(0, prompt, self.n, self.n >= lay.min_prompt)]
+        bounds = [(0, self.n // bs, self.n, self.n >= lay.min_prompt)]
         at = -(-self.n // bs)
-        while lay.window and at * bs + lay.window + lay.recent <= c:
+        while lay.window and at * bs + lay.window <= c:
             size = lay.window // bs
-            bounds.append((at, at + size, (at + size) * bs + lay.recent, True))
+            bounds.append((at, at + size, (at + size) * bs, True))
             at += size
         seen: list[object] = []
         done = 0
@@ -249,7 +199,7 @@ class Sim:
         order = sorted(range(start * bs, stop * bs), key=lambda p: (p * 7919) % 101)
         return [("raw", p) for p in sorted(order[: kept * bs])]
 
-    def _compact(self, c: int, q: int) -> None:
+    def compact(self, c: int, q: int) -> None:
         bs = self.layout.block_size
         for segment in self.layout.ending(self.n, c, q):
             source = [
@@ -260,26 +210,12 @@ class Sim:
             kept = self.chosen(segment.start, segment.stop, segment.kept)
             assert source == [("raw", p) for p in range(segment.start * bs, segment.stop * bs)]
             for i, column in enumerate(range(*segment.destination)):
-                assert column not in self.shared and column not in self.null
-                assert column * bs >= self.layout.cacheable(self.n, 10**9)  # not hashed
-                self.blocks[self.table[column]] = kept[i * bs : (i + 1) * bs]
+                self.blocks[self.own(column)] = kept[i * bs : (i + 1) * bs]
 
 
 @given(layouts(), st.integers(1, 70), st.integers(0, 2), st.data())
 @settings(deadline=None, max_examples=200)
 def test_every_interleaving_reads_the_right_tokens(
-    layout: Layout, n: int, lag: int, data: st.DataObject
+    layout: TokenLayout, n: int, lag: int, data: st.DataObject
 ) -> None:
-    """Chunked prefill, decode, preemption and resume, freed blocks reused, steps in flight."""
-    sim = Sim(layout, n, lag)
-    limit = layout.hit_limit(n) // layout.block_size
-    target = 0
-    for _ in range(data.draw(st.integers(1, 4), label="lives")):
-        sim.start(data.draw(st.integers(0, limit), label="hit blocks") * layout.block_size)
-        goal = max(n, target) + data.draw(st.integers(0, 60), label="new tokens")
-        budget = data.draw(st.integers(1, 90), label="tokens per step")
-        while sim.c < goal:
-            known = max(n, target)  # prompt, and what was generated before the preemption
-            sim.step(min(budget, known - sim.c) if sim.c < known else 1)
-        sim.drain()
-        target = goal
+    live(TokenSim(layout, n, lag), data)
