@@ -20,6 +20,9 @@ from kv_policies.profile import ModelFingerprint
 SCHEMA: Final = "vllm-compress/kv-bases"
 VERSION: Final = 1
 
+# Of the numbers that a ratio allows: less than that is another ratio.
+_LEAST: Final = Fraction(3, 4)
+
 Side = Literal["key", "value"]
 SIDES: Final[tuple[Side, Side]] = ("key", "value")
 Objective = Literal["reconstruction", "attention"]
@@ -77,8 +80,7 @@ class Header(_Strict):
     """What is known of the bases without their tensors.
 
     weights: SHA-256 of the key and value projections of the first and the last layer.
-    ratio: share of the cache's numbers that is saved. The total rank is the same in every layer,
-        so that all fit one pool of equal blocks.
+    ratio: share of the cache's numbers that is saved, over all layers.
     layers: ascending; sliding-window layers and others that are left alone are not in it.
     """
 
@@ -106,9 +108,10 @@ class Header(_Strict):
         if indices[-1] >= self.model.num_hidden_layers:
             problems.append(f"layer {indices[-1]} is beyond the model's depth")
         total = total_rank(self.ratio, self.features)
+        mean = Fraction(sum(row.key_rank + row.value_rank for row in self.layers), len(self.layers))
+        if not _LEAST * total <= mean <= total + 1:
+            problems.append(f"layers have {float(mean):g} numbers a token, ratio says {total}")
         for row in self.layers:
-            if row.key_rank + row.value_rank != total:
-                problems.append(f"the ranks of layer {row.layer} do not sum to {total}")
             if max(row.key_rank, row.value_rank) > self.features:
                 problems.append(f"a rank of layer {row.layer} exceeds {self.features} features")
         if problems:

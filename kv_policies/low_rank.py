@@ -145,20 +145,6 @@ def _scaled(metric: torch.Tensor) -> torch.Tensor:
     return metric * (len(metric) / metric.trace())
 
 
-def split_rank(key: torch.Tensor, value: torch.Tensor, total: int) -> tuple[int, int]:
-    """Ranks of keys and values that sum to ``total``, from the energies [F] of either side.
-
-    Greedy: the next latent goes to the side where it holds more of that side's energy; each side
-    has 1 at least. ``total``: 2 to 2 F.
-    """
-    features = len(key)
-    shares = torch.cat([key / key.sum(), value / value.sum()])
-    taken = shares.sort(descending=True, stable=True).indices[:total]
-    keys = int((taken < features).sum())
-    keys = min(max(keys, 1, total - features), features, total - 1)
-    return keys, total - keys
-
-
 def relative_error(
     states: torch.Tensor,
     restored: torch.Tensor,

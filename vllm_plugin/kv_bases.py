@@ -2,7 +2,8 @@
 """Bases: low-rank factors of a model's keys and values, fitted with transformers.
 
 No vLLM engine is started. Blocks run one at a time on all of the text: beyond the model itself,
-memory holds the activations of one block.
+memory holds the activations of one block, and of each what its held-out quarter of the text gives
+its projections.
 """
 
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from compress_common.errors import CompressError
+from kv_policies import allocation
 from kv_policies.bases import Bases
-from kv_policies.bases_header import SIDES, Calibration, Header, Layer, Objective, Side, total_rank
-from kv_policies.low_rank import Factor, split_rank
+from kv_policies.bases_header import SIDES, Calibration, Header, Layer, Objective, Side
+from kv_policies.low_rank import Factor
 from quant_methods.architecture import QKV, architecture_of
 from quant_methods.base import Progress, silent
 from quant_methods.blocks import Blocks
@@ -41,23 +43,43 @@ class HeldOut:
     value: dict[str, float]
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """The factors of one layer, of full rank, and what they are compared on."""
+
+    sides: dict[Side, BlockFactor]
+    unseen: torch.Tensor
+    weights: torch.Tensor | None
+
+    @property
+    def energies(self) -> dict[Side, torch.Tensor]:
+        return {side: factor.energies.cpu() for side, factor in self.sides.items()}
+
+    def errors(self, ranks: allocation.Ranks, device: torch.device) -> dict[str, dict[str, float]]:
+        """By side and method, on text that was not fitted to."""
+        unseen = self.unseen.to(device)
+        return {
+            side: factor.errors(unseen, self.weights, ranks[side])
+            for side, factor in self.sides.items()
+        }
+
+
 @torch.no_grad()
 def make_bases(
     model: str,
     ratio: Fraction,
     text: CalibrationSettings,
     *,
-    allocate: bool = False,
+    allocate: bool = True,
     objective: Objective = "attention",
     device: str = "cpu",
     progress: Progress = silent,
 ) -> tuple[Bases, list[HeldOut]]:
     """The bases of a model folder or hub id, and how they do on the last quarter of the text.
 
-    ratio: share of the cache's numbers that is saved. allocate: share out each layer's rank between
-    keys and values as they need it, in place of halves. device: where blocks run, in the
-    checkpoint's dtype. Limit: every layer has the same total rank; to spread it over layers would
-    take blocks of several sizes. CompressError when the model or the text does not suit.
+    ratio: share of the cache's numbers that is saved. allocate: share out ranks over layers, keys
+    and values as they need them, in the same bytes; False: the same for all. device: where blocks
+    run, in the checkpoint's dtype. CompressError when the model or the text does not suit.
     """
     fitted = text.samples - text.samples // _PARTS
     if fitted == text.samples:
@@ -85,9 +107,7 @@ def make_bases(
     network = loaded(AutoModelForCausalLM, folder, name, dtype="auto").eval()
     tokenizer = loaded(AutoTokenizer, folder, name)
     blocks = Blocks(network, arch, calibration_tokens(text, network, tokenizer, progress), place)
-    rows: list[Layer] = []
-    factors: dict[tuple[int, Side], Factor] = {}
-    report = []
+    fits: dict[int, _Fit] = {}
     for index in range(layers[-1] + 1):
         progress("fit", index, layers[-1] + 1)
         with blocks.resident(index) as block:
@@ -101,14 +121,27 @@ def make_bases(
                 weights_of(attention, x, rotation, objective) for x in (seen, unseen)
             )
             sides = {side: BlockFactor(attention, side, seen, weights, objective) for side in SIDES}
-            ranks = _ranks(sides, total_rank(ratio, features), allocate)
-            errors = {side: sides[side].errors(unseen, others, ranks[side]) for side in SIDES}
-        lost = {f"{side}_error": round(sides[side].lost(ranks[side]), 6) for side in SIDES}
-        rows.append(Layer(layer=index, key_rank=ranks["key"], value_rank=ranks["value"], **lost))
-        report.append(HeldOut(index, **errors))
-        for side in SIDES:
-            factors[index, side] = sides[side].factor.cut(ranks[side]).float()
+            fits[index] = _Fit(sides, unseen.cpu(), others)
     progress("fit", layers[-1] + 1, layers[-1] + 1)
+
+    if allocate:
+        energies = {index: fit.energies for index, fit in fits.items()}
+        ranks = allocation.allocate(energies, ratio, features)
+    else:
+        ranks = allocation.halves(fits, ratio, features)
+    rows: list[Layer] = []
+    factors: dict[tuple[int, Side], Factor] = {}
+    report = []
+    for done, (index, fit) in enumerate(fits.items()):
+        progress("compare", done, len(fits))
+        row = ranks[index]
+        with blocks.resident(index):
+            report.append(HeldOut(index, **fit.errors(row, place)))
+        lost = {f"{side}_error": round(fit.sides[side].lost(row[side]), 6) for side in SIDES}
+        rows.append(Layer(layer=index, key_rank=row["key"], value_rank=row["value"], **lost))
+        for side in SIDES:
+            factors[index, side] = fit.sides[side].factor.cut(row[side]).float()
+    progress("compare", len(fits), len(fits))
 
     calibration = Calibration(**origin(text), samples=fitted)
     header = Header(
@@ -128,10 +161,3 @@ def _inputs(blocks: Blocks, index: int) -> torch.Tensor:
     with blocks.watch(index, QKV[1:2], lambda _, inputs: seen.append(inputs)):
         blocks.hidden = blocks.run(index, blocks.hidden)
     return seen[0]
-
-
-def _ranks(sides: dict[Side, BlockFactor], total: int, allocate: bool) -> dict[Side, int]:
-    key = total // 2
-    if allocate:
-        key, _ = split_rank(sides["key"].energies, sides["value"].energies, total)
-    return {"key": key, "value": total - key}

@@ -169,7 +169,8 @@ def test_all_that_is_wrong_with_the_header_is_listed(edit: Callable[..., Path]) 
     [
         ([(0, 3, 3), (0, 3, 3)], "not ascending"),
         ([(1, 3, 3), (3, 3, 3)], "layer 3 is beyond"),
-        ([(0, 3, 4)], "layer 0 do not sum to 6"),
+        ([(0, 3, 4), (1, 5, 4)], "8 numbers a token, ratio says 6"),
+        ([(0, 2, 2)], "4 numbers a token, ratio says 6"),
         ([(0, 17, 1)], "layer 0 exceeds 16 features"),
         ([], "at least 1 item"),
     ],

@@ -11,7 +11,6 @@ from kv_policies.low_rank import (
     key_metric,
     moments,
     relative_error,
-    split_rank,
     svd,
     value_metric,
 )
@@ -149,25 +148,6 @@ def test_value_metric_is_the_change_of_the_output() -> None:
     scale = output.square().sum() / (kv_heads * head_dim)
     metric = value_metric(output, kv_heads, head_dim) * scale
     assert float(error.flatten() @ metric @ error.flatten()) == pytest.approx(expected)
-
-
-@given(st.integers(1, 12), SEEDS, st.data())
-@settings(deadline=None)
-def test_split_is_greedy_and_within_bounds(features: int, seed: int, data: st.DataObject) -> None:
-    total = data.draw(st.integers(2, 2 * features))
-    generator = torch.Generator().manual_seed(seed)
-    key, value = (
-        (torch.randn(features, generator=generator).double() * 2).exp().sort(descending=True).values
-        for _ in range(2)
-    )
-    ranks = split_rank(key, value, total)
-    assert sum(ranks) == total and min(ranks) >= 1 and max(ranks) <= features
-
-    def kept(k: int, v: int) -> float:
-        return float(key[:k].sum() / key.sum() + value[:v].sum() / value.sum())
-
-    others = range(max(1, total - features), min(features, total - 1) + 1)
-    assert kept(*ranks) == pytest.approx(max(kept(k, total - k) for k in others))
 
 
 def test_float_copies() -> None:

@@ -117,12 +117,12 @@ def test_the_file_is_of_this_model_alone(
 ) -> None:
     folder = tiny_model("qwen2")
     arguments = (folder, "--ratio", 0.8, "--text", text, *QUICK, "--plot", "p.png")
-    code, output, errors = calibrate(*arguments, "--allocate", "--objective", "attention")
+    code, output, errors = calibrate(*arguments, "--no-allocate", "--objective", "attention")
     assert code == 0, errors
     file = Path(f"kv-bases-{folder.name}-0.8.safetensors")
     serve = {"compress": {"kv": {"policy": "cskv", "bases": str(file)}}}
     assert f"--additional-config '{json.dumps(serve)}'" in output
-    assert "bytes per token in 16 bits: 50 of 256 per layer, 100 of 512 in all" in output
+    assert "bytes per token in 16 bits: 100 of 512;" in output
     assert Path("p.png").read_bytes().startswith(b"\x89PNG")
     assert not list(Path().glob(".*")), "temporary files are left"
 
@@ -146,7 +146,10 @@ def test_demo_model(calibrate: Callable, demo_model: Path, text: Path) -> None:
     assert code == 0, errors
     printed, made = json.loads(output), Bases.load("demo.safetensors")
     assert printed["bases"] == made.header.model_dump(mode="json", by_alias=True)
-    assert made.layers == tuple(range(30)) and made.ranks(7) == (96, 96)
+    assert made.layers == tuple(range(30))
+    totals = [sum(made.ranks(layer)) for layer in made.layers]
+    assert 180 < sum(totals) / 30 <= 193 and 2 < len(set(totals)) <= 6
+    assert sum(made.ranks(layer)[0] for layer in made.layers) < sum(totals) / 2
     for row in printed["held_out"]:
         for side in SIDES:
             errors = row[side]

@@ -40,8 +40,9 @@ def calibrate_kv(
     ] = 24,
     length: Annotated[int, typer.Option(help="tokens per text")] = 512,
     allocate: Annotated[
-        bool, typer.Option(help="share out ranks between keys and values, in place of halves")
-    ] = False,
+        bool,
+        typer.Option(help="share out ranks over layers, keys and values, in place of the same"),
+    ] = True,
     objective: Annotated[
         str,
         typer.Option(
@@ -138,11 +139,10 @@ def _print_table(bases: Bases, report: list[HeldOut]) -> None:
     out.print(table)
     if others := header.model.num_hidden_layers - len(header.layers):
         out.print(f"{others} layers without full attention keep what they have")
-    stored = sum(bases.ranks(header.layers[0].layer)) * _ITEM_BYTES
-    whole = 2 * header.features * _ITEM_BYTES
+    stored = sum(sum(bases.ranks(layer)) for layer in bases.layers) * _ITEM_BYTES
+    whole = 2 * header.features * _ITEM_BYTES * len(report)
     out.print(
-        f"bytes per token in 16 bits: {stored} of {whole} per layer, {stored * len(report)} of "
-        f"{whole * len(report)} in all; the last tokens stay whole beside them",
+        f"bytes per token in 16 bits: {stored} of {whole}; the last tokens stay whole beside them",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A profile and bases without a calibration run: what is kept does not matter to the mechanics."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -36,16 +37,18 @@ def save_profile(model: Path, path: Path, keep: Fraction, levels: int) -> Path:
     return path
 
 
-def save_bases(model: Path, path: Path, ratio: Fraction) -> Path:
-    """The SVD of each projection, which needs no text."""
+def save_bases(model: Path, path: Path, ratio: Fraction, totals: Sequence[int] = ()) -> Path:
+    """The SVD of each projection, which needs no text.
+
+    totals: numbers per token of layers 0, 1, .., over and over; none: the ratio's in all.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)
     layers = full_attention_layers(config)
     fingerprint = fingerprint_of("test", config)
     features = fingerprint.num_key_value_heads * fingerprint.head_dim
-    total = total_rank(ratio, features)
-    ranks = {"key": total // 2, "value": total - total // 2}
+    totals = totals or (total_rank(ratio, features),)
     places = {
         f"model.layers.{layer}.self_attn.{side[0]}_proj.weight": (layer, side)
         for layer in layers
@@ -54,8 +57,9 @@ def save_bases(model: Path, path: Path, ratio: Fraction) -> Path:
     factors = {}
     for name, tensor in Checkpoint(model).tensors(places):
         layer, side = places[name]
-        weight = tensor.double().T
-        factors[layer, side] = svd(weight, torch.zeros_like(weight[0])).cut(ranks[side]).float()
+        weight, total = tensor.double().T, totals[layer % len(totals)]
+        rank = total // 2 if side == "key" else total - total // 2
+        factors[layer, side] = svd(weight, torch.zeros_like(weight[0])).cut(rank).float()
     save_made_up_bases(model, ratio, factors, path)
     return path
 
@@ -78,9 +82,9 @@ def save_low_rank(source: Path, path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def bases(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ratio 0.8, for the demo model."""
+    """Ratio 0.8 in three levels, for the demo model: 224, 160 and 128 tokens to a block of 32."""
     path = tmp_path_factory.mktemp("bases") / "kv.safetensors"
-    return save_bases(demo_model, path, Fraction(4, 5))
+    return save_bases(demo_model, path, Fraction(4, 5), (54, 76, 96))
 
 
 @pytest.fixture(scope="session")
