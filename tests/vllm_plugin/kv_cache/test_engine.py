@@ -180,7 +180,7 @@ def test_a_request_may_keep_everything(demo_model: Path, bases: Path, policy: st
             case | {"kv": kv, "engine": engine, "keep": [1, 1, 1]},
         ],
     )
-    assert tokens(all_out) == tokens(stock) and all_out["freed"] == [0]
+    assert tokens(all_out) == tokens(stock) and not any(all_out["freed"])
     for number in range(2):
         first, second, third = tokens(mixed, number)
         assert [first, third] == [tokens(stock)[0], tokens(stock)[2]]
