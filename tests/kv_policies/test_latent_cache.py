@@ -4,8 +4,9 @@
 import pytest
 import torch
 
-from kv_policies.latent_cache import LatentCache, plan_packing, plan_reading
+from kv_policies.latent_cache import LatentCache
 from kv_policies.latent_layout import LatentLayout
+from kv_policies.latent_plan import plan_packing, plan_reading
 from kv_policies.latents import LatentFormat
 from kv_policies.low_rank import Factor
 from kv_policies.rope import Rope

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_common.errors import CompressError
-from kv_policies.latent_cache import plan_packing, plan_reading
 from kv_policies.latent_layout import LatentLayout
+from kv_policies.latent_plan import plan_packing, plan_reading
 from kv_policies.step import Step
 from tests.support.layout_sim import Sim, live
 

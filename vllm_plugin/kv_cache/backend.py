@@ -13,14 +13,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from kv_policies.base import KVPolicy
 from kv_policies.compaction import Pages, Work, compact, plan_step
-from kv_policies.latent_cache import (
-    LatentCache,
-    Packing,
-    Reading,
-    fresh_blocks,
-    plan_packing,
-    plan_reading,
-)
+from kv_policies.latent_cache import LatentCache
+from kv_policies.latent_plan import Packing, Reading, fresh_blocks, plan_packing, plan_reading
 from kv_policies.step import Step
 from vllm_plugin.kv_cache.batch import Batch
 

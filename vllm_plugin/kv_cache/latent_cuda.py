@@ -7,7 +7,8 @@ import torch
 
 from compress_common.errors import CompressError
 from kv_policies.latent_attention import Decoder
-from kv_policies.latent_cache import LatentCache, Reading
+from kv_policies.latent_cache import LatentCache
+from kv_policies.latent_plan import Reading
 from vllm_plugin.kv_cache.latent_triton import latent_decode
 
 
