@@ -78,7 +78,8 @@ def contender(name: str, keep: float, model: Path, options: Options) -> dict[str
 
     ``prefix_kv`` has a profile, made here if there is none yet. ``snap_kv_profile`` is snap_kv with
     the sizes of that profile. ``cskv`` has bases, made here too, of ratio 1 - keep;
-    ``cskv_int4`` holds latents of these in 4 bits.
+    ``cskv_int4`` holds latents of these in 4 bits; ``cskv_halves`` has as many latents for keys as
+    for values in every layer.
     """
     if name == "full":
         return {"plugin": False}
@@ -88,9 +89,10 @@ def contender(name: str, keep: float, model: Path, options: Options) -> dict[str
         return policy(name, profile=str(profile(model, keep, options)))
     if name == "snap_kv_profile":
         return policy("snap_kv", profile=str(profile(model, keep, options)))
-    if name in ("cskv", "cskv_int4"):
+    if name in ("cskv", "cskv_int4", "cskv_halves"):
+        even = ("--no-allocate",) if name == "cskv_halves" else ()
         bits = 4 if name == "cskv_int4" else 16
-        return policy("cskv", bases=str(bases(model, 1 - exact(keep))), bits=bits)
+        return policy("cskv", bases=str(bases(model, 1 - exact(keep), *even)), bits=bits)
     return policy(name, keep=keep)
 
 

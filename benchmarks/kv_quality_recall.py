@@ -18,9 +18,9 @@ from vllm_plugin.demo_model import demo_model_path
 
 KEEPS = (0.50, 0.25, 0.10)
 MEASURES = ("passkey", "needles", "nats")
-ROWS = (*POLICIES, "snap_kv_profile", "cskv_int4")
-# cskv at the ratio of its paper, too, and only there in 4 bits.
-KEEPS_OF = {"cskv": (*KEEPS, 0.20), "cskv_int4": (0.20,)}
+ROWS = (*POLICIES, "snap_kv_profile", "cskv_int4", "cskv_halves")
+# cskv at the ratio of its paper, too, and only there in 4 bits and without allocation.
+KEEPS_OF = {"cskv": (*KEEPS, 0.20), "cskv_int4": (0.20,), "cskv_halves": (0.20,)}
 SMOKE_SIZES = Sizes((160,), (0.5,), (160,), 2, 1, 2, 160, 8)
 SMOKE_ROWS = ("fp8", "snap_kv_025")
 _ANSWER_TOKENS = 12

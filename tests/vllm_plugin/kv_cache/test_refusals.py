@@ -112,7 +112,7 @@ def changed(file: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]
 
 
 NAN = {"layers.3.key.mean": torch.full((192,), torch.nan)}
-SHORT = {"layers.3.key.encode": torch.zeros(192, 37)}
+SHORT = {"layers.4.key.encode": torch.zeros(192, 37)}
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,11 @@ def test_bases_of_another_model_or_with_another_budget(
 ) -> None:
     kv = {"policy": "cskv", "bases": str(bases)}
     assert "not for" in refusal(tiny_model("llama"), kv)
-    text = refusal(demo_model, kv | {"keep": 0.3, "profile": str(profile)})
-    assert "leave keep out" in text and "leave profile out" in text
+    wrong = {"keep": 0.3, "profile": str(profile), "min_blocks": 2}
+    text = refusal(demo_model, kv | wrong)
+    assert all(f"leave {name} out" in text for name in wrong)
+    text = refusal(demo_model, kv | {"decode_window": 48})
+    assert "window must be 0 or a multiple of the block size 32, got 48" in text
 
 
 def test_latents_under_what_changes_values(demo_model: Path, bases: Path) -> None:
