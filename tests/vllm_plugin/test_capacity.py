@@ -15,6 +15,8 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from compress_common.errors import CompressError
+from kv_policies.latent_layout import LatentLayout
+from kv_policies.layout import Layout
 from kv_policies.token_layout import TokenLayout
 from quant_methods.calibration import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
@@ -78,14 +80,20 @@ def test_groups_and_block_bytes_are_those_of_vllm(
     assert memory // block_bytes(ours, BLOCK, each) == blocks
 
 
-def test_blocks_of_a_request_follow_the_layout() -> None:
-    """Against the columns that attention reads, token by token."""
-    layout = TokenLayout(BLOCK, Fraction(1, 4), window=128)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        TokenLayout(BLOCK, Fraction(1, 4), window=128),
+        LatentLayout(BLOCK, 5 * BLOCK, BLOCK, window=BLOCK, recent=BLOCK),
+    ],
+)
+def test_blocks_of_a_request_follow_the_layout(layout: Layout) -> None:
+    """Against the columns that are not freed, token by token."""
     config = LlamaConfig(num_hidden_layers=4, **SMALL)
     groups = groups_of(config, dict.fromkeys(range(4), layout))
     for prompt, context in ((1000, 1001), (1000, 1500), (1024, 1152), (1024, 2000), (5, 900)):
         held = [
-            len(layout.live(prompt, tokens - 1, -(-tokens // BLOCK)))
+            -(-tokens // BLOCK) - sum(b - a for a, b in layout.freed(prompt, tokens - 1))
             for tokens in range(prompt + 1, context + 1)
         ]
         found = request_blocks(groups, BLOCK, context, prompt)
