@@ -32,16 +32,15 @@ class CSKV:
     """Keeps every token, as a latent of fewer numbers than its keys and values.
 
     CSKV, Wang et al. 2024 (https://arxiv.org/abs/2409.10593). Prefill is untouched; when a prompt
-    ends (and a window of generated tokens), its keys before RoPE and its values are projected on
-    the bases of their layer and packed. Attention rebuilds keys tile by tile and maps the weighted
+    ends, the keys before RoPE and the values of all but its last tokens are projected on the bases
+    of their layer and packed; generated tokens follow as they age: see ``latent_layout``. Attention rebuilds keys tile by tile and maps the weighted
     sum of value latents once: see ``latent_attention``.
 
     The paper's latents come from the hidden states. Ours come from the cached keys and values, with
     the same result: the optimum of its reconstruction loss is a projection of these (``low_rank``).
 
-    Limits: the error is the same for every old token, whatever it says. The last tokens of a prompt
-    stay raw for as long as the request lives. Not under tensor parallelism: a latent is of all KV
-    heads.
+    Limits: the error is the same for every old token, whatever it says. Not under tensor
+    parallelism: a latent is of all KV heads.
     """
 
     name: ClassVar[str] = "cskv"
