@@ -33,8 +33,9 @@ class CSKV:
 
     CSKV, Wang et al. 2024 (https://arxiv.org/abs/2409.10593). Prefill is untouched; when a prompt
     ends, the keys before RoPE and the values of all but its last tokens are projected on the bases
-    of their layer and packed; generated tokens follow as they age: see ``latent_layout``. Attention rebuilds keys tile by tile and maps the weighted
-    sum of value latents once: see ``latent_attention``.
+    of their layer and packed; generated tokens follow as they age: see ``latent_layout``. Attention
+    rebuilds keys tile by tile and maps the weighted sum of value latents once: see
+    ``latent_attention``.
 
     The paper's latents come from the hidden states. Ours come from the cached keys and values, with
     the same result: the optimum of its reconstruction loss is a projection of these (``low_rank``).
