@@ -96,7 +96,7 @@ def test_latents_of_low_rank_keys_and_values_lose_nothing(
     "kind",
     [
         pytest.param("one level", marks=pytest.mark.slow),
-        "three levels",
+        pytest.param("three levels", marks=pytest.mark.slow),
         pytest.param("latents", marks=pytest.mark.slow),
         "latents of 4 bits",
     ],
