@@ -22,12 +22,14 @@ block boundary behind it: latents ``start`` there.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from compress_common.errors import joined
 from kv_policies.layout import Layout, Segment
+
+T = TypeVar("T", int, torch.Tensor)
 
 
 class LatentBlocks(NamedTuple):
@@ -101,19 +103,19 @@ class LatentLayout(Layout):
 
     def gap(self, n: int) -> int:
         prompt = self._prompt(n)
-        return prompt // self.block_size - self._blocks(prompt)
+        return prompt // self.block_size - self.blocks(prompt)
 
     def segments(self, n: int, c: int, after: int = 0) -> Iterator[Segment]:
         if n <= 0 or not self.tokens:
             return
         start, prompt = self._start(n), self._prompt(n)
         if prompt and after < n <= c:
-            yield Segment(0, prompt // self.block_size, self._blocks(prompt), n)
+            yield Segment(0, prompt // self.block_size, self.blocks(prompt), n)
         for index in range(self._windows(n, after), self._windows(n, c)):
             before = prompt + index * self.window
             old = before + self.window
             stop = (start + old) // self.block_size
-            kept = self._blocks(old) - self._blocks(before)
+            kept = self.blocks(old) - self.blocks(before)
             size = self.window // self.block_size
             yield Segment(stop - size, stop, kept, start + old + self.recent)
 
@@ -121,10 +123,10 @@ class LatentLayout(Layout):
         if not self.tokens:
             return None
         if prompt := self._prompt(n):
-            return prompt // self.block_size - self._blocks(prompt)
+            return prompt // self.block_size - self.blocks(prompt)
         if not self.window:
             return None
-        return (self._start(n) + self.window) // self.block_size - self._blocks(self.window)
+        return (self._start(n) + self.window) // self.block_size - self.blocks(self.window)
 
     def _start(self, n: int) -> int:
         return 0 if n >= self.min_prompt else -(-n // self.block_size) * self.block_size
@@ -140,10 +142,6 @@ class LatentLayout(Layout):
         if not self.window:
             return 0
         return max(0, c - self.recent - self._start(n) - self._prompt(n)) // self.window
-
-    def _blocks(self, old: int) -> int:
-        """Latent blocks that hold so many tokens."""
-        return -(-old // self.tokens) if old else 0
 
     # -- a batch: the worker's side --------------------------------------------------------------
 
@@ -174,9 +172,9 @@ class LatentLayout(Layout):
         old = prompt + later.clamp_(min=0) * window
         return (start + old) // self.block_size - self.blocks(old) + index
 
-    def blocks(self, old: torch.Tensor) -> torch.Tensor:
+    def blocks(self, old: T) -> T:
         """Latent blocks that hold so many tokens."""
-        return (old + (self.tokens - 1)) // (self.tokens or 1)
+        return -(-old // (self.tokens or 1))
 
     def window_ends(self, n: torch.Tensor, c: torch.Tensor, q: torch.Tensor) -> bool:
         return bool((self.spans(n, c + q).old > self.spans(n, c).old).any())

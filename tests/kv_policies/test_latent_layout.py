@@ -54,6 +54,15 @@ def test_short_prompts_stay_raw_and_what_is_generated_does_not() -> None:
     assert int(held.first[0, 0]) == 128 and int(held.tokens.sum()) == (500 - 32 - 128) // 32 * 32
 
 
+def test_a_layout_of_no_latents_keeps_all_raw() -> None:
+    layout = LatentLayout(32, 160, 32, window=32).opted_out()
+    n, c = torch.tensor([290, 0]), torch.tensor([400, 0])
+    columns, hidden = layout.moves(n, c, 13)
+    assert columns.tolist() == [list(range(13))] * 2 and hidden.tolist() == [0, 0]
+    assert layout.latent_blocks(n, c).tokens.sum() == 0 and not layout.window_ends(n, c, c)
+    assert layout.gap(290) == 0 and layout.freed(290, 400) == []
+
+
 def test_bad_arguments_are_listed_at_once() -> None:
     with pytest.raises(CompressError) as caught:
         LatentLayout(16, 8, 24, window=40, recent=-1)
