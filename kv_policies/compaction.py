@@ -12,6 +12,7 @@ import torch
 
 from kv_policies.base import KVPolicy, first_observed
 from kv_policies.key_diff import KeyDiff
+from kv_policies.layout import runs
 from kv_policies.select import pack, select
 from kv_policies.step import Step
 from kv_policies.token_layout import SegmentBatch, TokenLayout
@@ -176,8 +177,7 @@ def _segments(
     lengths = n[row] if n is not None else choosable
     columns = start[:, None] + torch.arange(int((lengths + size - 1).max()) // size)
     columns = torch.minimum(columns, (start + (lengths + size - 1) // size - 1)[:, None])
-    source_row = torch.repeat_interleave(kept)
-    source_block = torch.arange(len(source_row)) - (kept.cumsum(0) - kept)[source_row]
+    source_row, source_block = runs(kept)
     column = (stop - kept)[source_row] + source_block
 
     def there(index: torch.Tensor) -> torch.Tensor:

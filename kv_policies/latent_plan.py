@@ -9,6 +9,7 @@ import torch
 
 from kv_policies.compaction import Tally
 from kv_policies.latent_layout import LatentLayout
+from kv_policies.layout import runs
 from kv_policies.step import Step
 
 
@@ -124,11 +125,11 @@ def plan_packing(
         (start + before)[:, None] // layout.block_size + columns,
         (start + after)[:, None] // layout.block_size - 1,
     )
-    row, source = _runs((after - before) // unit)
+    row, source = runs((after - before) // unit)
     at = before[row] + source * unit
     destination = layout.column(at // layout.tokens, start[row], prompt[row])
     held, needed = layout.blocks(before), layout.blocks(after)
-    of, index = _runs(needed - held)
+    of, index = runs(needed - held)
     fresh = layout.column(held[of] + index, start[of], prompt[of])
 
     def there(index: torch.Tensor) -> torch.Tensor:
@@ -153,12 +154,6 @@ def plan_packing(
             if bool(some.any())
         ],
     )
-
-
-def _runs(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of int64 [R] counts: the row of each, and its number in the row from 0."""
-    row = torch.repeat_interleave(counts)
-    return row, torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
 
 
 def fresh_blocks(layout: LatentLayout, step: Step, table: torch.Tensor) -> torch.Tensor | None:

@@ -50,6 +50,13 @@ from typing import NamedTuple, Self
 import torch
 
 
+def runs(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of int64 [R] counts: the row of each thing counted, and its number in the row from 0."""
+    row = torch.repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts)[row]
+    return row, torch.arange(len(row), device=counts.device) - first
+
+
 class Segment(NamedTuple):
     """Columns ``[start, stop)``, compacted once ``ends`` tokens are there; the last ``kept`` stay.
 

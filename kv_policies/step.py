@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kv_policies.layout import Layout
+from kv_policies.layout import Layout, runs
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Step:
     def _part(self, cuts: list[tuple[int, int, int]]) -> "tuple[torch.Tensor, Step]":
         row, c, q = torch.tensor(cuts).unbind(1)
         starts = self.starts[row] + c - self.c[row]
-        tokens = torch.repeat_interleave(starts - (q.cumsum(0) - q), q) + torch.arange(int(q.sum()))
+        of, index = runs(q)
+        tokens = starts[of] + index
         opted_out = None if self.opted_out is None else self.opted_out[row]
         ids = [self.ids[at] for at in row.tolist()]
         return tokens, Step(self.n[row], c, q, starts, ids, opted_out)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 from compress_common.errors import joined
-from kv_policies.layout import Layout, Segment
+from kv_policies.layout import Layout, Segment, runs
 
 # Keeps num * columns inside int64 for any realistic prompt.
 _MAX_DENOMINATOR = 10**9
@@ -245,10 +245,8 @@ class TokenLayout(Layout):
         gap_after, after = self.gaps(n, c + q, opted_out)
         prompt_ends = (gap_after > gap).long()
         count = prompt_ends + after - before
-        row = torch.repeat_interleave(count)
-        first = (count.cumsum(0) - count)[row]
-        # Index among the row's segments of this step; the prompt, where it ends, comes first.
-        index = torch.arange(len(row), device=n.device) - first - prompt_ends[row]
+        row, index = runs(count)
+        index -= prompt_ends[row]  # the prompt, where it ends, comes first
         is_prompt = index < 0
         size = self.window // self.block_size
         prompt = n[row] // self.block_size
