@@ -27,6 +27,14 @@ class Rope:
         """The inverse, in new memory."""
         return self._turn(x, positions, -1)
 
+    def halves(self, size: int) -> torch.Tensor:
+        """The order of a head's channels, int64 [size], that puts pairs where neox has them."""
+        channels = torch.arange(size)
+        if self.neox:
+            return channels
+        turned = channels[: self.table.shape[1]]
+        return torch.cat((turned[::2], turned[1::2], channels[len(turned) :]))
+
     def _turn(self, x: torch.Tensor, positions: torch.Tensor, sign: int) -> torch.Tensor:
         cos, sin = self.table[positions].to(x.dtype)[:, None].chunk(2, dim=-1)
         width = self.table.shape[1]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
 
@@ -16,8 +17,12 @@ from kv_policies.latent_cache import LatentCache
 from kv_policies.latents import LatentFormat
 from kv_policies.rope import Rope
 from quant_methods.formats import MARKER
+from vllm_plugin.kv_cache import latent_cpu_build
+from vllm_plugin.kv_cache.latent_cpu import CPULatentCache
 from vllm_plugin.kv_cache.pages import Pages
 from vllm_plugin.settings import parse_settings
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
 
 # Those whose table depends on the position alone and does not scale keys.
 _ROTATIONS = (RotaryEmbedding, Llama3RotaryEmbedding)
@@ -91,7 +96,14 @@ def latent_cache(
     form = LatentFormat(*bases.ranks(index), bits, per_block)
     keys, values = bases.factor(index, "key"), bases.factor(index, "value")
     if cache.device.type == "cpu":
-        return LatentCache(pages.blocks, form, keys, values, rope)
+        if reason := latent_cpu_build.why_not(cache.dtype):
+            logger.warning_once(
+                "latents are read by torch, several times slower than by the kernel: %s", reason
+            )
+            return LatentCache(pages.blocks, form, keys, values, rope)
+        kernel = latent_cpu_build.load()
+        size = pages.shape[2]
+        return CPULatentCache(pages.blocks, form, keys, values, rope, size=size, kernel=kernel)
     from vllm_plugin.kv_cache.latent_cuda import TritonLatentCache
 
     return TritonLatentCache(pages.blocks, form, keys, values, rope, cache=cache)

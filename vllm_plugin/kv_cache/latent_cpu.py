@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents read by the kernel of ``latent_cpu.cpp``."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kv_policies.latent_attention import Decoder
+from kv_policies.latent_cache import LatentCache
+from kv_policies.latent_plan import Reading
+from kv_policies.rope import Rope
+
+LANES = 16  # floats of a vector, of the source; a tile is two of these
+
+
+class CPULatentCache(LatentCache):
+    """``LatentCache`` whose attention rebuilds keys a tile at a time, in L1.
+
+    size: channels of a head. kernel: see ``latent_cpu_build.load``.
+
+    Limits: bfloat16 caches. Decoders of keys are rounded to that too; products are summed in
+    float32.
+    """
+
+    def __init__(self, *latents: Any, size: int, kernel: Any) -> None:
+        super().__init__(*latents)
+        self._kernel, self._key_decode = kernel, key_decode(self.keys, self.rope, size)
+        self._order, self._angles = self.rope.halves(size), angles(self.rope)
+
+    def attend(
+        self, reading: Reading, pages: Any, query: torch.Tensor, scale: float, output: torch.Tensor
+    ) -> None:
+        """As ``LatentCache.attend``."""
+        blocks = reading.blocks
+        if self.form.bits == 16:
+            keys, values = self.form.view(self.cache)
+        else:
+            keys, values = self.form.read(self.cache, blocks.flatten())
+            blocks = torch.arange(len(keys)).view(blocks.shape)
+        raw = pages.read(reading.raw)
+        self._kernel.decode(
+            query,
+            reading.tokens,
+            reading.seen,
+            raw.keys(),
+            raw.values(),
+            keys,
+            values,
+            blocks,
+            reading.first,
+            reading.count,
+            self._key_decode,
+            self.values.affine,
+            self._order,
+            self._angles,
+            scale,
+            output,
+        )
+
+
+def key_decode(decoder: Decoder, rope: Rope, size: int) -> torch.Tensor:
+    """A decoder of keys, for heads of ``size``, as the kernel takes it: bfloat16 [F, even].
+
+    The mean, larger than most latents, is there twice: rounded, and what that took from it.
+    """
+    mean = decoder.mean.bfloat16()
+    rows = [*decoder.decode.bfloat16(), mean, (decoder.mean - mean.float()).bfloat16()]
+    if len(rows) % 2:
+        rows.append(torch.zeros_like(mean))
+    by_head = torch.stack(rows, 1).unflatten(0, (-1, size))
+    return by_head[:, rope.halves(size)].flatten(0, 1).contiguous()
+
+
+@lru_cache(maxsize=8)  # layers share a rotation, and its table may be large
+def angles(rope: Rope) -> torch.Tensor:
+    """The table as the kernel takes it: what a vector of positions needs is in one piece.
+
+    float32 [positions / LANES, rotary_dim, LANES], and a tile behind the last position.
+    """
+    table = F.pad(rope.table.float(), (0, 0, 0, -len(rope.table) % LANES + LANES))
+    return table.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
