@@ -20,7 +20,8 @@ class Reading:
     tokens: int64 [R, Q], each query among the step's tokens, padded with a request's last one.
     seen: int64 [R, Q], raw tokens that it sees. raw: int64 [R, C], blocks of these. blocks, first,
     count: int64 [R, L], of latents: block, position of its first token, and how many it holds of
-    the ``per_block`` that it could. longest: tokens of the request that has most.
+    the ``per_block`` that it could. longest: tokens of the request that has most. whole: these are
+    all requests of the step.
     """
 
     tokens: torch.Tensor
@@ -31,6 +32,7 @@ class Reading:
     count: torch.Tensor
     per_block: int
     longest: int
+    whole: bool
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -85,6 +87,7 @@ def plan_reading(
         count=count.to(device),
         per_block=layout.tokens,
         longest=int(old.max()),
+        whole=len(rows) == int((step.q > 0).sum()),
     )
 
 

@@ -27,7 +27,8 @@ class Part:
 
     tokens: int64, the step's tokens that take part; None for all. A step has one part, unless a
     resumed request recomputes past a segment's end: see ``Layout.substeps``. reading: the requests
-    whose attention is over latents too, which takes the place of what the kernel says of them.
+    whose attention is over latents too, which takes the place of what the kernel says of them; it
+    is not asked where these are all.
     """
 
     tokens: torch.Tensor | None
@@ -196,13 +197,14 @@ class CompressedImpl:
             )
         scale: float = self.scale  # type: ignore[attr-defined]
         for part in parts:
-            some = (query, key, value, output)
-            if part.tokens is not None:
-                some = tuple(x[part.tokens] for x in some)
-            q, k, v, out = some
-            forward(layer, q, k, v, kv_cache, part.metadata, out, *args, **kwargs)
-            if part.tokens is not None:
-                output[part.tokens] = out
+            if part.reading is None or not part.reading.whole:
+                some = (query, key, value, output)
+                if part.tokens is not None:
+                    some = tuple(x[part.tokens] for x in some)
+                q, k, v, out = some
+                forward(layer, q, k, v, kv_cache, part.metadata, out, *args, **kwargs)
+                if part.tokens is not None:
+                    output[part.tokens] = out
             if part.reading is not None:
                 assert self.latents is not None
                 self.latents.attend(part.reading, self.pages, query, scale, output)

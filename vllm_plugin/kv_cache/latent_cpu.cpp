@@ -127,18 +127,20 @@ void add(float* out, float weight, const float* x, int64_t n) {
 }
 
 // query: bfloat16 [tokens, H * G, D], and output alike. tokens, seen: int64 [R, Q]: each query among
-// the tokens, and how many raw ones it sees. raw_keys, raw_values: bfloat16 [R, H, T, D]. keys,
-// values: bfloat16 [blocks, P, rank]. blocks, first, count: int64 [R, L]. key_decode: bfloat16
+// the tokens, and how many raw ones it sees. raw: int64 [R, C], blocks of these in cache, bfloat16
+// [blocks, elements], where `places` says: int32 [K and V, H, tokens, D]. keys, values: bfloat16
+// [blocks, P, rank]. blocks, first, count: int64 [R, L]. key_decode: bfloat16
 // [F, width], see `interleave`; value_decode: float32 [rank + 1, F], the mean in its last row. order:
 // int64 [D], the channels of a query as key_decode has them. angles: float32
 // [positions / LANES, 2 * half, LANES], cosines then sines.
 void decode(
-    const Tensor& query, const Tensor& tokens, const Tensor& seen, const Tensor& raw_keys,
-    const Tensor& raw_values, const Tensor& keys, const Tensor& values, const Tensor& blocks,
+    const Tensor& query, const Tensor& tokens, const Tensor& seen, const Tensor& raw,
+    const Tensor& cache, const Tensor& places, const Tensor& keys, const Tensor& values, const Tensor& blocks,
     const Tensor& first, const Tensor& count, const Tensor& key_decode, const Tensor& value_decode,
     const Tensor& order, const Tensor& angles, double scale, Tensor output) {
   const int64_t requests = tokens.size(0), queries = tokens.size(1), columns = blocks.size(1);
-  const int64_t heads = raw_keys.size(1), recent = raw_keys.size(2), size = raw_keys.size(3);
+  const int64_t heads = places.size(1), per_block = places.size(2), size = places.size(3);
+  const int64_t recent = raw.size(1) * per_block;
   const int64_t group = query.size(1) / heads, rows = group * queries, all = heads * rows;
   const int64_t features = heads * size, width = key_decode.size(1), half = angles.size(1) / 2;
   const int64_t room = (keys.size(1) + TILE - 1) / TILE * TILE; // tokens of a block, whole tiles
@@ -149,7 +151,9 @@ void decode(
   const auto* block = blocks.const_data_ptr<int64_t>();
   const auto* begins = first.const_data_ptr<int64_t>();
   const auto* held = count.const_data_ptr<int64_t>();
-  const auto* place = order.const_data_ptr<int64_t>();
+  const auto* channel = order.const_data_ptr<int64_t>();
+  const auto* fresh_block = raw.const_data_ptr<int64_t>();
+  const auto* placed = places.const_data_ptr<int32_t>();
   const auto* turns = angles.const_data_ptr<float>();
   const auto* restore = value_decode.const_data_ptr<float>();
   const auto* rebuild = key_decode.const_data_ptr<BFloat16>();
@@ -162,7 +166,7 @@ void decode(
   for (int64_t at = 0; at < requests * all; ++at) {
     const auto* from = asked + asked_at(at / all, at % all / rows, at % rows);
     for (int64_t d = 0; d < size; ++d) {
-      ordered.data()[at * size + d] = static_cast<float>(from[place[d]]) * scale;
+      ordered.data()[at * size + d] = static_cast<float>(from[channel[d]]) * scale;
     }
   }
 
@@ -205,26 +209,29 @@ void decode(
 
   at::parallel_for(0, requests * heads, 1, [&](int64_t begin, int64_t end) {
     Room<float> fresh_keys(recent * size), fresh_values(recent * size), weights(recent);
-    Room<float> asks(size), merged(value_rank), out(size);
+    Room<float> merged(value_rank), out(size);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t request = task / heads, head = task % heads;
-      const auto* k = raw_keys.const_data_ptr<BFloat16>() + task * recent * size;
-      const auto* v = raw_values.const_data_ptr<BFloat16>() + task * recent * size;
       const auto* sees = limit + request * queries;
       const int64_t fresh = *std::max_element(sees, sees + queries);
-      for (int64_t at = 0; at < fresh * size; ++at) {
-        fresh_keys.data()[at] = k[at];
-        fresh_values.data()[at] = v[at];
+      for (int64_t t = 0; t < fresh; ++t) {
+        const int64_t of = fresh_block[request * raw.size(1) + t / per_block] * cache.stride(0);
+        const auto* content = cache.const_data_ptr<BFloat16>() + of;
+        const auto* place = placed + (head * per_block + t % per_block) * size;
+        for (int64_t d = 0; d < size; ++d) {
+          fresh_keys.data()[d * recent + t] = content[place[d]];
+          fresh_values.data()[t * size + d] = content[place[features * per_block + d]];
+        }
       }
       for (int64_t row = 0; row < rows; ++row) {
-        const int64_t at = asked_at(request, head, row), raw = sees[row % queries];
-        for (int64_t d = 0; d < size; ++d) asks.data()[d] = static_cast<float>(asked[at + d]) * scale;
-        for (int64_t t = 0; t < raw; ++t) {
-          weights.data()[t] = at::vec::map2_reduce_all<float>(
-              [](Vec x, Vec y) { return x * y; }, [](Vec x, Vec y) { return x + y; }, asks.data(),
-              fresh_keys.data() + t * size, size);
+        const int64_t at = asked_at(request, head, row);
+        const int64_t there = sees[row % queries];
+        std::fill_n(weights.data(), there, 0.f);
+        for (int64_t d = 0; d < size; ++d) {
+          const float asks = static_cast<float>(asked[at + d]) * scale;
+          add(weights.data(), asks, fresh_keys.data() + d * recent, there);
         }
-        auto [most, total] = exponentials(weights.data(), raw);
+        auto [most, total] = exponentials(weights.data(), there);
         float peak = most;
         const int64_t of = head * rows + row;
         for (int64_t column = request * columns; column < (request + 1) * columns; ++column) {
@@ -232,7 +239,7 @@ void decode(
         }
         const float share = std::exp(most - peak);
         std::fill_n(out.data(), size, 0.f);
-        for (int64_t t = 0; t < raw; ++t) {
+        for (int64_t t = 0; t < there; ++t) {
           add(out.data(), share * weights.data()[t], fresh_values.data() + t * size, size);
         }
         float old = 0;
@@ -263,7 +270,7 @@ void decode(
 
 TORCH_LIBRARY(vllm_compress_latent, library) {
   library.def(
-      "decode(Tensor query, Tensor tokens, Tensor seen, Tensor raw_keys, Tensor raw_values, "
+      "decode(Tensor query, Tensor tokens, Tensor seen, Tensor raw, Tensor cache, Tensor places, "
       "Tensor keys, Tensor values, Tensor blocks, Tensor first, Tensor count, Tensor key_decode, "
       "Tensor value_decode, Tensor order, Tensor angles, float scale, Tensor(a!) output) -> ()",
       decode);

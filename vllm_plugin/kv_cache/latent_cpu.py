@@ -11,6 +11,7 @@ from kv_policies.latent_attention import Decoder
 from kv_policies.latent_cache import LatentCache
 from kv_policies.latent_plan import Reading
 from kv_policies.rope import Rope
+from vllm_plugin.kv_cache.pages import Pages
 
 LANES = 16  # floats of a vector, of the source; a tile is two of these
 
@@ -18,34 +19,36 @@ LANES = 16  # floats of a vector, of the source; a tile is two of these
 class CPULatentCache(LatentCache):
     """``LatentCache`` whose attention rebuilds keys a tile at a time, in L1.
 
-    size: channels of a head. kernel: see ``latent_cpu_build.load``.
+    pages: of the layer, whose ``blocks`` are the cache. kernel: see ``latent_cpu_build.load``.
 
     Limits: bfloat16 caches. Decoders of keys are rounded to that too; products are summed in
     float32.
     """
 
-    def __init__(self, *latents: Any, size: int, kernel: Any) -> None:
-        super().__init__(*latents)
+    def __init__(self, pages: Pages, *latents: Any, kernel: Any) -> None:
+        super().__init__(pages.blocks, *latents)
+        heads, block_size, size = pages.shape
+        self._places = pages.places.int().view(2, heads, block_size, size)
         self._kernel, self._key_decode = kernel, key_decode(self.keys, self.rope, size)
         self._order, self._angles = self.rope.halves(size), angles(self.rope)
 
     def attend(
         self, reading: Reading, pages: Any, query: torch.Tensor, scale: float, output: torch.Tensor
     ) -> None:
-        """As ``LatentCache.attend``."""
+        """As ``LatentCache.attend``; ``pages`` are those of the layer."""
         blocks = reading.blocks
         if self.form.bits == 16:
             keys, values = self.form.view(self.cache)
         else:
             keys, values = self.form.read(self.cache, blocks.flatten())
             blocks = torch.arange(len(keys)).view(blocks.shape)
-        raw = pages.read(reading.raw)
         self._kernel.decode(
             query,
             reading.tokens,
             reading.seen,
-            raw.keys(),
-            raw.values(),
+            reading.raw,
+            self.cache,
+            self._places,
             keys,
             values,
             blocks,

@@ -73,7 +73,8 @@ def _ask(kernel: Any) -> None:
     """
     size, numbers = 16, torch.arange(32) / 8
     latents = numbers.bfloat16().view(1, 32, 1)
-    raw = torch.zeros(1, 1, 1, size).bfloat16()
+    raw = torch.zeros(1, 1).bfloat16()
+    places = torch.zeros(2, 1, 1, size, dtype=torch.int32)
     at = torch.zeros(1, 1, dtype=torch.int64)
     key_decode = torch.zeros(size, 4).bfloat16()
     key_decode[:, 0] = 1 / size
@@ -83,8 +84,8 @@ def _ask(kernel: Any) -> None:
     query = torch.ones(1, 1, size).bfloat16()
     output = torch.empty_like(query)
     kernel.decode(
-        *(query, at, at + 1, raw, raw, latents, latents, at, at, at + 32, key_decode, value_decode),
-        *(torch.arange(size), angles, 1.0, output),
+        *(query, at, at + 1, at, raw, places, latents, latents, at, at, at + 32),
+        *(key_decode, value_decode, torch.arange(size), angles, 1.0, output),
     )
     weights = torch.cat((numbers, torch.zeros(1))).softmax(0)
     want = (weights[:32] @ numbers).bfloat16().expand_as(output)

@@ -25,10 +25,11 @@ class Pages:
     """
 
     def __init__(
-        self, blocks: torch.Tensor, keys: "Order", values: "Order", shape: tuple[int, ...]
+        self, blocks: torch.Tensor, places: torch.Tensor, shape: tuple[int, ...]
     ) -> None:
         self.blocks = blocks  # [blocks, elements], each in one piece
-        self._keys, self._values = keys, values
+        self.places = places  # of each element in a block: int64 [K and V, Hkv, block_size * D]
+        self._keys, self._values = (Order.of(part, blocks.dtype) for part in places)
         self.shape = shape  # KV heads, tokens of a block, head size
 
     @classmethod
@@ -48,9 +49,8 @@ class Pages:
         if not block.is_contiguous():
             raise PackedCache("a block of this KV cache is not one piece of memory")
         shape = heads, block_size, head_size
-        keys, values = (Order.of(places, cache.dtype) for places in _places(block, shape, write))
         blocks = cache.as_strided((len(cache), block.numel()), (cache.stride(0), 1))
-        return cls(blocks, keys, values, shape)
+        return cls(blocks, _places(block, shape, write), shape)
 
     @classmethod
     def of_layer(cls, layer: Any, heads: int, block_size: int, head_size: int) -> "Pages":
@@ -152,8 +152,8 @@ def _run(rest: torch.Tensor) -> int:
 
 def _places(
     block: torch.Tensor, shape: tuple[int, int, int], write: Write
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the kernel puts each element of K and of V within a block.
+) -> torch.Tensor:
+    """Where the kernel puts each element within a block: int64 [K and V, Hkv, block_size * D].
 
     Elements are numbered from 1, K before V, and written one digit of base 128 after the other, as
     small whole numbers survive any floating-point type.
@@ -174,5 +174,4 @@ def _places(
         raise PackedCache("this KV cache does not hold plain keys and values")
     places = torch.empty(count, dtype=torch.int64)
     places[found - 1] = torch.arange(count)
-    keys, values = places.view(2, heads, -1)
-    return keys, values
+    return places.view(2, heads, -1)
