@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from kv_policies.compaction import Tally
-from kv_policies.latent_layout import LatentLayout
+from kv_policies.latent_layout import LatentBlocks, LatentLayout
 from kv_policies.layout import runs
 from kv_policies.step import Step
 
@@ -53,6 +53,7 @@ class Reading:
 
 def plan_reading(
     layout: LatentLayout,
+    held: LatentBlocks,
     table: torch.Tensor,
     view: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -60,10 +61,9 @@ def plan_reading(
 ) -> Reading | None:
     """The reading of a step; None where no request has latents.
 
-    table: int [R, C], physical block of each column. view, seq_lens: the raw blocks and tokens of
+    held: the requests' latent blocks. table: int [R, C], physical block of each column. view, seq_lens: the raw blocks and tokens of
     each request.
     """
-    held = layout.latent_blocks(step.n, step.c, step.opted_out)
     old = held.tokens.sum(1)
     rows = (old > 0).nonzero().flatten()
     if not len(rows):

@@ -93,7 +93,14 @@ def test_attention_reads_projections_of_old_tokens_and_recent_ones_as_they_are(
         starts = q.cumsum(0) - q
         step = Step(LENGTHS, c, q, starts, ["a", "b", "c"], None)
         columns, hidden = step.moves(layout, COLUMNS, table.device)
-        reading = plan_reading(layout, table, table.gather(1, columns), c + q - hidden, step)
+        reading = plan_reading(
+            layout,
+            layout.latent_blocks(step.n, step.c),
+            table,
+            table.gather(1, columns),
+            c + q - hidden,
+            step,
+        )
         query = torch.randn(int(q.sum()), HEADS, DIM)
         output = torch.zeros_like(query)
         if reading is not None:

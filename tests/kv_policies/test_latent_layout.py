@@ -82,8 +82,9 @@ class LatentSim(Sim[LatentLayout]):
         table, step = self._one(c, q)
         columns, hidden = self.layout.moves(step.n, step.c, table.shape[1])
         view, seen = table.gather(1, columns), c + q - int(hidden)
+        held = self.layout.latent_blocks(step.n, step.c)
         found: list[object] = []
-        reading = plan_reading(self.layout, table, view, c + q - hidden, step)
+        reading = plan_reading(self.layout, held, table, view, c + q - hidden, step)
         if reading is not None:
             rows = (x[0].tolist() for x in (reading.blocks, reading.first, reading.count))
             for block, first, count in zip(*rows, strict=True):

@@ -14,11 +14,15 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from kv_policies.base import KVPolicy
 from kv_policies.compaction import Pages, Work, compact, plan_step
 from kv_policies.latent_cache import LatentCache
+from kv_policies.latent_layout import LatentBlocks
 from kv_policies.latent_plan import Packing, Reading, fresh_blocks, plan_packing, plan_reading
 from kv_policies.step import Step
 from vllm_plugin.kv_cache.batch import Batch
 
 _PARTS = "vllm_compress_parts"
+
+# Columns of a step's live blocks, tokens that are not among them, and the blocks of latents.
+_Places = tuple[torch.Tensor, torch.Tensor, LatentBlocks | None]
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,7 @@ class CompressedBuilder:
     policy: KVPolicy | None = None
     unit: int | None = None
     fresh: torch.Tensor | None = None  # blocks to clear before this step writes
-    _moves: tuple[torch.Tensor, torch.Tensor] | None = None
-    _moved: Any = None  # the requests, in order, whose ``_moves`` still hold
+    _known: tuple[list[str], torch.Size, _Places] | None = None  # of which requests, in order
     _room: tuple[torch.Tensor, torch.Tensor] | None = None  # for what the kernel reads
 
     @classmethod
@@ -84,10 +87,11 @@ class CompressedBuilder:
             if work is not None:
                 layers = len(self.layer_names)  # type: ignore[attr-defined]
                 self.batch.activity.plan(work.tallies, layers)
-            view, seq_lens = self._view(part, metadata, tokens is None)
+            places = self._places(part, table, tokens is None)
+            view, seq_lens = self._view(metadata, places, tokens is None)
             reading = None
-            if self.unit is not None:
-                reading = plan_reading(layout, table, view, seq_lens, part)
+            if (held := places[2]) is not None:
+                reading = plan_reading(layout, held, table, view, seq_lens, part)
             metadata = metadata.replace(
                 block_table_tensor=view, seq_lens=seq_lens, _num_computed_tokens_cache=None
             )
@@ -102,25 +106,30 @@ class CompressedBuilder:
             return plan_packing(layout, self.unit, table, step)
         return None if self.policy is None else plan_step(layout, self.policy, table, step)
 
-    def _view(
-        self, step: Step, metadata: CommonAttentionMetadata, whole: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the kernel reads: live blocks and tokens seen, for a whole step in the same memory.
-
-        What has moved is computed anew only after a step in which something could move.
-        """
-        layout = self.kv_cache_spec.layout
-        table, lengths = metadata.block_table_tensor, metadata.seq_lens
-        moves = layout, table.shape[1], table.device
-        if not whole:
-            columns, freed = step.moves(*moves)
-            return table.gather(1, columns), (lengths - freed).to(lengths.dtype)
-        if self._moves is None or step.busy(layout) or self._moved != (step.ids, table.shape):
-            columns, freed = step.moves(*moves)
-            self._moves = columns, freed.to(lengths.dtype)
+    def _places(self, step: Step, table: torch.Tensor, whole: bool) -> _Places:
+        """Of a whole step they are computed anew only after one in which something could move."""
+        layout, busy = self.kv_cache_spec.layout, step.busy(self.kv_cache_spec.layout)
+        if whole and not busy and self._known is not None:
+            requests, shape, places = self._known
+            if (requests, shape) == (step.ids, table.shape):
+                return places
+        held = None
+        if self.unit is not None:
+            held = layout.latent_blocks(step.n, step.c, step.opted_out)
+        places = *step.moves(layout, table.shape[1], table.device), held
+        if whole:
             # After a busy step things have moved, so that the next one computes again.
-            self._moved = None if step.busy(layout) else (step.ids, table.shape)
-        columns, freed = self._moves
+            self._known = None if busy else (step.ids, table.shape, places)
+        return places
+
+    def _view(
+        self, metadata: CommonAttentionMetadata, places: _Places, whole: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the kernel reads: live blocks and tokens seen, for a whole step in the same memory."""
+        table, lengths = metadata.block_table_tensor, metadata.seq_lens
+        columns, freed, _ = places
+        if not whole:
+            return table.gather(1, columns), (lengths - freed).to(lengths.dtype)
         room = self._room
         if room is None or room[0].shape[1] != table.shape[1] or len(room[0]) < len(table):
             most = self.vllm_config.scheduler_config.max_num_seqs  # type: ignore[attr-defined]
@@ -128,7 +137,7 @@ class CompressedBuilder:
             self._room = room = table.new_empty(most, table.shape[1]), lengths.new_empty(most)
         view, seen = (memory[: len(table)] for memory in room)
         torch.gather(table, 1, columns, out=view)
-        torch.sub(lengths, freed, out=seen)
+        torch.sub(lengths, freed.to(lengths.dtype), out=seen)
         return view, seen
 
 

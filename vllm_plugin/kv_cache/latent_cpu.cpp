@@ -128,7 +128,7 @@ void add(float* out, float weight, const float* x, int64_t n) {
 
 // query: bfloat16 [tokens, H * G, D], and output alike. tokens, seen: int64 [R, Q]: each query among
 // the tokens, and how many raw ones it sees. raw: int64 [R, C], blocks of these in cache, bfloat16
-// [blocks, elements], where `places` says: int32 [K and V, H, tokens, D]. keys, values: bfloat16
+// [blocks, elements], where `places` says: int32 [K and V, H, tokens, D], K by `order`. keys, values: bfloat16
 // [blocks, P, rank]. blocks, first, count: int64 [R, L]. key_decode: bfloat16
 // [F, width], see `interleave`; value_decode: float32 [rank + 1, F], the mean in its last row. order:
 // int64 [D], the channels of a query as key_decode has them. angles: float32
@@ -140,12 +140,11 @@ void decode(
     const Tensor& order, const Tensor& angles, double scale, Tensor output) {
   const int64_t requests = tokens.size(0), queries = tokens.size(1), columns = blocks.size(1);
   const int64_t heads = places.size(1), per_block = places.size(2), size = places.size(3);
-  const int64_t recent = raw.size(1) * per_block;
+  const int64_t recent = (raw.size(1) * per_block + LANES - 1) / LANES * LANES;
   const int64_t group = query.size(1) / heads, rows = group * queries, all = heads * rows;
   const int64_t features = heads * size, width = key_decode.size(1), half = angles.size(1) / 2;
   const int64_t room = (keys.size(1) + TILE - 1) / TILE * TILE; // tokens of a block, whole tiles
   const int64_t key_rank = keys.size(2), value_rank = values.size(2);
-  const auto* asked = query.const_data_ptr<BFloat16>();
   const auto* token = tokens.const_data_ptr<int64_t>();
   const auto* limit = seen.const_data_ptr<int64_t>();
   const auto* block = blocks.const_data_ptr<int64_t>();
@@ -155,16 +154,14 @@ void decode(
   const auto* fresh_block = raw.const_data_ptr<int64_t>();
   const auto* placed = places.const_data_ptr<int32_t>();
   const auto* turns = angles.const_data_ptr<float>();
-  const auto* restore = value_decode.const_data_ptr<float>();
   const auto* rebuild = key_decode.const_data_ptr<BFloat16>();
-  const auto asked_at = [&](int64_t request, int64_t head, int64_t row) {
-    return token[request * queries + row % queries] * query.stride(0) +
-        (head * group + row / queries) * query.stride(1);
-  };
 
   Room<float> ordered(requests * all * size); // [R, H, M, D]
   for (int64_t at = 0; at < requests * all; ++at) {
-    const auto* from = asked + asked_at(at / all, at % all / rows, at % rows);
+    const int64_t request = at / all, head = at % all / rows, row = at % rows;
+    const auto* from = query.const_data_ptr<BFloat16>() +
+        token[request * queries + row % queries] * query.stride(0) +
+        (head * group + row / queries) * query.stride(1);
     for (int64_t d = 0; d < size; ++d) {
       ordered.data()[at * size + d] = static_cast<float>(from[channel[d]]) * scale;
     }
@@ -208,10 +205,12 @@ void decode(
   });
 
   at::parallel_for(0, requests * heads, 1, [&](int64_t begin, int64_t end) {
-    Room<float> fresh_keys(recent * size), fresh_values(recent * size), weights(recent);
-    Room<float> merged(value_rank), out(size);
+    Room<float> fresh_keys(size * recent), fresh_values(recent * size), weights(rows * recent);
+    Room<float> merged(rows * (value_rank + 1)), out(rows * size), totals(rows);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t request = task / heads, head = task % heads;
+      std::fill_n(fresh_keys.data(), size * recent, 0.f);
+      std::fill_n(fresh_values.data(), recent * size, 0.f);
       const auto* sees = limit + request * queries;
       const int64_t fresh = *std::max_element(sees, sees + queries);
       for (int64_t t = 0; t < fresh; ++t) {
@@ -223,44 +222,45 @@ void decode(
           fresh_values.data()[t * size + d] = content[place[features * per_block + d]];
         }
       }
+      blas::brgemm(
+          rows, recent, size, size, recent, recent, false,
+          ordered.data() + (request * all + head * rows) * size, fresh_keys.data(),
+          weights.data());
+      std::fill_n(merged.data(), rows * (value_rank + 1), 0.f);
       for (int64_t row = 0; row < rows; ++row) {
-        const int64_t at = asked_at(request, head, row);
+        float* weight = weights.data() + row * recent;
         const int64_t there = sees[row % queries];
-        std::fill_n(weights.data(), there, 0.f);
-        for (int64_t d = 0; d < size; ++d) {
-          const float asks = static_cast<float>(asked[at + d]) * scale;
-          add(weights.data(), asks, fresh_keys.data() + d * recent, there);
-        }
-        auto [most, total] = exponentials(weights.data(), there);
+        const auto [most, total] = exponentials(weight, there);
+        const int64_t of = request * columns * all + head * rows + row;
         float peak = most;
-        const int64_t of = head * rows + row;
-        for (int64_t column = request * columns; column < (request + 1) * columns; ++column) {
-          if (held[column]) peak = std::max(peak, largest.data()[column * all + of]);
+        for (int64_t column = 0; column < columns; ++column) {
+          if (!held[request * columns + column]) continue;
+          peak = std::max(peak, largest.data()[of + column * all]);
         }
         const float share = std::exp(most - peak);
-        std::fill_n(out.data(), size, 0.f);
-        for (int64_t t = 0; t < there; ++t) {
-          add(out.data(), share * weights.data()[t], fresh_values.data() + t * size, size);
+        at::vec::map<float>([=](Vec x) { return x * Vec(share); }, weight, weight, there);
+        std::fill(weight + there, weight + recent, 0.f);
+        float* into = merged.data() + row * (value_rank + 1);
+        for (int64_t column = 0; column < columns; ++column) {
+          if (!held[request * columns + column]) continue;
+          const int64_t from = of + column * all;
+          const float part = std::exp(largest.data()[from] - peak);
+          add(into, part, latent.data() + from * value_rank, value_rank);
+          into[value_rank] += part * sum.data()[from];
         }
-        float old = 0;
-        std::fill_n(merged.data(), value_rank, 0.f);
-        for (int64_t column = request * columns; column < (request + 1) * columns; ++column) {
-          if (!held[column]) continue;
-          const int64_t from = column * all + of;
-          const float weight = std::exp(largest.data()[from] - peak);
-          old += weight * sum.data()[from];
-          add(merged.data(), weight, latent.data() + from * value_rank, value_rank);
-        }
-        const float* channels = restore + head * size;
-        for (int64_t j = 0; j < value_rank; ++j) {
-          add(out.data(), merged.data()[j], channels + j * features, size);
-        }
-        add(out.data(), old, channels + value_rank * features, size);
-        total = total * share + old;
+        totals.data()[row] = total * share + into[value_rank];
+      }
+      blas::brgemm(
+          rows, size, recent, recent, size, size, false, weights.data(), fresh_values.data(),
+          out.data());
+      blas::brgemm(
+          rows, size, value_rank + 1, value_rank + 1, features, size, true, merged.data(),
+          value_decode.const_data_ptr<float>() + head * size, out.data());
+      for (int64_t row = 0; row < rows; ++row) {
         auto* to = output.mutable_data_ptr<BFloat16>() +
             token[request * queries + row % queries] * output.stride(0) +
             (head * group + row / queries) * output.stride(1);
-        for (int64_t d = 0; d < size; ++d) to[d] = out.data()[d] / total;
+        for (int64_t d = 0; d < size; ++d) to[d] = out.data()[row * size + d] / totals.data()[row];
       }
     }
   });
