@@ -30,6 +30,7 @@ class CPULatentCache(LatentCache):
         heads, block_size, size = pages.shape
         self._kernel, self._key_decode = kernel, key_decode(self.keys, self.rope, size)
         self._order, self._angles = self.rope.halves(size), angles(self.rope)
+        self._latents = self.form.view(self.cache) if self.form.bits == 16 else None
         of_keys, of_values = pages.places.int().view(2, heads, block_size, size)
         self._places = torch.stack((of_keys[..., self._order], of_values))
 
@@ -38,8 +39,8 @@ class CPULatentCache(LatentCache):
     ) -> None:
         """As ``LatentCache.attend``; ``pages`` are those of the layer."""
         blocks = reading.blocks
-        if self.form.bits == 16:
-            keys, values = self.form.view(self.cache)
+        if self._latents is not None:
+            keys, values = self._latents
         else:
             keys, values = self.form.read(self.cache, blocks.flatten())
             blocks = torch.arange(len(keys)).view(blocks.shape)
