@@ -47,8 +47,8 @@ def load() -> Any:
                 is_python_module=False,
             )
             os.replace(Path(folder, library.name), library)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise RuntimeError(f"it could not be compiled: {error}") from error
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"it could not be compiled: {str(error).strip()[-500:]}") from error
     return torch.ops.vllm_compress_latent
 
 
