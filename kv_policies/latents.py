@@ -68,15 +68,10 @@ class LatentFormat:
             place = cache[:, first:stop].unflatten(1, (self.tokens // self.unit, -1))
             place[blocks, units] = part.flatten(1)
 
-    def view(self, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents of 16 bits where they are, of keys and of values: [blocks, tokens, rank]."""
-        keys, values = (cache[:, a:b].unflatten(1, (self.tokens, -1)) for a, b in self._regions())
-        return keys, values
-
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents of keys and of values, [M, tokens, rank] in the cache's dtype; blocks int [M]."""
         if self.bits == 16:
-            keys, values = (part.index_select(0, blocks) for part in self.view(cache))
+            keys, values = (cache[:, a:b].index_select(0, blocks) for a, b in self._regions())
         else:
             raw = cache.view(torch.uint8).index_select(0, blocks)
             kc, vc, ks, kz, vs, vz = (raw[:, a:b].contiguous() for a, b in self._regions())

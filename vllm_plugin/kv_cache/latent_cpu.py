@@ -30,7 +30,6 @@ class CPULatentCache(LatentCache):
         heads, block_size, size = pages.shape
         self._kernel, self._key_decode = kernel, key_decode(self.keys, self.rope, size)
         self._order, self._angles = self.rope.halves(size), angles(self.rope)
-        self._latents = self.form.view(self.cache) if self.form.bits == 16 else None
         of_keys, of_values = pages.places.int().view(2, heads, block_size, size)
         self._places = torch.stack((of_keys[..., self._order], of_values))
 
@@ -38,12 +37,6 @@ class CPULatentCache(LatentCache):
         self, reading: Reading, pages: Any, query: torch.Tensor, scale: float, output: torch.Tensor
     ) -> None:
         """As ``LatentCache.attend``; ``pages`` are those of the layer."""
-        blocks = reading.blocks
-        if self._latents is not None:
-            keys, values = self._latents
-        else:
-            keys, values = self.form.read(self.cache, blocks.flatten())
-            blocks = torch.arange(len(keys)).view(blocks.shape)
         self._kernel.decode(
             query,
             reading.tokens,
@@ -51,11 +44,12 @@ class CPULatentCache(LatentCache):
             reading.raw,
             self.cache,
             self._places,
-            keys,
-            values,
-            blocks,
+            reading.blocks,
             reading.first,
             reading.count,
+            self.form.tokens,
+            self.form.key_rank,
+            self.form.bits,
             self._key_decode,
             self.values.affine,
             self._order,

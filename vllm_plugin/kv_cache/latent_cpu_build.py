@@ -72,8 +72,8 @@ def _ask(kernel: Any) -> None:
     RuntimeError where oneDNN has no such products for this processor, or has them wrong.
     """
     size, numbers = 16, torch.arange(32) / 8
-    latents = numbers.bfloat16().view(1, 32, 1)
-    raw = torch.zeros(1, 1).bfloat16()
+    # Keys, then values, then a block with the raw token.
+    cache = torch.cat((numbers, numbers, torch.zeros(64))).bfloat16().view(2, 64)
     places = torch.zeros(2, 1, 1, size, dtype=torch.int32)
     at = torch.zeros(1, 1, dtype=torch.int64)
     key_decode = torch.zeros(size, 4).bfloat16()
@@ -83,8 +83,9 @@ def _ask(kernel: Any) -> None:
     angles[:, : size // 2] = 1
     query = torch.ones(1, 1, size).bfloat16()
     output = torch.empty_like(query)
+    form = 32, 1, 16
     kernel.decode(
-        *(query, at, at + 1, at, raw, places, latents, latents, at, at, at + 32),
+        *(query, at, at + 1, at + 1, cache, places, at, at, at + 32, *form),
         *(key_decode, value_decode, torch.arange(size), angles, 1.0, output),
     )
     weights = torch.cat((numbers, torch.zeros(1))).softmax(0)
