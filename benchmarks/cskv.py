@@ -6,23 +6,25 @@
 Demo model, blocks of 32 tokens, bases of the first half of Newton's Opticks at ratio 0.8.
 
 bytes   bytes_per_token_ratio_080, bytes_per_token_ratio_080_int4: bytes of live blocks that another
-        1,600 tokens of prompt take (330 against 1,930; four such pairs), over the full cache's;
-        scales and what is lost to whole blocks are in it.
+        1,600 tokens of prompt take (330 against 1,930, 394 against 1,994, ...: eight such pairs),
+        over the full cache's; scales and what is lost to whole blocks are in it.
 decode  decode_ratio_b8_2000: new tokens per second of 8 requests that go from 1,950 to 2,000
         tokens, ratio 0.8 over stock vLLM in blocks of 32. Extra: decode_ratio_b8_2000_int4;
-        attend_ms, one layer's attention of such a step, and share_of_OP, what each of torch's
-        operations takes of it.
+        attend_ms and attend_torch_ms, one layer's attention of such a step by the kernel and
+        without it; attend_share, what the kernel takes of a step.
 error   recon_error_vs_svd_max, recon_error_vs_asvd_max: squared error of keys or values restored
         by the closed form (``--objective reconstruction``) over that of SVD and of ASVD at the same
         rank, on the last quarter of the text, which nothing was fitted to. The largest over layers,
         of keys and values.
 
-Limits. Timings need a machine that does nothing else. On a CPU keys are rebuilt in float32.
+Limits. Timings need a machine that does nothing else. Without AVX-512 there is no kernel.
 """
 
 import json
+import statistics
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -36,7 +38,7 @@ from vllm_plugin.demo_model import demo_model_path
 
 KEEP = 0.2
 SHORT, LONG = 330, 1930
-OFFSETS = (0, 32, 64, 96)
+OFFSETS = range(0, 512, 64)
 NAMES = {"cskv": "", "cskv_int4": "_int4"}
 
 
@@ -46,7 +48,7 @@ def _engine(name: str, options: Options, cached: bool = False) -> KVEngine:
     return KVEngine(
         model,
         block_size=BLOCK,
-        max_model_len=2048,
+        max_model_len=2560,
         kv_cache_memory_bytes=1 << 29,
         skip_tokenizer_init=True,
         enable_prefix_caching=cached,
@@ -88,44 +90,69 @@ def decode(options: Options, result: Result) -> None:
     result.details["tokens_per_s"] = speed
     for name, suffix in NAMES.items():
         result.ratio(f"decode_ratio_b8_2000{suffix}", speed[name], speed["full"])
-    for key, value in in_process(_parts, request["batch"], request["prompt"]).items():
+    parts = in_process(_parts, request["batch"], request["prompt"])
+    for key, value in parts.items():
         result.put(key, value)
+    if "attend_ms" in parts:
+        layers = shape_of(demo_model_path()).layers
+        steps_per_s = statistics.median(speed["cskv"]) / request["batch"]
+        result.put("attend_share", parts["attend_ms"] / 1000 * layers * steps_per_s)
 
 
 def _parts(requests: int, tokens: int) -> dict[str, float]:
-    """Where the time of one layer's attention goes, on tensors of the demo model's shape."""
-    from torch.profiler import ProfilerActivity, profile
+    """Times of one layer's attention, on tensors of the demo model's shape."""
     from vllm.platforms import current_platform
 
-    from kv_policies.latent_attention import Decoder, Latents, Raw, attend
+    from kv_policies.latent_cache import LatentCache
+    from kv_policies.latent_plan import Reading
+    from kv_policies.latents import LatentFormat
+    from kv_policies.low_rank import Factor
     from vllm_plugin.kv_cache.latent import KernelRope
+    from vllm_plugin.kv_cache.latent_cpu import CPULatentCache
+    from vllm_plugin.kv_cache.latent_cpu_build import load, why_not
+    from vllm_plugin.kv_cache.pages import Pages
 
     assert current_platform.is_cpu()
-    heads, kv_heads, width, recent = 9, 3, 64, 64
-    ranks = 25, 51  # of keys and values, on average
-    features = kv_heads * width
-    angles = torch.randn(2048, width // 2)
+    heads, shape = 9, (3, BLOCK, 64)
+    features, elements = 3 * 64, 2 * 3 * BLOCK * 64
+    form = LatentFormat(25, 51, 16, 160)  # ranks on average
+    factors = [
+        Factor(torch.zeros(features, rank), torch.randn(rank, features), torch.randn(features))
+        for rank in (form.key_rank, form.value_rank)
+    ]
+    angles = torch.randn(2048, 32)
     rope = KernelRope(torch.cat((angles.cos(), angles.sin()), -1))
-    decoders = [Decoder(torch.randn(rank + 1, features)) for rank in ranks]
-    latents = Latents(
-        *(torch.randn(requests, tokens, rank).bfloat16() for rank in ranks),
-        torch.arange(tokens).expand(requests, -1),
-        torch.zeros(requests, tokens),
+    columns = -(-tokens // form.tokens)
+    blocks = torch.arange(requests * (columns + 2)).view(requests, -1)
+    pages = Pages(
+        torch.randn(blocks.numel(), elements).bfloat16(),
+        torch.arange(elements).view(2, 3, -1),
+        shape,
     )
-    raw = Raw(
-        *torch.randn(2, requests, kv_heads, recent, width).bfloat16(),
-        torch.full((requests, 1), recent),
+    first = (torch.arange(columns) * form.tokens).repeat(requests, 1)
+    reading = Reading(
+        tokens=torch.arange(requests)[:, None],
+        seen=torch.full((requests, 1), 2 * BLOCK),
+        raw=blocks[:, columns:].contiguous(),
+        blocks=blocks[:, :columns].contiguous(),
+        first=first,
+        count=(tokens - first).clamp(max=form.tokens),
+        per_block=form.tokens,
+        longest=tokens,
+        whole=True,
     )
-    query = torch.randn(requests, heads, 1, width).bfloat16()
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        for _ in range(60):
-            attend(query, latents, raw, *decoders, rope, width**-0.5)
-    spent = {event.key: event.self_cpu_time_total for event in recorded.key_averages()}
-    total = sum(spent.values())
-    found = {"attend_ms": total / 60 / 1000}
-    for name, time in sorted(spent.items(), key=lambda item: -item[1])[:6]:
-        found[f"share_of_{name.rpartition('::')[2]}"] = time / total
-    return found
+    query = torch.randn(requests, heads, 64).bfloat16()
+    output = torch.empty_like(query)
+    caches = {"attend_torch_ms": LatentCache(pages.blocks, form, *factors, rope)}
+    if why_not(torch.bfloat16) is None:
+        caches["attend_ms"] = CPULatentCache(pages, form, *factors, rope, kernel=load())
+    times: dict[str, list[float]] = {name: [] for name in caches}
+    for _ in range(60):
+        for name, cache in caches.items():
+            start = time.perf_counter()
+            cache.attend(reading, pages, query, 0.125, output)
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def error(options: Options, result: Result) -> None:

@@ -21,6 +21,9 @@ Energies = Mapping[Side, torch.Tensor]
 
 _POWER: Final = 0.3
 _FLOOR: Final = 8  # no side of a layer gets less than this part of the layers' mean total
+# Of the bytes of the ratio. Levels meet the ends of blocks at different lengths: in the worst moment
+# of a full pool requests of several totals hold this much more than those of one.
+_PART: Final = Fraction(24, 25)
 _BLOCK: Final = 32  # tokens: what fills such a block fills those of 64, 128, ... too
 _UNIT: Final = LatentFormat(1, 1, 16, 0).unit
 
@@ -53,7 +56,7 @@ def allocate(energies: Mapping[int, Energies], ratio: Fraction, features: int) -
     ]
     # Tokens that a block holds, rounded up: what is left of the bytes is given out step by step.
     held = [-(-_BLOCK // (share * _UNIT)) * _UNIT for share in cut.fractions]
-    budget = (1 - ratio) * len(layers) / _BLOCK
+    budget = _PART * (1 - ratio) * len(layers) / _BLOCK
 
     def total(tokens: int) -> int:
         return min(2 * features, 2 * features * _BLOCK // tokens)

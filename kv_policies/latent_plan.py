@@ -61,8 +61,8 @@ def plan_reading(
 ) -> Reading | None:
     """The reading of a step; None where no request has latents.
 
-    held: the requests' latent blocks. table: int [R, C], physical block of each column. view, seq_lens: the raw blocks and tokens of
-    each request.
+    held: the requests' latent blocks. table: int [R, C], physical block of each column. view,
+    seq_lens: the raw blocks and tokens of each request.
     """
     old = held.tokens.sum(1)
     rows = (old > 0).nonzero().flatten()

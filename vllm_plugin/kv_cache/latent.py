@@ -101,9 +101,7 @@ def latent_cache(
                 "latents are read by torch, several times slower than by the kernel: %s", reason
             )
             return LatentCache(pages.blocks, form, keys, values, rope)
-        return CPULatentCache(
-            pages, form, keys, values, rope, kernel=latent_cpu_build.load()
-        )
+        return CPULatentCache(pages, form, keys, values, rope, kernel=latent_cpu_build.load())
     from vllm_plugin.kv_cache.latent_cuda import TritonLatentCache
 
     return TritonLatentCache(pages.blocks, form, keys, values, rope, cache=cache)

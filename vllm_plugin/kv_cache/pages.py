@@ -24,9 +24,7 @@ class Pages:
     where they went, and describes that by strides.
     """
 
-    def __init__(
-        self, blocks: torch.Tensor, places: torch.Tensor, shape: tuple[int, ...]
-    ) -> None:
+    def __init__(self, blocks: torch.Tensor, places: torch.Tensor, shape: tuple[int, ...]) -> None:
         self.blocks = blocks  # [blocks, elements], each in one piece
         self.places = places  # of each element in a block: int64 [K and V, Hkv, block_size * D]
         self._keys, self._values = (Order.of(part, blocks.dtype) for part in places)
@@ -150,9 +148,7 @@ def _run(rest: torch.Tensor) -> int:
     raise PackedCache("the order of this KV cache cannot be described by strides")
 
 
-def _places(
-    block: torch.Tensor, shape: tuple[int, int, int], write: Write
-) -> torch.Tensor:
+def _places(block: torch.Tensor, shape: tuple[int, int, int], write: Write) -> torch.Tensor:
     """Where the kernel puts each element within a block: int64 [K and V, Hkv, block_size * D].
 
     Elements are numbered from 1, K before V, and written one digit of base 128 after the other, as
