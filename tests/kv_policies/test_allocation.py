@@ -42,7 +42,8 @@ def test_bytes_are_those_of_the_ratio(
     found = allocate(energies, ratio, features)
     assert list(sorted(found)) == list(energies)
     assert all(1 <= rank <= features for ranks in found.values() for rank in ranks.values())
-    assert len({sum(ranks.values()) for ranks in found.values()}) <= pick_levels(layers)
+    totals = {sum(ranks.values()) for ranks in found.values()}
+    assert len(totals) <= pick_levels(layers, fewest=True)
     spent = sum(share(ranks, features) for ranks in found.values())
     assert spent <= (1 - ratio) * layers
     # Nothing smaller than a step of the largest level is left over.
@@ -50,11 +51,12 @@ def test_bytes_are_those_of_the_ratio(
 
 
 def test_less_is_lost_than_by_halves_in_no_more_bytes() -> None:
+    features = 192
     energies = {
-        layer: {"key": falling(64, 0.5), "value": falling(64, 0.8 + layer / 60)}
-        for layer in range(6)
+        layer: {"key": falling(features, 0.6), "value": falling(features, 0.9 + layer / 150)}
+        for layer in range(12)
     }
-    even, found = halves(energies, Fraction(4, 5), 64), allocate(energies, Fraction(4, 5), 64)
+    even, found = (choose(energies, Fraction(4, 5), features) for choose in (halves, allocate))
 
     def lost(ranks: dict[int, dict[Side, int]]) -> float:
         """The sum that the shares of energy are taken to the power for."""
@@ -66,8 +68,9 @@ def test_less_is_lost_than_by_halves_in_no_more_bytes() -> None:
         return float(torch.stack(shares).pow(0.3).sum())
 
     assert lost(found) < lost(even)
-    assert sum(share(r, 64) for r in found.values()) <= sum(share(r, 64) for r in even.values())
-    assert all(3 <= ranks["key"] < ranks["value"] for ranks in found.values())
+    bytes_of = [sum(share(r, features) for r in of.values()) for of in (found, even)]
+    assert bytes_of[0] <= bytes_of[1]
+    assert all(9 <= ranks["key"] < ranks["value"] for ranks in found.values())
 
 
 def test_equal_layers_get_the_same() -> None:

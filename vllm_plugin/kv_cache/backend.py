@@ -125,7 +125,7 @@ class CompressedBuilder:
     def _view(
         self, metadata: CommonAttentionMetadata, places: _Places, whole: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the kernel reads: live blocks and tokens seen; of a whole step in the same memory."""
+        """What the kernel reads, live blocks and tokens seen; of whole steps in the same memory."""
         table, lengths = metadata.block_table_tensor, metadata.seq_lens
         columns, freed, _ = places
         if not whole:
