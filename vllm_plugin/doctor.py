@@ -26,6 +26,7 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from quant_methods.architecture import GATE_UP, QKV, ROW_PARALLEL, linear_shapes
 from vllm_plugin import SUPPORTED_VLLM
+from vllm_plugin.kv_cache.latent_cpu_build import why_not
 from vllm_plugin.quantization.config import CONFIGS, SmoothQuantPlusConfig
 from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
 from vllm_plugin.self_check import layouts, table
@@ -134,6 +135,7 @@ def model_checks(args: EngineArgs) -> list[Check]:
         Check("block size", True, f"{config.cache_config.block_size} tokens"),
         _guarded("attention", lambda: _attention(config)),
         *(_guarded(f"kernel of {kind}", choose) for kind, choose in _kernels(config)),
+        *(Check("latents", True, found) for found in _latents(config, settings)),
         *(Check(name, True, found) for name, found in table(config, settings)),
         *(Check(name, True, found) for name, found in _shares(config, settings)),
     ]
@@ -214,6 +216,13 @@ def _attention(config: VllmConfig) -> str:
             model.get_head_size(), model.dtype, config.cache_config.cache_dtype
         )
     return str(backend.get_name())
+
+
+def _latents(config: VllmConfig, settings: Settings) -> Iterator[str]:
+    """What reads latents on a CPU; compiles the kernel."""
+    if settings.kv is not None and settings.kv.latents and current_platform.is_cpu():
+        reason = why_not(config.model_config.dtype)
+        yield f"read by torch, slowly: {reason}" if reason else "read by the kernel for CPUs"
 
 
 def _kernels(config: VllmConfig) -> Iterator[tuple[str, Callable[[], str]]]:

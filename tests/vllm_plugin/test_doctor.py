@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from quant_methods.planning import PlanRequest
 from quant_methods.writing import quantize_checkpoint
-from tests.vllm_plugin.kv_cache.conftest import save_profile
+from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
 from vllm_plugin.cli import main
 from vllm_plugin.doctor import SEAMS, broken_seams, installation, model_checks
 
@@ -65,6 +66,18 @@ def test_a_compressed_model(demo_model: Path) -> None:
     assert found["KV bytes a token"] == "23,040 -> 5,760 (0.250)"
     assert found["compacted"].startswith("prompts from 128 tokens on")
     assert found["layers 0 to 29"].startswith("keep 0.250")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reader"),
+    [("bfloat16", "the kernel"), ("float32", "torch, slowly: the kernel reads bf")],
+)
+def test_what_reads_latents(demo_model: Path, tmp_path: Path, dtype: str, reader: str) -> None:
+    bases = save_bases(demo_model, tmp_path / "kv.safetensors", Fraction(4, 5))
+    found = checks(demo_model, {"policy": "cskv", "bases": str(bases)}, dtype=dtype)
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        reader = "torch, slowly: "
+    assert found["latents"].startswith(f"read by {reader}")
 
 
 def test_levels_of_a_profile_and_what_is_left_alone(

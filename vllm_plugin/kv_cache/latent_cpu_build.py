@@ -48,7 +48,9 @@ def load() -> Any:
             )
             os.replace(Path(folder, library.name), library)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        raise RuntimeError(f"it could not be compiled: {str(error).strip()[-500:]}") from error
+        raise RuntimeError(
+            f"the kernel could not be compiled: {str(error).strip()[-500:]}"
+        ) from error
     return torch.ops.vllm_compress_latent
 
 
@@ -56,7 +58,7 @@ def load() -> Any:
 def why_not(dtype: torch.dtype) -> str | None:
     """Why latents of this type are not read by the kernel here; None: they are."""
     if dtype != torch.bfloat16:
-        return f"it reads bfloat16, and the cache holds {str(dtype).removeprefix('torch.')}"
+        return f"the kernel reads bfloat16, and the cache holds {str(dtype).removeprefix('torch.')}"
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return "this processor has no AVX-512"
     try:

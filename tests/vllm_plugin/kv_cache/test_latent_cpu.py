@@ -102,6 +102,7 @@ def test_other_types_are_left_to_torch() -> None:
     assert "the cache holds float32" in str(latent_cpu_build.why_not(torch.float32))
 
 
+@pytest.mark.slow
 @needs_avx512
 def test_it_compiles_once_and_says_why_it_cannot(tmp_path: Path) -> None:
     def why_not(compiler: str) -> str:
