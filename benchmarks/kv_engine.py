@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 BLOCK = 32  # tokens, for all contenders: vLLM's own default for CPUs is 128
 POLICIES = ("prefix_kv", "snap_kv", "key_diff", "recent", "cskv", "fp8")
 FORCED_TOKENS = "benchmarks.kv_child:ForcedTokens"
-_REVISION = 4  # raise it when profiles are made differently
+_REVISION = 5  # raise it when profiles are made differently
 
 
 class KVEngine(Engine):

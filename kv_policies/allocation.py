@@ -13,7 +13,7 @@ from typing import Final
 import torch
 
 from kv_policies.bases_header import SIDES, Side, total_rank
-from kv_policies.budget import pick_levels, quantise
+from kv_policies.budget import quantise
 from kv_policies.latents import LatentFormat
 
 Ranks = dict[Side, int]
@@ -23,7 +23,7 @@ _POWER: Final = 0.3
 _FLOOR: Final = 8  # no side of a layer gets less than this part of the layers' mean total
 # Of the ratio's bytes. Levels meet the ends of blocks at different lengths: in the worst moment of
 # a full pool, requests with several totals hold that much more than those with one.
-_PART: Final = Fraction(97, 100)
+_PART: Final = Fraction(24, 25)
 _BLOCK: Final = 32  # tokens: what fills such a block fills those of 64, 128, ... too
 _UNIT: Final = LatentFormat(1, 1, 16, 0).unit
 
@@ -49,9 +49,7 @@ def allocate(energies: Mapping[int, Energies], ratio: Fraction, features: int) -
     total_each = total_rank(ratio, features)
     worth = {layer: _Worth(energies[layer], max(1, total_each // _FLOOR)) for layer in layers}
     wanted = _best(worth, total_each * len(layers))
-    # Few of them: a step plans each, and a request is rounded up to whole blocks in each.
-    levels = pick_levels(len(layers), fewest=True)
-    cut = quantise([Fraction(wanted[layer], 2 * features) for layer in layers], levels)
+    cut = quantise([Fraction(wanted[layer], 2 * features) for layer in layers])
     runs = [
         [layer for layer, of in zip(layers, cut.level_of, strict=True) if of == level]
         for level in range(len(cut.fractions))

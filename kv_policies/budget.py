@@ -140,8 +140,8 @@ class Levels:
         return [self.fractions[level] for level in self.level_of]
 
 
-def pick_levels(layers: int, fewest: bool = False) -> int:
-    """The number of levels to use: 3 to 8, the largest (or smallest) that divides the layers.
+def pick_levels(layers: int) -> int:
+    """The number of levels to use: 3 to 8, the largest that divides the layers.
 
     Where none does (26, 31 layers), the one that wastes least memory by padding; below three
     layers one per layer.
@@ -149,8 +149,7 @@ def pick_levels(layers: int, fewest: bool = False) -> int:
     if layers < _MIN_LEVELS:
         return layers
     usable = [count for count in range(_MIN_LEVELS, _MAX_LEVELS + 1) if _even_enough(layers, count)]
-    sign = -1 if fewest else 1
-    return max(usable, key=lambda count: (-_padding(layers, count), sign * count))
+    return max(usable, key=lambda count: (-_padding(layers, count), count))
 
 
 def _padding(layers: int, levels: int) -> int:

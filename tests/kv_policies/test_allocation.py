@@ -43,7 +43,7 @@ def test_bytes_are_those_of_the_ratio(
     assert list(sorted(found)) == list(energies)
     assert all(1 <= rank <= features for ranks in found.values() for rank in ranks.values())
     totals = {sum(ranks.values()) for ranks in found.values()}
-    assert len(totals) <= pick_levels(layers, fewest=True)
+    assert len(totals) <= pick_levels(layers)
     spent = sum(share(ranks, features) for ranks in found.values())
     assert spent <= (1 - ratio) * layers
     # Nothing smaller than a step of the largest level is left over.
