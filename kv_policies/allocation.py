@@ -22,8 +22,10 @@ Energies = Mapping[Side, torch.Tensor]
 _POWER: Final = 0.3
 _FLOOR: Final = 8  # no side of a layer gets less than this part of the layers' mean total
 # Of the ratio's bytes. Levels meet the ends of blocks at different lengths: in the worst moment of
-# a full pool, requests with several totals hold that much more than those with one.
+# a full pool, requests with several totals hold that much more than those with one. Not where a
+# block holds few tokens: there the next smaller total is too much smaller.
 _PART: Final = Fraction(24, 25)
+_FEW: Final = 128  # tokens
 _BLOCK: Final = 32  # tokens: what fills such a block fills those of 64, 128, ... too
 _UNIT: Final = LatentFormat(1, 1, 16, 0).unit
 
@@ -56,7 +58,8 @@ def allocate(energies: Mapping[int, Energies], ratio: Fraction, features: int) -
     ]
     # Tokens that a block holds, rounded up: what is left of the bytes is given out step by step.
     held = [-(-_BLOCK // (share * _UNIT)) * _UNIT for share in cut.fractions]
-    budget = _PART * (1 - ratio) * len(layers) / _BLOCK
+    few = 2 * features * _BLOCK // total_each <= _FEW
+    budget = (1 if few else _PART) * (1 - ratio) * len(layers) / _BLOCK
 
     def total(tokens: int) -> int:
         return min(2 * features, 2 * features * _BLOCK // tokens)
