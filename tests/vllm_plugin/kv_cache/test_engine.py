@@ -92,8 +92,12 @@ def test_latents_of_low_rank_keys_and_values_lose_nothing(
     if mha:
         engine = case["engine"] | {"dtype": "bfloat16"}
         cases += [one | {"engine": engine} for one in cases]
-    answers = run(low_rank_model, cases)
-    assert tokens(answers[1]) == tokens(answers[0])
+    whole = save_bases(low_rank_model, tmp_path / "whole.safetensors", Fraction(0))
+    *answers, nothing_saved = run(
+        low_rank_model, [*cases, case | {"kv": kv | {"bases": str(whole)}}]
+    )
+    assert tokens(answers[1]) == tokens(nothing_saved) == tokens(answers[0])
+    assert nothing_saved["freed"] == [0]
     for ours, stock in zip(answers[1::2], answers[::2], strict=True):
         pairs = list(zip(tokens(ours), tokens(stock), strict=True))
         assert all(text[0] == other[0] for text, other in pairs)
