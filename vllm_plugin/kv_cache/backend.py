@@ -87,7 +87,7 @@ class CompressedBuilder:
             if work is not None:
                 layers = len(self.layer_names)  # type: ignore[attr-defined]
                 self.batch.activity.plan(work.tallies, layers)
-            places = self._places(part, table, tokens is None)
+            places = self._places(part, metadata, tokens is None)
             view, seq_lens = self._view(metadata, places, tokens is None)
             reading = None
             if (held := places[2]) is not None:
@@ -106,8 +106,9 @@ class CompressedBuilder:
             return plan_packing(layout, self.unit, table, step)
         return None if self.policy is None else plan_step(layout, self.policy, table, step)
 
-    def _places(self, step: Step, table: torch.Tensor, whole: bool) -> _Places:
+    def _places(self, step: Step, metadata: CommonAttentionMetadata, whole: bool) -> _Places:
         """Of a whole step they are computed anew only after one in which something could move."""
+        table, lengths = metadata.block_table_tensor, metadata.seq_lens
         layout, busy = self.kv_cache_spec.layout, step.busy(self.kv_cache_spec.layout)
         if whole and not busy and self._known is not None:
             requests, shape, places = self._known
@@ -116,7 +117,8 @@ class CompressedBuilder:
         held = None
         if self.unit is not None:
             held = layout.latent_blocks(step.n, step.c, step.opted_out)
-        places = *step.moves(layout, table.shape[1], table.device), held
+        columns, freed = step.moves(layout, table.shape[1], table.device)
+        places = columns, freed.to(lengths.dtype), held
         if whole:
             # After a busy step things have moved, so that the next one computes again.
             self._known = None if busy else (step.ids, table.shape, places)
@@ -129,7 +131,7 @@ class CompressedBuilder:
         table, lengths = metadata.block_table_tensor, metadata.seq_lens
         columns, freed, _ = places
         if not whole:
-            return table.gather(1, columns), (lengths - freed).to(lengths.dtype)
+            return table.gather(1, columns), lengths - freed
         room = self._room
         if room is None or room[0].shape[1] != table.shape[1] or len(room[0]) < len(table):
             most = self.vllm_config.scheduler_config.max_num_seqs  # type: ignore[attr-defined]
@@ -137,7 +139,7 @@ class CompressedBuilder:
             self._room = room = table.new_empty(most, table.shape[1]), lengths.new_empty(most)
         view, seen = (memory[: len(table)] for memory in room)
         torch.gather(table, 1, columns, out=view)
-        torch.sub(lengths, freed.to(lengths.dtype), out=seen)
+        torch.sub(lengths, freed, out=seen)
         return view, seen
 
 

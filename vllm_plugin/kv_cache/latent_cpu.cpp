@@ -20,7 +20,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
+#include <tuple>
 #include <utility>
 
 namespace {
