@@ -110,7 +110,7 @@ def _parts(requests: int, tokens: int) -> dict[str, float]:
     from vllm_plugin.kv_cache.latent import KernelRope
     from vllm_plugin.kv_cache.latent_cpu import CPULatentCache
     from vllm_plugin.kv_cache.latent_cpu_build import load, why_not
-    from vllm_plugin.kv_cache.pages import Pages
+    from vllm_plugin.kv_cache.pages import Order, Pages
 
     assert current_platform.is_cpu()
     heads, shape = 9, (3, BLOCK, 64)
@@ -126,7 +126,7 @@ def _parts(requests: int, tokens: int) -> dict[str, float]:
     blocks = torch.arange(requests * (columns + 2)).view(requests, -1)
     pages = Pages(
         torch.randn(blocks.numel(), elements).bfloat16(),
-        torch.arange(elements).view(2, 3, -1),
+        *(Order.of(side, torch.bfloat16) for side in torch.arange(elements).view(2, 3, -1)),
         shape,
     )
     first = (torch.arange(columns) * form.tokens).repeat(requests, 1)

@@ -27,10 +27,10 @@ class CPULatentCache(LatentCache):
 
     def __init__(self, pages: Pages, *latents: Any, kernel: Any) -> None:
         super().__init__(pages.blocks, *latents)
-        heads, block_size, size = pages.shape
+        size = pages.shape[2]
         self._kernel, self._key_decode = kernel, key_decode(self.keys, self.rope, size)
         self._order, self._angles = self.rope.halves(size), angles(self.rope)
-        of_keys, of_values = pages.places.int().view(2, heads, block_size, size)
+        of_keys, of_values = pages.places().int()
         self._places = torch.stack((of_keys[..., self._order], of_values))
 
     def attend(

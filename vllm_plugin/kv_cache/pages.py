@@ -24,10 +24,11 @@ class Pages:
     where they went, and describes that by strides.
     """
 
-    def __init__(self, blocks: torch.Tensor, places: torch.Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, blocks: torch.Tensor, keys: "Order", values: "Order", shape: tuple[int, ...]
+    ) -> None:
         self.blocks = blocks  # [blocks, elements], each in one piece
-        self.places = places  # of each element in a block: int64 [K and V, Hkv, block_size * D]
-        self._keys, self._values = (Order.of(part, blocks.dtype) for part in places)
+        self._keys, self._values = keys, values
         self.shape = shape  # KV heads, tokens of a block, head size
 
     @classmethod
@@ -47,14 +48,20 @@ class Pages:
         if not block.is_contiguous():
             raise PackedCache("a block of this KV cache is not one piece of memory")
         shape = heads, block_size, head_size
+        keys, values = (Order.of(places, cache.dtype) for places in _places(block, shape, write))
         blocks = cache.as_strided((len(cache), block.numel()), (cache.stride(0), 1))
-        return cls(blocks, _places(block, shape, write), shape)
+        return cls(blocks, keys, values, shape)
 
     @classmethod
     def of_layer(cls, layer: Any, heads: int, block_size: int, head_size: int) -> "Pages":
         """Probe the cache of an attention layer, through its own backend."""
         write = partial(_write, layer)
         return cls.of(layer.kv_cache, heads, block_size, head_size, write)
+
+    def places(self) -> torch.Tensor:
+        """Of each element in a block: int64 [K and V, Hkv, block_size, D]."""
+        sides = (order.places(self.blocks.dtype) for order in (self._keys, self._values))
+        return torch.stack([side.view(self.shape) for side in sides])
 
     def read(self, blocks: torch.Tensor) -> "Content":
         """A copy of blocks, int64 [R, C]."""
@@ -127,6 +134,14 @@ class Order:
         wide = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         return cls(wide[units * dtype.itemsize], first // units, (heads, *sizes), tuple(strides))
 
+    def places(self, dtype: torch.dtype) -> torch.Tensor:
+        """What ``of`` was given, for elements of this type: int64 [Hkv, elements]."""
+        units = self.dtype.itemsize // dtype.itemsize
+        last = sum((size - 1) * step for size, step in zip(self.sizes, self.strides, strict=True))
+        numbers = torch.arange(self.first + last + 1)
+        wide = numbers.as_strided(self.sizes, self.strides, self.first).flatten(1)
+        return (wide[..., None] * units + torch.arange(units)).flatten(1)
+
     def view(self, raw: torch.Tensor) -> torch.Tensor:
         """Raw blocks [M, elements], contiguous, seen in plain order, [M, *sizes] of ``dtype``."""
         wide = raw.view(self.dtype)
@@ -148,8 +163,10 @@ def _run(rest: torch.Tensor) -> int:
     raise PackedCache("the order of this KV cache cannot be described by strides")
 
 
-def _places(block: torch.Tensor, shape: tuple[int, int, int], write: Write) -> torch.Tensor:
-    """Where the kernel puts each element within a block: int64 [K and V, Hkv, block_size * D].
+def _places(
+    block: torch.Tensor, shape: tuple[int, int, int], write: Write
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the kernel puts each element of K and of V within a block.
 
     Elements are numbered from 1, K before V, and written one digit of base 128 after the other, as
     small whole numbers survive any floating-point type.
@@ -170,4 +187,5 @@ def _places(block: torch.Tensor, shape: tuple[int, int, int], write: Write) -> t
         raise PackedCache("this KV cache does not hold plain keys and values")
     places = torch.empty(count, dtype=torch.int64)
     places[found - 1] = torch.arange(count)
-    return places.view(2, heads, -1)
+    keys, values = places.view(2, heads, -1)
+    return keys, values

@@ -18,7 +18,7 @@ from kv_policies.rope import Rope
 from tests.kv_policies.test_rope import table
 from vllm_plugin.kv_cache import latent_cpu_build
 from vllm_plugin.kv_cache.latent_cpu import CPULatentCache
-from vllm_plugin.kv_cache.pages import Pages
+from vllm_plugin.kv_cache.pages import Order, Pages
 
 HEADS, GROUP, SIZE, BLOCK, BLOCKS = 2, 3, 32, 32, 24
 FEATURES = HEADS * SIZE
@@ -32,9 +32,9 @@ def pages() -> Pages:
     """Heads, then channels before tokens for keys: an order that is not plain."""
     plain = torch.arange(2 * HEADS * BLOCK * SIZE).view(2, HEADS, BLOCK, SIZE)
     keys = plain[0].view(HEADS, SIZE, BLOCK).mT
-    places = torch.stack((keys, plain[1])).flatten(2)
     content = torch.full((BLOCKS, plain.numel()), torch.nan).bfloat16()
-    return Pages(content, places, (HEADS, BLOCK, SIZE))
+    orders = (Order.of(side.flatten(1), content.dtype) for side in (keys, plain[1]))
+    return Pages(content, *orders, (HEADS, BLOCK, SIZE))
 
 
 def factor(rank: int) -> Factor:
@@ -72,7 +72,7 @@ def test_it_is_attention(
     seen = torch.tensor([[40, 41, 42][-queries:], [5, 6, 7][-queries:]])
     for row, held in zip(raw, seen.amax(1).tolist(), strict=True):
         for token in range(held):
-            at = memory.places.view(2, HEADS, BLOCK, SIZE)[:, :, token % BLOCK]
+            at = memory.places()[:, :, token % BLOCK]
             memory.blocks[row[token // BLOCK], at] = torch.randn(at.shape).bfloat16()
     reading = Reading(
         tokens=torch.arange(2 * queries).view(2, queries),
