@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from quant_methods.cache import cache_dir
+from compress_common.cache import cache_dir
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]

@@ -103,10 +103,10 @@ def _parts(requests: int, tokens: int) -> dict[str, float]:
     """Times of one layer's attention, on tensors of the demo model's shape."""
     from vllm.platforms import current_platform
 
-    from kv_policies.latent_cache import LatentCache
-    from kv_policies.latent_plan import Reading
-    from kv_policies.latents import LatentFormat
-    from kv_policies.low_rank import Factor
+    from kv_policies.latents.cache import LatentCache
+    from kv_policies.latents.format import LatentFormat
+    from kv_policies.latents.low_rank import Factor
+    from kv_policies.latents.plan import Reading
     from vllm_plugin.kv_cache.latent import KernelRope
     from vllm_plugin.kv_cache.latent_cpu import CPULatentCache
     from vllm_plugin.kv_cache.latent_cpu_build import load, why_not

@@ -95,7 +95,7 @@ def _raw(requests: int, tokens: int) -> Any:
 
 def _latents(requests: int, tokens: int, bits: int) -> tuple[Any, int]:
     """Our kernel, and the bytes of latents and raw tokens that it has to read."""
-    from kv_policies.latents import LatentFormat
+    from kv_policies.latents.format import LatentFormat
     from vllm_plugin.kv_cache.latent_triton import latent_decode
 
     features, elements = KV_HEADS * WIDTH, 2 * KV_HEADS * WIDTH * BLOCK

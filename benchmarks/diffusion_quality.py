@@ -13,11 +13,11 @@ from tqdm import tqdm
 from benchmarks import tiny_llada
 from benchmarks.common import Options, Result
 from benchmarks.engine import in_process
-from diffusion.denoiser import Denoiser
-from diffusion.dense import DenseLLaDA
-from diffusion.reference import Step, generate
-from diffusion.registry import build_policy
-from diffusion.settings import Decoding
+from dllm_denoising.denoiser import Denoiser
+from dllm_denoising.dense import DenseLLaDA
+from dllm_denoising.reference import Step, generate
+from dllm_denoising.registry import build_policy
+from dllm_denoising.settings import Decoding
 
 MEASURES = ("accuracy", "kl", "tokens_per_forward", "token_layers_ratio", "refresh_share")
 WINDOW = {"window_length": 16}

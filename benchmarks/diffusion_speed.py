@@ -9,10 +9,10 @@ from benchmarks import tiny_llada
 from benchmarks.common import Options, Result, alternate
 from benchmarks.diffusion_quality import POLICIES
 from benchmarks.engine import Engine, in_process
-from diffusion.denoiser import Denoiser
-from diffusion.reference import generate
-from diffusion.registry import build_policy
-from diffusion.settings import Decoding
+from dllm_denoising.denoiser import Denoiser
+from dllm_denoising.reference import generate
+from dllm_denoising.registry import build_policy
+from dllm_denoising.settings import Decoding
 
 PROMPT, CANVAS = 256, 256
 RAGGED = (256, 296, 320, 352, 400, 432, 480, 512)  # prompt and canvas, half of each

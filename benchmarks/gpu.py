@@ -176,8 +176,8 @@ def _make_bases(model: Path, target: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    from kv_policies.bases_header import SIDES, total_rank
-    from kv_policies.low_rank import Factor
+    from kv_policies.latents.bases_header import SIDES, total_rank
+    from kv_policies.latents.low_rank import Factor
     from vllm_plugin.kv_fingerprint import full_attention_layers
 
     config = AutoConfig.from_pretrained(model)

@@ -19,12 +19,12 @@ from benchmarks.common import ROOT, Options, cache_folder
 from benchmarks.engine import Engine, EngineFailed, in_process
 from benchmarks.models import TINY, random_llama
 from benchmarks.texts import opticks
-from kv_policies.budget import exact
+from kv_policies.budget.levels import exact
 from vllm_plugin.demo_model import demo_model_path
 
 if TYPE_CHECKING:
-    from kv_policies.bases_header import Side
-    from kv_policies.low_rank import Factor
+    from kv_policies.latents.bases_header import Side
+    from kv_policies.latents.low_rank import Factor
 
 BLOCK = 32  # tokens, for all contenders: vLLM's own default for CPUs is 128
 POLICIES = ("prefix_kv", "snap_kv", "key_diff", "recent", "cskv", "fp8")
@@ -146,7 +146,7 @@ def _make_up(model: Path, keep: float, levels: int, target: Path) -> None:
 
     from transformers import AutoConfig
 
-    from kv_policies.profile import Profile, Provenance
+    from kv_policies.budget.profile import Profile, Provenance
     from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 
     config = AutoConfig.from_pretrained(model)
@@ -175,8 +175,8 @@ def save_made_up_bases(
     """Bases of ``factors``, one per layer and side, that fit ``model`` and come from no text."""
     from transformers import AutoConfig
 
-    from kv_policies.bases import Bases
-    from kv_policies.bases_header import Calibration, Header, Layer
+    from kv_policies.latents.bases import Bases
+    from kv_policies.latents.bases_header import Calibration, Header, Layer
     from quant_methods.checkpoint import Checkpoint
     from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, weights_digest
 

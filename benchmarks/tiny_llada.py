@@ -35,7 +35,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from benchmarks.common import ROOT
-from diffusion.dense import DenseLLaDA, Shape
+from dllm_denoising.dense import DenseLLaDA, Shape
 
 # Token ids. Digits are 0 to 9; ids after the tasks are spare.
 PAD, BOS, EOS, MASK, UNKNOWN, EQUALS = range(10, 16)

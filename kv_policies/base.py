@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from kv_policies.layout import Layout
+from kv_policies.layout.base import Layout
 
 
 class NoSettings(BaseModel):

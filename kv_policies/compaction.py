@@ -11,11 +11,11 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kv_policies.base import KVPolicy, first_observed
-from kv_policies.key_diff import KeyDiff
-from kv_policies.layout import runs
+from kv_policies.layout.base import runs
+from kv_policies.layout.step import Step
+from kv_policies.layout.tokens import SegmentBatch, TokenLayout
+from kv_policies.policies.key_diff import KeyDiff
 from kv_policies.select import pack, select
-from kv_policies.step import Step
-from kv_policies.token_layout import SegmentBatch, TokenLayout
 
 
 class Content(Protocol):

@@ -5,11 +5,11 @@ from typing import Any, Final
 
 from compress_common.registry import Registry
 from kv_policies.base import Policy
-from kv_policies.cskv import CSKV
-from kv_policies.key_diff import KeyDiff
-from kv_policies.prefix_kv import PrefixKV
-from kv_policies.recent import Recent
-from kv_policies.snap_kv import SnapKV
+from kv_policies.policies.cskv import CSKV
+from kv_policies.policies.key_diff import KeyDiff
+from kv_policies.policies.prefix_kv import PrefixKV
+from kv_policies.policies.recent import Recent
+from kv_policies.policies.snap_kv import SnapKV
 
 KV_POLICIES: Final = Registry[Policy](
     noun="KV policy",

@@ -12,11 +12,11 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from compress_common.cache import cache_dir
 from compress_common.errors import CompressError
 from quant_methods.architecture import architecture_of
 from quant_methods.base import Progress, QuantMethod, silent
 from quant_methods.blocks import Blocks
-from quant_methods.cache import cache_dir
 from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.gptq import compensate

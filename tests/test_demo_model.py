@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from quant_methods.cache import cache_dir
+from compress_common.cache import cache_dir
 from vllm_plugin import demo_model as module
 
 # A question whose answer has wide margins, see the module's docstring.

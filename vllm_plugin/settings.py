@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress_common.errors import CompressError, explain, joined
 from kv_policies.base import Policy
-from kv_policies.profile import Share
+from kv_policies.budget.profile import Share
 from kv_policies.registry import KV_POLICIES, build_policy, policies
 from quant_methods.calibration import CalibrationSettings
 from quant_methods.planning import PlanRequest

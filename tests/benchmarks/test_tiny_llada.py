@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks import tiny_llada
 from benchmarks.tiny_llada import ANSWER, BOS, EOS, EQUALS, TASKS, VOCABULARY
-from diffusion.dense import Shape
+from dllm_denoising.dense import Shape
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_policies.compaction import Observations, compact, plan_step, window_policy
+from kv_policies.layout.step import Step
+from kv_policies.layout.tokens import TokenLayout
 from kv_policies.registry import build_policy, policies
-from kv_policies.step import Step
-from kv_policies.token_layout import TokenLayout
 
 BLOCK, HEADS, KV_HEADS, DIM, WIDTH, END = 4, 4, 2, 8, 16, 60
 LENGTHS = (43, 20, 9)  # prompts: N % BLOCK is 3, 0 and 1

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from diffusion.base import Plan
-from diffusion.denoiser import Denoiser
-from diffusion.dense import DenseLLaDA
-from diffusion.reference import generate
+from dllm_denoising.base import Plan
+from dllm_denoising.denoiser import Denoiser
+from dllm_denoising.dense import DenseLLaDA
+from dllm_denoising.reference import generate
 from tests.support.generate import SINGLE_PROCESS, answer, ask_child, kernel
 from vllm_plugin.diffusion.settings import DiffusionSettings
 

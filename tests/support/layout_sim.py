@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 from hypothesis import strategies as st
 
-from kv_policies.layout import Layout
+from kv_policies.layout.base import Layout
 
 L = TypeVar("L", bound=Layout)
 

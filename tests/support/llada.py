@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from diffusion.dense import DenseLLaDA, Shape
+from dllm_denoising.dense import DenseLLaDA, Shape
 
 
 def random_llada(

@@ -15,9 +15,9 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from compress_common.errors import CompressError
-from kv_policies.latent_layout import LatentLayout
-from kv_policies.layout import Layout
-from kv_policies.token_layout import TokenLayout
+from kv_policies.layout.base import Layout
+from kv_policies.layout.latents import LatentLayout
+from kv_policies.layout.tokens import TokenLayout
 from quant_methods.calibration import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.local import local_folder

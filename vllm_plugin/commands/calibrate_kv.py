@@ -13,13 +13,13 @@ import typer
 from rich.table import Table
 
 from compress_common.errors import CompressError, joined
-from kv_policies.bases import Bases
-from kv_policies.bases_header import SIDES, Objective, exact_ratio
+from kv_policies.latents.bases import Bases
+from kv_policies.latents.bases_header import SIDES, Objective, exact_ratio
 from quant_methods.calibration import SELF, CalibrationSettings
-from vllm_plugin.bases_plot import METHODS, draw
 from vllm_plugin.commands.common import AsJson, Model, check_writable, out, whole_file
-from vllm_plugin.kv_bases import HeldOut, make_bases
-from vllm_plugin.profile_plot import canvas
+from vllm_plugin.commands.profiling.bases_plot import METHODS, draw
+from vllm_plugin.commands.profiling.kv_bases import HeldOut, make_bases
+from vllm_plugin.commands.profiling.profile_plot import canvas
 from vllm_plugin.progress import bar
 
 _POLICIES: Final = ("cskv",)

@@ -46,7 +46,7 @@ def doctor(
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_plugin.doctor import installation, model_checks
+    from vllm_plugin.commands.checks import installation, model_checks
 
     config = config_of(additional_config, policy, keep, profile, bases)
     checks = installation()

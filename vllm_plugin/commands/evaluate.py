@@ -10,7 +10,7 @@ from rich.table import Table
 
 from compress_common.errors import CompressError
 from vllm_plugin.commands.common import AsJson, gib, out
-from vllm_plugin.evaluate import as_rows, evaluate
+from vllm_plugin.commands.evaluation import as_rows, evaluate
 from vllm_plugin.progress import bar
 
 

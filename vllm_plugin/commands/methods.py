@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from diffusion.registry import policies as diffusion_policies
-from diffusion.settings import Decoding
+from dllm_denoising.registry import policies as diffusion_policies
+from dllm_denoising.settings import Decoding
 from kv_policies.registry import policies
 from quant_methods.registry import methods
 from vllm_plugin.commands.common import AsJson, out

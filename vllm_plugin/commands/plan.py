@@ -13,7 +13,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.table import Table
 
 from compress_common.errors import CompressError, joined, nearest
-from kv_policies.layout import Layout
+from kv_policies.layout.base import Layout
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.local import local_folder, text_config
 from quant_methods.registry import methods

@@ -10,12 +10,12 @@ import torch
 import typer
 from rich.table import Table
 
-from kv_policies.budget import exact
-from kv_policies.profile import Profile
+from kv_policies.budget.levels import exact
+from kv_policies.budget.profile import Profile
 from quant_methods.calibration import SELF, CalibrationSettings
 from vllm_plugin.commands.common import AsJson, Model, check_writable, out, whole_file
-from vllm_plugin.kv_profile import kept_by_layer, make_profile
-from vllm_plugin.profile_plot import canvas, draw
+from vllm_plugin.commands.profiling.kv_profile import kept_by_layer, make_profile
+from vllm_plugin.commands.profiling.profile_plot import canvas, draw
 from vllm_plugin.progress import bar
 
 

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from diffusion.denoiser import Denoiser
+from dllm_denoising.denoiser import Denoiser
 
 
 @dataclass

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from diffusion.base import Observation
-from diffusion.commit import predict
-from diffusion.denoiser import Denoiser
+from dllm_denoising.base import Observation
+from dllm_denoising.commit import predict
+from dllm_denoising.denoiser import Denoiser
 from vllm_plugin.diffusion.step import Stage
 
 

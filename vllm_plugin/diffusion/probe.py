@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from diffusion.base import Observation, Plan
-from diffusion.drift import Over, Total, most_attended, probabilities, similarity
+from dllm_denoising.base import Observation, Plan
+from dllm_denoising.drift import Over, Total, most_attended, probabilities, similarity
 from vllm_plugin.diffusion.batch import Prepared, Running, places
 from vllm_plugin.kv_cache.pages import Pages
 

@@ -12,8 +12,8 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 
 from compress_common.errors import joined
-from diffusion.base import CachePolicy
-from diffusion.settings import Decoding
+from dllm_denoising.base import CachePolicy
+from dllm_denoising.settings import Decoding
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.kv_cache import requests as kv_requests
 from vllm_plugin.request_check import RequestCheck

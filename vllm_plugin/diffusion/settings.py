@@ -6,9 +6,9 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from compress_common.errors import CompressError, explain, joined
-from diffusion.base import CachePolicy
-from diffusion.registry import POLICIES, build_policy, policies
-from diffusion.settings import PAIRS, Decoding
+from dllm_denoising.base import CachePolicy
+from dllm_denoising.registry import POLICIES, build_policy, policies
+from dllm_denoising.settings import PAIRS, Decoding
 
 DEFAULT_POLICY = "fixed_period"
 BLOCK = 32  # tokens, of policies that need blocks and were given none

@@ -9,7 +9,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from compress_common.errors import CompressError, joined
-from diffusion.base import CachePolicy
+from dllm_denoising.base import CachePolicy
 from vllm_plugin.diffusion.config import ARCHITECTURE, MODEL_TYPE, LLaDAConfig, config_problems
 from vllm_plugin.diffusion.requests import check_requests
 from vllm_plugin.diffusion.settings import DiffusionSettings

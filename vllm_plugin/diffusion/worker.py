@@ -22,7 +22,7 @@ from vllm.v1.worker.kv_connector_model_runner_mixin import (
     KVConnectorModelRunnerMixin as Connector,
 )
 
-from diffusion.denoiser import Denoiser
+from dllm_denoising.denoiser import Denoiser
 from vllm_plugin.diffusion.activity import Activity
 from vllm_plugin.diffusion.batch import Running, advance, next_rows, predictions, prepare
 from vllm_plugin.diffusion.probe import Probe

@@ -2,6 +2,6 @@
 """KV-cache compression in vLLM's engine: what a request keeps, and where it lies.
 
 ``spec`` and ``manager`` are the scheduler's side, ``worker``, ``batch``, ``backend`` and ``pages``
-the worker's; both call ``kv_policies.layout`` and tell each other nothing. ``support`` refuses what
+the worker's. Both call ``kv_policies.layout`` and exchange no messages. ``support`` refuses what
 cannot work, ``requests`` is what one request may ask for.
 """

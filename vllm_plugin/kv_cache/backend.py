@@ -13,10 +13,10 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from kv_policies.base import KVPolicy
 from kv_policies.compaction import Pages, Work, compact, plan_step
-from kv_policies.latent_cache import LatentCache
-from kv_policies.latent_layout import LatentBlocks
-from kv_policies.latent_plan import Packing, Reading, fresh_blocks, plan_packing, plan_reading
-from kv_policies.step import Step
+from kv_policies.latents.cache import LatentCache
+from kv_policies.latents.plan import Packing, Reading, fresh_blocks, plan_packing, plan_reading
+from kv_policies.layout.latents import LatentBlocks
+from kv_policies.layout.step import Step
 from vllm_plugin.kv_cache.batch import Batch
 
 _PARTS = "vllm_compress_parts"

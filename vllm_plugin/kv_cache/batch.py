@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from kv_policies.compaction import Observations
-from kv_policies.step import Step
+from kv_policies.layout.step import Step
 from vllm_plugin.kv_cache.activity import Activity
 from vllm_plugin.kv_cache.requests import opts_out
 

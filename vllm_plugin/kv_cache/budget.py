@@ -7,13 +7,13 @@ from fractions import Fraction
 from typing import Any, Final
 
 from compress_common.errors import CompressError, joined
-from kv_policies.bases import Bases
-from kv_policies.latent_layout import LatentLayout
-from kv_policies.latents import GROUP, LatentFormat
-from kv_policies.layout import Layout
-from kv_policies.profile import load
+from kv_policies.budget.profile import load
+from kv_policies.latents.bases import Bases
+from kv_policies.latents.format import GROUP, LatentFormat
+from kv_policies.layout.base import Layout
+from kv_policies.layout.latents import LatentLayout
+from kv_policies.layout.tokens import TokenLayout
 from kv_policies.registry import policies
-from kv_policies.token_layout import TokenLayout
 from quant_methods.architecture import architecture_of
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.local import local_folder

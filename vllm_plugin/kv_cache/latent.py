@@ -12,10 +12,10 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
 
 from compress_common.errors import CompressError
-from kv_policies.bases import Bases
-from kv_policies.latent_cache import LatentCache
-from kv_policies.latents import LatentFormat
-from kv_policies.rope import Rope
+from kv_policies.latents.bases import Bases
+from kv_policies.latents.cache import LatentCache
+from kv_policies.latents.format import LatentFormat
+from kv_policies.latents.rope import Rope
 from quant_methods.formats import MARKER
 from vllm_plugin.kv_cache import latent_cpu_build
 from vllm_plugin.kv_cache.latent_cpu import CPULatentCache

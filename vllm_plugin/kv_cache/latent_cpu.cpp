@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decode attention over latents of old tokens and raw keys and values of recent ones.
 //
-// R requests of L latent blocks each, whose bytes are as kv_policies/latents.py has them; a block
+// R requests of L latent blocks each, whose bytes are as kv_policies/latents/format.py has them; a block
 // holds `count` tokens of consecutive positions, from `first` on. H KV heads of D channels,
 // F = H * D; M query rows of each head: its G query heads by Q query tokens.
 //

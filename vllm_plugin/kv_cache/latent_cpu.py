@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kv_policies.latent_attention import Decoder
-from kv_policies.latent_cache import LatentCache
-from kv_policies.latent_plan import Reading
-from kv_policies.rope import Rope
+from kv_policies.latents.attention import Decoder
+from kv_policies.latents.cache import LatentCache
+from kv_policies.latents.plan import Reading
+from kv_policies.latents.rope import Rope
 from vllm_plugin.kv_cache.pages import Pages
 
 LANES = 16  # floats of a vector, of the source; a tile is two of these

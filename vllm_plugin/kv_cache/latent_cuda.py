@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError
-from kv_policies.latent_attention import Decoder
-from kv_policies.latent_cache import LatentCache
-from kv_policies.latent_plan import Reading
+from kv_policies.latents.attention import Decoder
+from kv_policies.latents.cache import LatentCache
+from kv_policies.latents.plan import Reading
 from vllm_plugin.kv_cache.latent_triton import latent_decode
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
-from kv_policies.layout import Layout
+from kv_policies.layout.base import Layout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 from compress_common.errors import CompressError, joined
 from kv_policies.base import KVPolicy
-from kv_policies.bases import Bases
+from kv_policies.latents.bases import Bases
 from vllm_plugin.kv_cache.backend import CompressedBuilder
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.budget import bases_of, layouts_of

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion.dense import DenseLLaDA
+from dllm_denoising.dense import DenseLLaDA
 from tests.support.diffusion_engine import expected, run, some_requests
 from tests.support.llada import random_llada
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.kv_engine import save_made_up_bases
-from kv_policies.bases_header import SIDES, total_rank
-from kv_policies.low_rank import svd
-from kv_policies.profile import Profile, Provenance
+from kv_policies.budget.profile import Profile, Provenance
+from kv_policies.latents.bases_header import SIDES, total_rank
+from kv_policies.latents.low_rank import svd
 from quant_methods.checkpoint import Checkpoint
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 

@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_worker import Worker
 
-from kv_policies.token_layout import TokenLayout
+from kv_policies.layout.tokens import TokenLayout
 from vllm_plugin.kv_cache.cpu import CPUBackend
 from vllm_plugin.kv_cache.manager import CompressedManager, register
 from vllm_plugin.kv_cache.spec import CompressedSpec

@@ -7,7 +7,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from compress_common.errors import CompressError
-from kv_policies.rope import Rope
+from kv_policies.latents.rope import Rope
 from vllm_plugin.kv_cache.latent import rope_of
 
 LLAMA3 = {

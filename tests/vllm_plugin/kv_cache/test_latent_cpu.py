@@ -10,12 +10,12 @@ from typing import Literal
 import pytest
 import torch
 
-from kv_policies.latent_cache import LatentCache
-from kv_policies.latent_plan import Reading
-from kv_policies.latents import LatentFormat
-from kv_policies.low_rank import Factor
-from kv_policies.rope import Rope
-from tests.kv_policies.test_rope import table
+from kv_policies.latents.cache import LatentCache
+from kv_policies.latents.format import LatentFormat
+from kv_policies.latents.low_rank import Factor
+from kv_policies.latents.plan import Reading
+from kv_policies.latents.rope import Rope
+from tests.kv_policies.latents.test_rope import table
 from vllm_plugin.kv_cache import latent_cpu_build
 from vllm_plugin.kv_cache.latent_cpu import CPULatentCache
 from vllm_plugin.kv_cache.pages import Order, Pages

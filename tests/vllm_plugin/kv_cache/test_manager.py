@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from kv_policies.token_layout import TokenLayout
+from kv_policies.layout.tokens import TokenLayout
 from vllm_plugin.kv_cache.manager import register
 from vllm_plugin.kv_cache.spec import CompressedSpec
 

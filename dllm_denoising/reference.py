@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every policy on the dense model, one request at a time: what an engine must give exactly."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from dllm_denoising.base import Observation, Plan
+from dllm_denoising.commit import predict
+from dllm_denoising.denoiser import Denoiser
+from dllm_denoising.dense import DenseLLaDA
+from dllm_denoising.drift import Over, most_attended, probabilities, similarity
+
+
+@dataclass
+class Generated:
+    """tokens: released, in order. plans: of each step, with ``start`` as it was in the end."""
+
+    tokens: list[int] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step computed: the canvas as it was, int64 [N], and logits [M, V] of plan.active."""
+
+    tokens: np.ndarray
+    plan: Plan
+    logits: torch.Tensor
+
+
+@torch.inference_mode()
+def generate(
+    model: DenseLLaDA,
+    denoiser: Denoiser,
+    in_step: bool = False,
+    watch: Callable[[Step], None] | None = None,
+) -> Generated:
+    """Denoise to the end.
+
+    in_step: let drift that a layer shows refresh the layers behind it in the same step, the
+    published order, not in the next. watch: called with each step before it commits.
+    """
+    forward = CachedForward(model, denoiser, in_step)
+    result = Generated()
+    while not denoiser.finished:
+        plan = denoiser.plan
+        logits, seen, start = forward(plan)
+        if watch is not None:
+            watch(Step(denoiser.canvas.tokens, plan, logits))
+        noise = denoiser.noise(logits.shape[1])
+        confidence, tokens = predict(logits, denoiser.canvas.mask, noise)
+        result.plans.append(Plan(plan.rows, start, plan.active, plan.tracked))
+        result.tokens += denoiser.advance(confidence.numpy(), tokens.numpy(), seen)
+    return result
+
+
+class CachedForward:
+    """The model with keys, values and layer inputs of all positions of a canvas."""
+
+    def __init__(self, model: DenseLLaDA, denoiser: Denoiser, in_step: bool) -> None:
+        shape, length = model.shape, len(denoiser.canvas)
+        self._model, self._denoiser, self._in_step = model, denoiser, in_step
+        kv = torch.zeros(shape.n_layers, 1, shape.n_kv_heads, length, shape.head_size)
+        self._keys, self._values = kv, kv.clone()
+        self._inputs = torch.zeros(shape.n_layers, 1, length, shape.d_model)
+
+    def __call__(self, plan: Plan) -> tuple[torch.Tensor, Observation | None, int]:
+        """Logits [M, V] of the active positions, what was observed, and the layer from which on
+        everything was computed."""
+        canvas, policy, layers = self._denoiser.canvas, self._denoiser.policy, self._model.blocks
+        everything = torch.arange(len(canvas))
+        rows = everything if plan.start == 0 else torch.from_numpy(plan.rows)
+        start = plan.start
+        x = self._model.embed(torch.from_numpy(canvas.tokens)[rows][None])
+        similarities, attended = np.full(len(layers), np.nan), []
+        for index, layer in enumerate(layers):
+            before = self._inputs[index].clone(), self._keys[index].clone()
+            self._inputs[index, :, rows] = x
+            if index == start and len(rows) < len(canvas):
+                rows, x = everything, self._inputs[index].clone()
+            q, k, v = layer.attention_inputs(x, rows)
+            self._keys[index, :, :, rows], self._values[index, :, :, rows] = k, v
+            keys, values = self._keys[index], self._values[index]
+            out = scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+            if policy.tracks:
+                seen = _Probe(layer, q, keys, rows, canvas.masked, canvas.limit)
+                attended.append(seen.attended(plan.active, policy.tracks))
+                if index < start and len(plan.tracked):
+                    over = policy.settings.similarity
+                    similarities[index] = seen.similarity(plan.tracked, *before, over)
+                    if self._in_step and similarities[index] < policy.settings.gamma:
+                        start = index + 1
+            x = layer.finish(x, out)
+        at = torch.searchsorted(rows, torch.from_numpy(plan.active))
+        logits = self._model.logits(x[:, at])[0]
+        if not policy.tracks:
+            return logits, None, start
+        if self._in_step:  # what was seen has had its effect
+            similarities[:] = np.nan
+        return logits, Observation(similarities, np.stack(attended)), start
+
+
+class _Probe:
+    """Attention probabilities of some rows of one layer."""
+
+    def __init__(self, layer, q, keys, rows, masked, limit) -> None:  # type: ignore[no-untyped-def]
+        self._layer, self._q, self._keys, self._rows = layer, q, keys, rows
+        self._candidates = torch.from_numpy(~masked & (np.arange(len(masked)) < limit))[None]
+        self._there = torch.ones_like(self._candidates)
+        self._scale = q.shape[-1] ** -0.5
+
+    def _current(self, positions: np.ndarray) -> torch.Tensor:
+        at = torch.searchsorted(self._rows, torch.from_numpy(positions))
+        return probabilities(self._q[:, :, at], self._keys, self._scale, self._there)
+
+    def attended(self, active: np.ndarray, count: int) -> np.ndarray:
+        rows = torch.ones(1, len(active), dtype=torch.bool)
+        found = most_attended(self._current(active), rows, self._candidates, count)
+        return found[0].numpy()
+
+    def similarity(
+        self, tracked: np.ndarray, inputs: torch.Tensor, keys: torch.Tensor, over: Over
+    ) -> float:
+        at = torch.from_numpy(tracked)
+        queries = self._layer.attention_inputs(inputs[:, at], at)[0]
+        past = probabilities(queries, keys, self._scale, self._there)
+        rows = torch.ones(1, len(at), dtype=torch.bool)
+        heads = past.shape[1]
+        return float(similarity(past, self._current(tracked), rows, self._there, over, heads))

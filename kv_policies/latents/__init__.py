@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank latents of keys and values: bases, ranks, packing and attention."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV policies: one policy, one file."""

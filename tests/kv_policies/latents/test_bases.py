@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from compress_common.errors import CompressError
+from kv_policies.budget.profile import ModelFingerprint
+from kv_policies.latents.bases import Bases
+from kv_policies.latents.bases_header import (
+    SIDES,
+    Calibration,
+    Header,
+    Layer,
+    exact_ratio,
+    total_rank,
+)
+from kv_policies.latents.low_rank import Factor
+
+MODEL = ModelFingerprint(
+    name="tiny",
+    architecture="LlamaForCausalLM",
+    num_hidden_layers=3,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=100,
+)
+CALIBRATION = Calibration(
+    tool_version="0.1.0", created="2026-01-01T00:00:00Z", text="t", samples=3, sample_tokens=9
+)
+RANKS = ((3, 3), (5, 1), (2, 4))
+
+
+def header(**changes: Any) -> Header:
+    values: dict[str, Any] = {
+        "model": MODEL,
+        "weights": "0" * 64,
+        "ratio": "0.8",
+        "objective": "reconstruction",
+        "layers": [
+            Layer(layer=i, key_rank=k, value_rank=v, key_error=0.1, value_error=0.2)
+            for i, (k, v) in enumerate(RANKS)
+        ],
+        "calibration": CALIBRATION,
+    }
+    return Header(**(values | changes))
+
+
+def bases() -> Bases:
+    generator = torch.Generator().manual_seed(0)
+
+    def factor(rank: int) -> Factor:
+        encode = torch.randn(16, rank, generator=generator)
+        return Factor(encode, torch.linalg.pinv(encode), torch.randn(16, generator=generator))
+
+    ranks = {(i, s): r for i, both in enumerate(RANKS) for s, r in zip(SIDES, both, strict=True)}
+    return Bases(header(), {key: factor(rank) for key, rank in ranks.items()})
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "b.safetensors"
+    bases().save(path)
+    return path
+
+
+@pytest.fixture
+def edit(file: Path) -> Callable[..., Path]:
+    """``edit(change)``: the file after ``change(header, tensors)`` in place."""
+
+    def edit(change: Callable[[dict, dict], Any]) -> Path:
+        with safe_open(file, framework="pt") as opened:
+            content = json.loads(opened.metadata()["vllm-compress"])
+            tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
+        change(content, tensors)
+        save_file(tensors, file, {"vllm-compress": json.dumps(content)})
+        return file
+
+    return edit
+
+
+def test_ratio_is_what_the_user_typed() -> None:
+    assert exact_ratio(0.8) == exact_ratio("0.8") == exact_ratio("4/5") == Fraction(4, 5)
+    assert exact_ratio(0) == 0
+    for bad in (1, -0.1, "abc", "1/0", float("nan")):
+        with pytest.raises(CompressError, match=r"\[0, 1\), got"):
+            exact_ratio(bad)
+
+
+def test_total_rank_is_exact() -> None:
+    assert total_rank(Fraction(4, 5), 1024) == 409
+    assert total_rank(Fraction(9, 10), 1000) == 200  # in floats 199
+    assert total_rank(Fraction(999, 1000), 16) == 2
+    assert total_rank(Fraction(0), 16) == 32
+
+
+def test_round_trip_is_exact_and_stable(file: Path) -> None:
+    first = file.read_bytes()
+    again = Bases.load(file, MODEL, weights="0" * 64)
+    assert again.header == header() and again.ratio == Fraction(4, 5) and again.layers == (0, 1, 2)
+    for layer, ranks in enumerate(RANKS):
+        assert again.ranks(layer) == ranks
+        for side in SIDES:
+            found, expected = again.factor(layer, side), bases().factor(layer, side)
+            for part, tensor in vars(expected).items():
+                assert torch.equal(getattr(found, part), tensor)
+    again.save(file)
+    assert file.read_bytes() == first
+
+
+def test_those_who_serve_may_read_it(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_another_model_is_refused_with_every_difference(file: Path) -> None:
+    assert Bases.load(file, MODEL.model_copy(update={"name": "/models/tiny"})).layers == (0, 1, 2)
+    other = MODEL.model_copy(update={"num_hidden_layers": 8, "head_dim": 32, "name": "big"})
+    with pytest.raises(CompressError) as caught:
+        Bases.load(file, other)
+    text = str(caught.value)
+    assert "2 problems" in text and "num_hidden_layers is 3" in text and "head_dim is 8" in text
+    assert "made for tiny, not for big" in text and "vllm-compress calibrate-kv big" in text
+    with pytest.raises(CompressError) as caught:
+        Bases.load(file, MODEL, layers=[1, 2, 4], weights="1" * 64)
+    text = str(caught.value)
+    assert "3 problems" in text and "lack layers [4]" in text and "have layers [0]" in text
+    assert "a fine-tune?" in text
+
+
+def test_all_that_is_wrong_with_tensors_is_listed(edit: Callable[..., Path]) -> None:
+    def change(_: dict, tensors: dict) -> None:
+        del tensors["layers.0.key.mean"]
+        tensors["layers.7.key.mean"] = torch.zeros(1)
+        tensors["layers.1.value.encode"] = torch.zeros(16, 2)
+        tensors["layers.1.value.mean"] = torch.zeros(16, dtype=torch.float16)
+        tensors["layers.2.key.encode"][3, 1] = torch.nan
+        tensors["layers.2.key.mean"][0] = torch.inf
+
+    with pytest.raises(CompressError) as caught:
+        Bases.load(edit(change), MODEL)
+    text = str(caught.value)
+    assert "6 problems" in text and text.count("vllm-compress calibrate-kv tiny") == 6
+    assert "lacks 1 tensors: layers.0.key.mean;" in text
+    assert "has 1 tensors: layers.7.key.mean, which its header does not name" in text
+    assert "layers.1.value.encode is float32 [16, 2], its header says float32 [16, 1]" in text
+    assert "layers.1.value.mean is float16 [16]" in text
+    assert "layers.2.key.encode has NaN or infinity" in text
+    assert "layers.2.key.mean has NaN or infinity" in text
+
+
+def test_all_that_is_wrong_with_the_header_is_listed(edit: Callable[..., Path]) -> None:
+    def change(content: dict, _: dict) -> None:
+        content["ratioo"] = 1
+        content["objective"] = "beauty"
+        del content["calibration"]["samples"]
+
+    with pytest.raises(CompressError) as caught:
+        Bases.load(edit(change))
+    text = str(caught.value)
+    assert "3 problems" in text and "did you mean 'ratio'" in text and "objective" in text
+    assert "calibration: 'samples' is missing" in text
+    assert text.count("vllm-compress calibrate-kv MODEL") == 3
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([(0, 3, 3), (0, 3, 3)], "not ascending"),
+        ([(1, 3, 3), (3, 3, 3)], "layer 3 is beyond"),
+        ([(0, 3, 4), (1, 5, 4)], "8 numbers a token, ratio says 6"),
+        ([(0, 2, 2)], "4 numbers a token, ratio says 6"),
+        ([(0, 17, 1)], "layer 0 exceeds 16 features"),
+        ([], "at least 1 item"),
+    ],
+)
+def test_inconsistent_headers(ranks: list[tuple[int, int, int]], message: str) -> None:
+    rows = [
+        Layer(layer=i, key_rank=k, value_rank=v, key_error=0, value_error=0) for i, k, v in ranks
+    ]
+    with pytest.raises(ValueError, match=message):
+        header(layers=rows)
+
+
+def test_files_that_are_no_bases(file: Path, edit: Callable[..., Path], tmp_path: Path) -> None:
+    whole = file.read_bytes()
+
+    def refused(path: Path, message: str) -> None:
+        with pytest.raises(CompressError, match=message) as caught:
+            Bases.load(path)
+        assert "vllm-compress calibrate-kv MODEL" in str(caught.value)
+
+    refused(tmp_path / "missing", "cannot read")
+    refused(tmp_path, "cannot read")
+    for content in (whole[:-8], whole[:100], b"", b"{}"):
+        file.write_bytes(content)
+        refused(file, "damaged, cut short or not safetensors")
+    for metadata in (None, {"vllm-compress": "{"}, {"vllm-compress": "[]"}):
+        save_file({"a": torch.zeros(1)}, file, metadata)
+        refused(file, "not a file of KV bases")
+    file.write_bytes(whole)
+    refused(edit(lambda content, _: content.update(version=2)), "reads version 1")

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents from raw blocks and back through attention, against attention written the plain way."""
+
+import pytest
+import torch
+
+from kv_policies.latents.cache import LatentCache
+from kv_policies.latents.format import LatentFormat
+from kv_policies.latents.low_rank import Factor
+from kv_policies.latents.plan import plan_packing, plan_reading
+from kv_policies.latents.rope import Rope
+from kv_policies.layout.latents import LatentLayout
+from kv_policies.layout.step import Step
+from tests.kv_policies.latents.test_rope import table as rope_table
+
+BLOCK, KV_HEADS, DIM, GROUPED = 4, 2, 16, 3
+HEADS, F = KV_HEADS * GROUPED, KV_HEADS * DIM
+LENGTHS = torch.tensor([70, 41, 9])
+COLUMNS = 40
+
+
+class DensePages:
+    """K and V of one layer, a block being one piece of memory: K of all heads, then V."""
+
+    def __init__(self, blocks: int) -> None:
+        self.cache = torch.full((blocks, 2 * F * BLOCK), torch.nan)
+
+    def view(self, part: int) -> torch.Tensor:
+        return self.cache.view(-1, 2, KV_HEADS, BLOCK, DIM)[:, part]
+
+    def read(self, blocks: torch.Tensor) -> "DensePages.Content":
+        return DensePages.Content(self, blocks)
+
+    def write(self, *_: torch.Tensor) -> None:
+        raise AssertionError("latents are not written as keys and values")
+
+    class Content:
+        def __init__(self, pages: "DensePages", blocks: torch.Tensor) -> None:
+            self._content = [pages.view(part)[blocks] for part in (0, 1)]
+
+        def keys(self) -> torch.Tensor:
+            return self._content[0].transpose(1, 2).flatten(2, 3).clone()
+
+        def values(self) -> torch.Tensor:
+            return self._content[1].transpose(1, 2).flatten(2, 3).clone()
+
+
+def factor(rank: int) -> Factor:
+    basis = torch.linalg.qr(torch.randn(F, F))[0][:, :rank]
+    return Factor(basis, basis.T.contiguous(), torch.randn(F) / 4)
+
+
+def plain(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """One query [Hq, D] over [T, F]."""
+    k = keys.view(-1, KV_HEADS, DIM).repeat_interleave(GROUPED, 1).double()
+    v = values.view(-1, KV_HEADS, DIM).repeat_interleave(GROUPED, 1).double()
+    weights = (torch.einsum("hd,thd->ht", query.double(), k) * scale).softmax(-1)
+    return torch.einsum("ht,thd->hd", weights, v)
+
+
+@pytest.mark.parametrize(("key_rank", "value_rank"), [(5, 9), (6, 8)])
+@pytest.mark.parametrize("window", [0, 16, 48])
+def test_attention_reads_projections_of_old_tokens_and_recent_ones_as_they_are(
+    key_rank: int, value_rank: int, window: int
+) -> None:
+    torch.manual_seed(0)
+    tokens = LatentFormat.most_tokens(2 * F * BLOCK, key_rank, value_rank, 16)
+    layout = LatentLayout(BLOCK, tokens, 16, window=window, recent=BLOCK)
+    rope, pages = Rope(rope_table(400, DIM)), DensePages(3 * COLUMNS)
+    of_keys, of_values = factor(key_rank), factor(value_rank)
+    form = LatentFormat(key_rank, value_rank, 16, tokens)
+    cache = LatentCache(pages.cache, form, of_keys, of_values, rope)
+    table = torch.randperm(3 * COLUMNS).view(3, COLUMNS).int()
+    keys, values = torch.randn(2, 3, COLUMNS * BLOCK, F)
+    positions = torch.arange(COLUMNS * BLOCK)
+    turned = rope.rotate(keys.view(-1, KV_HEADS, DIM), positions.repeat(3)).view(keys.shape)
+
+    c = torch.zeros(3, dtype=torch.int64)
+    # Prompts in two chunks, then a few tokens at a time.
+    for q in [
+        torch.tensor([40, 30, 9]),
+        torch.tensor([30, 11, 3]),
+        *[torch.tensor([2, 1, 1])] * 30,
+    ]:
+        ends = (c + q).tolist()
+        for row, end in enumerate(ends):
+            for position in range(int(c[row]), end):
+                block, at = int(table[row, position // BLOCK]), position % BLOCK
+                for part, content in enumerate((turned, values)):
+                    pages.view(part)[block, :, at] = content[row, position].view(KV_HEADS, DIM)
+        starts = q.cumsum(0) - q
+        step = Step(LENGTHS, c, q, starts, ["a", "b", "c"], None)
+        columns, hidden = step.moves(layout, COLUMNS, table.device)
+        reading = plan_reading(
+            layout,
+            layout.latent_blocks(step.n, step.c),
+            table,
+            table.gather(1, columns),
+            c + q - hidden,
+            step,
+        )
+        query = torch.randn(int(q.sum()), HEADS, DIM)
+        output = torch.zeros_like(query)
+        if reading is not None:
+            cache.attend(reading, pages, query, DIM**-0.5, output)
+        for row, end in enumerate(ends):
+            n = int(LENGTHS[row])
+            old = sorted(
+                position
+                for segment in layout.segments(n, int(c[row]))
+                for position in range(segment.start * BLOCK, segment.stop * BLOCK)
+            )
+            for position in range(int(c[row]), end if old else 0):
+                seen_keys, seen_values = keys[row].clone(), values[row].clone()
+                seen_keys[old] = of_keys.project(seen_keys[old])
+                seen_values[old] = of_values.project(seen_values[old])
+                seen_keys = rope.rotate(seen_keys.view(-1, KV_HEADS, DIM), positions).flatten(1)
+                at = int(starts[row]) + position - int(c[row])
+                stop = position + 1
+                want = plain(query[at], seen_keys[:stop], seen_values[:stop], DIM**-0.5)
+                torch.testing.assert_close(output[at].double(), want, atol=2e-5, rtol=1e-4)
+        packing = plan_packing(layout, form.unit, table, step)
+        if packing is not None:
+            cache.pack(packing, pages)
+        for row, end in enumerate(ends):  # freed blocks belong to somebody else at once
+            for first, stop in layout.freed(int(LENGTHS[row]), end):
+                pages.cache[table[row, first:stop].long()] = torch.nan
+        c = c + q
+    assert any(layout.freed(int(n), int(at)) for n, at in zip(LENGTHS, c, strict=True))

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+import ast
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kv_policies
+from compress_common.errors import CompressError
+from kv_policies.attention import attention_received
+from kv_policies.base import KVPolicy, first_observed
+from kv_policies.layout.tokens import TokenLayout
+from kv_policies.registry import build_policy, policies
+from kv_policies.select import select
+
+HEADS, KV_HEADS, DIM = 6, 3, 8
+SCALE = DIM**-0.5
+CHOOSING = sorted(n for n, kind in policies().items() if kind.capabilities.content == "tokens")
+
+
+def inputs(tokens: int, requests: int = 1, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(requests, HEADS, tokens, DIM, generator=generator) * 2
+    keys = torch.randn(requests, KV_HEADS, tokens, DIM, generator=generator) * 2
+    return queries, keys
+
+
+def dense(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The whole causal attention matrix in float64, [R, Hq, T, T], written the plain way."""
+    keys = keys.double().repeat_interleave(HEADS // KV_HEADS, dim=1)
+    logits = queries.double() @ keys.transpose(-1, -2) * SCALE
+    future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+    return logits.masked_fill(future, -torch.inf).softmax(-1)
+
+
+def scored(policy: KVPolicy, queries: torch.Tensor, keys: torch.Tensor, cuts: Any) -> torch.Tensor:
+    """Scores of one request as an engine gets them: chunk by chunk, keys only as far as known."""
+    tokens = keys.shape[2]
+    first = policy.first_query(tokens)
+    total: torch.Tensor | None = None
+    for start, stop in zip([0, *cuts], [*cuts, tokens], strict=True):
+        start = max(start, first)
+        if start >= stop:
+            continue
+        at = torch.arange(start, stop)[None]
+        part = policy.observe(queries[:, :, start:stop], at, keys[:, :, :stop], SCALE)
+        if part is not None:
+            part = torch.nn.functional.pad(part, (0, tokens - stop))
+            total = part if total is None else total + part
+    return policy.score(total, keys, torch.tensor([tokens]))
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@given(st.integers(1, 40), st.integers(0, 99), st.data())
+@settings(deadline=None, max_examples=30)
+def test_scores_do_not_depend_on_the_chunks(
+    name: str, tokens: int, seed: int, data: st.DataObject
+) -> None:
+    policy = build_policy(name, {})
+    queries, keys = inputs(tokens, seed=seed)
+    cuts = sorted(data.draw(st.sets(st.integers(1, tokens - 1)))) if tokens > 1 else []
+    whole = scored(policy, queries, keys, [])
+    heads = KV_HEADS if policy.capabilities.per_head else 1
+    assert whole.shape == (1, heads, tokens) and bool(torch.isfinite(whole).all())
+    assert torch.allclose(whole, scored(policy, queries, keys, cuts), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_padding_changes_nothing(name: str) -> None:
+    """Requests of several lengths in one batch; queries behind their end may be anything."""
+    policy = build_policy(name, {})
+    lengths = torch.tensor([33, 50, 2])
+    queries, keys = inputs(50, requests=3)
+    at = torch.arange(50).expand(3, 50).clone()
+    for row, length in enumerate(lengths.tolist()):
+        keys[row, :, length:] = 0
+        queries[row, :, length:] = torch.nan
+        at[row, length:] = -1
+        at[row, : policy.first_query(length)] = -1
+    batch = policy.score(policy.observe(queries, at, keys, SCALE), keys, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        one = scored(
+            policy, queries[row : row + 1, :, :length], keys[row : row + 1, :, :length], []
+        )
+        assert torch.allclose(batch[row, :, :length], one[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [1, 500, 1 << 24])
+def test_attention_received_is_the_column_sum(block: int) -> None:
+    queries, keys = inputs(45, requests=2)
+    at = torch.arange(45).expand(2, 45)
+    got = attention_received(queries, at, keys, SCALE, block=block)
+    want = dense(queries, keys).unflatten(1, (KV_HEADS, -1)).mean(2).sum(2)
+    assert torch.allclose(got.double(), want, atol=1e-5)
+    assert torch.allclose(got.sum(-1), torch.full((2, KV_HEADS), 45.0))
+
+
+def test_prefix_kv_against_the_dense_reference() -> None:
+    queries, keys = inputs(60)
+    got = scored(build_policy("prefix_kv", {"queries": 0}), queries, keys, [7, 31])
+    want = dense(queries, keys).mean(1, keepdim=True).sum(2)  # the paper: mean heads, sum queries
+    assert torch.allclose(got.double(), want, atol=1e-5)
+
+
+def test_snap_kv_against_the_dense_reference() -> None:
+    tokens, window, pool = 60, 8, 5
+    queries, keys = inputs(tokens)
+    got = scored(build_policy("snap_kv", {"window": window, "pool": pool}), queries, keys, [55])
+    past = tokens - window
+    votes = dense(queries, keys)[:, :, past:, :past].unflatten(1, (KV_HEADS, -1)).mean(2).sum(2)
+    for token in range(past):
+        near = votes[..., max(0, token - pool // 2) : token + pool // 2 + 1].amax(-1)
+        assert torch.allclose(got[..., token].double(), near, atol=1e-5)
+    chosen = select(got, torch.tensor([tokens]), torch.tensor([window + 3]))
+    assert chosen[0, :, -window:].tolist() == [list(range(past, tokens))] * KV_HEADS
+    fewer = select(got, torch.tensor([tokens]), torch.tensor([4]))  # the sink and the latest
+    assert fewer[0].tolist() == [[0, tokens - 3, tokens - 2, tokens - 1]] * KV_HEADS
+
+
+def test_key_diff_against_the_dense_reference() -> None:
+    _, keys = inputs(60)
+    got = build_policy("key_diff", {}).score(None, keys, torch.tensor([60]))
+    unit = keys.double() / keys.double().norm(dim=-1, keepdim=True)
+    want = -torch.cosine_similarity(unit, unit.mean(2, keepdim=True), dim=-1)
+    assert torch.allclose(got.double(), want, atol=1e-5)
+
+
+def test_recent_keeps_sinks_and_the_end() -> None:
+    keys = torch.zeros(1, KV_HEADS, 20, DIM)
+    scores = build_policy("recent", {"sinks": 2}).score(None, keys, torch.tensor([20]))
+    chosen = select(scores, torch.tensor([20]), torch.tensor([5]))
+    assert chosen.tolist() == [[[0, 1, 17, 18, 19]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "keep", "expected"),
+    [
+        ("prefix_kv", {"queries": 0}, Fraction(1, 4), 736),
+        ("prefix_kv", {}, Fraction(1, 4), 968),
+        ("snap_kv", {"window": 32}, Fraction(1, 4), 968),
+        ("snap_kv", {"window": 512}, Fraction(1, 4), 736),
+        ("key_diff", {}, Fraction(1, 4), 1000),
+    ],
+)
+def test_queries_of_a_cached_prefix_are_never_observed(
+    name: str, values: dict[str, int], keep: Fraction, expected: int
+) -> None:
+    layout = TokenLayout(16, keep)
+    assert layout.hit_limit(1000) == 736
+    assert first_observed(build_policy(name, values), layout, 1000) == expected
+
+
+def test_registry() -> None:
+    assert set(policies()) >= {"prefix_kv", "snap_kv", "key_diff", "recent", "cskv"}
+    for name, kind in policies().items():
+        assert kind.name == name and kind.__doc__
+        assert isinstance(build_policy(name, {}), KVPolicy) == (name in CHOOSING)
+        assert kind.capabilities.paper.startswith("https://")
+    with pytest.raises(CompressError, match="KV policy 'snapkv'; did you mean 'snap_kv'"):
+        build_policy("snapkv", {})
+    with pytest.raises(CompressError, match="did you mean 'window'"):
+        build_policy("snap_kv", {"windows": 3})
+
+
+def test_imports_neither_vllm_nor_the_other_packages() -> None:
+    for path in Path(kv_policies.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            tops = {name.split(".")[0] for name in names}
+            assert not tops & {"vllm", "vllm_plugin", "quant_methods", "transformers"}, path

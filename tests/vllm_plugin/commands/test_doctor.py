@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-compress doctor`: what it looks at, what it finds wrong, and its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
+
+from quant_methods.planning import PlanRequest
+from quant_methods.writing import quantize_checkpoint
+from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
+from vllm_plugin.cli import main
+from vllm_plugin.commands.checks import SEAMS, broken_seams, installation, model_checks
+
+SNAP = {"policy": "snap_kv", "keep": 0.25}
+
+
+def checks(model: Path, kv: dict[str, Any] | None = None, **engine: Any) -> dict[str, str]:
+    """What was found, by name; all of it must be well."""
+    installation()  # loads the plugin
+    config = {"compress": {"kv": kv}} if kv else {}
+    found = model_checks(EngineArgs(model=str(model), additional_config=config, **engine))
+    assert all(check.ok for check in found), found
+    return {check.name: check.found for check in found}
+
+
+def test_this_installation_is_well() -> None:
+    found = {check.name: check for check in installation()}
+    assert all(check.ok for check in found.values()), found
+    assert found["vLLM"].found.startswith("0.32.")
+    assert found["plugin"].found.endswith("vllm_plugin:register")
+    assert "smoothquant_plus" in found["plugin loaded"].found
+
+
+def test_a_seam_that_moved_is_named() -> None:
+    assert broken_seams() == []
+    manager = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
+    broken = broken_seams(
+        {
+            f"{manager}.no_longer_there": (),
+            "vllm.no_longer_there:Worker": (),
+            f"{manager}.pop_blocks_for_free": ("request",),
+        }
+    )
+    assert len(broken) == 3
+    assert "no_longer_there is gone" in broken[0]
+    assert "vllm.no_longer_there:Worker is gone" in broken[1]
+    assert broken[2].endswith("takes request_id; expected request")
+    assert len(SEAMS) > 10
+
+
+def test_a_compressed_model(demo_model: Path) -> None:
+    found = checks(demo_model, SNAP, quantization="smoothquant_plus")
+    assert found["block size"] == "32 tokens"
+    assert found["kernel of q+k+v"].startswith("CpuInt4LinearKernel")
+    assert found["kernel of down"].endswith("1536 x 576, groups of 128")
+    assert found["weights"].startswith("smoothquant_plus, 256.6 -> 1")
+    assert found["KV bytes a token"] == "23,040 -> 5,760 (0.250)"
+    assert found["compacted"].startswith("prompts from 128 tokens on")
+    assert found["layers 0 to 29"].startswith("keep 0.250")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reader"),
+    [("bfloat16", "the kernel"), ("float32", "torch, slowly: the kernel reads bf")],
+)
+def test_what_reads_latents(demo_model: Path, tmp_path: Path, dtype: str, reader: str) -> None:
+    bases = save_bases(demo_model, tmp_path / "kv.safetensors", Fraction(4, 5))
+    found = checks(demo_model, {"policy": "cskv", "bases": str(bases)}, dtype=dtype)
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        reader = "torch, slowly: "
+    assert found["latents"].startswith(f"read by {reader}")
+
+
+def test_levels_of_a_profile_and_what_is_left_alone(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = tiny_model("gemma3", num_hidden_layers=4, layer_types=kinds)
+    profile = save_profile(model, tmp_path / "kv.json", Fraction(1, 2), 2)
+    found = checks(model, {"policy": "prefix_kv", "profile": str(profile)})
+    assert found["layer 1"].startswith("keep 0.250")
+    assert found["layer 3"].startswith("keep 0.750")
+    assert found["KV cache"].startswith("prefix_kv, 2 of 4 layers")
+    assert found["weights"].startswith("not compressed, ")
+
+
+def test_a_written_checkpoint(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    request = PlanRequest(method="rtn", settings={"group_size": 64, "symmetric": True})
+    quantize_checkpoint(tiny_model("llama"), tmp_path / "int4", request)
+    found = checks(tmp_path / "int4")
+    assert found["kernel of gate+up"].endswith("128 x 512, groups of 64")
+    assert found["weights"].startswith("rtn, ")
+    assert found["KV cache"].startswith("not compressed, ")
+
+
+def test_a_model_that_would_be_refused(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(demo_model), "--policy", "snap_vk", "--keep", "0.25"]
+    monkeypatch.setattr(sys, "argv", ["vllm-compress", "doctor", *arguments])
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # gone after the test
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("engine arguments: ") and "did you mean 'snap_kv'?" in last
+
+
+def test_an_installation_without_the_plugin(demo_model: Path) -> None:
+    """In a process of its own: in this one the plugin is loaded."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_PLUGINS": "other"}
+    command = [sys.executable, "-m", "vllm_plugin.cli", "doctor", str(demo_model), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 1, done.stderr
+    content = json.loads(done.stdout)
+    assert content["ok"] is False
+    wrong = {check["name"]: check["found"] for check in content["checks"] if not check["ok"]}
+    assert set(wrong) == {"VLLM_PLUGINS", "plugin loaded"}
+    assert "add compress to it" in wrong["VLLM_PLUGINS"]

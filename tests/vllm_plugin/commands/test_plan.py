@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-compress plan` against what an engine really takes, and its errors."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.generate import SINGLE_PROCESS, answer, ask_child
+from tests.support.kv_engine import ENGINE
+from tests.support.kv_prompts import text_prompts
+from vllm_plugin.cli import main
+
+PROMPT, CONTEXT = 1575, 1800  # seven eighths of it are prompt, as the self-check assumes
+# Bytes do not depend on how well it is calibrated.
+SECTION = {
+    "weights": {"alpha": 0.5, "clip": False, "calibration": {"samples": 2, "length": 16}},
+    "kv": {"policy": "snap_kv", "keep": 0.25},
+}
+
+
+@pytest.fixture
+def plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Run the command; its exit code and all that it printed."""
+
+    def plan(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["vllm-compress", "plan", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        printed = capsys.readouterr()
+        return int(caught.value.code or 0), printed.out + printed.err
+
+    return plan
+
+
+@pytest.mark.slow
+def test_figures_are_those_of_running_engines(plan: Callable, demo_model: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    import vllm_plugin
+    from vllm_plugin.capacity import weight_footprint
+    from vllm_plugin.commands.checks import model_checks
+    from vllm_plugin.quantization.cpu_int4 import resolve_activations
+
+    vllm_plugin.register()
+    predicted = model_checks(EngineArgs(model=str(demo_model), quantization="smoothquant_plus"))
+    code, text = plan(
+        demo_model,
+        *("--gpu-memory", "512MiB", "--gpu-memory-utilization", "1", "--activation-memory", "0B"),
+        *("--context", str(CONTEXT), "--prompt", str(PROMPT), "--block-size", "32"),
+        *("--quantization", "smoothquant_plus", "--packing", f"cpu-{resolve_activations()}"),
+        *("--policy", "snap_kv", "--keep", "0.25", "--json"),
+    )
+    assert code == 0, text
+    planned = json.loads(text.splitlines()[-1])
+    prompts = text_prompts(demo_model, [PROMPT])
+    for name, config, quantization in (
+        ("without", {}, None),
+        ("with", {"compress": SECTION}, "smoothquant_plus"),
+    ):
+        column = planned[name]
+        engine = ENGINE | {
+            "additional_config": config,
+            "quantization": quantization,
+            "kv_cache_memory_bytes": column["kv_memory"],
+            "max_model_len": CONTEXT,
+        }
+        request = {"model": str(demo_model), "engine": engine, "prompt": prompts[0]}
+        environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
+        environment["VLLM_LOGGING_LEVEL"] = "INFO"
+        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        measured = ask_child(["-m", __name__], request, environment, 300)
+        assert column["block_bytes"] == measured["block_bytes"]
+        assert column["blocks"] == measured["blocks"]
+        assert column["peak_blocks"] == max(measured["used"])
+        # The step that ends the prompt is the first; its blocks go back in the second.
+        assert column["decoding_blocks"] == max(measured["used"][2:])
+    # vLLM drops a CPU's 16-bit parameters once they are packed, so the loader tells their bytes.
+    [(original, written)] = measured["loaded"]
+    assert planned["without"]["weights"] == pytest.approx(original, rel=0.001)
+    assert planned["with"]["weights"] == pytest.approx(measured["parameters"], rel=0.001)
+    unpacked = weight_footprint(demo_model, "smoothquant_plus")
+    assert unpacked is not None
+    assert unpacked.compressed == pytest.approx(written, rel=0.001)
+    # What `doctor` and the table at start say of the same engine.
+    assert measured["kernels"] == [
+        check.found.partition(",")[0] for check in predicted if check.name == "kernel of q+k+v"
+    ]
+    table = dict(measured["table"])
+    before, after = (planned[name]["weights"] / 2**20 for name in ("without", "with"))
+    assert f"{before:.1f} -> {after:.1f} MiB" in table["weights"]
+    assert table["KV bytes a token"].startswith("23,040 -> 5,760")
+    assert f"-> {planned['with']['requests']} of 1,800 tokens" in table["requests that fit"]
+    assert planned["with"]["weights"] < 0.47 * planned["without"]["weights"]
+    assert planned["with"]["requests"] > 4 * planned["without"]["requests"]
+
+
+def test_the_table_says_what_a_prompt_needs(plan: Callable, demo_model: Path) -> None:
+    options = ("--context", "8K", "--policy", "recent", "--keep", ".5")
+    code, text = plan(demo_model, "--gpu-memory", "2GB", *options)
+    assert code == 0, text
+    assert "7,168 tokens of prompt, 8,192 in all" in text
+    assert "A prompt needs all its blocks while it is computed" in text
+    assert "Not one such prompt fits" not in text
+    _, text = plan(demo_model, "--gpu-memory", "1GB", *options)
+    assert "Not one such prompt fits" in text  # the allowance alone is more
+
+
+def test_all_problems_at_once(plan: Callable, demo_model: Path) -> None:
+    code, text = plan(
+        demo_model,
+        *("--gpu-memory", "80Gix", "--context", "4k", "--prompt", "5k"),
+        *("--policy", "snap_vk", "--keep", "0.25", "--quantization", "smothquant_plus"),
+    )
+    assert code == 1
+    for expected in (
+        "4 problems",
+        "--gpu-memory '80Gix' is not a size",
+        "--prompt 5000 leaves no room",
+        "did you mean 'smoothquant_plus'?",
+        "did you mean 'snap_kv'?",
+    ):
+        assert expected in text
+    wrong = ("--additional-config", '{"compress": {"kv": 3}}', "--keep", "0.1")
+    code, text = plan(demo_model, "--gpu-memory", "80GiB", "--context", "4k", *wrong)
+    assert code == 1 and "compress.kv" in text
+    code, text = plan("nobody/has-this-model", "--gpu-memory", "80GiB", "--context", "4k")
+    assert code == 1
+    assert "nothing is downloaded to plan" in text
+
+
+def _main() -> None:
+    """A child: one engine, one request, its blocks after each step."""
+    request: dict[str, Any] = json.load(sys.stdin)
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    from vllm_plugin import self_check
+    from vllm_plugin.settings import parse_settings
+
+    said: list[logging.LogRecord] = []
+    # A filter, as vLLM takes handlers away when it configures its loggers.
+    logging.getLogger("vllm.vllm_plugin.quantization.loader").addFilter(
+        lambda record: said.append(record) or True
+    )
+    llm = LLM(request["model"], **request["engine"])
+    engine = llm.llm_engine
+    core = engine.engine_core.engine_core
+    pool = core.scheduler.kv_cache_manager.block_pool
+    worker = core.model_executor.driver_worker.worker
+    parameters = {p.data_ptr(): p.nbytes for p in worker.model_runner.get_model().parameters()}
+    config = core.scheduler.kv_cache_config
+    schemes = [m.scheme for m in worker.model_runner.get_model().modules() if hasattr(m, "scheme")]
+    settings = parse_settings(engine.vllm_config.additional_config)
+    sampling = SamplingParams(temperature=0, max_tokens=CONTEXT - PROMPT, ignore_eos=True)
+    engine.add_request("0", TokensPrompt(prompt_token_ids=request["prompt"]), sampling)
+    used = []
+    while engine.has_unfinished_requests():
+        engine.step()
+        if core.scheduler.running:
+            used.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+    answer(
+        {
+            "parameters": sum(parameters.values()),
+            "loaded": [
+                (record.args[0] * 2**20, record.args[2] * 2**20)
+                for record in said
+                if record.msg.startswith("Weights:")
+            ],
+            "blocks": config.num_blocks,
+            "block_bytes": config.kv_cache_tensors[0].size // config.num_blocks,
+            "used": used,
+            "kernels": sorted({type(scheme.kernel).__name__ for scheme in schemes}),
+            "table": self_check.table(engine.vllm_config, settings, config.num_blocks),
+        }
+    )
+
+
+if __name__ == "__main__":
+    _main()

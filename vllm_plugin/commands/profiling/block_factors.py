@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys or the values of one decoder block of transformers: their factor, and what it loses."""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from kv_policies.attention import attention_received
+from kv_policies.latents.bases_header import Objective, Side
+from kv_policies.latents.low_rank import (
+    asvd,
+    closed_form,
+    key_metric,
+    moments,
+    relative_error,
+    svd,
+    token_weights,
+    value_metric,
+)
+from kv_policies.latents.rope import Rope
+
+
+class BlockFactor:
+    """One side of a block, fitted to ``inputs`` [samples, length, hidden] of its projections.
+
+    attention: the block's attention module, of an architecture in ``quant_methods.architecture``:
+        ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and perhaps norms per head ``q_norm`` and
+        ``k_norm``. RoPE comes after them, so that their output is the key that is wanted.
+    weights: of the tokens, [samples * length], as ``weights_of`` gives them.
+    objective: "reconstruction" is the paper's, the error of keys and values. "attention" weighs
+        tokens by the attention that they receive, key features by the queries that they meet, and
+        value features by what the output projection makes of them.
+    factor: of full rank, best latents first. energies: of each latent in the objective's metric.
+    """
+
+    def __init__(
+        self,
+        attention: Any,
+        side: Side,
+        inputs: torch.Tensor,
+        weights: torch.Tensor | None,
+        objective: Objective,
+    ) -> None:
+        self.attention, self.name = attention, side[0]
+        flat = inputs.flatten(0, 1)
+        self.magnitude = flat.abs().mean(0, dtype=torch.float64)
+        self.metric = _metric(attention, side, flat) if objective == "attention" else None
+        states = _normed(attention, self.name, _projected(attention, self.name, flat))
+        self.factor, self.energies = closed_form(*moments(states, weights), self.metric)
+
+    def lost(self, rank: int) -> float:
+        """Relative error at this rank on the inputs that it was fitted to."""
+        return float(self.energies[rank:].sum() / self.energies.sum())
+
+    def errors(
+        self, inputs: torch.Tensor, weights: torch.Tensor | None, rank: int
+    ) -> dict[str, float]:
+        """Relative error at this rank on other inputs, with their weights, by method.
+
+        SVD and ASVD know of no norm: it comes after what they restore, as in CSKV it would.
+        """
+        projection = getattr(self.attention, f"{self.name}_proj")
+        weight = projection.weight.double().T
+        bias = torch.zeros_like(weight[0]) if projection.bias is None else projection.bias.double()
+        raw = _projected(self.attention, self.name, inputs.flatten(0, 1))
+        states = _normed(self.attention, self.name, raw)
+        restored = {"closed_form": self.factor.cut(rank).project(states)}
+        others = {"svd": svd(weight, bias), "asvd": asvd(weight, bias, self.magnitude)}
+        for method, factor in others.items():
+            restored[method] = _normed(self.attention, self.name, factor.cut(rank).project(raw))
+        return {
+            method: relative_error(states, found, self.metric, weights)
+            for method, found in restored.items()
+        }
+
+
+def weights_of(
+    attention: Any,
+    inputs: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    objective: Objective,
+) -> torch.Tensor | None:
+    """How much each token of the inputs matters, for keys and values alike; None: all the same.
+
+    rotation: cosines and sines of RoPE, [1, length, head_dim] each, as blocks are given them.
+    """
+    if objective == "reconstruction":
+        return None
+    return token_weights(_received(attention, inputs, rotation))
+
+
+def _received(
+    attention: Any, inputs: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Attention that each token receives in its sample, mean over heads: [samples * length]."""
+    samples, length, _ = inputs.shape
+    cos, sin = (x[0].float()[:, : x.shape[-1] // 2] for x in rotation)
+    rope, at = Rope(torch.cat((cos, sin), -1)), torch.arange(length, device=inputs.device)
+
+    def heads(name: str) -> torch.Tensor:
+        states = _normed(attention, name, _projected(attention, name, inputs.flatten(0, 1)))
+        states = states.float().unflatten(-1, (-1, attention.head_dim))
+        turned = rope.rotate(states, at.repeat(samples))
+        return turned.unflatten(0, (samples, length)).transpose(1, 2)
+
+    received = attention_received(heads("q"), at.expand(samples, -1), heads("k"), attention.scaling)
+    return received.mean(1).flatten()
+
+
+def _projected(attention: Any, name: str, inputs: torch.Tensor) -> torch.Tensor:
+    """The output of a projection, as the model computes it, then float64."""
+    projection = getattr(attention, f"{name}_proj")
+    return linear(inputs, projection.weight, projection.bias).double()
+
+
+def _normed(attention: Any, name: str, states: torch.Tensor) -> torch.Tensor:
+    """States [N, heads * head_dim] after the norm per head that the model may have for them."""
+    norm = getattr(attention, f"{name}_norm", None)
+    if norm is None:
+        return states
+    return norm(states.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
+
+
+def _metric(attention: Any, side: Side, inputs: torch.Tensor) -> torch.Tensor:
+    kv_heads = attention.k_proj.out_features // attention.head_dim
+    if side == "value":
+        return value_metric(attention.o_proj.weight, kv_heads, attention.head_dim)
+    queries = _normed(attention, "q", _projected(attention, "q", inputs))
+    return key_metric(queries.square().mean(0), kv_heads, attention.head_dim)
