@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory is left for the KV cache beside what a step of ours takes."""
+
+import pytest
+
+from compress_common.errors import CompressError
+from vllm_plugin.transient import left_for_cache
+
+GIB = 1 << 30
+
+
+def test_a_measured_cache_gives_up_what_a_step_needs() -> None:
+    assert left_for_cache(5 * GIB, 2 * GIB, "denoising", None, 0) == 3 * GIB
+
+
+def test_a_fixed_cache_keeps_its_size_where_both_fit() -> None:
+    assert left_for_cache(4 * GIB, 2 * GIB, "denoising", 4 * GIB, 6 * GIB) == 4 * GIB
+
+
+@pytest.mark.parametrize(
+    ("available", "needed", "fixed", "free", "told"),
+    [
+        (2, 2, None, 0, "denoising needs 2.0 GiB of memory, of the 2.0 GiB"),
+        (4, 3, 4, 6, "--kv-cache-memory-bytes"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    available: int, needed: int, fixed: int | None, free: int, told: str
+) -> None:
+    fixed = fixed and fixed * GIB
+    with pytest.raises(CompressError, match=told):
+        left_for_cache(available * GIB, needed * GIB, "denoising", fixed, free * GIB)
