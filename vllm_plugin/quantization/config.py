@@ -28,6 +28,9 @@ class SmoothQuantPlusConfig(CompressedTensorsConfig):
     """
 
     method: ClassVar[str] = "smoothquant_plus"
+    # Whether the weights are rescaled before rounding. LoRA adapters of the original model then do
+    # not fit.
+    smooths: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -97,6 +100,7 @@ class RoundToNearestConfig(SmoothQuantPlusConfig):
     """The same serving path for the control method."""
 
     method: ClassVar[str] = "rtn"
+    smooths: ClassVar[bool] = False
 
 
 CONFIGS = (SmoothQuantPlusConfig, RoundToNearestConfig)
