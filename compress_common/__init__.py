@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the other packages share: errors that users read, and classes by name. Needs pydantic."""
+"""What the other packages share: errors for users, classes by name, and the store. No torch."""

