@@ -294,7 +294,7 @@ def test_a_cache_that_cannot_be_written_is_left_for_a_private_folder(
         assert made == temp_dir() / "plan" / KEY and made.is_relative_to(reachable / "temporary")
         assert stat.S_IMODE(temp_dir().stat().st_mode) == 0o700
         [record] = caplog.records
-        assert f"{root}: Permission denied" in record.message
+        assert f"{root}/plan: Permission denied" in record.message
         assert "VLLM_COMPRESS_CACHE" in record.message and str(made) in record.message
         assert Store(root).make("plan", KEY, never) == made == Store(root).find("plan", KEY)
 
