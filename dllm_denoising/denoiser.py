@@ -74,5 +74,10 @@ class Denoiser:
             self._plan = self._next(new[new < self.canvas.limit])
         return self.canvas.release()
 
+    def restart(self) -> None:
+        """Keep what is committed and forget what is cached: the next step computes everything."""
+        self.policy = type(self.policy)(self.policy.settings)
+        self._plan = self._next(np.empty(0, dtype=np.int64))
+
     def _next(self, new: np.ndarray) -> Plan:
         return self.policy.plan(self.canvas, self._schedule, new, self._layers)

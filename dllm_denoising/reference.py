@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every policy on the dense model, one request at a time: what an engine must give exactly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,15 +38,19 @@ def generate(
     denoiser: Denoiser,
     in_step: bool = False,
     watch: Callable[[Step], None] | None = None,
+    restarts: Collection[int] = (),
 ) -> Generated:
     """Denoise to the end.
 
     in_step: let drift that a layer shows refresh the layers behind it in the same step, the
-    published order, not in the next. watch: called with each step before it commits.
+    published order, not in the next. watch: called with each step before it commits. restarts: steps, from 0,
+    before which the cache is lost.
     """
     forward = CachedForward(model, denoiser, in_step)
     result = Generated()
     while not denoiser.finished:
+        if denoiser.steps in restarts:
+            denoiser.restart()
         plan = denoiser.plan
         logits, seen, start = forward(plan)
         if watch is not None:

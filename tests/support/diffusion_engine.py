@@ -4,12 +4,14 @@
 ``run(model, cases)`` is the caller's side. A case is a dict: ``section`` (``compress.diffusion``),
 ``engine`` (engine arguments), ``requests`` (dicts with ``prompt``, token ids, ``max_tokens``, and
 if wanted ``temperature``, ``seed``, ``extra``), ``alone`` (one request at a time), ``rounds`` (send
-all so many times), ``storm`` (abort at random times with this seed).
+all so many times), ``storm`` (abort at random times with this seed), ``resets`` (engine steps
+after which all running requests lose their blocks).
 
-The answer has ``rounds`` (tokens per request, null if aborted), ``pieces`` (how many outputs each
-request of the last round had), ``free_before`` and ``free_after`` blocks, ``held`` requests of the
-worker, ``peak_running``, ``preemptions``, ``steps``, and ``chunked`` and ``cached``, whether the
-engine cuts prompts and caches prefixes.
+The answer has ``rounds`` (tokens per request, null if aborted), ``reasons`` (why each request of
+the last round ended), ``pieces`` (how many outputs each of them had), ``free_before`` and
+``free_after`` blocks, ``held`` requests of the worker, ``peak_running``, ``preemptions``,
+``resumed`` requests after resets, ``steps``, and ``chunked`` and ``cached``, whether the engine
+cuts prompts and caches prefixes.
 """
 
 import gc
@@ -78,13 +80,17 @@ def expected(
     request: dict[str, Any],
     mask: int = MASK,
     stops: Collection[int] = (STOP,),
+    restarts: Collection[int] = (),
 ) -> tuple[list[int], list[Plan]]:
-    """What the dense reference gives, and the plans of its steps."""
+    """What the dense reference gives, and the plans of its steps.
+
+    restarts: see ``reference.generate``. An engine caps ``max_tokens`` at its longest length.
+    """
     asked = {key.removeprefix("compress_"): v for key, v in request.get("extra", {}).items()}
     settings = DiffusionSettings(**section).for_request(asked)
     denoiser = Denoiser(
         request["prompt"],
-        request["max_tokens"],
+        min(request["max_tokens"], ENGINE["max_model_len"] - len(request["prompt"])),
         settings.decoding(),
         settings.build(),
         mask=mask,
@@ -94,7 +100,7 @@ def expected(
         seed=request.get("seed", 0),
     )
     torch.set_num_threads(1)  # two, beside anything else, wait for each other at every product
-    found = generate(model, denoiser)
+    found = generate(model, denoiser, restarts=restarts)
     return found.tokens, found.plans
 
 
@@ -124,7 +130,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
     core = engine.engine_core.engine_core
     scheduler, pool = core.scheduler, core.scheduler.kv_cache_manager.block_pool
     free_before = pool.get_num_free_blocks()
-    watch = _Watch(engine, scheduler, case.get("storm"))
+    watch = _Watch(engine, scheduler, case.get("storm"), case.get("resets", ()))
     rounds = []
     for number in range(case.get("rounds", 1)):
         names = [f"{number}-{index}" for index in range(len(case["requests"]))]
@@ -138,6 +144,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
     engine.step()  # tells the worker of the last requests that have ended
     result = {
         "rounds": rounds,
+        "reasons": [watch.reason(name) for name in names],
         "pieces": [watch.pieces[name] for name in names],
         "free_before": free_before,
         "free_after": pool.get_num_free_blocks(),
@@ -145,6 +152,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
         "sized": len(scheduler._next_rows),
         "peak_running": watch.peak,
         "preemptions": watch.preemptions,
+        "resumed": watch.resumed,
         "steps": watch.steps,
         "v2": scheduler.use_v2_model_runner,
         "chunked": scheduler.scheduler_config.enable_chunked_prefill,
@@ -160,12 +168,14 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
 class _Watch:
     """Steps an engine until it is idle, and remembers what it saw."""
 
-    def __init__(self, engine: Any, scheduler: Any, storm: int | None) -> None:
-        self._engine, self._scheduler = engine, scheduler
+    def __init__(
+        self, engine: Any, scheduler: Any, storm: int | None, resets: Collection[int]
+    ) -> None:
+        self._engine, self._scheduler, self._resets = engine, scheduler, resets
         self._draw = None if storm is None else random.Random(storm)
         self._seen: dict[str, Any] = {}
         self.pieces = Counter[str]()
-        self.peak = self.preemptions = self.steps = 0
+        self.peak = self.preemptions = self.steps = self.resumed = 0
 
     def drain(self) -> None:
         requests = self._scheduler.requests
@@ -178,6 +188,13 @@ class _Watch:
             self.preemptions += sum(one.num_preemptions for one in requests.values())
             if self._draw is not None and requests and self._draw.random() < 0.3:
                 self._engine.abort_request([self._draw.choice(sorted(requests))], internal=True)
+            if self.steps in self._resets:
+                self.resumed += len(self._scheduler.running)
+                assert self._engine.reset_prefix_cache(reset_running_requests=True)
+
+    def reason(self, name: str) -> str | None:
+        output = self._seen.get(name)
+        return None if output is None else output.outputs[0].finish_reason
 
     def tokens(self, name: str) -> list[int] | None:
         output = self._seen.get(name)

@@ -40,6 +40,10 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 # These choose among sampled tokens, so they ask for nothing at temperature 0.
 _SAMPLING: dict[str, tuple[Any, ...]] = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,)}
+# Of both, what a generation_config.json may set as a default for all requests.
+UNSUPPORTED = _SAMPLING | {
+    name: _REFUSED[name] for name in ("presence_penalty", "frequency_penalty", "repetition_penalty")
+}
 
 
 def canvas_length(prompt: int, params: SamplingParams, max_model_len: int) -> int:

@@ -32,6 +32,7 @@ class DiffusionScheduler(Scheduler):
             length = canvas_length(
                 request.num_prompt_tokens, request.sampling_params, self.max_model_len
             )
+            request.max_tokens = length  # a request may ask for more than the context holds
             request._all_token_ids.extend([self._mask] * length)
         super().add_request(request)
 

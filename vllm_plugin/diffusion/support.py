@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from compress_common.errors import CompressError, joined
 from dllm_denoising.base import CachePolicy
 from vllm_plugin.diffusion.config import ARCHITECTURE, MODEL_TYPE, LLaDAConfig, config_problems
-from vllm_plugin.diffusion.requests import check_requests
+from vllm_plugin.diffusion.requests import UNSUPPORTED, check_requests
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.settings import parse_settings
 
@@ -75,7 +75,9 @@ def choose_engine_args(args: EngineArgs) -> None:
     args.enforce_eager = True  # the number of rows changes between layers
     args.attention_config.use_non_causal = True
     # What the published model is decoded with.
-    args.override_generation_config = {"temperature": 0.0} | args.override_generation_config
+    # generation_config.json sets defaults that no client asked for; None removes one.
+    neutral: dict[str, Any] = {name: None for name in UNSUPPORTED} | {"temperature": 0.0}
+    args.override_generation_config = neutral | args.override_generation_config
 
 
 def apply_diffusion(config: VllmConfig, settings: DiffusionSettings | None) -> None:
@@ -146,7 +148,17 @@ def _problems(config: VllmConfig) -> list[str]:
         "compilation was not switched off; add --enforce-eager": (
             config.compilation_config.mode != CompilationMode.NONE
         ),
+        f"--long-prefill-token-threshold {scheduler.long_prefill_token_threshold}: a step computes "
+        "all of a canvas or none of it; remove the flag": (
+            scheduler.long_prefill_token_threshold > 0
+        ),
     }
+    for name, value in model.override_generation_config.items():
+        if value not in (None, *UNSUPPORTED.get(name, (value,))):
+            found[
+                f"--override-generation-config has {name} {value!r}: a diffusion model has no such "
+                "thing; remove it"
+            ] = True
     problems = [problem for problem, present in found.items() if present]
     if not isinstance(model.hf_config, LLaDAConfig):
         problems.append(

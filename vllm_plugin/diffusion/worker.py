@@ -86,7 +86,14 @@ class DiffusionWorker(PlatformWorker):
         for request_id in scheduler_output.finished_req_ids:
             self._running.pop(request_id, None)
         for request in scheduler_output.scheduled_new_reqs:
-            self._running[request.req_id] = self._admitted(request)
+            if request.req_id in self._running:  # Model Runner V2's form of a resumed request
+                self._resume(request.req_id, request.block_ids[0])
+            else:
+                self._running[request.req_id] = self._admitted(request)
+        cached = scheduler_output.scheduled_cached_reqs
+        for name, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if name in cached.resumed_req_ids:
+                self._resume(name, blocks[0])
         ids = list(scheduler_output.num_scheduled_tokens)
         if not ids:
             if not has_kv_transfer_group():
@@ -157,6 +164,16 @@ class DiffusionWorker(PlatformWorker):
     @property
     def _mask(self) -> int:
         return self.model_config.hf_config.mask_token_id
+
+    def _resume(self, name: str, blocks: list[int]) -> None:
+        """Go on with a request whose blocks were taken away, in new ones.
+
+        Only ``reset_prefix_cache(reset_running_requests=True)`` takes them. Committed tokens stay,
+        as generated ones do in other models.
+        """
+        denoiser = self._running[name].denoiser
+        denoiser.restart()
+        self._running[name] = Running.of(denoiser, blocks, self._block_size)
 
     def _admitted(self, request: NewRequestData) -> Running:
         params, prompt = request.sampling_params, request.prompt_token_ids

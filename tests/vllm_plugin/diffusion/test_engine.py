@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dllm_denoising.dense import DenseLLaDA
-from tests.support.diffusion_engine import expected, run, some_requests
+from tests.support.diffusion_engine import STOP, expected, run, some_requests
 from tests.support.llada import random_llada
 
 LAYERS = 4
@@ -105,6 +105,40 @@ def test_tight_pool_and_aborts_lose_nothing(model: tuple[Path, DenseLLaDA], poli
         assert_nothing_left(answer)
 
 
+RESETS = (3, 7)
+
+
+def resets(section: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"section": section, "requests": requests, "resets": RESETS}
+
+
+def test_longest_requests_end_and_resets_lose_nothing(model: tuple[Path, DenseLLaDA]) -> None:
+    folder, dense = model
+    asked = {"extra": {"compress_tokens_per_step": 16, "compress_block_length": 64}}
+    long = some_requests(3, seed=6, max_tokens=10_000, **asked)  # above what the context holds
+    long += [{"prompt": [5, 9] * 127 + [5], "max_tokens": 9}, long[0] | {"max_tokens": 40}]
+    ragged = some_requests(10, seed=7)
+    ragged[0] |= {"temperature": 0.7, "seed": 3}
+    sections = [SECTIONS[name] for name in ("fixed_period", "dual_cache", "elastic")]
+    cases = [resets(section, ragged) for section in sections[1:]]
+    lengths, *answers = run(folder, [{"section": sections[0], "requests": long}, *cases], 200)
+
+    wanted = [expected(dense, sections[0], request)[0] for request in long]
+    assert lengths["rounds"] == [wanted]
+    for request, tokens, reason in zip(long, wanted, lengths["reasons"], strict=True):
+        most = min(request["max_tokens"], 256 - len(request["prompt"]))
+        assert (reason, len(tokens)) == ("length", most) or tokens[-1] == STOP
+    assert lengths["reasons"][:3].count("length") > 0
+    assert_nothing_left(lengths)
+
+    for case, answer in zip(cases, answers, strict=True):
+        found = [expected(dense, case["section"], one, restarts=RESETS) for one in ragged]
+        assert answer["rounds"] == [[tokens for tokens, _ in found]]
+        running = [sum(len(plans) > reset for _, plans in found) for reset in RESETS]
+        assert answer["resumed"] == sum(running) > 12
+        assert_nothing_left(answer)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two GPUs, or none, for two ranks")
 def test_two_ranks_are_one(model: tuple[Path, DenseLLaDA]) -> None:
     folder, dense = model
@@ -125,7 +159,14 @@ def test_model_runner_v2_is_the_reference(model: tuple[Path, DenseLLaDA]) -> Non
     folder, dense = model
     requests = some_requests(6, seed=5)
     section = SECTIONS["elastic"]
-    (answer,) = run(folder, [{"section": section, "requests": requests}], v2=True)
-    assert answer["v2"]
-    assert answer["rounds"] == [[expected(dense, section, one)[0] for one in requests]]
-    assert_nothing_left(answer)
+    plain = {"section": section, "requests": requests}
+    for case, answer in zip(
+        (plain, resets(section, requests)),
+        run(folder, [plain, resets(section, requests)], v2=True),
+        strict=True,
+    ):
+        restarts = case.get("resets", ())
+        assert answer["v2"]
+        wanted = [expected(dense, section, one, restarts=restarts)[0] for one in requests]
+        assert answer["rounds"] == [wanted]
+        assert_nothing_left(answer)

@@ -2,6 +2,7 @@
 """What cannot be denoised is refused: engines at start, requests when they arrive."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.sampling_params import StructuredOutputsParams
 
 import vllm_plugin
@@ -110,6 +112,7 @@ def test_bad_settings(model: Path, section: dict[str, Any], expected: str) -> No
         ({"enable_prefix_caching": True}, "--enable-prefix-caching"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"enable_lora": True}, "--enable-lora"),
+        ({"long_prefill_token_threshold": 64}, "--long-prefill-token-threshold 64"),
         ({"enable_chunked_prefill": True, "max_num_batched_tokens": 100}, "raise one or lower"),
         ({"compress": {"kv": {"policy": "recent", "keep": 0.5}}}, "compress.kv"),
     ],
@@ -151,6 +154,30 @@ def test_other_llada_configs(
 def test_other_models(tmp_path: Path, model_type: str, expected: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
     assert expected in refusal(tmp_path, {"policy": "elastic"})
+
+
+DEFAULTS = {"repetition_penalty": 1.2, "top_p": 0.9, "top_k": 20, "temperature": 0.7}
+
+
+def test_defaults_of_the_checkpoint_are_no_request(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps(DEFAULTS), encoding="utf-8")
+    defaults = configure(tmp_path).model_config.get_diff_sampling_param()
+    assert defaults == {"temperature": 0.0}
+    check(SamplingParams.from_optional(**defaults), DiffusionSettings())  # as LLM takes them
+    asked = CompletionRequest(prompt="1", temperature=0.7)
+    check(asked.to_sampling_params(8, defaults), DiffusionSettings())
+    asked = CompletionRequest(prompt="1", temperature=0.7, top_p=0.9)
+    with pytest.raises(ValueError, match="^top_p 0.9"):
+        check(asked.to_sampling_params(8, defaults), DiffusionSettings())
+
+
+def test_defaults_of_the_operator_are_refused_at_start(model: Path) -> None:
+    asked = {"top_p": 0.9, "min_p": 0, "temperature": 0.5, "max_new_tokens": 9}
+    text = refusal(model, override_generation_config=asked)
+    assert "--override-generation-config has top_p 0.9" in text and "min_p" not in text
+    config = configure(model, override_generation_config=asked | {"top_p": 1.0})
+    assert config.model_config.get_diff_sampling_param()["temperature"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 """A diffusion model behind the OpenAI endpoint, asked with the OpenAI client."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,10 +20,15 @@ DIGITS = "3 1 4 1 5 9 2 6 5 3 5 8 9 7 9 3 2 3 8 4 6 2 6 4 3 3 8 3 2 7 9 5"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     arguments = ["--additional-config", json.dumps({"compress": {"diffusion": SECTION}})]
     arguments += ["--dtype", "float32", "--max-model-len", "128"]
-    with serving(tiny_llada.folder(), *arguments) as server:
+    folder = tmp_path_factory.mktemp("llada")
+    shutil.copytree(tiny_llada.folder(), folder, dirs_exist_ok=True)
+    file = folder / "generation_config.json"
+    defaults = {"repetition_penalty": 1.2, "top_p": 0.9, "top_k": 20}  # that no client sends
+    file.write_text(json.dumps(json.loads(file.read_text()) | defaults))
+    with serving(folder, *arguments) as server:
         yield server
 
 
