@@ -40,11 +40,18 @@ def generate(
     watch: Callable[[Step], None] | None = None,
     restarts: Collection[int] = (),
 ) -> Generated:
-    """Denoise to the end.
+    """Denoise one request to the end.
 
-    in_step: let drift that a layer shows refresh the layers behind it in the same step, the
-    published order, not in the next. watch: called with each step before it commits. restarts: steps, from 0,
-    before which the cache is lost.
+    Args:
+        model: The dense model.
+        denoiser: The request, at its first step.
+        in_step: Let drift that a layer shows refresh the layers behind it in the same step, which
+            is the published order. Otherwise it refreshes them in the next step.
+        watch: Called with each step before the step commits.
+        restarts: Numbers of steps, from 0. Before each of them the cache is lost.
+
+    Returns:
+        The released tokens and the plan of each step.
     """
     forward = CachedForward(model, denoiser, in_step)
     result = Generated()
