@@ -9,6 +9,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?=
 QUANT ?= smoothquant_plus
+# Refuses bad streaming requests with HTTP 400; vLLM alone answers them with 200 and an error event.
+CHECKED := --middleware vllm_plugin.stream_check.StreamCheck
 # Passed through to `vllm serve` or pytest, for instance ARGS="--max-num-seqs 8".
 ARGS ?=
 
@@ -31,10 +33,10 @@ ifeq ($(strip $(MODEL)),)
 	export VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} && \
 	exec $(BIN)/vllm serve "$$model" --served-model-name smollm2-135m --max-model-len 2048 \
 	    --enforce-eager --gpu-memory-utilization 0.4 \
-	    --host $(HOST) --port $(PORT) $(if $(QUANT),--quantization $(QUANT)) $(ARGS)
+	    --host $(HOST) --port $(PORT) $(CHECKED) $(if $(QUANT),--quantization $(QUANT)) $(ARGS)
 else
 	@exec $(BIN)/vllm serve "$(MODEL)" \
-	    --host $(HOST) --port $(PORT) $(if $(QUANT),--quantization $(QUANT)) $(ARGS)
+	    --host $(HOST) --port $(PORT) $(CHECKED) $(if $(QUANT),--quantization $(QUANT)) $(ARGS)
 endif
 
 test: setup  ## run the fast tests

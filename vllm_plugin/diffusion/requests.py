@@ -16,9 +16,8 @@ from dllm_denoising.base import CachePolicy
 from dllm_denoising.settings import Decoding
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.kv_cache import requests as kv_requests
-from vllm_plugin.request_check import RequestCheck
+from vllm_plugin.request_check import PREFIX, RequestCheck, misspelt
 
-PREFIX = "compress_"
 # Carries the server's settings to each of its API processes, which validate requests.
 _VARIABLE = "COMPRESS_DIFFUSION_SETTINGS"
 
@@ -71,12 +70,16 @@ def check(params: SamplingParams, served: DiffusionSettings) -> None:
                 f"time, and has no such thing{' above temperature 0' if name in _SAMPLING else ''};"
                 " leave it out"
             )
+    settings = (*Decoding.model_fields, *type(served.build()).settings_type.model_fields)
+    allowed = [PREFIX + name for name in settings]
+    unknown = misspelt(params.extra_args or {}, [*allowed, PREFIX + "policy"])
     try:
-        served.for_request(_asked(params))
+        if not unknown:
+            served.for_request(_asked(params))
     except ValueError as error:
-        allowed = [*Decoding.model_fields, *type(served.build()).settings_type.model_fields]
-        names = ", ".join(PREFIX + name for name in allowed)
-        problems.append(f"{error} (a request may set {names})")
+        unknown.append(str(error))
+    if unknown:
+        problems.append(f"{'; '.join(unknown)} (a request may set {', '.join(allowed)})")
     if problems:
         kv_requests.on_refusal("diffusion")
         raise joined(problems)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from vllm import SamplingParams
 
-from vllm_plugin.request_check import RequestCheck
+from compress_common.errors import CompressError
+from vllm_plugin.request_check import RequestCheck, misspelt
 
 KEY = "compress_keep"
 
@@ -14,29 +15,38 @@ def _nobody(reason: str) -> None:
     pass
 
 
-# Told the reason of each refusal, in the process that refuses: "compress_keep" for a share that a
-# request cannot have, "prefix_caching_off".
+# Called with the reason of each refusal, in the process that refuses. The reasons are those of
+# ``metrics.catalogue.REFUSALS``.
 on_refusal: Callable[[str], None] = _nobody
 
 
 def opts_out(params: SamplingParams | None) -> bool:
-    """Whether a (validated) request keeps its whole KV cache."""
+    """Tell whether a validated request keeps its whole KV cache."""
     return bool(params and params.extra_args and params.extra_args.get(KEY) is not None)
 
 
 def check(params: SamplingParams, cached: bool) -> None:
-    """ValueError, HTTP 400 over the endpoint, when a request asks for what it cannot have.
+    """Refuse a request that asks for what it cannot have.
 
-    cached: whether prefix caching is on.
+    Args:
+        params: The request's parameters; only ``extra_args`` is read.
+        cached: Whether prefix caching is on.
+
+    Raises:
+        ValueError: HTTP 400 over the endpoint. The text says what a request may set.
     """
-    value = (params.extra_args or {}).get(KEY)
+    extra = params.extra_args or {}
+    if unknown := misspelt(extra, (KEY,)):
+        on_refusal("unknown_key")
+        raise CompressError(f"{'; '.join(unknown)} (a request may set {KEY})")
+    value = extra.get(KEY)
     if value is not None and not cached:
         on_refusal("prefix_caching_off")
         raise ValueError(
             f"{KEY} needs prefix caching: without it the scheduler's cache managers see no "
             "requests. Serve with --enable-prefix-caching, or leave it out"
         )
-    # Other shares would need other groups of layers; blocks of one group are shared by all.
+    # Other shares would need other groups of layers; all requests share the blocks of a group.
     if value is not None and (isinstance(value, bool) or value not in (1, "1", "1.0")):
         on_refusal("compress_keep")
         raise ValueError(

@@ -35,7 +35,7 @@ class Metric:
         return self.full_name + ("_total" if self.kind == "counter" else "")
 
 
-REFUSALS = ("compress_keep", "prefix_caching_off", "diffusion")
+REFUSALS = ("compress_keep", "unknown_key", "prefix_caching_off", "diffusion")
 
 METRICS = (
     Metric(
