@@ -1,70 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles ``latent_cpu.cpp``, and says where it cannot be used."""
+"""Builds ``latent_cpu.cpp``, and says why it cannot be used where it cannot."""
 
-import hashlib
-import os
-import subprocess
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
-from torch.utils import cpp_extension
-from vllm import envs
-from vllm.logger import init_logger
 
-logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
+from vllm_plugin.kv_cache.cpp_library import CppLibrary
 
-_SOURCE = Path(__file__).with_name("latent_cpu.cpp")
-# The least that its products need, rather than all that this processor has: nodes of several kinds
-# may share a cache.
-_FLAGS = ["-O3", "-fopenmp", "-march=skylake-avx512", "-mprefer-vector-width=512"]
-_FLAGS += ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
+_LIBRARY: Final = CppLibrary(
+    Path(__file__).with_name("latent_cpu.cpp"),
+    # The least that the products need, not all that this processor has: nodes of several kinds may
+    # share a cache.
+    (
+        *("-O3", "-fopenmp", "-march=skylake-avx512", "-mprefer-vector-width=512"),
+        *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class LatentReader:
+    """What reads latents on this CPU.
+
+    Attributes:
+        status: "ok" for the kernel; "slow" for torch, which takes several times as long.
+        text: One line; where slow, it says why and what to install.
+    """
+
+    status: Literal["ok", "slow"]
+    text: str
+
+
+def latent_reader(dtype: torch.dtype) -> LatentReader:
+    """Say what reads latents of this type on this CPU. Compiles the kernel if need be.
+
+    Args:
+        dtype: Type of the KV cache.
+    """
+    if reason := why_not(dtype):
+        return LatentReader("slow", f"read by torch, slowly: {reason}")
+    return LatentReader("ok", "read by the kernel for CPUs")
 
 
 @cache
 def load() -> Any:
-    """The operations of ``latent_cpu.cpp``, compiled once for a version of it and of torch.
+    """Return the operators of ``latent_cpu.cpp``, compiled unless the store has them.
 
-    RuntimeError with the reason where there is no compiler.
+    Raises:
+        RuntimeError: The reason in one line.
     """
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr((torch.__version__, _FLAGS)).encode())
-    library = Path(envs.VLLM_CACHE_ROOT, "compress", f"latent_cpu_{key.hexdigest()[:16]}.so")
-    if library.exists():
-        torch.ops.load_library(library)
-        return torch.ops.vllm_compress_latent
-    logger.info("compiling the kernel that reads latents, once, to %s", library)
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Engines that start together compile each on their own, and the last one's stays.
-        with TemporaryDirectory(dir=library.parent) as folder:
-            cpp_extension.load(
-                library.stem,
-                [str(_SOURCE)],
-                extra_cflags=_FLAGS,
-                build_directory=folder,
-                is_python_module=False,
-            )
-            os.replace(Path(folder, library.name), library)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        raise RuntimeError(
-            f"the kernel could not be compiled: {str(error).strip()[-500:]}"
-        ) from error
+    _LIBRARY.load()
     return torch.ops.vllm_compress_latent
 
 
 @cache
 def why_not(dtype: torch.dtype) -> str | None:
-    """Why latents of this type are not read by the kernel here; None: they are."""
+    """Say in one line why the kernel does not read latents of this type here; None: it does.
+
+    Args:
+        dtype: Type of the KV cache.
+    """
     if dtype != torch.bfloat16:
-        return f"the kernel reads bfloat16, and the cache holds {str(dtype).removeprefix('torch.')}"
+        return f"the kernel reads bfloat16, and the cache is {str(dtype).removeprefix('torch.')}"
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return "this processor has no AVX-512"
     try:
         _ask(load())
-    except RuntimeError as error:
-        return str(error)
+    except (RuntimeError, AttributeError) as error:  # the latter: it registered no operator
+        return " ".join(str(error).split())
     return None
 
 
