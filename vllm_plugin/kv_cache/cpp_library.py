@@ -41,8 +41,8 @@ class CppLibrary:
     @property
     def key(self) -> str:
         """Key in the store: changes with all that the machine code depends on."""
-        machine = platform.machine(), *platform.libc_ver()
-        machine += torch.__version__, torch.backends.cpu.get_cpu_capability()
+        machine = [platform.machine(), *platform.libc_ver(), torch.__version__]
+        machine.append(torch.backends.cpu.get_cpu_capability())
         return digest(self.source.read_bytes(), *_ALWAYS, *self.flags, "", *machine)
 
     def load(self, store: Store | None = None) -> None:
