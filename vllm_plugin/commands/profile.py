@@ -4,19 +4,18 @@
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
-from kv_policies.budget.levels import exact
-from kv_policies.budget.profile import Profile
-from quant_methods.calibration import SELF, CalibrationSettings
-from vllm_plugin.commands.common import AsJson, Model, check_writable, out, whole_file
-from vllm_plugin.commands.profiling.kv_profile import kept_by_layer, make_profile
-from vllm_plugin.commands.profiling.profile_plot import canvas, draw
+from vllm_plugin.commands.common import SELF, AsJson, Model, check_writable, out, whole_file
 from vllm_plugin.progress import bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from kv_policies.budget.profile import Profile
 
 
 def profile(
@@ -49,6 +48,11 @@ def profile(
 
     Example: vllm-compress profile meta-llama/Llama-3.1-8B-Instruct --keep 0.25
     """
+    from kv_policies.budget.levels import exact
+    from quant_methods.calibration import CalibrationSettings
+    from vllm_plugin.commands.profiling.kv_profile import make_profile
+    from vllm_plugin.commands.profiling.profile_plot import canvas, draw
+
     share = exact(keep)
     settings = CalibrationSettings(source=text, samples=samples, length=length)
     if target is None:
@@ -78,7 +82,7 @@ def profile(
         out.print(f"serve it: {shlex.join(command)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_json(made: Profile, target: Path, plot: Path | None) -> None:
+def _print_json(made: "Profile", target: Path, plot: Path | None) -> None:
     cut = made.cut()
     content = {
         "out": str(target),
@@ -94,7 +98,9 @@ def _print_json(made: Profile, target: Path, plot: Path | None) -> None:
     print(json.dumps(content))
 
 
-def _print_table(made: Profile, attention: list[torch.Tensor]) -> None:
+def _print_table(made: "Profile", attention: list["torch.Tensor"]) -> None:
+    from vllm_plugin.commands.profiling.kv_profile import kept_by_layer
+
     cut = made.cut()
     columns = ("layer", "own share", "level", "served share", "attention kept")
     table = Table(title=f"{made.model.name}, keep {float(made.keep):g}")

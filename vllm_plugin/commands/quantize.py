@@ -9,12 +9,7 @@ import typer
 from rich.table import Table
 
 from compress_common.errors import CompressError
-from quant_methods.calibration import SELF, CalibrationSettings
-from quant_methods.checkpoint import Checkpoint, resolve
-from quant_methods.formats import FORMATS
-from quant_methods.planning import PlanRequest
-from quant_methods.writing import estimate, quantize_checkpoint
-from vllm_plugin.commands.common import AsJson, Model, err, gib, out
+from vllm_plugin.commands.common import SELF, AsJson, Model, err, gib, out
 from vllm_plugin.progress import bar
 
 
@@ -31,7 +26,7 @@ def quantize(
     ] = 128,
     symmetric: Annotated[bool, typer.Option(help="no zero points")] = False,
     format_name: Annotated[
-        str, typer.Option("--format", help=f"checkpoint format: {', '.join(FORMATS)}")
+        str, typer.Option("--format", help="checkpoint format: compressed-tensors, awq")
     ] = "compressed-tensors",
     calibration: Annotated[str, typer.Option(help="'self', or a .txt or .jsonl file")] = SELF,
     samples: Annotated[int, typer.Option(help="calibration sequences")] = 32,
@@ -48,6 +43,11 @@ def quantize(
 
     Example: vllm-compress quantize meta-llama/Llama-3.1-8B-Instruct --out llama-int4
     """
+    from quant_methods.calibration import CalibrationSettings
+    from quant_methods.checkpoint import Checkpoint, resolve
+    from quant_methods.planning import PlanRequest
+    from quant_methods.writing import estimate, quantize_checkpoint
+
     options: dict[str, Any] = {
         "group_size": group_size,
         "symmetric": symmetric,

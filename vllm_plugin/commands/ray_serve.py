@@ -17,9 +17,6 @@ from vllm_plugin.commands.common import (
     err,
     json_object,
 )
-from vllm_plugin.serving import llm_config
-from vllm_plugin.serving.cluster import running_app
-from vllm_plugin.settings import KEY
 
 
 def ray_serve(
@@ -59,6 +56,10 @@ def ray_serve(
     Example: vllm-compress ray-serve MODEL --quantization smoothquant_plus --policy snap_kv
     --keep 0.25
     """
+    from vllm_plugin.serving import llm_config
+    from vllm_plugin.serving.cluster import running_app
+    from vllm_plugin.settings import KEY
+
     others = json_object("--additional-config", additional_config)
     section = others.pop(KEY, {})
     if not isinstance(section, dict):

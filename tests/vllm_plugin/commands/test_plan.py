@@ -133,7 +133,37 @@ def test_all_problems_at_once(plan: Callable, demo_model: Path) -> None:
     assert code == 1 and "compress.kv" in text
     code, text = plan("nobody/has-this-model", "--gpu-memory", "80GiB", "--context", "4k")
     assert code == 1
-    assert "nothing is downloaded to plan" in text
+    assert "`plan` downloads nothing" in text
+
+
+@pytest.mark.parametrize("option", ["--gpu-memory", "--activation-memory"])
+def test_memory_needs_a_unit(plan: Callable, demo_model: Path, option: str) -> None:
+    given = {"--gpu-memory": "80GiB"} | {option: "80"}
+    code, text = plan(demo_model, "--context", "4k", *sum(given.items(), ()))
+    assert code == 1
+    assert f"error: {option} '80' has no unit; give one, such as 80GiB" in text
+
+
+def test_a_context_above_the_model_is_warned_of(plan: Callable, demo_model: Path) -> None:
+    memory = ("--gpu-memory", "4GiB")
+    _, text = plan(demo_model, *memory, "--context", "8192")
+    assert "Warning" not in text
+    _, text = plan(demo_model, *memory, "--context", "9000")
+    assert "Warning: --context 9,000 is more than the model's 8,192 positions" in text
+    _, text = plan(demo_model, *memory, "--context", "9000", "--json")
+    assert "warning: --context 9,000 is more" in text
+    assert json.loads(text.splitlines()[0])["context"] == 9000
+
+
+def test_memory_of_a_request_is_in_bytes(plan: Callable, demo_model: Path) -> None:
+    """Blocks of different sizes cannot be compared."""
+    options = ("--context", "4096", "--prompt", "4000", "--policy", "recent", "--keep", ".25")
+    arguments = (demo_model, "--gpu-memory", "4GiB", *options)
+    column = json.loads(plan(*arguments, "--json")[1])["with"]
+    _, text = plan(*arguments)
+    for name in ("peak", "decoding"):
+        size = column[f"{name}_blocks"] * column["block_bytes"] / 2**20
+        assert f" {size:,.1f} MiB" in text
 
 
 def _main() -> None:

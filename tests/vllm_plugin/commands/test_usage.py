@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `vllm-compress` makes of a wrong command line, and what its help costs."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import get_args
+
+import pytest
+import typer
+
+from vllm_plugin import cli
+
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process; its exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vllm-compress", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(caught.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("quantize M", "Missing option '--out' (see `vllm-compress quantize --help`)"),
+        ("quantize M --outt x", "No such option: --outt; did you mean '--out'?"),
+        ("--versionx", "No such option: --versionx; did you mean '--version'?"),
+        ("quantise M", "No such command 'quantise'. Did you mean 'quantize'?"),
+        ("nothing-like-it", "No such command 'nothing-like-it'"),
+        ("quantize M --out x --samples ten", "Invalid value for '--samples'"),
+        ("plan M --gpu-memory 1GiB --context 4k --packing x", "'--packing': 'x' is not one of"),
+        ("quantize M --out", "Option '--out' requires an argument"),
+        ("doctor M extra", "unexpected extra argument"),
+        ("methods --policy", "No such option: --policy"),
+    ],
+)
+def test_a_usage_error_is_one_line(run: Callable, line: str, expected: str) -> None:
+    code, out, err = run(*line.split())
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert expected in err
+
+
+def test_a_traceback_is_shown_on_request(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["vllm-compress", "quantize", "M", "--debug"])
+    with pytest.raises(Exception, match="Missing option '--out'"):
+        cli.main()
+
+
+def test_without_a_command_the_help_is_shown(run: Callable) -> None:
+    code, out, err = run()
+    assert (code, err) == (2, "")
+    assert all(name in out for name in COMMANDS)
+
+
+def test_version(run: Callable) -> None:
+    code, out, _ = run("--version")
+    assert code == 0
+    plugin, torch = version("vllm-compress-plugin"), version("torch")
+    assert out.startswith(f"vllm-compress-plugin {plugin}, vLLM 0.32.")
+    assert f"torch {torch}" in out
+
+
+def test_help_imports_nothing_large() -> None:
+    """In a process of its own: in this one torch is loaded."""
+    script = """if True:
+        import json, sys
+        from vllm_plugin import cli
+        for line in json.loads(sys.argv.pop()):
+            sys.argv[1:] = line
+            try:
+                cli.main()
+            except SystemExit as end:
+                assert not end.code, line
+        large = ("torch", "transformers", "vllm", "numpy", "ray", "matplotlib", "huggingface_hub")
+        print([name for name in large if name in sys.modules])
+    """
+    lines = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(lines)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: ") == 1 + len(COMMANDS)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_signatures_repeat_is_what_the_packages_say() -> None:
+    from quant_methods import formats, sizes
+    from quant_methods.calibration import SELF
+    from vllm_plugin.commands import common, plan, quantize
+
+    assert common.SELF == SELF
+    assert get_args(plan.Packing) == get_args(sizes.Packing)
+    listed = inspect.getsource(quantize.quantize)
+    assert f"checkpoint format: {', '.join(formats.FORMATS)}" in listed
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("vllm-compress cal", "calibrate-kv"), ("vllm-compress plan M --gpu-memory-", "utilization")],
+)
+def test_the_shell_completes(words: str, expected: str) -> None:
+    environment = {"_VLLM_COMPRESS_COMPLETE": "complete_bash", "COMP_WORDS": words}
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_plugin.cli"],
+        env=os.environ | environment | {"COMP_CWORD": str(len(words.split()) - 1)},
+        capture_output=True,
+        text=True,
+    )
+    assert expected in done.stdout, done.stderr

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progress of long steps: a bar on a terminal, a line now and then elsewhere."""
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from vllm_plugin.progress import bar, lines
+
+STEPS = """if True:
+    from vllm_plugin.progress import bar
+    with bar() as progress:
+        for done in range(1000):
+            progress("calibrate", done, 1000)
+        raise SystemExit("error: no space left")
+"""
+
+
+def test_a_log_gets_one_line_in_each_period(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = 0.0
+    progress = lines(now=lambda: seconds, period=30)
+    for seconds in range(100):
+        progress("calibrate", int(seconds), 100)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    expected = [f"calibrate: {done}/100" for done in (30, 60, 90)]
+    assert printed.err.splitlines() == expected
+
+
+def test_a_rank_without_progress_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = 0.0
+    progress = lines(disable=True, now=lambda: seconds, period=30)
+    seconds = 60
+    progress("calibrate", 1, 2)
+    with bar(disable=True) as progress:
+        progress("calibrate", 1, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_gets_no_carriage_return() -> None:
+    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True)
+    assert done.stderr == b"error: no space left\n"
+
+
+def test_on_a_terminal_an_error_starts_on_a_line_of_its_own() -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    process = subprocess.Popen([sys.executable, "-c", STEPS], stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 4096)
+        except OSError:  # the other side is closed
+            break
+    process.wait()
+    os.close(ours)
+    assert b"calibrate" in shown
+    *_, cleared, error = shown.decode().rstrip("\r\n").split("\r")
+    assert cleared.strip() == ""
+    assert error == "error: no space left"

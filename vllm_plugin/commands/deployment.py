@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many requests fit a device, without and with compression, from a config and headers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress_common.errors import CompressError, joined, nearest
+from kv_policies.layout.base import Layout
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.local import local_folder, text_config
+from quant_methods.registry import methods
+from quant_methods.sizes import Packing
+from vllm_plugin.capacity import (
+    Footprint,
+    Group,
+    activation_allowance,
+    block_bytes,
+    groups_of,
+    kv_footprint,
+    layer_token_bytes,
+    request_blocks,
+    weight_footprint,
+)
+from vllm_plugin.commands.common import Problems
+from vllm_plugin.kv_cache.budget import layouts_of
+from vllm_plugin.settings import Settings, parse_settings
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a deployment, in tokens.
+
+    Attributes:
+        context: tokens of a request when it ends.
+        prompt: how many of them are prompt.
+        block_size: tokens per block of the KV cache.
+        batch: tokens per step, at most.
+    """
+
+    context: int
+    prompt: int
+    block_size: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one deployment takes, in bytes and blocks, and how many requests it serves at once."""
+
+    weights: int
+    kv_bytes_per_token: int
+    kv_memory: int
+    block_bytes: int
+    blocks: int
+    peak_blocks: int
+    decoding_blocks: int
+    requests: int
+    requests_one_in_prefill: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """KV memory of a request at its peak."""
+        return self.peak_blocks * self.block_bytes
+
+    @property
+    def decoding_bytes(self) -> int:
+        """KV memory of a request while it decodes, at most."""
+        return self.decoding_blocks * self.block_bytes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A deployment without and with compression.
+
+    Attributes:
+        activation_memory: bytes set aside for activations and graphs.
+        model_length: tokens that the model has positions for; None: its config does not say.
+    """
+
+    without: Column
+    compressed: Column
+    activation_memory: int
+    model_length: int | None
+
+
+def compare(
+    model: str,
+    load: Load,
+    memory: int,
+    *,
+    quantization: str | None,
+    additional_config: Mapping[str, Any],
+    packing: Packing,
+    activation_memory: int | None,
+    problems: Problems,
+) -> Comparison:
+    """Compare a deployment without and with compression.
+
+    Args:
+        model: a folder, or a hub id whose files are on this machine.
+        load: the requests.
+        memory: bytes that vLLM may use.
+        quantization: a weight method of this plugin, or None.
+        additional_config: as for ``vllm serve``.
+        packing: how kernels hold int4 weights.
+        activation_memory: bytes to set aside for activations; None: an estimate.
+        problems: what was found so far; what is found here is added.
+
+    Raises:
+        CompressError: lists all of ``problems``, if there are any.
+    """
+    settings = problems.collect(lambda: parse_settings(additional_config))
+    folder = problems.collect(lambda: _folder(model))
+    config = problems.collect(lambda: text_config(folder)) if folder else None
+    weights = layouts = each = None
+    if folder is not None and config is not None and settings is not None:
+        weights = problems.collect(lambda: _weights(folder, quantization, settings, packing))
+        layouts = problems.collect(lambda: _layouts(settings, load.block_size, model, config))
+        each = problems.collect(lambda: layer_token_bytes(config, torch.bfloat16))
+    if problems.found or weights is None or each is None:
+        raise joined(problems.found)
+
+    aside = activation_memory
+    if aside is None:
+        aside = activation_allowance(config, load.batch)
+    kv = kv_footprint(config, torch.bfloat16, "auto", layouts)
+    without, compressed = (
+        _column(groups_of(config, chosen), load, memory - aside, taken, per_token, each)
+        for chosen, taken, per_token in (
+            (None, weights.original, kv.original),
+            (layouts, weights.compressed, kv.compressed),
+        )
+    )
+    length = getattr(config, "max_position_embeddings", None)
+    return Comparison(without, compressed, aside, length)
+
+
+def _column(
+    groups: list[Group], load: Load, room: int, weights: int, per_token: int, each: int
+) -> Column:
+    """room: bytes for weights and KV. each: KV bytes of one token in one layer."""
+    page = block_bytes(groups, load.block_size, each)
+    need = request_blocks(groups, load.block_size, load.context, load.prompt, load.batch)
+    blocks = max(0, room - weights) // page
+    return Column(
+        weights=weights,
+        kv_bytes_per_token=per_token,
+        kv_memory=max(0, room - weights),
+        block_bytes=page,
+        blocks=blocks,
+        peak_blocks=need.peak,
+        decoding_blocks=need.decoding,
+        requests=need.all_decoding(blocks),
+        requests_one_in_prefill=need.one_in_prefill(blocks),
+    )
+
+
+def _folder(model: str) -> Path:
+    folder = local_folder(model)
+    if folder is None:
+        raise CompressError(
+            f"{model} is not on this machine, and `plan` downloads nothing; give a folder, or "
+            f"fetch it first: hf download {model}"
+        )
+    Checkpoint(folder)  # raises when its files are wrong
+    return folder
+
+
+def _weights(
+    folder: Path, quantization: str | None, settings: Settings, packing: Packing
+) -> Footprint:
+    if quantization is not None and quantization not in methods():
+        hint = nearest(quantization, methods())
+        raise CompressError(
+            f"--quantization {quantization!r} is not a method of this plugin{hint} "
+            f"(valid: {', '.join(sorted(methods()))})"
+        )
+    found = weight_footprint(folder, quantization, settings.weights, packing=packing)
+    if found is None:
+        raise CompressError(
+            f"{folder} was quantized by another tool, so its 16-bit size is unknown; give the "
+            "original checkpoint"
+        )
+    return found
+
+
+def _layouts(
+    settings: Settings, block_size: int, model: str, config: Any
+) -> Mapping[int, Layout] | None:
+    if settings.kv is None:
+        return None
+    settings.kv.build()
+    return layouts_of(settings.kv, block_size, model, config)
