@@ -3,8 +3,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# For recipes that run the environment's programs: some of them look for others beside them on PATH,
+# such as torch for ninja. Not for all of make, since `setup` must not run in the environment.
+ACTIVATE := export PATH="$(CURDIR)/$(BIN):$$PATH" &&
 
-# What `make serve` serves. An empty MODEL is the demo model, an empty QUANT means unquantised.
+# What `make serve` serves. An empty MODEL is the demo model, an empty QUANT means 16 bits.
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?=
@@ -29,21 +32,21 @@ serve: setup  ## start an OpenAI-compatible server with a compressed model
 # The demo model runs eagerly, because compiling takes a minute and gains it nothing, and in little
 # memory: 1 GiB of KV cache on CPU, and no claim on the 92 % that vLLM would want to find free.
 ifeq ($(strip $(MODEL)),)
-	@model=$$($(BIN)/python -m vllm_plugin.demo_model) && \
+	@$(ACTIVATE) model=$$($(BIN)/python -m vllm_plugin.demo_model) && \
 	export VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} && \
 	exec $(BIN)/vllm serve "$$model" --served-model-name smollm2-135m --max-model-len 2048 \
 	    --enforce-eager --gpu-memory-utilization 0.4 \
 	    --host $(HOST) --port $(PORT) $(CHECKED) $(if $(QUANT),--quantization $(QUANT)) $(ARGS)
 else
-	@exec $(BIN)/vllm serve "$(MODEL)" \
+	@$(ACTIVATE) exec $(BIN)/vllm serve "$(MODEL)" \
 	    --host $(HOST) --port $(PORT) $(CHECKED) $(if $(QUANT),--quantization $(QUANT)) $(ARGS)
 endif
 
 test: setup  ## run the fast tests
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(ACTIVATE) $(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: setup  ## run the slow tests: servers, whole models
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(ACTIVATE) $(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(BIN)/ruff  ## check style, types and spelling, as pre-commit does
 	$(BIN)/ruff check .

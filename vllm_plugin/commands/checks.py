@@ -4,11 +4,12 @@
 import inspect
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
-from itertools import groupby
 from pkgutil import resolve_name
+from typing import Literal
 
 import vllm
 from packaging.requirements import Requirement
@@ -26,7 +27,7 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from quant_methods.architecture import GATE_UP, QKV, ROW_PARALLEL, linear_shapes
 from vllm_plugin import SUPPORTED_VLLM
-from vllm_plugin.kv_cache.latent_cpu_build import why_not
+from vllm_plugin.kv_cache.latent_cpu_build import latent_reader
 from vllm_plugin.quantization.config import CONFIGS, SmoothQuantPlusConfig
 from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
 from vllm_plugin.self_check import layouts, table
@@ -85,11 +86,25 @@ SEAMS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. ok: nothing to do about it."""
+    """One thing that was looked at.
+
+    Attributes:
+        ok: an engine can use it.
+        found: one line; what to change, if it is not ok or slow.
+        slow: it works, several times slower than it could on this machine.
+    """
 
     name: str
     ok: bool
     found: str
+    slow: bool = False
+
+    @property
+    def status(self) -> Literal["ok", "slow", "problem"]:
+        """One word for it."""
+        if not self.ok:
+            return "problem"
+        return "slow" if self.slow else "ok"
 
 
 def installation() -> list[Check]:
@@ -135,7 +150,7 @@ def model_checks(args: EngineArgs) -> list[Check]:
         Check("block size", True, f"{config.cache_config.block_size} tokens"),
         _guarded("attention", lambda: _attention(config)),
         *(_guarded(f"kernel of {kind}", choose) for kind, choose in _kernels(config)),
-        *(Check("latents", True, found) for found in _latents(config, settings)),
+        *_latents(config, settings),
         *(Check(name, True, found) for name, found in table(config, settings)),
         *(Check(name, True, found) for name, found in _shares(config, settings)),
     ]
@@ -218,11 +233,11 @@ def _attention(config: VllmConfig) -> str:
     return str(backend.get_name())
 
 
-def _latents(config: VllmConfig, settings: Settings) -> Iterator[str]:
+def _latents(config: VllmConfig, settings: Settings) -> Iterator[Check]:
     """What reads latents on a CPU; compiles the kernel."""
     if settings.kv is not None and settings.kv.latents and current_platform.is_cpu():
-        reason = why_not(config.model_config.dtype)
-        yield f"read by torch, slowly: {reason}" if reason else "read by the kernel for CPUs"
+        reader = latent_reader(config.model_config.dtype)
+        yield Check("latents", True, reader.text, slow=reader.status == "slow")
 
 
 def _kernels(config: VllmConfig) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -264,11 +279,21 @@ def _kernel(layer: MPLinearLayerConfig, quant: SmoothQuantPlusConfig) -> str:
 
 
 def _shares(config: VllmConfig, settings: Settings) -> Iterator[tuple[str, str]]:
-    """Runs of layers that keep the same share."""
+    """Each share of the KV cache, and the layers that keep it."""
     chosen = layouts(config, settings) or {}
-    for keep, run in groupby(chosen.items(), key=lambda item: item[1].share):
-        indices = [layer for layer, _ in run]
-        name = (
-            f"layers {indices[0]} to {indices[-1]}" if len(indices) > 1 else f"layer {indices[0]}"
-        )
-        yield name, f"keep {float(keep):.3f} of their KV cache"
+    layers: dict[Fraction, list[int]] = {}
+    for layer, layout in chosen.items():
+        layers.setdefault(layout.share, []).append(layer)
+    for keep, indices in sorted(layers.items()):
+        yield f"keep {float(keep):.3f}", f"layer{'s' if len(indices) > 1 else ''} {ranges(indices)}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending integers as text: ``0 to 3, 7, 9 to 11``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

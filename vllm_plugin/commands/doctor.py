@@ -4,7 +4,7 @@
 import json
 import os
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -22,6 +22,11 @@ from vllm_plugin.commands.common import (
     out,
 )
 
+if TYPE_CHECKING:
+    from vllm_plugin.commands.checks import Check
+
+_COLORS = {"ok": "green", "slow": "yellow", "problem": "red"}
+
 
 def doctor(
     model: Annotated[str | None, typer.Argument(help="a model folder or hub id")] = None,
@@ -37,7 +42,7 @@ def doctor(
 ) -> None:
     """Check the installation and, with a model, what an engine would refuse or choose.
 
-    Loads no weights. Exits with 1 if anything is wrong.
+    Loads no weights. Exits with 1 if there is a problem. What works but is slow is no problem.
 
     Example: vllm-compress doctor MODEL --quantization smoothquant_plus --policy snap_kv --keep 0.25
     """
@@ -60,16 +65,24 @@ def doctor(
                 tensor_parallel_size=tensor_parallel_size,
             )
         )
-    wrong = [check for check in checks if not check.ok]
+    well = all(check.ok for check in checks)
     if as_json:
-        print(json.dumps({"ok": not wrong, "checks": [asdict(check) for check in checks]}))
+        print(json.dumps({"ok": well, "checks": [asdict(check) for check in checks]}))
     else:
-        table = Table("check", "", "found")
-        for check in checks:
-            state = Text("ok", "green") if check.ok else Text("problem", "red")
-            table.add_row(Text(check.name), state, Text(check.found))
-        out.print(table)
-        for check in wrong:
-            out.print(f"{check.name}: {check.found}", markup=False, highlight=False, soft_wrap=True)
-    if wrong:
+        show(checks)
+    if not well:
         raise typer.Exit(1)
+
+
+def show(checks: list["Check"]) -> None:
+    """Print a table, and below it once more, whole and ready to be copied, what is not ok."""
+    table = Table("check", "", "found")
+    for check in checks:
+        state = Text(check.status, _COLORS[check.status])
+        table.add_row(Text(check.name), state, Text(check.found))
+    out.print(table)
+    for status in ("slow", "problem"):
+        for check in checks:
+            if check.status == status:
+                text = f"{status}: {check.name}: {check.found}"
+                out.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -12,23 +12,36 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from vllm.engine.arg_utils import EngineArgs
 
 from quant_methods.planning import PlanRequest
 from quant_methods.writing import quantize_checkpoint
 from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
 from vllm_plugin.cli import main
-from vllm_plugin.commands.checks import SEAMS, broken_seams, installation, model_checks
+from vllm_plugin.commands.checks import (
+    SEAMS,
+    Check,
+    broken_seams,
+    installation,
+    model_checks,
+    ranges,
+)
+from vllm_plugin.commands.doctor import show
 
 SNAP = {"policy": "snap_kv", "keep": 0.25}
 
 
-def checks(model: Path, kv: dict[str, Any] | None = None, **engine: Any) -> dict[str, str]:
-    """What was found, by name; all of it must be well."""
+def checks(
+    model: Path, kv: dict[str, Any] | None = None, slow: tuple[str, ...] = (), **engine: Any
+) -> dict[str, str]:
+    """What was found, by name. All of it must be ok, but for what must be ``slow``."""
     installation()  # loads the plugin
     config = {"compress": {"kv": kv}} if kv else {}
     found = model_checks(EngineArgs(model=str(model), additional_config=config, **engine))
-    assert all(check.ok for check in found), found
+    assert {check.status for check in found if check.name not in slow} == {"ok"}, found
+    assert all(check.status == "slow" for check in found if check.name in slow)
     return {check.name: check.found for check in found}
 
 
@@ -65,7 +78,7 @@ def test_a_compressed_model(demo_model: Path) -> None:
     assert found["weights"].startswith("smoothquant_plus, 256.6 -> 1")
     assert found["KV bytes a token"] == "23,040 -> 5,760 (0.250)"
     assert found["compacted"].startswith("prompts from 128 tokens on")
-    assert found["layers 0 to 29"].startswith("keep 0.250")
+    assert found["keep 0.250"] == "layers 0 to 29"
 
 
 @pytest.mark.parametrize(
@@ -74,10 +87,26 @@ def test_a_compressed_model(demo_model: Path) -> None:
 )
 def test_what_reads_latents(demo_model: Path, tmp_path: Path, dtype: str, reader: str) -> None:
     bases = save_bases(demo_model, tmp_path / "kv.safetensors", Fraction(4, 5))
-    found = checks(demo_model, {"policy": "cskv", "bases": str(bases)}, dtype=dtype)
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         reader = "torch, slowly: "
+    slow = ("latents",) if reader.startswith("torch") else ()
+    found = checks(demo_model, {"policy": "cskv", "bases": str(bases)}, slow, dtype=dtype)
     assert found["latents"].startswith(f"read by {reader}")
+
+
+def test_what_is_slow_is_told_and_is_no_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "read by torch, slowly: no C++ compiler; install g++"
+    show([Check("vLLM", True, "0.32.0"), Check("latents", True, reason, slow=True)])
+    assert capsys.readouterr().out.splitlines()[-1] == f"slow: latents: {reason}"
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_ranges_name_each_layer_once(layers: set[int]) -> None:
+    told: list[int] = []
+    for part in filter(None, ranges(sorted(layers)).split(", ")):
+        first, _, last = part.partition(" to ")
+        told += range(int(first), int(last or first) + 1)
+    assert told == sorted(layers)
 
 
 def test_levels_of_a_profile_and_what_is_left_alone(
@@ -87,8 +116,8 @@ def test_levels_of_a_profile_and_what_is_left_alone(
     model = tiny_model("gemma3", num_hidden_layers=4, layer_types=kinds)
     profile = save_profile(model, tmp_path / "kv.json", Fraction(1, 2), 2)
     found = checks(model, {"policy": "prefix_kv", "profile": str(profile)})
-    assert found["layer 1"].startswith("keep 0.250")
-    assert found["layer 3"].startswith("keep 0.750")
+    assert found["keep 0.250"] == "layer 1"
+    assert found["keep 0.750"] == "layer 3"
     assert found["KV cache"].startswith("prefix_kv, 2 of 4 layers")
     assert found["weights"].startswith("not compressed, ")
 
@@ -112,7 +141,7 @@ def test_a_model_that_would_be_refused(
         main()
     assert caught.value.code == 1
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("engine arguments: ") and "did you mean 'snap_kv'?" in last
+    assert last.startswith("problem: engine arguments: ") and "did you mean 'snap_kv'?" in last
 
 
 def test_an_installation_without_the_plugin(demo_model: Path) -> None:
