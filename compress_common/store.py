@@ -18,12 +18,14 @@ from compress_common.store_entry import Entry, trusted
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM only shows loggers below its own
 
 
-def digest(*parts: bytes | str) -> str:
+def digest(*parts: bytes | memoryview | str) -> str:
     """Return a key: the hex SHA-256 of the parts. Different parts give different keys."""
     total = sha256()
     for part in parts:
         content = part.encode() if isinstance(part, str) else part
-        total.update(len(content).to_bytes(8, "big"))  # or ("ab", "c") would equal ("a", "bc")
+        total.update(
+            memoryview(content).nbytes.to_bytes(8, "big")
+        )  # or ("ab", "c") would equal ("a", "bc")
         total.update(content)
     return total.hexdigest()
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from compress_common.errors import CompressError
-from kv_policies.budget.profile import ModelFingerprint
+from kv_policies.model_file import ModelFingerprint
 from quant_methods.architecture import QKV
 from quant_methods.checkpoint import Checkpoint
 

@@ -1,64 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The profile: per-layer fractions of one model in a small versioned JSON file."""
+"""The profile: the share of the KV cache that each layer of a model keeps, in a small JSON file."""
 
 import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
-from compress_common.errors import CompressError, explain, joined
+from compress_common.errors import CompressError, joined
 from kv_policies.budget.levels import Levels, exact, quantise
+from kv_policies.model_file import ModelFile, ModelFingerprint, Strict
 
 SCHEMA: Final = "vllm-compress/kv-profile"
-VERSION: Final = 1
+VERSION: Final = 2
 
-# In JSON "137/1000": exact, and readable. Numbers are accepted, as they are typed.
+# In JSON "137/1000": exact and readable. Numbers are accepted too.
 Share = Annotated[
     Fraction, BeforeValidator(exact), PlainSerializer(str, return_type=str, when_used="json")
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-class ModelFingerprint(_Strict):
-    """What makes two models the same to a profile: their shape, and the attention they were
-    trained to. Weights of a fine-tune may differ; ``name`` is for people and is not compared.
-    """
-
-    name: str
-    architecture: str = Field(description="class name, such as LlamaForCausalLM")
-    num_hidden_layers: int = Field(ge=1)
-    hidden_size: int = Field(ge=1)
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
-
-    def differences(self, other: "ModelFingerprint") -> list[str]:
-        """One line per field in which ``other`` is another model."""
-        return [
-            f"{field} is {getattr(self, field)!r} in the file, {getattr(other, field)!r} in the "
-            "model"
-            for field in type(self).model_fields
-            if field != "name" and getattr(self, field) != getattr(other, field)
-        ]
-
-
-class Provenance(_Strict):
-    """Where the figures come from."""
+class Provenance(Strict):
+    """Where the shares come from."""
 
     tool_version: str
     created: str = Field(description="date and time, ISO 8601")
@@ -72,19 +37,24 @@ class Provenance(_Strict):
     )
 
 
-class Profile(_Strict):
-    """Per-layer keep fractions of one model for one budget.
+class Profile(ModelFile):
+    """The share of its tokens that each layer of one model keeps, for one budget.
 
-    fractions: the share each compressed layer keeps, before it is cut into levels; their mean is
-        ``keep``, exactly.
-    layers: index in the model of each compressed layer, ascending. Sliding-window layers and
-        others that are left alone are not in it.
-    levels: number of levels that the engine cuts the fractions into.
+    Weights are not compared: a profile also serves a fine-tune of its model.
+
+    Attributes:
+        keep: Mean of ``fractions``, exactly.
+        levels: Number of different shares that the engine serves.
+        layers: Index in the model of each compressed layer, ascending. Layers that are left alone,
+            such as those with a sliding window, are not in it.
+        fractions: Share of each of ``layers``, before it is cut into levels.
     """
 
+    noun: ClassVar[str] = "profile"
+    command: ClassVar[str] = "profile {} --keep KEEP"
+
     schema_name: Literal["vllm-compress/kv-profile"] = Field(SCHEMA, alias="schema")
-    version: Literal[1] = VERSION
-    model: ModelFingerprint
+    version: Literal[2] = VERSION
     keep: Share
     levels: int = Field(ge=1, le=8)
     layers: tuple[int, ...]
@@ -115,71 +85,55 @@ class Profile(_Strict):
             raise ValueError("; ".join(problems))
         return self
 
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The layers that the profile covers."""
+        return self.layers
+
     def cut(self, levels: int | None = None) -> Levels:
-        """The fractions cut into levels, in the order of ``layers``: the profile's own number,
-        or another."""
+        """Return the fractions cut into levels, in the order of ``layers``.
+
+        Args:
+            levels: How many; None: as many as the profile says.
+        """
         return quantise(self.fractions, levels or self.levels)
 
-    def mismatches(self, model: ModelFingerprint, layers: Sequence[int]) -> list[str]:
-        """Why the profile cannot serve this model, whose compressible layers are ``layers``."""
-        problems = self.model.differences(model)
-        if not problems and tuple(layers) != self.layers:
-            problems.append(
-                f"compresses layers {_ranges(self.layers)}, the engine can compress "
-                f"{_ranges(layers)}"
-            )
-        return problems
-
     def save(self, path: str | Path) -> None:
-        """Write the profile; the same profile is the same bytes."""
-        text = self.model_dump_json(by_alias=True, indent=2)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        """Write the profile. The same profile is the same bytes."""
+        Path(path).write_text(self.text(indent=2) + "\n", encoding="utf-8")
 
 
 def load(
     path: str | Path, model: ModelFingerprint | None = None, layers: Sequence[int] | None = None
 ) -> Profile:
-    """Read and check a profile; with ``model``, also that it was made for it.
+    """Read and check a profile.
 
-    layers: the model's layers that the engine can compress; None: all of them. CompressError lists
-    everything that is wrong.
+    Args:
+        path: The JSON file.
+        model: The model to be served; None: the profile is not compared with one.
+        layers: The model's layers that the engine can compress; None: all.
+
+    Raises:
+        CompressError: Everything that is wrong with the file.
     """
-    again = f"make one with `vllm-compress profile {model.name if model else 'MODEL'} --keep KEEP`"
+    remedy = Profile.remedy(model)
     try:
         content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise CompressError(
-            f"cannot read the profile {path}: {error.strerror or error}; {again}"
+            f"cannot read the profile {path}: {error.strerror or error}; {remedy}"
         ) from error
-    except ValueError as error:  # of JSON, or of the encoding
-        raise CompressError(f"the profile {path} is not JSON ({error}); {again}") from error
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise CompressError(f"{path} is not a KV profile (schema {SCHEMA!r}); {again}")
-    if content.get("version") != VERSION:
-        raise CompressError(
-            f"the profile {path} has version {content.get('version')!r}, this plugin reads version "
-            f"{VERSION}; {again}"
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise CompressError(f"the profile {path} is not JSON ({error}); {remedy}") from error
+    profile, told = Profile.parse(content, path, model)
+    problems = []
+    if told not in (None, profile.digest()):
+        problems.append(
+            "was changed after it was written (its sha256 is another); to serve it as edited, set "
+            '"sha256" to null'
         )
-    try:
-        profile = Profile.model_validate(content)
-    except ValidationError as error:
-        names = [field.alias or name for name, field in Profile.model_fields.items()]
-        raise joined(explain(error, str(path), names)) from error
     if model is not None:
-        depth = range(model.num_hidden_layers)
-        problems = profile.mismatches(model, depth if layers is None else layers)
-        if problems:
-            where = f"the profile {path} is of {profile.model.name}, not of {model.name}"
-            raise joined([f"{where}: {problem}; {again}" for problem in problems])
+        problems += profile.mismatches(model, layers)
+    if problems:
+        raise joined([f"the profile {path} {problem}; or {remedy}" for problem in problems])
     return profile
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """``0-4, 6``: short for a list of layers."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"

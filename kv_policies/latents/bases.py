@@ -2,21 +2,20 @@
 """The bases: low-rank factors of one model's keys and values, in one versioned safetensors file."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from compress_common.errors import CompressError, explain, joined
-from kv_policies.budget.profile import ModelFingerprint
-from kv_policies.latents.bases_header import SCHEMA, SIDES, VERSION, Header, Side
+from compress_common.errors import CompressError, joined
+from kv_policies.latents.bases_header import SIDES, Header, Side
 from kv_policies.latents.low_rank import Factor
+from kv_policies.model_file import ModelFingerprint
 
 _HEADER: Final = "vllm-compress"  # the key in the file's metadata
 
@@ -49,15 +48,15 @@ class Bases:
         return self.factors[layer, side]
 
     def save(self, path: str | Path) -> None:
-        """Write the file; the same bases are the same bytes."""
+        """Write the file. The same bases are the same bytes."""
         tensors = {
             f"layers.{layer}.{side}.{part}": tensor
             for (layer, side), factor in self.factors.items()
             for part, tensor in vars(factor).items()
         }
-        metadata = {_HEADER: self.header.model_dump_json(by_alias=True)}
-        # Not ``save_file``: what it writes is for its owner's eyes only, whatever the umask.
-        Path(path).write_bytes(save(tensors, metadata))
+        header = self.header.text(_contents(tensors))
+        # Not ``save_file``: it writes files that only their owner can read, whatever the umask.
+        Path(path).write_bytes(save(tensors, {_HEADER: header}))
 
     @classmethod
     def load(
@@ -67,29 +66,43 @@ class Bases:
         layers: Sequence[int] | None = None,
         weights: str | None = None,
     ) -> "Bases":
-        """Read and check bases; with ``model``, also that they were made for it.
+        """Read and check bases, to the last byte.
 
-        layers: those that the engine can compress; None: all of the model's. weights: digest of the
-        model's, as in the header; None: not compared. CompressError lists everything wrong.
+        Args:
+            path: The safetensors file.
+            model: The model to be served; None: the bases are not compared with one.
+            layers: The model's layers that the engine can compress; None: all.
+            weights: Digest of the model's weights, as in the header; None: not compared.
+
+        Raises:
+            CompressError: Everything that is wrong with the file.
         """
-        name = model.name if model else "MODEL"
-        again = f"make it with `vllm-compress calibrate-kv {name} --ratio RATIO`"
+        remedy = Header.remedy(model)
         try:
             with safe_open(path, framework="pt") as opened:
-                header = _header(path, (opened.metadata() or {}).get(_HEADER), again)
+                header, told = Header.parse(
+                    _json((opened.metadata() or {}).get(_HEADER)), path, model
+                )
                 names = list(opened.keys())
                 tensors = {name: opened.get_tensor(name) for name in names}
         except OSError as error:
-            raise CompressError(f"cannot read the bases {path}: {error}; {again}") from error
+            raise CompressError(f"cannot read the bases {path}: {error}; {remedy}") from error
         except SafetensorError as error:
             raise CompressError(
-                f"{path} is damaged, cut short or not safetensors ({error}); {again}"
+                f"{path} is damaged, cut short or not safetensors ({error}); {remedy}"
             ) from error
         problems = _tensor_problems(header, tensors)
+        if not problems and told != header.digest(_contents(tensors)):
+            problems.append("was changed after it was written: its sha256 is another")
         if model is not None:
-            problems += _model_problems(header, model, layers, weights)
+            problems += header.mismatches(model, layers)
+            if weights not in (None, header.weights) and not header.model.differences(model):
+                problems.append(
+                    f"is made for {header.model.name}, not for {model.name}: their weights differ "
+                    "(a fine-tune?)"
+                )
         if problems:
-            raise joined([f"the bases {path}: {problem}; {again}" for problem in problems])
+            raise joined([f"the bases file {path} {problem}; {remedy}" for problem in problems])
         factors = {
             (row.layer, side): Factor(
                 *(tensors[f"layers.{row.layer}.{side}.{p}"] for p in ("encode", "decode", "mean"))
@@ -100,23 +113,18 @@ class Bases:
         return cls(header, factors)
 
 
-def _header(path: str | Path, text: str | None, again: str) -> Header:
+def _json(text: str | None) -> object:
     try:
-        content: Any = json.loads(text or "null")
+        return json.loads(text or "null")
     except ValueError:
-        content = None
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise CompressError(f"{path} is not a file of KV bases (schema {SCHEMA!r}); {again}")
-    if content.get("version") != VERSION:
-        raise CompressError(
-            f"the bases {path} have version {content.get('version')!r}, this plugin reads version "
-            f"{VERSION}; {again}"
-        )
-    try:
-        return Header.model_validate(content)
-    except ValidationError as error:
-        names = [field.alias or name for name, field in Header.model_fields.items()]
-        raise joined([f"{p}; {again}" for p in explain(error, str(path), names)]) from error
+        return None
+
+
+def _contents(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """Names and bytes of the tensors, in one order. The header says their shapes and type."""
+    for name in sorted(tensors):
+        yield name.encode()
+        yield tensors[name].contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _tensor_problems(header: Header, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -131,32 +139,14 @@ def _tensor_problems(header: Header, tensors: Mapping[str, torch.Tensor]) -> lis
         if found.shape != shape or found.dtype != torch.float32:
             kind = str(found.dtype).removeprefix("torch.")
             problems.append(
-                f"{name} is {kind} {list(found.shape)}, its header says float32 {list(shape)}"
+                f"has {name} as {kind} {list(found.shape)}, its header says float32 {list(shape)}"
             )
         elif not bool(torch.isfinite(found).all()):
-            problems.append(f"{name} has NaN or infinity")
-    return problems
-
-
-def _model_problems(
-    header: Header, model: ModelFingerprint, layers: Sequence[int] | None, weights: str | None
-) -> list[str]:
-    of = f"made for {header.model.name}, not for {model.name}"
-    if differences := header.model.differences(model):
-        return [f"{of}: {difference}" for difference in differences]
-    problems = []
-    wanted = set(range(model.num_hidden_layers) if layers is None else layers)
-    found = {row.layer for row in header.layers}
-    if missing := wanted - found:
-        problems.append(f"lack layers {sorted(missing)}, which the engine compresses")
-    if extra := found - wanted:
-        problems.append(f"have layers {sorted(extra)}, which the engine cannot compress")
-    if weights is not None and weights != header.weights:
-        problems.append(f"{of}: its key and value projections are others (a fine-tune?)")
+            problems.append(f"has NaN or infinity in {name}")
     return problems
 
 
 def _few(names: Iterable[str]) -> str:
-    """``6 tensors: a, b, c, ...``"""
+    """Return a short text for a list of names: ``6 tensors: a, b, c, ...``."""
     ordered = sorted(names)
     return f"{len(ordered)} tensors: {', '.join(ordered[:3])}{', ...' if len(ordered) > 3 else ''}"

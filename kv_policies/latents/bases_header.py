@@ -3,22 +3,15 @@
 
 import math
 from fractions import Fraction
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from compress_common.errors import CompressError
-from kv_policies.budget.profile import ModelFingerprint
+from kv_policies.model_file import ModelFile, Strict
 
 SCHEMA: Final = "vllm-compress/kv-bases"
-VERSION: Final = 1
+VERSION: Final = 2
 
 # Of the numbers that a ratio allows: less than that is another ratio.
 _LEAST: Final = Fraction(3, 4)
@@ -51,11 +44,7 @@ Ratio = Annotated[
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-class Calibration(_Strict):
+class Calibration(Strict):
     """Where the bases come from."""
 
     tool_version: str
@@ -66,7 +55,7 @@ class Calibration(_Strict):
     sample_tokens: int = Field(ge=1)
 
 
-class Layer(_Strict):
+class Layer(Strict):
     """One layer: its ranks, and the share of energy lost on the calibration text."""
 
     layer: int = Field(ge=0)
@@ -76,7 +65,7 @@ class Layer(_Strict):
     value_error: float
 
 
-class Header(_Strict):
+class Header(ModelFile):
     """What is known of the bases without their tensors.
 
     weights: SHA-256 of the key and value projections of the first and the last layer.
@@ -84,15 +73,22 @@ class Header(_Strict):
     layers: ascending; sliding-window layers and others that are left alone are not in it.
     """
 
+    noun: ClassVar[str] = "bases"
+    command: ClassVar[str] = "calibrate-kv {} --ratio RATIO"
+
     schema_name: Literal["vllm-compress/kv-bases"] = Field(SCHEMA, alias="schema")
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     method: Literal["cskv"] = "cskv"
-    model: ModelFingerprint
     weights: str
     ratio: Ratio
     objective: Objective
     layers: tuple[Layer, ...] = Field(min_length=1)
     calibration: Calibration
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The layers that the bases cover."""
+        return tuple(row.layer for row in self.layers)
 
     @property
     def features(self) -> int:

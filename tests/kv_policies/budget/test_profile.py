@@ -2,12 +2,14 @@
 import json
 from fractions import Fraction
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from compress_common.errors import CompressError
-from kv_policies.budget.profile import ModelFingerprint, Profile, Provenance, load
+from kv_policies.budget.profile import Profile, Provenance, load
+from kv_policies.model_file import ModelFingerprint
 
 MODEL = ModelFingerprint(
     name="tiny",
@@ -49,8 +51,49 @@ def test_round_trip_is_exact_and_stable(tmp_path: Path) -> None:
     again.save(path)
     assert path.read_bytes() == first
     content = json.loads(first)
-    assert content["schema"] == "vllm-compress/kv-profile" and content["version"] == 1
+    assert content["schema"] == "vllm-compress/kv-profile" and content["version"] == 2
     assert content["keep"] == "1/4" and content["fractions"][4] == "1/20"
+
+
+def test_an_edited_profile_is_refused_unless_it_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    profile().save(path)
+    content = json.loads(path.read_text())
+    content["fractions"][:2] = ["1/2", "1/2"]  # the same mean: nothing else would notice
+    for digest in (content["sha256"], "", 1):
+        path.write_text(json.dumps(content | {"sha256": digest}))
+        with pytest.raises(CompressError, match='was changed.*set "sha256" to null; or make it'):
+            load(path)
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(CompressError, match="was changed"):
+        load(path)
+    path.write_text(json.dumps(content | {"sha256": None}))
+    assert load(path).fractions[:2] == (Fraction(1, 2), Fraction(1, 2))
+
+
+def test_a_byte_that_changes_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    profile().save(path)
+    whole, random = path.read_bytes(), Random(0)
+    for at in range(len(whole)):
+        path.write_bytes(
+            whole[:at] + bytes([whole[at] ^ 1 << random.randrange(8)]) + whole[at + 1 :]
+        )
+        try:
+            found = load(path)
+        except CompressError:
+            continue
+        assert found == profile(), "only what means the same, such as a space, may differ"
+
+
+def test_a_profile_may_be_written_otherwise(tmp_path: Path) -> None:
+    """The digest is of what a profile says, not of spaces and the order of keys."""
+    path = tmp_path / "p.json"
+    profile().save(path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content, sort_keys=True).replace('"1/4"', "0.25"))
+    assert load(path) == profile()
 
 
 def test_cut_keeps_the_budget() -> None:
@@ -72,7 +115,7 @@ def test_another_model_is_refused_with_every_difference(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "2 problems" in text and "num_hidden_layers is 6" in text and "head_dim is 16" in text
     assert "vllm-compress profile big" in text
-    with pytest.raises(CompressError, match="layers 0-5, the engine can compress 0-1, 5"):
+    with pytest.raises(CompressError, match="layers 0-5, the engine compresses 0-1, 5"):
         load(path, MODEL, layers=[0, 1, 5])
 
 
@@ -113,7 +156,7 @@ def test_files_that_are_no_profile(tmp_path: Path) -> None:
     for content, message in (
         ("{", "is not JSON"),
         ("[]", "not a KV profile"),
-        ('{"schema": "vllm-compress/kv-profile", "version": 2}', "reads version 1"),
+        ('{"schema": "vllm-compress/kv-profile", "version": 1}', "reads version 2"),
     ):
         path.write_text(content)
         with pytest.raises(CompressError, match=message):

@@ -3,6 +3,7 @@ import json
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from compress_common.errors import CompressError
-from kv_policies.budget.profile import ModelFingerprint
 from kv_policies.latents.bases import Bases
 from kv_policies.latents.bases_header import (
     SIDES,
@@ -22,6 +22,7 @@ from kv_policies.latents.bases_header import (
     total_rank,
 )
 from kv_policies.latents.low_rank import Factor
+from kv_policies.model_file import ModelFingerprint
 
 MODEL = ModelFingerprint(
     name="tiny",
@@ -116,6 +117,25 @@ def test_round_trip_is_exact_and_stable(file: Path) -> None:
     assert file.read_bytes() == first
 
 
+def test_a_byte_that_changes_anywhere_is_refused(file: Path) -> None:
+    whole, random = file.read_bytes(), Random(0)
+    end = 8 + int.from_bytes(whole[:8], "little")
+    for at in random.sample(range(len(whole)), 600):
+        byte = whole[at]
+        flipped = byte ^ 1 << random.randrange(8)
+        if at < end and bytes((byte, flipped)).isspace():
+            continue  # of JSON; says nothing
+        file.write_bytes(whole[:at] + bytes([flipped]) + whole[at + 1 :])
+        with pytest.raises(CompressError, match="vllm-compress calibrate-kv MODEL"):
+            Bases.load(file)
+
+
+def test_factors_of_others_are_refused(edit: Callable[..., Path]) -> None:
+    path = edit(lambda _, tensors: tensors["layers.1.key.mean"].add_(1))
+    with pytest.raises(CompressError, match="was changed after it was written"):
+        Bases.load(path, MODEL)
+
+
 def test_those_who_serve_may_read_it(file: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -128,11 +148,11 @@ def test_another_model_is_refused_with_every_difference(file: Path) -> None:
         Bases.load(file, other)
     text = str(caught.value)
     assert "2 problems" in text and "num_hidden_layers is 3" in text and "head_dim is 8" in text
-    assert "made for tiny, not for big" in text and "vllm-compress calibrate-kv big" in text
+    assert "is made for tiny, not for big" in text and "vllm-compress calibrate-kv big" in text
     with pytest.raises(CompressError) as caught:
         Bases.load(file, MODEL, layers=[1, 2, 4], weights="1" * 64)
     text = str(caught.value)
-    assert "3 problems" in text and "lack layers [4]" in text and "have layers [0]" in text
+    assert "2 problems" in text and "has layers 0-2, the engine compresses 1-2, 4" in text
     assert "a fine-tune?" in text
 
 
@@ -151,10 +171,10 @@ def test_all_that_is_wrong_with_tensors_is_listed(edit: Callable[..., Path]) -> 
     assert "6 problems" in text and text.count("vllm-compress calibrate-kv tiny") == 6
     assert "lacks 1 tensors: layers.0.key.mean;" in text
     assert "has 1 tensors: layers.7.key.mean, which its header does not name" in text
-    assert "layers.1.value.encode is float32 [16, 2], its header says float32 [16, 1]" in text
-    assert "layers.1.value.mean is float16 [16]" in text
-    assert "layers.2.key.encode has NaN or infinity" in text
-    assert "layers.2.key.mean has NaN or infinity" in text
+    assert "has layers.1.value.encode as float32 [16, 2], its header says float32 [16, 1]" in text
+    assert "has layers.1.value.mean as float16 [16]" in text
+    assert "has NaN or infinity in layers.2.key.encode" in text
+    assert "has NaN or infinity in layers.2.key.mean" in text
 
 
 def test_all_that_is_wrong_with_the_header_is_listed(edit: Callable[..., Path]) -> None:
@@ -205,6 +225,6 @@ def test_files_that_are_no_bases(file: Path, edit: Callable[..., Path], tmp_path
         refused(file, "damaged, cut short or not safetensors")
     for metadata in (None, {"vllm-compress": "{"}, {"vllm-compress": "[]"}):
         save_file({"a": torch.zeros(1)}, file, metadata)
-        refused(file, "not a file of KV bases")
+        refused(file, "not a KV bases file")
     file.write_bytes(whole)
-    refused(edit(lambda content, _: content.update(version=2)), "reads version 1")
+    refused(edit(lambda content, _: content.update(version=1)), "reads version 2")

@@ -75,8 +75,8 @@ def test_bad_settings(demo_model: Path, kv: dict[str, Any], expected: str) -> No
     ("change", "expected"),
     [
         (lambda text: text[: len(text) // 2], "is not JSON"),
-        (lambda text: "[]", "is not a KV profile"),
-        (lambda text: text.replace('"version": 1', '"version": 9'), "has version 9"),
+        (lambda text: "[]", "is not a KV profile file"),
+        (lambda text: text.replace('"version": 2', '"version": 9'), "has version 9"),
         (lambda text: text.replace('"1/4"', '"1/2"'), "the mean of the fractions is 1/4"),
         (lambda text: text.replace('"hidden_size": 576', '"hidden_size": 99'), "hidden_size is 99"),
         (
@@ -101,7 +101,7 @@ def test_profile_of_another_budget_or_model(
     given = {"policy": "prefix_kv", "keep": 0.5, "profile": str(profile)}
     assert "was made for 0.25" in refusal(demo_model, given)
     other = save_profile(tiny_model("llama"), tmp_path / "o.json", Fraction(1, 4), 1)
-    assert "not of" in refusal(demo_model, {"policy": "prefix_kv", "profile": str(other)})
+    assert "not for" in refusal(demo_model, {"policy": "prefix_kv", "profile": str(other)})
 
 
 def changed(file: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> bytes:
@@ -120,9 +120,9 @@ SHORT = {"layers.4.key.encode": torch.zeros(192, 37)}
     [
         (lambda file: file.read_bytes()[:5000], "damaged, cut short or not safetensors"),
         (lambda file: b"[]", "not safetensors"),
-        (lambda file: changed(file, {}, {"version": 9}), "have version 9"),
-        (lambda file: changed(file, {}, {"schema": "kv"}), "is not a file of KV bases"),
-        (lambda file: changed(file, NAN, {}), "layers.3.key.mean has NaN or infinity"),
+        (lambda file: changed(file, {}, {"version": 9}), "has version 9"),
+        (lambda file: changed(file, {}, {"schema": "kv"}), "is not a KV bases file"),
+        (lambda file: changed(file, NAN, {}), "has NaN or infinity in layers.3.key.mean"),
         (lambda file: changed(file, SHORT, {}), "its header says float32 [192, 38]"),
         (lambda file: changed(file, {}, {"weights": "1" * 64}), "a fine-tune?"),
     ],
