@@ -4,9 +4,10 @@
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -100,6 +101,18 @@ class Store:
             f"no folder for the {kind}: {'; '.join(problems)}; set VLLM_COMPRESS_CACHE to a folder "
             "that only this user can write"
         )
+
+    def remove(self, kind: str, key: str) -> None:
+        """Remove an entry wherever this user may. One that cannot be removed stays.
+
+        Args:
+            kind: As in ``find``.
+            key: As in ``find``.
+        """
+        for entry in self._entries(kind, key):
+            if entry.exists():
+                with suppress(OSError), entry.locked():
+                    shutil.rmtree(entry.folder)
 
     def _entries(self, kind: str, key: str) -> list[Entry]:
         """Where an entry may be, best place first."""

@@ -15,6 +15,8 @@ O_PROJ = "self_attn.o_proj"
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 DOWN = "mlp.down_proj"
 LINEARS = (*QKV, O_PROJ, *GATE_UP, DOWN)
+# vLLM fuses the linears of a unit into one, so they are quantized together or not at all.
+UNITS = (QKV, (O_PROJ,), GATE_UP, (DOWN,))
 # Cut along input channels under tensor parallelism; the others along output channels.
 ROW_PARALLEL = (O_PROJ, DOWN)
 

@@ -7,10 +7,13 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import ROW_PARALLEL, linear_shapes
+from quant_methods.architecture import ROW_PARALLEL, UNITS, linear_shapes
 from quant_methods.blocks import Blocks
-from quant_methods.grid import Grid, pick_group_size
+from quant_methods.grid import GROUP_SIZES, Grid, pick_group_size
 from quant_methods.plan import Plan
+
+_PACKED_OUTPUTS = 8  # zero points are packed along the output channels, eight to a word
+_KERNEL_OUTPUTS = 16  # the CPU kernels take whole tiles of output channels
 
 
 class GridSettings(BaseModel):
@@ -37,19 +40,52 @@ class GridSettings(BaseModel):
     )
 
     def grids(self, config: Any) -> dict[str, Grid]:
-        """The grid of each linear of a decoder layer, from the model's config."""
-        sizes = {}
-        for name, (_, in_features) in linear_shapes(config).items():
-            ranks = self.tensor_parallel if name in ROW_PARALLEL else 1
-            if in_features % ranks:
-                raise CompressError(
-                    f"{name} has {in_features} input channels, which {ranks} ranks do not divide; "
-                    "change the tensor parallel size"
-                )
-            sizes[name] = pick_group_size(in_features // ranks, self.group_size)
+        """Choose the grid of each linear of a decoder layer.
+
+        A linear is left out, and so stays at 16 bits, when no group size divides its input or its
+        codes do not pack. Linears that vLLM fuses are left out together.
+
+        Args:
+            config: The text model's ``transformers`` config.
+
+        Returns:
+            ``{linear: grid}``. ``architecture.LINEARS`` has the names.
+
+        Raises:
+            CompressError: Nothing can be quantized, or the ranks do not divide a linear.
+        """
+        shapes = linear_shapes(config)
+        sizes: dict[str, int] = {}
+        for unit in UNITS:
+            if (size := self._group_size(unit, shapes)) is not None:
+                sizes |= dict.fromkeys(unit, size)
+        if not sizes:
+            inputs = sorted({inputs for _, inputs in shapes.values()})
+            raise CompressError(
+                f"no linear can be quantized: none of the group sizes {GROUP_SIZES} up to "
+                f"{self.group_size} divides an input size of {inputs} on {self.tensor_parallel} "
+                "ranks; serve the model at 16 bits"
+            )
         if self.uniform:
             sizes = dict.fromkeys(sizes, min(sizes.values()))
         return {name: Grid(size, self.symmetric) for name, size in sizes.items()}
+
+    def _group_size(self, unit: tuple[str, ...], shapes: dict[str, tuple[int, int]]) -> int | None:
+        """Return the group size that the linears of a unit share; None: they stay at 16 bits."""
+        ranks, inputs = self.tensor_parallel, shapes[unit[0]][1]
+        outputs = [shapes[name][0] for name in unit]
+        if unit[0] in ROW_PARALLEL:
+            if inputs % ranks:
+                raise CompressError(
+                    f"{unit[0]} has {inputs} input channels, which {ranks} ranks do not divide; "
+                    "change the tensor parallel size"
+                )
+            inputs //= ranks
+        else:  # vLLM repeats key and value heads that are fewer than the ranks
+            outputs = [size if size % ranks else size // ranks for size in outputs]
+        if sum(outputs) % _KERNEL_OUTPUTS or any(size % _PACKED_OUTPUTS for size in outputs):
+            return None
+        return pick_group_size(inputs, self.group_size)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import Architecture
+from quant_methods.stages import Stages
 
 
 class Blocks:
@@ -22,7 +23,7 @@ class Blocks:
 
     ``tokens`` int64 [samples, length], or None for a method that does not calibrate. ``hidden``
     is the input of the first block, [samples, length, hidden], on ``device``. Raises
-    CompressError when a hidden state is not finite.
+    CompressError when a hidden state is not finite. ``stages`` keeps finished parts of the work.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class Blocks:
         arch: Architecture,
         tokens: torch.Tensor | None,
         device: str | torch.device = "cpu",
+        stages: Stages | None = None,
     ) -> None:
+        self.stages = stages or Stages()
         self.model = model
         self.arch = arch
         self.device = torch.device(device)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration tokens: text the model samples for itself, or a text or JSONL file."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import nn
 
 from compress_common.errors import CompressError
 from quant_methods.base import Progress, silent
+from quant_methods.calibration_file import read_tokens
 
 SELF = "self"
 
@@ -33,22 +32,65 @@ class CalibrationSettings(BaseModel):
 def calibration_tokens(
     settings: CalibrationSettings, model: nn.Module, tokenizer: Any, progress: Progress = silent
 ) -> torch.Tensor:
-    """Token ids, int64 [samples, length]; CompressError when the text is missing or too short."""
-    limit = getattr(model.config, "max_position_embeddings", settings.length)
+    """Return calibration tokens, int64 [samples, length].
+
+    Args:
+        settings: Where they come from.
+        model: The ``transformers`` model that samples text for ``source="self"``.
+        tokenizer: Its tokenizer.
+        progress: Called while text is sampled.
+
+    Raises:
+        CompressError: The text is missing, cannot be read, or is too short.
+    """
+    check_length(settings, model.config)
+    if settings.source == SELF:
+        return sampled_tokens(settings, model, start_token(tokenizer), progress)
+    return file_tokens(settings, tokenizer)
+
+
+def check_length(settings: CalibrationSettings, config: Any) -> None:
+    """Raise CompressError when the sequences are longer than the model's positions."""
+    limit = getattr(config, "max_position_embeddings", None) or settings.length
     if settings.length > limit:
         raise CompressError(
             f"calibration length {settings.length} exceeds the model's {limit} positions; "
             "lower the length"
         )
-    if settings.source == SELF:
-        return _self_sampled(settings, model, tokenizer, progress)
-    path = Path(settings.source)
-    if not path.is_file():
+
+
+def start_token(tokenizer: Any) -> int:
+    """Return the token that a text of the model's own starts with.
+
+    Raises:
+        CompressError: The tokenizer names no begin and no end token.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise CompressError(
+        "the tokenizer names neither a begin nor an end token, so the model cannot start a "
+        "text of its own; give a text file instead"
+    )
+
+
+def file_tokens(settings: CalibrationSettings, tokenizer: Any) -> torch.Tensor:
+    """Return windows spread evenly over a calibration file, int64 [samples, length].
+
+    Raises:
+        CompressError: The file cannot be read, or is too short.
+    """
+    ids = read_tokens(settings.source, tokenizer)
+    need = settings.samples * settings.length
+    if len(ids) < need:
         raise CompressError(
-            f"calibration text {settings.source!r} is not a file; give 'self' or the path of a "
-            ".txt or .jsonl file"
+            f"the calibration text {settings.source} has {len(ids)} tokens, {need} are needed "
+            f"({settings.samples} samples of {settings.length}); give a longer text, or lower "
+            "the samples or the length"
         )
-    return _windows(_read(path, tokenizer), settings)
+    stride = (len(ids) - settings.length) / max(settings.samples - 1, 1)
+    starts = [round(i * stride) for i in range(settings.samples)]
+    return torch.tensor([ids[s : s + settings.length] for s in starts])
 
 
 class _Sampled:
@@ -65,17 +107,17 @@ class _Sampled:
         pass
 
 
-def _self_sampled(
-    settings: CalibrationSettings, model: nn.Module, tokenizer: Any, progress: Progress
+def sampled_tokens(
+    settings: CalibrationSettings, model: nn.Module, start: int, progress: Progress = silent
 ) -> torch.Tensor:
-    start = next(
-        (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None
-    )
-    if start is None:
-        raise CompressError(
-            "the tokenizer names neither a begin nor an end token, so the model cannot start a "
-            "text of its own; give a text file instead"
-        )
+    """Return text that the model samples from its own distribution, int64 [samples, length].
+
+    Args:
+        settings: How much, and the seed.
+        model: A ``transformers`` model that generates.
+        start: The first token of every sequence.
+        progress: Called for every step.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(settings.seed)
         prompt = torch.full((settings.samples, 1), start, device=model.device)
@@ -89,49 +131,7 @@ def _self_sampled(
             top_k=0,
             top_p=1.0,
             repetition_penalty=1.0,
-            pad_token_id=tokenizer.eos_token_id or start,
+            pad_token_id=start,
             streamer=_Sampled(settings.length, progress),
         )
     return tokens.cpu()
-
-
-def _read(path: Path, tokenizer: Any) -> list[int]:
-    """All tokens of a file, documents joined by the end token."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CompressError(f"{path} is not UTF-8 text: {error.reason}") from error
-    if path.suffix != ".jsonl":
-        return tokenizer(text, verbose=False)["input_ids"]
-    ids: list[int] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CompressError(f"{path}:{number} is not JSON: {error.msg}") from error
-        if not isinstance(row, dict) or not ({"messages", "text"} & row.keys()):
-            raise CompressError(f"{path}:{number} needs a 'text' or a 'messages' key")
-        if "messages" in row:
-            document = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-        else:
-            document = row["text"]
-        ids += tokenizer(document, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-    return ids
-
-
-def _windows(ids: list[int], settings: CalibrationSettings) -> torch.Tensor:
-    """``samples`` windows spread evenly over the text."""
-    need = settings.samples * settings.length
-    if len(ids) < need:
-        raise CompressError(
-            f"the calibration text has {len(ids)} tokens, {need} are needed "
-            f"({settings.samples} samples of {settings.length}); give a longer text, or lower "
-            "the samples or the length"
-        )
-    stride = (len(ids) - settings.length) / max(settings.samples - 1, 1)
-    starts = [round(i * stride) for i in range(settings.samples)]
-    return torch.tensor([ids[s : s + settings.length] for s in starts])

@@ -1,23 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a Hugging Face checkpoint folder: names, tensors, fingerprint. Safetensors only."""
+"""A Hugging Face checkpoint as one explicit source: weight files, config and tokenizer."""
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from compress_common.errors import CompressError
+from compress_common.store import digest
+from quant_methods.identity import TensorDigests
 
-# Fingerprints read this much from three places of each file: enough to tell checkpoints apart,
-# fast on a 100 GB model.
-_SAMPLE_BYTES = 1 << 20
+INDEX = "model.safetensors.index.json"
+# Mistral's own copy of the weights, which its repositories publish beside the Hugging Face files.
+_MISTRAL_FILES = "consolidated"
+# What transformers adds to a config that says nothing about the model.
+_VOLATILE = ("_name_or_path", "transformers_version")
 
 
 def resolve(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """The local folder of a path or hub id (downloaded once); CompressError when there is none."""
+    """Return the local folder of a model, which is downloaded once if need be.
+
+    Args:
+        model: A folder or a hub id.
+        revision: Branch, tag or commit on the hub.
+        download_dir: Cache folder of downloads; None: Hugging Face's own.
+
+    Raises:
+        CompressError: There is no such model.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -32,6 +46,7 @@ def resolve(model: str, revision: str | None = None, download_dir: str | None = 
                 revision=revision,
                 cache_dir=download_dir,
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+                ignore_patterns=[f"{_MISTRAL_FILES}*"],
             )
         )
     except Exception as error:  # the hub client raises many types, all meaning "not available"
@@ -41,53 +56,68 @@ def resolve(model: str, revision: str | None = None, download_dir: str | None = 
         ) from error
 
 
-class Checkpoint:
-    """The safetensors files of a model folder, opened lazily.
+def hugging_face_files(files: Iterable[Path]) -> list[Path]:
+    """Drop Mistral's copy of the weights where the Hugging Face files lie beside it."""
+    files = sorted(files)
+    kept = [file for file in files if not file.name.startswith(_MISTRAL_FILES)]
+    return kept or files
 
-    Raises CompressError when config.json or the weights are missing, damaged, or pickled.
+
+class Checkpoint:
+    """The safetensors files, the config and the tokenizer that make up one model.
+
+    Calibration, quantization and the engine read a model through the same object, so that they
+    cannot choose different files. Files are opened lazily.
+
+    Args:
+        folder: Named in messages. Without the other arguments everything is read from it.
+        files: The weight files that will be loaded; None: those that ``transformers`` would load.
+        hf_config: The ``transformers`` config in effect, overrides included; None: read from
+            ``folder``.
+        load_tokenizer: Returns the tokenizer in effect; None: read from ``folder``.
+
+    Raises:
+        CompressError: config.json or the weights are missing, damaged or pickled.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: Iterable[Path] | None = None,
+        *,
+        hf_config: Any = None,
+        load_tokenizer: Callable[[], Any] | None = None,
+    ) -> None:
         self.folder = folder
-        try:
-            self.config: dict = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CompressError(f"{folder} has no config.json: not a model folder") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CompressError(f"{folder / 'config.json'} is not JSON: {error}") from error
+        self._hf_config = hf_config
+        self._load_tokenizer = load_tokenizer
+        self.config: dict[str, Any] = (
+            _read_json(folder / "config.json", f"{folder} has no config.json: not a model folder")
+            if hf_config is None
+            else hf_config.to_dict()
+        )
         self.files: dict[str, Path] = {}  # tensor -> file
-        for file in self._weight_files():
-            try:
-                self.files.update(dict.fromkeys(self.names_in(file), file))
-            except (SafetensorError, OSError) as error:
-                raise CompressError(
-                    f"{file} is damaged or incomplete ({error}); fetch the checkpoint again"
-                ) from error
-
-    def _weight_files(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if missing := sorted(n for n in names if not (self.folder / n).is_file()):
-                raise CompressError(
-                    f"{self.folder} lacks {len(missing)} of {len(names)} weight files, "
-                    f"{missing[0]} for one; fetch the checkpoint again"
-                )
-            return sorted(self.folder / name for name in names)
-        if files := sorted(self.folder.glob("*.safetensors")):
-            return files
-        pickled = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt"))
-        hint = "; pickled weights are not read: convert them to safetensors" if pickled else ""
-        raise CompressError(f"{self.folder} has no *.safetensors files{hint}")
+        for file in _weight_files(folder) if files is None else hugging_face_files(files):
+            for name in self.names_in(file):
+                if self.files.setdefault(name, file) is not file:
+                    raise CompressError(
+                        f"{name} is in two weight files, {self.files[name].name} and {file.name}; "
+                        "remove one of them"
+                    )
 
     @staticmethod
     def names_in(file: Path) -> list[str]:
-        """The tensors of one safetensors file."""
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
+        """Return the names of the tensors of one safetensors file."""
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return list(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise CompressError(
+                f"{file} is damaged or incomplete ({error}); fetch the checkpoint again"
+            ) from error
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], int]]:
-        """``{tensor: (shape, bytes)}`` from the headers alone."""
+        """Return ``{tensor: (shape, bytes)}``. Only headers are read."""
         sizes: dict[str, tuple[tuple[int, ...], int]] = {}
         for file in sorted(set(self.files.values())):
             with file.open("rb") as raw:
@@ -98,23 +128,87 @@ class Checkpoint:
                     sizes[name] = (tuple(entry["shape"]), end - begin)
         return sizes
 
-    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """``(name, tensor)`` in the given order, one in memory at a time."""
+    def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield ``(name, tensor)`` in the given order. The tensors are views of mapped files.
+
+        Args:
+            names: Which; None: all.
+        """
         opened: tuple[Path, safe_open] | None = None
-        for name in names:
+        for name in self.files if names is None else names:
             file = self.files[name]
             if opened is None or opened[0] != file:
                 opened = (file, safe_open(file, framework="pt"))
             yield name, opened[1].get_tensor(name)
 
-    def fingerprint(self) -> str:
-        """A short hash of the config and of samples of every weight file."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in sorted(set(self.files.values())):
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
-            with file.open("rb") as raw:
-                for start in (0, size // 2, max(size - _SAMPLE_BYTES, 0)):
-                    raw.seek(start)
-                    digest.update(raw.read(_SAMPLE_BYTES))
-        return digest.hexdigest()[:20]
+    @property
+    def hf_config(self) -> Any:
+        """The text model's ``transformers`` config."""
+        if self._hf_config is None:
+            from quant_methods.local import text_config
+
+            self._hf_config = text_config(self.folder)
+        return self._hf_config
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer; CompressError when it cannot be loaded."""
+        from quant_methods.local import load_tokenizer
+
+        if self._load_tokenizer is None:
+            return load_tokenizer(self.folder)
+        return self._load_tokenizer()
+
+    @cached_property
+    def tensor_digests(self) -> dict[str, str]:
+        """The SHA-256 of each tensor: see ``identity.tensor_digest``."""
+        return TensorDigests(self.files.values()).load()
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """SHA-256 over the name, dtype, shape and bytes of every tensor."""
+        return digest(*(part for item in sorted(self.tensor_digests.items()) for part in item))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over every tensor and the config: what a plan belongs to."""
+        config = self.hf_config.to_dict()
+        known = {key: value for key, value in config.items() if key not in _VOLATILE}
+        return digest(self.weights_digest, json.dumps(known, sort_keys=True, default=str))
+
+    def forget_digests(self) -> None:
+        """Make the next ``Checkpoint`` of these files read every byte again."""
+        TensorDigests(self.files.values()).forget()
+
+
+def _read_json(file: Path, missing: str) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CompressError(missing) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CompressError(f"{file} is not JSON: {error}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder, as ``transformers`` and vLLM's ``hf`` format choose them."""
+    index = folder / INDEX
+    if index.is_file():
+        content = _read_json(index, f"{folder} has no {INDEX}")
+        try:
+            names = set(content["weight_map"].values())
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CompressError(
+                f"{index} has no 'weight_map'; fetch the checkpoint again"
+            ) from error
+        if missing := sorted(n for n in names if not (folder / n).is_file()):
+            raise CompressError(
+                f"{folder} lacks {len(missing)} of {len(names)} weight files, "
+                f"{missing[0]} for one; fetch the checkpoint again"
+            )
+        return sorted(folder / name for name in names)
+    if files := hugging_face_files(folder.glob("*.safetensors")):
+        return files
+    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+    hint = "; pickled weights are not read: convert them to safetensors" if pickled else ""
+    raise CompressError(f"{folder} has no *.safetensors files{hint}")

@@ -30,6 +30,11 @@ class Format:
     uniform: bool
 
 
+def _left(grids: dict[str, Grid]) -> list[str]:
+    """The last names of the linears that stay at 16 bits, such as ``down_proj``."""
+    return [name.rpartition(".")[2] for name in LINEARS if name not in grids]
+
+
 def compressed_tensors_config(grids: dict[str, Grid], marker: dict[str, Any]) -> dict[str, Any]:
     """``quantization_config`` of a pack-quantized checkpoint; ``grids`` by linear of a layer."""
     by_grid: dict[Grid, list[str]] = {}
@@ -56,7 +61,7 @@ def compressed_tensors_config(grids: dict[str, Grid], marker: dict[str, Any]) ->
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *(rf"re:.*\.{name}$" for name in _left(grids))],
         "kv_cache_scheme": None,
         MARKER: marker,
     }
@@ -72,7 +77,7 @@ def _awq_config(grids: dict[str, Grid], marker: dict[str, Any]) -> dict[str, Any
         "group_size": sizes.pop(),
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": ["lm_head"],
+        "modules_to_not_convert": ["lm_head", *_left(grids)],
         MARKER: marker,
     }
 

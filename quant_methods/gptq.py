@@ -5,14 +5,16 @@ Paper: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Tran
 https://arxiv.org/abs/2210.17323
 """
 
+from functools import partial
+
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import LINEARS
 from quant_methods.base import Progress, silent
 from quant_methods.blocks import Blocks
 from quant_methods.grid import LEVELS, Grid, QuantizedWeight, quantize
 from quant_methods.plan import Plan
+from quant_methods.plan_file import codes_from_tensors, codes_to_tensors
 
 _BLOCK = 128  # columns whose errors are applied to the rest of the matrix at once
 _DAMP = 0.01
@@ -88,39 +90,59 @@ def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
 def compensate(plan: Plan, blocks: Blocks, progress: Progress = silent) -> None:
     """Fill ``plan.codes``: every linear rounded by GPTQ on the plan's own folds and grids.
 
-    Block after block, each on the output of the quantised ones before it. Memory beyond the model:
+    Block after block, each on the output of the quantized ones before it. Memory beyond the model:
     fp32 [K, K] for the largest input of a block.
     """
-    first_sharing = blocks.arch.first_sharing(blocks.model.config)
-    dtype = torch.float16 if blocks.model.dtype == torch.float16 else torch.bfloat16
     hidden = blocks.hidden
     for index in range(len(blocks)):
         progress("gptq", index + 1, len(blocks))
-        hessians: dict[str, torch.Tensor] = {}
-
-        def see(name: str, x: torch.Tensor, hessians: dict[str, torch.Tensor] = hessians) -> None:
-            x = x.flatten(0, -2).float()
-            hessians[name] = x.t() @ x / x.shape[0]
-
+        prefix = f"{blocks.arch.layers_prefix}.{index}."
+        linears = [name for name in plan.grids if name.startswith(prefix)]
         with blocks.resident(index) as block:
-            with blocks.watch(index, tuple(set(first_sharing.values())), see):
-                blocks.run(index, hidden)
+            kept = blocks.stages.tensors(
+                f"gptq {index}", partial(_round_block, plan, blocks, index, hidden)
+            )
             weights = {}
-            for name in LINEARS:
-                linear = f"{blocks.arch.layers_prefix}.{index}.{name}"
-                weight = plan.smoothed(linear, block.get_submodule(name).weight)
-                hessian = hessians[first_sharing[name]]
-                if (scale := plan.vectors.get(f"{linear}.input")) is not None:
-                    scale = scale.to(hessian.device)
-                    hessian = hessian / scale[:, None] / scale
-                rounded = gptq_quantize(
-                    weight,
-                    plan.grids[linear],
-                    hessian,
-                    shrink=plan.shrink(linear, weight.device),
-                    scale_dtype=dtype,
-                )
-                plan.codes[linear] = rounded.to("cpu")
-                weights[name] = plan.unfolded(linear, rounded.dequantize())
+            for linear in linears:
+                rounded = codes_from_tensors(linear, kept, plan.grids[linear])
+                plan.codes[linear] = rounded
+                name = linear.removeprefix(prefix)
+                device = block.get_submodule(name).weight.device
+                weights[name] = plan.unfolded(linear, rounded.to(device).dequantize())
             with blocks.replaced(index, weights):
                 hidden = blocks.run(index, hidden)
+
+
+def _round_block(
+    plan: Plan, blocks: Blocks, index: int, hidden: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Round the linears of a resident block. Returns their codes as a plan file stores them."""
+    first_sharing = blocks.arch.first_sharing(blocks.model.config)
+    dtype = torch.float16 if blocks.model.dtype == torch.float16 else torch.bfloat16
+    prefix = f"{blocks.arch.layers_prefix}.{index}."
+    names = [n.removeprefix(prefix) for n in plan.grids if n.startswith(prefix)]
+    hessians: dict[str, torch.Tensor] = {}
+
+    def see(name: str, x: torch.Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        hessians[name] = x.t() @ x / x.shape[0]
+
+    with blocks.watch(index, tuple({first_sharing[name] for name in names}), see):
+        blocks.run(index, hidden)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        linear = prefix + name
+        weight = plan.smoothed(linear, blocks.layers[index].get_submodule(name).weight)
+        hessian = hessians[first_sharing[name]]
+        if (scale := plan.vectors.get(f"{linear}.input")) is not None:
+            scale = scale.to(hessian.device)
+            hessian = hessian / scale[:, None] / scale
+        rounded = gptq_quantize(
+            weight,
+            plan.grids[linear],
+            hessian,
+            shrink=plan.shrink(linear, weight.device),
+            scale_dtype=dtype,
+        )
+        tensors |= codes_to_tensors(linear, rounded.to("cpu"))
+    return tensors

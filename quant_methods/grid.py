@@ -49,18 +49,13 @@ class QuantizedWeight:
         return ((groups - self.zero[..., None]) * self.scale[..., None]).view(n, k)
 
 
-def pick_group_size(in_features: int, cap: int = GROUP_SIZES[0]) -> int:
-    """The largest of 128, 64, 32 that divides ``in_features`` and does not exceed ``cap``.
+def pick_group_size(in_features: int, cap: int = GROUP_SIZES[0]) -> int | None:
+    """Return the largest of 128, 64, 32 that divides ``in_features`` and does not exceed ``cap``.
 
-    Raises CompressError when none does: every int4 kernel of vLLM needs whole groups.
+    Returns None when none does: every int4 kernel of vLLM needs whole groups.
     """
-    for size in GROUP_SIZES:
-        if size <= cap and in_features % size == 0:
-            return size
-    raise CompressError(
-        f"no group size of {[g for g in GROUP_SIZES if g <= cap]} divides an input size of "
-        f"{in_features}; set group_size to one of {list(GROUP_SIZES)} that does"
-    )
+    sizes = (size for size in GROUP_SIZES if size <= cap and in_features % size == 0)
+    return next(sizes, None)
 
 
 def quantize(

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from compress_common.errors import CompressError
 
@@ -34,3 +34,14 @@ def text_config(folder: Path) -> Any:
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CompressError(f"transformers cannot read {folder}: {reason}") from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; CompressError when transformers cannot load it."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
+        reason = str(error).strip().splitlines()[0]
+        raise CompressError(
+            f"transformers cannot load the tokenizer of {folder}: {reason}"
+        ) from error

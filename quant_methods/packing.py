@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bit layouts that stock vLLM loads: compressed-tensors ``pack-quantized`` and AWQ GEMM."""
 
+from typing import Literal
+
 import torch
+from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 
 from quant_methods.grid import Grid, QuantizedWeight
 
@@ -11,17 +14,24 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def pack_int32(codes: torch.Tensor) -> torch.Tensor:
-    """Pack codes in 0..15, lowest nibble first: [.., K] -> int32 [.., K/8]."""
-    nibbles = codes.view(*codes.shape[:-1], -1, _PER_WORD).to(torch.int32)
-    shifts = torch.arange(_PER_WORD, dtype=torch.int32, device=codes.device) * 4
-    return (nibbles << shifts).sum(-1, dtype=torch.int32)
+def pack(codes: torch.Tensor, packed_dim: Literal[0, 1] = 1) -> torch.Tensor:
+    """Pack codes in 0..15 [rows, cols] into int32, eight to a word, lowest bits first.
+
+    Args:
+        codes: Integers in any dtype that int8 can hold.
+        packed_dim: The dimension that becomes eight times shorter.
+    """
+    # compressed-tensors takes signed codes and adds 8.
+    signed = codes.to(torch.int8) - 8
+    return pack_to_int32(signed, num_bits=4, packed_dim=packed_dim).contiguous()
 
 
-def unpack_int32(words: torch.Tensor) -> torch.Tensor:
-    """Inverse of ``pack_int32``: int32 [.., K/8] -> uint8 [.., K]."""
-    shifts = torch.arange(_PER_WORD, dtype=torch.int32, device=words.device) * 4
-    return ((words[..., None] >> shifts) & 0xF).flatten(-2).to(torch.uint8)
+def unpack(words: torch.Tensor, packed_dim: Literal[0, 1] = 1) -> torch.Tensor:
+    """Return the codes, uint8, of words that ``pack`` wrote."""
+    shape = list(words.shape)
+    shape[packed_dim] *= _PER_WORD
+    signed = unpack_from_int32(words, 4, torch.Size(shape), packed_dim)
+    return (signed + 8).to(torch.uint8)
 
 
 def to_compressed_tensors(
@@ -33,12 +43,12 @@ def to_compressed_tensors(
     when asymmetric, ``weight_zero_point`` int32 [N/8, K/g], packed along N.
     """
     tensors = {
-        "weight_packed": pack_int32(weight.q),
+        "weight_packed": pack(weight.q),
         "weight_scale": weight.scale.to(scale_dtype),
         "weight_shape": torch.tensor(weight.q.shape, dtype=torch.int64),
     }
     if not weight.grid.symmetric:
-        tensors["weight_zero_point"] = pack_int32(weight.zero.to(torch.uint8).t()).t().contiguous()
+        tensors["weight_zero_point"] = pack(weight.zero, packed_dim=0)
     return tensors
 
 
@@ -48,8 +58,8 @@ def from_compressed_tensors(tensors: dict[str, torch.Tensor], grid: Grid) -> Qua
     if grid.symmetric:
         zero = torch.full_like(scale, 8)
     else:
-        zero = unpack_int32(tensors["weight_zero_point"].t().contiguous()).t().float()
-    return QuantizedWeight(unpack_int32(tensors["weight_packed"]), scale, zero, grid)
+        zero = unpack(tensors["weight_zero_point"], packed_dim=0).float()
+    return QuantizedWeight(unpack(tensors["weight_packed"]), scale, zero, grid)
 
 
 def to_awq(
@@ -63,7 +73,7 @@ def to_awq(
 
     def interleave(codes: torch.Tensor) -> torch.Tensor:
         blocks = codes.to(torch.uint8).view(codes.shape[0], -1, _PER_WORD)
-        return pack_int32(blocks[..., _AWQ_ORDER].reshape(codes.shape))
+        return pack(blocks[..., _AWQ_ORDER].reshape(codes.shape))
 
     return {
         "qweight": interleave(weight.q.t().contiguous()),
@@ -76,7 +86,7 @@ def from_awq(tensors: dict[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
     """Inverse of ``to_awq``."""
 
     def straighten(words: torch.Tensor) -> torch.Tensor:
-        codes = unpack_int32(words).view(words.shape[0], -1, _PER_WORD)
+        codes = unpack(words).view(words.shape[0], -1, _PER_WORD)
         return codes[..., _AWQ_INVERSE].flatten(1)
 
     scale = tensors["scales"].t().float().contiguous()

@@ -1,38 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of calibration: what to do to each tensor of a checkpoint, small enough to cache.
+"""The result of calibration: what to do to each tensor of one checkpoint, small enough to keep.
 
 A plan holds smoothing vectors and grids, and int4 codes only where the method compensates errors
-(``rounding="gptq"``). It works on a stream of Hugging Face
-tensors, before tensor parallelism splits them, so that one calibration serves the CLI, the loader
-and any number of ranks, and all of them write the same bits.
+(``rounding="gptq"``). It works on a stream of Hugging Face tensors, before tensor parallelism
+splits them. So one calibration serves the command line, the loader and any number of ranks, and all
+of them write the same bits.
 """
 
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from compress_common.errors import CompressError
+from quant_methods.architecture import LINEARS
 from quant_methods.grid import Grid, QuantizedWeight, quantize
-from quant_methods.packing import pack_int32, unpack_int32
+from quant_methods.identity import hashed
 
-SCHEMA_VERSION = 1
+_LINEAR_WEIGHTS = tuple(f".{name}.weight" for name in LINEARS)
 
 
 @dataclass
 class Plan:
-    """How to smooth and round one model.
+    """How to smooth and round one checkpoint.
 
-    ``grids``: quantised linear -> grid. ``vectors``: fp32 vectors by name:
-    ``<linear>.input`` [K] multiplies input channels, ``<linear>.output`` [N] divides output
-    channels (bias too), ``<norm>.weight`` replaces the norm's weight. ``shrinks``:
-    linear -> uint8 [N, K/g], percent of the min/max range that is kept. ``codes``: linears that
-    are rounded already. ``report``: what the method wants users to see, JSON-able.
+    Args:
+        method: Name of the method that made it.
+        grids: ``{linear: grid}`` of every quantized linear, by full name.
+        vectors: fp32 vectors by name. ``<linear>.input`` [K] multiplies input channels.
+            ``<linear>.output`` [N] divides output channels, and the bias. ``<norm>.weight``
+            replaces the weight of a norm.
+        shrinks: ``{linear: uint8 [N, K/group]}``: percent of the min/max range that is kept.
+        codes: Linears that are rounded already.
+        report: What the method wants users to see. JSON-able.
+        sources: SHA-256 of every tensor of the checkpoint, see ``identity.tensor_digest``.
+        evict: Called before a mismatch is reported; removes the stored plan.
     """
 
     method: str
@@ -41,9 +44,11 @@ class Plan:
     shrinks: dict[str, torch.Tensor] = field(default_factory=dict)
     codes: dict[str, QuantizedWeight] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    evict: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def smoothed(self, linear: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight [N, K] of a linear after folding, fp32, before rounding."""
+        """Return the weight [N, K] of a linear after folding, fp32, before rounding."""
         weight = weight.float()
         if (scale := self.vectors.get(f"{linear}.input")) is not None:
             weight = weight * scale.to(weight.device)
@@ -52,7 +57,7 @@ class Plan:
         return weight
 
     def unfolded(self, linear: str, weight: torch.Tensor) -> torch.Tensor:
-        """Inverse of ``smoothed``: the weight that does the same between unfolded neighbours."""
+        """Undo ``smoothed``: the weight that does the same between unfolded neighbours."""
         if (scale := self.vectors.get(f"{linear}.input")) is not None:
             weight = weight / scale.to(weight.device)
         if (scale := self.vectors.get(f"{linear}.output")) is not None:
@@ -60,105 +65,120 @@ class Plan:
         return weight
 
     def shrink(self, linear: str, device: torch.device) -> torch.Tensor | None:
-        """The clip search's result as ``quantize`` takes it, fp32 [N, K/g] in (0, 1]."""
+        """Return the clip search's result as ``quantize`` takes it, fp32 [N, K/g] in (0, 1]."""
         percents = self.shrinks.get(linear)
         return None if percents is None else percents.to(device).float() / 100
 
     def quantized(
         self, linear: str, weight: torch.Tensor, scale_dtype: torch.dtype
     ) -> QuantizedWeight:
-        """The rounded weight of a linear."""
-        grid = self.grids[linear]
-        if weight.shape[1] % grid.group_size:
-            raise CompressError(
-                f"{linear} has input size {weight.shape[1]}, which the plan's group size "
-                f"{grid.group_size} does not divide: the plan is of another model"
-            )
+        """Return the rounded weight of a linear.
+
+        Args:
+            linear: Full name.
+            weight: [N, K] as the checkpoint has it.
+            scale_dtype: Scales are rounded to it.
+        """
         if linear in self.codes:
             return self.codes[linear].to(weight.device)
         shrink = self.shrink(linear, weight.device)
-        return quantize(self.smoothed(linear, weight), grid, shrink=shrink, scale_dtype=scale_dtype)
+        smoothed = self.smoothed(linear, weight)
+        return quantize(smoothed, self.grids[linear], shrink=shrink, scale_dtype=scale_dtype)
 
     def transform(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
+        self,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        dtype: torch.dtype,
+        *,
+        device: str | torch.device = "cpu",
+        expected: Iterable[str] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor | QuantizedWeight]]:
-        """Fold and round a stream of checkpoint tensors, one tensor at a time.
+        """Check, fold and round a stream of checkpoint tensors, one tensor at a time.
 
-        ``dtype`` is what the model will run in: scales are rounded to it.
-        A quantised linear's weight comes out as ``(linear, QuantizedWeight)``, everything else as
-        ``(tensor name, tensor)``.
+        Each tensor is compared with the one that the plan was made from before anything of it is
+        handed on, so no tensor is ever served with the codes of another.
+
+        Args:
+            tensors: ``(name, tensor)`` as the checkpoint has them.
+            dtype: What the model will run in. Scales are rounded to it.
+            device: Where tensors are rounded, and where they are handed on.
+            expected: Names that the stream must hold; None: all of the plan's.
+
+        Yields:
+            ``(linear, QuantizedWeight)`` for the weight of a quantized linear, else
+            ``(tensor name, tensor)``.
+
+        Raises:
+            CompressError: A tensor is not the plan's, is unknown to it, or did not come.
         """
-        for name, tensor in tensors:
-            module, _, kind = name.rpartition(".")
-            if kind == "weight" and module in self.grids:
-                yield module, self.quantized(module, tensor, dtype)
-            elif name in self.vectors:
-                yield name, self.vectors[name].to(tensor)
-            elif kind == "bias" and f"{module}.output" in self.vectors:
-                scale = self.vectors[f"{module}.output"].to(tensor.device)
-                yield name, (tensor.float() / scale).to(tensor.dtype)
-            else:
-                yield name, tensor
+        missing = set(self.sources if expected is None else expected)
+        for name, tensor, found in hashed(tensors):
+            if self.sources.get(name) != found:
+                known = "has other content" if name in self.sources else "is not part of it"
+                raise self._mismatch(f"{name} {known}")
+            missing.discard(name)
+            yield self._apply(name, tensor.to(device), dtype)
+        if missing:
+            raise self._mismatch(f"{len(missing)} tensors did not come, {min(missing)} for one")
+
+    def _apply(
+        self, name: str, tensor: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[str, torch.Tensor | QuantizedWeight]:
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module in self.grids:
+            return module, self.quantized(module, tensor, dtype)
+        if name in self.vectors:
+            return name, self.vectors[name].to(tensor)
+        if kind == "bias" and f"{module}.output" in self.vectors:
+            scale = self.vectors[f"{module}.output"].to(tensor.device)
+            return name, (tensor.float() / scale).to(tensor.dtype)
+        return name, tensor
+
+    def _mismatch(self, found: str) -> CompressError:
+        self.evict()
+        return CompressError(
+            f"the int4 plan is not of the weights that are loaded: {found}. The checkpoint changed "
+            "after it was calibrated; the stored plan is removed, start again to calibrate anew"
+        )
 
     def layer_grids(self) -> dict[str, Grid]:
-        """The grids by linear of a decoder layer: they are the same in every layer."""
+        """Return ``{linear of a decoder layer: grid}``. The grids are the same in every layer."""
         return {name.split(".", 3)[3]: grid for name, grid in self.grids.items()}
 
-    def require(self, tensors: Iterable[str]) -> None:
-        """CompressError when a weight of the plan is not among the names of a checkpoint."""
-        have = set(tensors)
-        if missing := sorted(n for n in self.grids if f"{n}.weight" not in have):
-            raise CompressError(
-                f"the checkpoint lacks {len(missing)} of {len(self.grids)} weights, "
-                f"{missing[0]}.weight for one: incomplete, or of another model"
+
+def decoder_problem(names: Iterable[str], prefix: str, layers: int) -> str | None:
+    """Say why the tensors of a checkpoint are not those of a supported decoder; None: they are.
+
+    Args:
+        names: Of all tensors of the checkpoint.
+        prefix: Of the decoder layers, such as ``model.layers``.
+        layers: How many the config has.
+    """
+    have = set(names)
+    wanted = {f"{prefix}.{i}{name}" for i in range(layers) for name in _LINEAR_WEIGHTS}
+    linears = {name for name in have if name.endswith(_LINEAR_WEIGHTS)}
+    if not any(name.startswith(f"{prefix}.") for name in have):
+        if any(".attention.wq." in name for name in have):
+            return (
+                "its weights have Mistral's own names (consolidated.safetensors), which are not "
+                "quantized; serve a repository with Hugging Face files (model*.safetensors) and "
+                "--load-format hf --config-format hf --tokenizer-mode hf"
             )
-
-    def save(self, path: Path) -> None:
-        """Write the plan as one safetensors file, atomically."""
-        # q, k and v share one vector in memory, which safetensors does not store.
-        tensors = {f"vector:{k}": v.clone() for k, v in self.vectors.items()}
-        tensors |= {f"shrink:{k}": v for k, v in self.shrinks.items()}
-        for name, weight in self.codes.items():
-            tensors[f"codes:{name}"] = pack_int32(weight.q)
-            tensors[f"scale:{name}"] = weight.scale
-            tensors[f"zero:{name}"] = weight.zero.to(torch.uint8)
-        header = {
-            "schema": SCHEMA_VERSION,
-            "method": self.method,
-            "grids": {k: asdict(g) for k, g in self.grids.items()},
-            "report": self.report,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"plan": json.dumps(header)})
-        partial.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> "Plan":
-        """Read a plan; CompressError when it is damaged or of another schema version."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["plan"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            if header["schema"] != SCHEMA_VERSION:
-                raise CompressError(
-                    f"{path} has plan schema {header['schema']}, this version reads "
-                    f"{SCHEMA_VERSION}; delete the file to calibrate again"
-                )
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise CompressError(
-                f"{path} is not a readable plan ({error}); delete the file to calibrate again"
-            ) from error
-
-        def of(kind: str) -> dict[str, torch.Tensor]:
-            return {k.partition(":")[2]: t for k, t in tensors.items() if k.startswith(kind)}
-
-        grids = {name: Grid(**grid) for name, grid in header["grids"].items()}
-        scales, zeros = of("scale:"), of("zero:")
-        codes = {
-            name: QuantizedWeight(
-                unpack_int32(words), scales[name], zeros[name].float(), grids[name]
+        if any(name.startswith("layers.") for name in have):
+            return (
+                "its tensors are named layers.*, not model.layers.*: it is an embedding model or "
+                "a body without a language-model head, which is not quantized; serve it at 16 bits"
             )
-            for name, words in of("codes:").items()
-        }
-        return cls(header["method"], grids, of("vector:"), of("shrink:"), codes, header["report"])
+        first = min(have, default="none")
+        return f"its tensors are not named {prefix}.*, {first} for one: this is not supported"
+    if missing := sorted(wanted - have):
+        return (
+            f"it lacks {len(missing)} of {len(wanted)} weights, {missing[0]} for one: it is "
+            "incomplete, or its config is that of another model"
+        )
+    if unknown := sorted(linears - wanted):
+        return (
+            f"it has {len(unknown)} linears that its config of {layers} layers does not name, "
+            f"{unknown[0]} for one; give the config that belongs to the weights"
+        )
+    return None

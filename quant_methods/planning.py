@@ -1,31 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint to a cached Plan: load, calibrate, remember."""
+"""From a checkpoint to a stored Plan: check, load, calibrate, remember."""
 
 import gc
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from compress_common.cache import cache_dir
 from compress_common.errors import CompressError
-from quant_methods.architecture import architecture_of
+from compress_common.store import Store, digest
+from quant_methods.architecture import LINEARS, architecture_of
 from quant_methods.base import Progress, QuantMethod, silent
 from quant_methods.blocks import Blocks
-from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
+from quant_methods.calibration import (
+    SELF,
+    CalibrationSettings,
+    check_length,
+    file_tokens,
+    sampled_tokens,
+    start_token,
+)
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.gptq import compensate
-from quant_methods.plan import SCHEMA_VERSION, Plan
+from quant_methods.identity import tensor_digest
+from quant_methods.plan import Plan, decoder_problem
+from quant_methods.plan_file import SCHEMA_VERSION, load_plan, save_plan
 from quant_methods.registry import build_method
+from quant_methods.stages import Stages
+
+KIND = "plan"
+TEXT_KIND = "calibration-text"
+_FILE = "plan.safetensors"
 
 
 class PlanRequest(BaseModel):
-    """Everything that decides a plan: the method, its settings and the calibration text."""
+    """Everything besides the checkpoint that decides a plan."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,29 +48,31 @@ class PlanRequest(BaseModel):
     calibration: CalibrationSettings = CalibrationSettings()
 
     def build(self) -> QuantMethod:
-        """The method; CompressError when its name or a setting is not valid."""
+        """Return the method; CompressError when its name or a setting is not valid."""
         return build_method(self.method, self.settings)
 
-    def key(self, checkpoint: Checkpoint) -> str:
-        """The cache key: two requests share one exactly when they give the same plan."""
+    @property
+    def calibrates(self) -> bool:
+        """Whether the plan depends on calibration text, and so on the values of all weights."""
         method = self.build()
-        text = ""
-        if self.calibration.source != SELF and Path(self.calibration.source).is_file():
-            text = hashlib.sha256(Path(self.calibration.source).read_bytes()).hexdigest()
+        return method.capabilities.calibrates or method.settings.rounding == "gptq"
+
+    def key(self, checkpoint: Checkpoint) -> str:
+        """Return the key of the plan: two requests share one exactly when they give one plan.
+
+        Raises:
+            CompressError: The calibration text cannot be read.
+        """
+        method = self.build()
         content = {
             "schema": SCHEMA_VERSION,
+            "method": self.method,
             "revision": method.revision,
             "settings": method.settings.model_dump(),
-            "calibration": self.calibration.model_dump(exclude={"source"}),
-            "text": text or self.calibration.source,
         }
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-        return f"{self.method}-{checkpoint.fingerprint()}-{digest}"
-
-
-def plan_path(checkpoint: Checkpoint, request: PlanRequest) -> Path:
-    """Where the plan is cached, whether or not it exists."""
-    return cache_dir() / "plans" / f"{request.key(checkpoint)}.safetensors"
+        if self.calibrates:
+            content |= _text_identity(checkpoint, self.calibration)
+        return digest(checkpoint.digest, json.dumps(content, sort_keys=True))
 
 
 def obtain_plan(
@@ -66,46 +82,113 @@ def obtain_plan(
     device: str | torch.device = "cpu",
     progress: Progress = silent,
 ) -> tuple[Plan, bool]:
-    """The plan for a checkpoint and whether it came from the cache.
+    """Return the plan for a checkpoint, and whether it was stored already.
 
-    Ranks and processes that ask at once wait for the first: the cache file is locked.
+    Ranks and processes that ask at once wait for the first. An interrupted calibration goes on
+    from its last finished stage.
+
+    Args:
+        checkpoint: What is quantized.
+        request: How.
+        device: Where decoder blocks are computed.
+        progress: Called as the calibration advances.
+
+    Raises:
+        CompressError: The checkpoint or the calibration text cannot be used, or nothing can be
+            written.
     """
-    path = plan_path(checkpoint, request)
+    config = checkpoint.hf_config
+    prefix = architecture_of(config).layers_prefix
+    if problem := decoder_problem(checkpoint.files, prefix, config.num_hidden_layers):
+        raise CompressError(f"{checkpoint.folder} cannot be quantized: {problem}")
+    store, key = Store(), request.key(checkpoint)
+    made: list[Plan] = []
+
+    def build(folder: Path) -> None:
+        plan = _calibrate(checkpoint, request, Stages(key, store), device, progress)
+        plan.sources = checkpoint.tensor_digests
+        save_plan(plan, folder / _FILE)
+        made.append(plan)
+
+    def evict() -> None:
+        store.remove(KIND, key)
+        checkpoint.forget_digests()
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if path.is_file():
-                return Plan.load(path), True
-            plan = _calibrate(checkpoint, request, device, progress)
-            plan.save(path)
-            return plan, False
+        folder = store.make(KIND, key, build)
     except OSError as error:
         raise CompressError(
-            f"cannot write the plan cache {path.parent}: {error.strerror}; set VLLM_COMPRESS_CACHE "
-            "to a writable folder with free space"
+            f"cannot write the plan to {store.root}: {error.strerror or error}; set "
+            "VLLM_COMPRESS_CACHE to a writable folder with free space"
         ) from error
+    plan = made[0] if made else load_plan(folder / _FILE)
+    plan.evict = evict
+    return plan, not made
 
 
 def _calibrate(
-    checkpoint: Checkpoint, request: PlanRequest, device: str | torch.device, progress: Progress
+    checkpoint: Checkpoint,
+    request: PlanRequest,
+    stages: Stages,
+    device: str | torch.device,
+    progress: Progress,
 ) -> Plan:
-    method = request.build()
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    method, config = request.build(), checkpoint.hf_config
     arch = architecture_of(config)
-    compensates = method.settings.rounding == "gptq"
-    if not method.capabilities.calibrates and not compensates:
+    if not request.calibrates:
         with torch.device("meta"):
-            return method.plan(Blocks(AutoModelForCausalLM.from_config(config), arch, None))
-    progress("load model", 0, 1)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto").eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    tokens = calibration_tokens(request.calibration, model, tokenizer, progress)
-    blocks = Blocks(model, arch, tokens, device)
-    plan = method.plan(blocks, progress)
-    if compensates:
-        compensate(plan, blocks, progress)
-    plan.report["calibration"] = request.calibration.model_dump() | {"tokens": tokens.numel()}
+            plan = method.plan(Blocks(AutoModelForCausalLM.from_config(config), arch, None))
+    else:
+        check_length(request.calibration, config)
+        progress("load model", 0, 1)
+        model = _load_model(checkpoint)
+        tokens = _tokens(checkpoint, request.calibration, model, progress)
+        blocks = Blocks(model, arch, tokens, device, stages)
+        plan = method.plan(blocks, progress)
+        if method.settings.rounding == "gptq":
+            compensate(plan, blocks, progress)
+        plan.report["calibration"] = request.calibration.model_dump() | {"tokens": tokens.numel()}
+        del model, blocks
+        gc.collect()
+    stages.clear()
     plan.report["settings"] = method.settings.model_dump()
-    del model, blocks
-    gc.collect()
+    plan.report["left_at_16_bit"] = [n for n in LINEARS if n not in plan.layer_grids()]
     return plan
+
+
+def _load_model(checkpoint: Checkpoint) -> Any:
+    """The ``transformers`` model of exactly the checkpoint's files and config."""
+    config = checkpoint.hf_config
+    try:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError as error:
+        raise CompressError(
+            f"transformers has no language model for {type(config).__name__} of "
+            f"{checkpoint.folder}; int4 needs the Hugging Face config (--config-format hf)"
+        ) from error
+    state = dict(checkpoint.tensors())
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype="auto").eval()
+
+
+def _text_identity(checkpoint: Checkpoint, settings: CalibrationSettings) -> dict[str, Any]:
+    """What the calibration tokens depend on besides the weights."""
+    if settings.source != SELF:
+        return {"tokens": tensor_digest(file_tokens(settings, checkpoint.tokenizer))}
+    return settings.model_dump() | {"start": start_token(checkpoint.tokenizer)}
+
+
+def _tokens(
+    checkpoint: Checkpoint, settings: CalibrationSettings, model: Any, progress: Progress
+) -> torch.Tensor:
+    """Calibration tokens, int64 [samples, length]. Sampled text is stored: it is slow to make."""
+    if settings.source != SELF:
+        return file_tokens(settings, checkpoint.tokenizer)
+    identity = _text_identity(checkpoint, settings)
+    key = digest(checkpoint.digest, json.dumps(identity, sort_keys=True))
+
+    def build(folder: Path) -> None:
+        tokens = sampled_tokens(settings, model, identity["start"], progress)
+        save_file({"tokens": tokens}, folder / "tokens.safetensors")
+
+    folder = Store().make(TEXT_KIND, key, build)
+    return load_file(folder / "tokens.safetensors")["tokens"]

@@ -6,13 +6,14 @@ https://arxiv.org/abs/2312.03788
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from quant_methods.architecture import LINEARS, Fold
+from quant_methods.architecture import Fold
 from quant_methods.base import Capabilities, GridSettings, Progress, silent
 from quant_methods.blocks import Blocks
 from quant_methods.divergence import NextTokenReference
@@ -57,6 +58,17 @@ class _Statistics:
     mean_square: dict[str, torch.Tensor]
     wmax: dict[str, torch.Tensor]
 
+    @classmethod
+    def taken(cls, kept: dict[str, torch.Tensor], index: int, device: torch.device) -> Self:
+        """Those of block ``index`` from tensors named ``<index>:<statistic>:<linear>``."""
+        found: dict[str, dict[str, torch.Tensor]] = {"amax": {}, "mean_square": {}, "wmax": {}}
+        for key, tensor in kept.items():
+            block, _, rest = key.partition(":")
+            if block == str(index):
+                statistic, _, name = rest.partition(":")
+                found[statistic][name] = tensor.to(device)
+        return cls(**found)
+
 
 class SmoothQuantPlus:
     """Fold ``s = amax^alpha / wmax^(1-alpha)`` into norms (and v_proj, up_proj), then round.
@@ -84,11 +96,11 @@ class SmoothQuantPlus:
     def plan(self, blocks: Blocks, progress: Progress = silent) -> Plan:
         folds = blocks.arch.folds(blocks.model.config)
         self.first_sharing = blocks.arch.first_sharing(blocks.model.config)
-        self.folds = [f for f in folds if f.from_norm or self.settings.folds == "all"]
         self.grids = self.settings.grids(blocks.model.config)
-        self.statistics, final = self._observe(
-            blocks, tuple(set(self.first_sharing.values())), progress
-        )
+        self.folds = [fold for fold in folds if self._smooths(fold)]
+        kept = blocks.stages.tensors("statistics", lambda: self._observe(blocks, progress))
+        final = kept["final"].to(blocks.device)
+        self.statistics = [_Statistics.taken(kept, i, blocks.device) for i in range(len(blocks))]
         report: dict[str, Any] = {}
         if (alpha := self.settings.alpha) is None:
             coarse = 0.2 if self.settings.search == "coarse" else 0.05
@@ -102,35 +114,41 @@ class SmoothQuantPlus:
                 nonlocal tried
                 tried += 1
                 progress(f"alpha {alpha:.2f} ({tried})", tried, 7 if coarse > 0.05 else 21)
-                return reference.divergence(self._propagate(half, alpha))
+                return blocks.stages.number(
+                    f"alpha {alpha:.2f}",
+                    lambda: reference.divergence(self._propagate(half, alpha)),
+                )
 
             alpha, curve = search_alpha(loss, coarse=coarse)
             report["loss_curve"] = {f"{a:.2f}": value for a, value in curve.items()}
         report["alpha"] = alpha
         return self._assemble(blocks, alpha, report, progress)
 
-    def _observe(
-        self, blocks: Blocks, watched: tuple[str, ...], progress: Progress
-    ) -> tuple[list[_Statistics], torch.Tensor]:
-        """One full-precision pass: input statistics of each block, and the last hidden states."""
-        statistics, hidden = [], blocks.hidden
+    def _smooths(self, fold: Fold) -> bool:
+        """Whether a fold is wanted, and all linears that it changes are quantized."""
+        wanted = fold.from_norm or self.settings.folds == "all"
+        changed = fold.consumers if fold.from_norm else (*fold.consumers, fold.producer)
+        return wanted and all(name in self.grids for name in changed)
+
+    def _observe(self, blocks: Blocks, progress: Progress) -> dict[str, torch.Tensor]:
+        """One full-precision pass: the statistics of each block, and ``final``, its last output."""
+        kept: dict[str, torch.Tensor] = {}
+        hidden, watched = blocks.hidden, tuple(set(self.first_sharing.values()))
         for index in range(len(blocks)):
             progress("activations", index + 1, len(blocks))
-            seen = _Statistics({}, {}, {})
 
-            def see(name: str, x: torch.Tensor, seen: _Statistics = seen) -> None:
+            def see(name: str, x: torch.Tensor, index: int = index) -> None:
                 x = x.flatten(0, -2).float()
-                seen.amax[name] = x.abs().amax(0)
-                seen.mean_square[name] = x.square().mean(0)
+                kept[f"{index}:amax:{name}"] = x.abs().amax(0)
+                kept[f"{index}:mean_square:{name}"] = x.square().mean(0)
 
             with blocks.resident(index) as block, blocks.watch(index, watched, see):
                 hidden = blocks.run(index, hidden)
                 for fold in self.folds:
                     weights = [block.get_submodule(c).weight for c in fold.consumers]
                     wmax = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
-                    seen.wmax[fold.consumers[0]] = wmax
-            statistics.append(seen)
-        return statistics, hidden
+                    kept[f"{index}:wmax:{fold.consumers[0]}"] = wmax
+        return kept | {"final": hidden}
 
     def _vectors(self, index: int, alpha: float) -> dict[Fold, torch.Tensor]:
         """The smoothing vector of each fold of a block, over the producer's channels."""
@@ -156,7 +174,7 @@ class SmoothQuantPlus:
             inputs = {c: to_consumer(f, v) for f, v in vectors.items() for c in f.consumers}
             with blocks.resident(index) as block:
                 weights = {}
-                for name in LINEARS:
+                for name in self.grids:
                     weight, scale = block.get_submodule(name).weight.float(), inputs.get(name)
                     if scale is not None:
                         weight = weight * scale
@@ -177,18 +195,29 @@ class SmoothQuantPlus:
         for index in range(len(blocks)):
             progress("clip search" if self.settings.clip else "folds", index + 1, len(blocks))
             prefix = f"{blocks.arch.layers_prefix}.{index}."
-            plan.grids |= {prefix + name: self.grids[name] for name in LINEARS}
+            plan.grids |= {prefix + name: grid for name, grid in self.grids.items()}
             with blocks.resident(index) as block:
                 self._fold(
                     plan, prefix, block, self._vectors(index, alpha), blocks.arch.norm_offset
                 )
-                for name in LINEARS if self.settings.clip else ():
-                    weight = plan.smoothed(prefix + name, block.get_submodule(name).weight)
-                    scale = plan.vectors.get(f"{prefix}{name}.input")
-                    percents = self._clip_percents(index, name, weight, scale)
-                    plan.shrinks[prefix + name] = percents.cpu()
+                if self.settings.clip:
+                    plan.shrinks |= blocks.stages.tensors(
+                        f"clip {index}",
+                        partial(self._clip, plan, prefix, index, block),
+                    )
         plan.vectors = {name: vector.cpu() for name, vector in plan.vectors.items()}
         return plan
+
+    def _clip(
+        self, plan: Plan, prefix: str, index: int, block: nn.Module
+    ) -> dict[str, torch.Tensor]:
+        """The clip search of every quantized linear of a block, by full name."""
+        percents = {}
+        for name in self.grids:
+            weight = plan.smoothed(prefix + name, block.get_submodule(name).weight)
+            scale = plan.vectors.get(f"{prefix}{name}.input")
+            percents[prefix + name] = self._clip_percents(index, name, weight, scale).cpu()
+        return percents
 
     def _fold(
         self,

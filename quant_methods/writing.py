@@ -4,7 +4,9 @@
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats import FORMATS, Format
 from quant_methods.grid import QuantizedWeight
 from quant_methods.plan import Plan
-from quant_methods.planning import PlanRequest, obtain_plan, plan_path
+from quant_methods.planning import PlanRequest, obtain_plan
 
 _SHARD_BYTES = 2 << 30  # of source weights
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
@@ -65,15 +67,15 @@ def quantize_checkpoint(
     if chosen.uniform:
         request = request.model_copy(update={"settings": request.settings | {"uniform": True}})
     checkpoint = Checkpoint(source)
-    architecture_of(_AttributeView(checkpoint.config))
+    architecture_of(checkpoint.hf_config)
     if target.exists():
         raise CompressError(f"{target} exists; give another folder or remove it")
     partial = target.parent / f".{target.name}.partial"
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        _check_space(partial, estimate(checkpoint).disk)
-        with FileLock(partial / ".lock", timeout=0):
-            _start_or_resume(partial, plan_path(checkpoint, request).name, chosen)
+        with FileLock(partial / ".lock", timeout=0), _kept_if_useful(partial):
+            _check_space(partial, estimate(checkpoint).disk)
+            _start_or_resume(partial, request.key(checkpoint), chosen)
             plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)
             dtype = _serving_dtype(checkpoint.config)
             index = _write_shards(checkpoint, plan, chosen, dtype, partial, device, progress)
@@ -91,11 +93,15 @@ def quantize_checkpoint(
     return report
 
 
-class _AttributeView:
-    """A config.json dict read like transformers' config object."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.__dict__.update(config)
+@contextmanager
+def _kept_if_useful(partial: Path) -> Iterator[None]:
+    """Remove the working folder after a refusal, unless it holds finished shards."""
+    try:
+        yield
+    except CompressError:
+        if not any(partial.glob("*.safetensors")):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _check_space(folder: Path, need: int) -> None:
@@ -107,10 +113,10 @@ def _check_space(folder: Path, need: int) -> None:
         )
 
 
-def _start_or_resume(partial: Path, plan_name: str, chosen: Format) -> None:
-    """Keep finished shards of the same request; drop those of another."""
+def _start_or_resume(partial: Path, key: str, chosen: Format) -> None:
+    """Keep finished shards of the same weights and request; drop all others."""
     state = partial / "state.json"
-    now = json.dumps({"plan": plan_name, "format": chosen.name})
+    now = json.dumps({"plan": key, "format": chosen.name})
     if not state.is_file() or state.read_text(encoding="utf-8") != now:
         for old in partial.glob("*.safetensors"):
             old.unlink()
@@ -147,15 +153,15 @@ def _write_shards(
 ) -> dict[str, str]:
     """Write every shard that is not there yet; returns ``{tensor: file}``."""
     shards = list(_shards(checkpoint))
-    plan.require(checkpoint.files)
+    mode = stat.S_IMODE((folder / "state.json").stat().st_mode)  # as the umask has it
     index: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         progress("write", number - 1, len(shards))
         file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
         if not file.is_file():
             out: dict[str, torch.Tensor] = {}
-            stream = ((n, t.to(device)) for n, t in checkpoint.tensors(names))
-            for name, value in plan.transform(stream, dtype):
+            stream = checkpoint.tensors(names)
+            for name, value in plan.transform(stream, dtype, device=device, expected=names):
                 if isinstance(value, QuantizedWeight):
                     parts = chosen.tensors(value, dtype)
                     out |= {f"{name}.{part}": t.cpu() for part, t in parts.items()}
@@ -163,6 +169,7 @@ def _write_shards(
                     out[name] = (value.to(dtype) if value.is_floating_point() else value).cpu()
             out = {name: tensor.contiguous() for name, tensor in out.items()}
             save_file(out, file.with_suffix(".tmp"), metadata={"format": "pt"})
+            file.with_suffix(".tmp").chmod(mode)  # save_file makes files that only we can read
             os.replace(file.with_suffix(".tmp"), file)
         index |= dict.fromkeys(Checkpoint.names_in(file), file.name)
     progress("write", len(shards), len(shards))
@@ -179,7 +186,8 @@ def _write_metadata(
 ) -> dict[str, Any]:
     for pattern in _COPIED:
         for file in checkpoint.folder.glob(pattern):
-            if not file.name.endswith(".index.json"):
+            # params.json is Mistral's own config, for weight files that are not copied.
+            if not file.name.endswith((".index.json", "params.json")):
                 shutil.copyfile(file, folder / file.name)
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     report = {
@@ -193,6 +201,7 @@ def _write_metadata(
         "schema": 1,
         "method": plan.method,
         "alpha": plan.report.get("alpha"),
+        "source": checkpoint.weights_digest,
         # The values that go into the KV cache are others than the original model's.
         "values_scaled": any(name.endswith(f"{QKV[2]}.output") for name in plan.vectors),
     }

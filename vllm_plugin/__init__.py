@@ -21,11 +21,11 @@ def register() -> None:
     from vllm_plugin import config_edge, diffusion
     from vllm_plugin.kv_cache import manager
     from vllm_plugin.quantization.config import CONFIGS
-    from vllm_plugin.quantization.loader import LOAD_FORMAT, QuantisingLoader
+    from vllm_plugin.quantization.loader import LOAD_FORMAT, QuantizingLoader
 
     for config in CONFIGS:
         register_quantization_config(config.method)(config)
-    register_model_loader(LOAD_FORMAT)(QuantisingLoader)
+    register_model_loader(LOAD_FORMAT)(QuantizingLoader)
     manager.register()
     diffusion.register()
     config_edge.install()

@@ -79,7 +79,7 @@ def _apply_weights(
 ) -> None:
     quant_config.activations = settings.activations
     problems = []
-    if quant_config.quantises_at_load:
+    if quant_config.quantizes_at_load:
         problems += _problems_at_load(config, quant_config, settings)
     elif fixed := settings.model_fields_set - {"activations"}:
         problems.append(

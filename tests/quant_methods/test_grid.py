@@ -3,8 +3,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from compress_common.errors import CompressError
+from quant_methods.architecture import DOWN, GATE_UP, LINEARS, QKV
+from quant_methods.base import GridSettings
 from quant_methods.grid import GROUP_SIZES, Grid, fake_quantize, pick_group_size, quantize
 
 grids = st.builds(Grid, st.sampled_from(GROUP_SIZES), st.booleans())
@@ -73,6 +76,33 @@ def test_pick_group_size(size: int, expected: int) -> None:
     assert pick_group_size(size, 32) == 32
 
 
-def test_pick_group_size_refuses() -> None:
-    with pytest.raises(CompressError, match="group_size"):
-        pick_group_size(100)
+def test_no_group_size_fits() -> None:
+    assert pick_group_size(100) is None
+    assert pick_group_size(64 * 3, 32) == 32
+
+
+def config(**sizes: int) -> LlamaConfig:
+    given = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    return LlamaConfig(**(given | sizes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "left"),
+    [
+        ({}, 1, set()),
+        ({"intermediate_size": 272}, 1, {DOWN}),  # 272 = 8 * 34, no multiple of 32
+        ({"intermediate_size": 250}, 1, {DOWN, *GATE_UP}),  # nor do 250 outputs pack
+        ({"hidden_size": 144, "head_dim": 32}, 1, {*QKV, *GATE_UP}),
+        ({"intermediate_size": 288}, 2, {DOWN}),  # 144 channels a rank
+    ],
+)
+def test_linears_that_no_group_divides_stay_at_16_bits(
+    sizes: dict[str, int], ranks: int, left: set[str]
+) -> None:
+    grids = GridSettings(tensor_parallel=ranks).grids(config(**sizes))
+    assert set(LINEARS) - set(grids) == left
+
+
+def test_nothing_to_quantize_is_refused() -> None:
+    with pytest.raises(CompressError, match="no linear can be quantized.*at 16 bits"):
+        GridSettings().grids(config(hidden_size=100, intermediate_size=250, head_dim=10))

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+from typing import Literal
+
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
 from quant_methods.grid import Grid, quantize
 from quant_methods.packing import (
     from_awq,
     from_compressed_tensors,
-    pack_int32,
+    pack,
     to_awq,
     to_compressed_tensors,
-    unpack_int32,
+    unpack,
 )
 
 
@@ -28,11 +29,14 @@ def test_round_trip(symmetric: bool, layout: tuple) -> None:
     assert torch.equal(back.zero, weight.zero)
 
 
-def test_pack_agrees_with_compressed_tensors() -> None:
-    codes = torch.randint(0, 16, (8, 64), dtype=torch.uint8)
-    theirs = pack_to_int32(codes.to(torch.int8) - 8, num_bits=4)  # they store code + 8
-    assert torch.equal(pack_int32(codes), theirs)
-    assert torch.equal(unpack_int32(theirs), codes)
+@pytest.mark.parametrize("packed_dim", [0, 1])
+def test_lowest_bits_come_first(packed_dim: Literal[0, 1]) -> None:
+    codes = torch.randint(0, 16, (16, 64), dtype=torch.uint8)
+    words = pack(codes, packed_dim)
+    assert torch.equal(unpack(words, packed_dim), codes)
+    first = words[0, 0].item()
+    column = codes[:8, 0] if packed_dim == 0 else codes[0, :8]
+    assert [first >> 4 * i & 15 for i in range(8)] == column.tolist()
 
 
 def test_awq_agrees_with_vllm() -> None:

@@ -12,7 +12,9 @@ from compress_common.errors import CompressError
 from quant_methods.architecture import architecture_of, linear_shapes
 from quant_methods.blocks import Blocks
 from quant_methods.grid import QuantizedWeight
+from quant_methods.identity import tensor_digest
 from quant_methods.plan import Plan
+from quant_methods.plan_file import load_plan, save_plan
 from quant_methods.registry import build_method
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
@@ -32,6 +34,7 @@ def plan_for(model: torch.nn.Module, **settings: object) -> Plan:
 def with_plan(model: torch.nn.Module, plan: Plan, rounded: bool) -> torch.Tensor:
     """Logits after the plan is applied to the model's own weights, rounded or only smoothed."""
     state = model.state_dict()
+    plan.sources = {name: tensor_digest(tensor) for name, tensor in state.items()}
     new = {}
     for name, value in plan.transform(state.items(), next(model.parameters()).dtype):
         if isinstance(value, QuantizedWeight):
@@ -84,8 +87,8 @@ def test_search_picks_the_least_loss_and_covers_every_linear(
 def test_plan_survives_its_file(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = load(tiny_model("qwen2"), torch.bfloat16)
     plan = plan_for(model, folds="all")
-    plan.save(tmp_path / "plan.safetensors")
-    again = Plan.load(tmp_path / "plan.safetensors")
+    save_plan(plan, tmp_path / "plan.safetensors")
+    again = load_plan(tmp_path / "plan.safetensors")
     assert again.grids == plan.grids
     assert again.report == plan.report
     first, second = (load(tiny_model("qwen2"), torch.bfloat16) for _ in range(2))
@@ -95,7 +98,7 @@ def test_plan_survives_its_file(tiny_model: Callable[..., Path], tmp_path: Path)
 def test_damaged_plan_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
     with pytest.raises(CompressError, match="not a readable plan"):
-        Plan.load(tmp_path / "plan.safetensors")
+        load_plan(tmp_path / "plan.safetensors")
 
 
 def test_non_finite_activations_are_refused(tiny_model: Callable[..., Path]) -> None:

@@ -36,7 +36,7 @@ def test_entry_point_registers_what_users_name() -> None:
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
 
     from vllm_plugin.quantization.config import CONFIGS
-    from vllm_plugin.quantization.loader import LOAD_FORMAT, QuantisingLoader
+    from vllm_plugin.quantization.loader import LOAD_FORMAT, QuantizingLoader
 
     (entry,) = entry_points(group="vllm.general_plugins", name="compress")
     register = entry.load()
@@ -44,7 +44,7 @@ def test_entry_point_registers_what_users_name() -> None:
     register()
     for config in CONFIGS:
         assert get_quantization_config(config.method) is config
-    assert _LOAD_FORMAT_TO_MODEL_LOADER[LOAD_FORMAT] is QuantisingLoader
+    assert _LOAD_FORMAT_TO_MODEL_LOADER[LOAD_FORMAT] is QuantizingLoader
 
 
 def test_config_edge() -> None:

@@ -41,12 +41,14 @@ class SmoothQuantPlusConfig(CompressedTensorsConfig):
     ) -> None:
         super().__init__(target_scheme_map or {}, ignore or [], quant_format, **kwargs)
         self.activations: Activations = "auto"
+        # Of the weights that the loader quantized; None: it quantized none.
+        self.source_digest: str | None = None
 
     def get_name(self) -> str:  # type: ignore[override]
         return self.method
 
     @property
-    def quantises_at_load(self) -> bool:
+    def quantizes_at_load(self) -> bool:
         """True for a 16-bit checkpoint."""
         return self.config is None
 

@@ -1,34 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model as int4. A 16-bit checkpoint is calibrated (or its cached plan reused) and rounded
-while it streams in; one that we wrote loads as it is.
+"""Load a model as int4. A 16-bit checkpoint is calibrated, or its stored plan reused, and rounded
+while it streams in. A checkpoint that we wrote loads as it is.
 
 The plan works on Hugging Face tensors before vLLM fuses and shards them, and hands on the tensors
 of a compressed-tensors checkpoint. So what is served is bit for bit what ``vllm-compress quantize``
 writes, fused layers and tensor parallelism are vLLM's own affair, and the 16-bit model is never
-resident in the engine: beyond the int4 model, one tensor at a time.
+resident in the engine: beyond the int4 model, a few tensors at a time.
 """
 
 import ctypes
 import gc
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from quant_methods.checkpoint import Checkpoint, resolve
+from quant_methods.checkpoint import hugging_face_files
 from quant_methods.grid import QuantizedWeight
 from quant_methods.packing import to_compressed_tensors
 from quant_methods.plan import Plan
-from quant_methods.planning import obtain_plan
+from quant_methods.planning import PlanRequest, obtain_plan
 from vllm_plugin.progress import bar
+from vllm_plugin.quantization.reload import refuse_reload, refuse_tensors
+from vllm_plugin.quantization.source import source_of
 from vllm_plugin.settings import WeightSettings, parse_settings
 
 logger = init_logger(f"vllm.{__name__}")
@@ -36,77 +40,119 @@ logger = init_logger(f"vllm.{__name__}")
 LOAD_FORMAT = "compress"
 
 
-class QuantisingLoader(DefaultModelLoader):
+class QuantizedStream:
+    """The tensors of a compressed-tensors checkpoint, made from 16-bit ones as they are asked for.
+
+    Args:
+        plan: Of the checkpoint.
+        tensors: ``(name, tensor)`` as the checkpoint has them.
+        dtype: What the model runs in.
+        device: Where tensors are rounded.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.plan, self.tensors, self.dtype, self.device = plan, tensors, dtype, device
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in self.plan.transform(self.tensors, self.dtype, device=self.device):
+            if isinstance(value, QuantizedWeight):
+                for part, tensor in to_compressed_tensors(value, self.dtype).items():
+                    yield f"{name}.{part}", tensor
+            else:
+                yield name, value
+
+
+class QuantizingLoader(DefaultModelLoader):
     """``--load-format compress``: set by the config edge, not by users."""
 
     def __init__(self, load_config: LoadConfig) -> None:
-        super().__init__(replace(load_config, load_format="auto"))
+        # Where Hugging Face files exist they are loaded: "auto" prefers Mistral's copy of them.
+        super().__init__(replace(load_config, load_format="hf"))
         self.plan: Plan | None = None
-        self.device = torch.device("cpu")
+
+    def _prepare_weights(self, *args: Any, **kwargs: Any) -> tuple[str, list[str], bool, str]:
+        folder, files, safetensors, index = super()._prepare_weights(*args, **kwargs)
+        kept = [str(file) for file in hugging_face_files(map(Path, files))]
+        return folder, kept, safetensors, index
 
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
-        self.device = torch.device(vllm_config.device_config.device or "cpu")
-        if getattr(vllm_config.quant_config, "quantises_at_load", False):
+        """Load a model. The plan is obtained first, while no memory is taken by the model."""
+        at_load = getattr(vllm_config.quant_config, "quantizes_at_load", False)
+        if at_load:
             self.plan = self._obtain_plan(vllm_config, model_config)
             _return_free_memory()
         model = super().load_model(vllm_config, model_config, prefix)
         self.plan = None
         _return_free_memory()
+        if at_load:
+            refuse_tensors(model, model_config, QuantizedStream)
         return model
 
+    def get_all_weights(  # type: ignore[override]
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Iterable[tuple[str, torch.Tensor]]:
+        """Return the weights as the model takes them.
+
+        Not a generator: vLLM also calls this to reload weights, and what can be refused has to be
+        refused before it takes the present ones away.
+        """
+        config = get_current_vllm_config()
+        tensors = super().get_all_weights(model_config, model)
+        if not getattr(config.quant_config, "quantizes_at_load", False):
+            return tensors
+        plan = self.plan or self._obtain_plan(config, model_config)
+        return QuantizedStream(plan, tensors, model_config.dtype, _device(config))
+
     def _obtain_plan(self, vllm_config: VllmConfig, model_config: ModelConfig) -> Plan:
-        settings = parse_settings(vllm_config.additional_config).weights or WeightSettings()
-        request = settings.request(
-            str(model_config.quantization), vllm_config.parallel_config.tensor_parallel_size
-        )
-        folder = resolve(model_config.model, model_config.revision, self.load_config.download_dir)
-        checkpoint = Checkpoint(folder)
+        request, quant_config = plan_request(vllm_config), vllm_config.quant_config
+        checkpoint = source_of(model_config, self._prepare_weights)
+        if request.calibrates:
+            refuse_reload(checkpoint, quant_config)
         started = time.perf_counter()
         with bar(disable=get_tensor_model_parallel_rank() != 0) as progress:
-            plan, cached = obtain_plan(checkpoint, request, device=self.device, progress=progress)
-        plan.require(checkpoint.files)
-        logger.info(
-            "%s plan %s in %.1f s: alpha %s, %d linears",
-            plan.method,
-            "from the cache" if cached else "calibrated",
-            time.perf_counter() - started,
-            plan.report.get("alpha", "-"),
-            len(plan.grids),
-        )
+            plan, stored = obtain_plan(
+                checkpoint, request, device=_device(vllm_config), progress=progress
+            )
+        quant_config.source_digest = checkpoint.digest
+        _log(plan, stored, time.perf_counter() - started)
         return plan
 
-    def get_all_weights(
-        self, model_config: ModelConfig, model: nn.Module
-    ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        if self.plan is None:
-            yield from super().get_all_weights(model_config, model)
-            return
-        dtype = model_config.dtype
-        before = after = 0
 
-        def on_device() -> Generator[tuple[str, torch.Tensor], None, None]:
-            nonlocal before
-            for name, tensor in super(QuantisingLoader, self).get_all_weights(model_config, model):
-                before += tensor.numel() * dtype.itemsize
-                yield name, tensor.to(self.device)
+def plan_request(vllm_config: VllmConfig) -> PlanRequest:
+    """Return what the engine asks of ``quant_methods``."""
+    settings = parse_settings(vllm_config.additional_config).weights or WeightSettings()
+    return settings.request(
+        str(vllm_config.model_config.quantization),
+        vllm_config.parallel_config.tensor_parallel_size,
+    )
 
-        for name, value in self.plan.transform(on_device(), dtype):
-            if isinstance(value, QuantizedWeight):
-                packed = to_compressed_tensors(value, dtype)
-                parts = {f"{name}.{part}": tensor for part, tensor in packed.items()}
-            else:
-                parts = {name: value}
-            for part, tensor in parts.items():
-                after += tensor.nbytes
-                yield part, tensor
-        logger.info(
-            "Weights: %.1f MiB in %s, %.1f MiB quantised (%.3f)",
-            before / 2**20,
-            dtype,
-            after / 2**20,
-            after / max(before, 1),
+
+def _device(vllm_config: VllmConfig) -> torch.device:
+    return torch.device(vllm_config.device_config.device or "cpu")
+
+
+def _log(plan: Plan, stored: bool, seconds: float) -> None:
+    logger.info(
+        "%s plan %s in %.1f s: alpha %s, %d linears",
+        plan.method,
+        "from the cache" if stored else "calibrated",
+        seconds,
+        plan.report.get("alpha", "-"),
+        len(plan.grids),
+    )
+    if left := plan.report.get("left_at_16_bit"):
+        logger.warning(
+            "%s stay at 16 bits in every layer: no group size divides their input, or their "
+            "outputs do not pack",
+            ", ".join(left),
         )
 
 

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint is: the SHA-256 of every tensor, remembered per file as git's index does."""
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from compress_common.errors import CompressError
+from compress_common.store import Store, digest
+
+KIND = "tensor-digests"
+_FILE = "digests.json"
+# A file that changed this recently can change again within one tick of its clock, unseen.
+_SETTLED_NS = 2_000_000_000
+_LOOKAHEAD = 2  # tensors that are hashed ahead of the one in use
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Return the hex SHA-256 of a tensor's dtype, shape and bytes.
+
+    Args:
+        tensor: Any dtype and shape. A tensor on another device is copied to the host.
+    """
+    total = sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    if tensor.numel():
+        host = tensor.detach().cpu().contiguous()
+        total.update(host.view(-1).view(torch.uint8).numpy())  # releases the GIL
+    return total.hexdigest()
+
+
+def hashed(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor, str]]:
+    """Yield ``(name, tensor, digest)``. The next tensors are hashed while the caller works.
+
+    Args:
+        tensors: ``(name, tensor)``, read two ahead.
+    """
+    waiting: deque[tuple[str, torch.Tensor, Future[str]]] = deque()
+    with ThreadPoolExecutor(1, "compress-digest") as pool:
+        for name, tensor in tensors:
+            waiting.append((name, tensor, pool.submit(tensor_digest, tensor)))
+            if len(waiting) > _LOOKAHEAD:
+                name, tensor, value = waiting.popleft()
+                yield name, tensor, value.result()
+        while waiting:
+            name, tensor, value = waiting.popleft()
+            yield name, tensor, value.result()
+
+
+class TensorDigests:
+    """The digests of all tensors of some safetensors files.
+
+    They are computed once and remembered in the store under each file's real path, size, inode,
+    mtime and ctime. An edit in place changes the ctime, which no ordinary user can set back.
+
+    Args:
+        files: Safetensors files.
+        store: Where results are remembered.
+    """
+
+    def __init__(self, files: Iterable[Path], store: Store | None = None) -> None:
+        self.files = sorted(set(files))
+        self.store = store or Store()
+
+    def load(self) -> dict[str, str]:
+        """Return ``{tensor: digest}``.
+
+        Raises:
+            CompressError: A file cannot be read.
+        """
+        key, settled = self._key()
+        if not settled:
+            return self._compute()
+        digests: dict[str, str] = {}
+
+        def build(folder: Path) -> None:  # other ranks wait instead of reading everything too
+            digests.update(self._compute())
+            (folder / _FILE).write_text(json.dumps(digests), encoding="utf-8")
+            if self._key()[0] != key:
+                raise CompressError(
+                    f"{self.files[0].parent} changed while it was read; wait until the checkpoint "
+                    "is complete and start again"
+                )
+
+        found = self.store.make(KIND, key, build)
+        return digests or json.loads((found / _FILE).read_bytes())
+
+    def forget(self) -> None:
+        """Remove what is remembered, so that the next ``load`` reads every byte."""
+        self.store.remove(KIND, self._key()[0])
+
+    def _key(self) -> tuple[str, bool]:
+        """Return the key of the files' present state, and whether all are older than a tick."""
+        parts, newest = [], 0
+        for file in self.files:
+            path = os.path.realpath(file)
+            state = os.stat(path)
+            parts += [path, repr((state.st_size, state.st_ino, state.st_mtime_ns))]
+            parts.append(repr((state.st_ctime_ns, state.st_dev)))
+            newest = max(newest, state.st_mtime_ns, state.st_ctime_ns)
+        return digest(*parts), time.time_ns() - newest > _SETTLED_NS
+
+    def _compute(self) -> dict[str, str]:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "compress-digest") as pool:
+            digests: dict[str, str] = {}
+            for file in self.files:
+                try:
+                    with safe_open(file, framework="pt") as opened:
+                        names = list(opened.keys())
+                        # Tensors are views of the mapped file: the threads read the pages.
+                        tensors = [opened.get_tensor(name) for name in names]
+                        digests |= zip(names, pool.map(tensor_digest, tensors), strict=True)
+                except (SafetensorError, OSError) as error:
+                    raise CompressError(
+                        f"{file} is damaged or incomplete ({error}); fetch the checkpoint again"
+                    ) from error
+        return digests

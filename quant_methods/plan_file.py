@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as one safetensors file."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from compress_common.errors import CompressError
+from quant_methods.grid import Grid, QuantizedWeight
+from quant_methods.packing import pack, unpack
+from quant_methods.plan import Plan
+
+SCHEMA_VERSION = 2
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write a plan to a new file."""
+    # q, k and v share one vector in memory, which safetensors does not store.
+    tensors = {f"vector:{name}": vector.clone() for name, vector in plan.vectors.items()}
+    tensors |= {f"shrink:{name}": percents for name, percents in plan.shrinks.items()}
+    for name, weight in plan.codes.items():
+        tensors |= codes_to_tensors(name, weight)
+    header = {
+        "schema": SCHEMA_VERSION,
+        "method": plan.method,
+        "grids": {name: asdict(grid) for name, grid in plan.grids.items()},
+        "report": plan.report,
+        "sources": plan.sources,
+    }
+    save_file(tensors, path, metadata={"plan": json.dumps(header)})
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        CompressError: The file is damaged or of another schema version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["plan"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        if header["schema"] != SCHEMA_VERSION:
+            raise CompressError(
+                f"{path} has plan schema {header['schema']}, this version reads "
+                f"{SCHEMA_VERSION}; delete the file to calibrate again"
+            )
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise CompressError(
+            f"{path} is not a readable plan ({error}); delete the file to calibrate again"
+        ) from error
+
+    def named(kind: str) -> dict[str, torch.Tensor]:
+        return {k.partition(":")[2]: t for k, t in tensors.items() if k.startswith(f"{kind}:")}
+
+    grids = {name: Grid(**grid) for name, grid in header["grids"].items()}
+    codes = {name: codes_from_tensors(name, tensors, grids[name]) for name in named("codes")}
+    return Plan(
+        header["method"],
+        grids,
+        named("vector"),
+        named("shrink"),
+        codes,
+        header["report"],
+        header["sources"],
+    )
+
+
+def codes_to_tensors(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    """Return the tensors of one rounded linear, as they are stored."""
+    return {
+        f"codes:{name}": pack(weight.q),
+        f"scale:{name}": weight.scale,
+        f"zero:{name}": weight.zero.to(torch.uint8),
+    }
+
+
+def codes_from_tensors(name: str, tensors: dict[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
+    """Inverse of ``codes_to_tensors``."""
+    words, zero = tensors[f"codes:{name}"], tensors[f"zero:{name}"]
+    return QuantizedWeight(unpack(words), tensors[f"scale:{name}"], zero.float(), grid)
