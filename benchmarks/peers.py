@@ -42,7 +42,7 @@ def write_peer(method: str, model: Path, windows: Path) -> Path:
     from quant_methods.checkpoint import Checkpoint
 
     recipe = hashlib.sha256(RUNNER.read_bytes() + windows.read_bytes())
-    recipe.update(f"{VERSION} {Checkpoint(model).fingerprint()}".encode())
+    recipe.update(f"{VERSION} {Checkpoint(model).weights_digest}".encode())
     folder = cache_folder() / f"{method}-{recipe.hexdigest()[:12]}"
     if folder.is_dir():
         return folder

@@ -64,7 +64,7 @@ def quality(options: Options, result: Result) -> None:
                 _difference(result, key, nats, baseline)
         if "int8" not in str(result.details.get("quality_engine_nats_best_int8", "int8")):
             result.missing("nats_best_int8", "activations stay bf16 here: the CPU has no AMX")
-        result.details["plans"] = in_process(_plans, folder / "plans", preloaded=options.smoke)
+        result.details["plans"] = in_process(_plans, folder / "plan", preloaded=options.smoke)
 
 
 def _contenders(
@@ -172,6 +172,6 @@ def _write_best(model: Path, folder: Path, settings: dict[str, Any]) -> Path:
 
 
 def _plans(folder: Path) -> list[dict[str, Any]]:
-    from quant_methods.plan import Plan
+    from quant_methods.plan_file import load_plan
 
-    return [Plan.load(path).report for path in sorted(folder.glob("*.safetensors"))]
+    return [load_plan(path).report for path in sorted(folder.glob("*/*.safetensors"))]
