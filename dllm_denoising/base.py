@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache policy is: it plans what a denoising step computes, one step ahead.
+"""The interface of a cache policy, which plans what a denoising step computes.
 
-In a bidirectional model keys and values of every position depend on every other, so each commit
-makes all cached ones a little stale. A policy decides which positions a step computes at all
-(``rows``) and from which layer on it computes them all (``start``): 0 recomputes everything, the
-number of layers nothing but the rows. Keys and values of rows are written to the cache before
-attention reads it, so a row is never stale to itself.
+In a bidirectional model, keys and values of each position depend on all other positions. Each
+commit therefore makes all cached keys and values a little stale. A policy decides which positions
+a step computes (``rows``), and from which layer on the step computes all positions (``start``). A
+start of 0 recomputes everything. A start at the number of layers computes only the rows. Keys and
+values of the rows are written to the cache before attention reads it, so a row always sees its own
+current values.
 
-Deciding a step ahead is what lets an engine batch requests and know the size of a step: what a
-step shows of drift changes the next one. The published order is in ``reference``.
+A policy decides one step ahead, so that an engine knows the size of a step and can batch requests.
+Drift that a step shows changes the next step. The published order is in ``reference``.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ _NONE = np.empty(0, dtype=np.int64)
 
 
 class NoSettings(BaseModel):
-    """The settings of a policy that has none; the base of all others'."""
+    """The settings of a policy without settings, and the base class of all other settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,8 +34,11 @@ class NoSettings(BaseModel):
 class Plan:
     """One step of one request. Positions are int64 and ascending.
 
-    rows: computed in the layers below ``start``. active: those of them that are predicted.
-    tracked: those of them whose attention is compared with what it was.
+    Args:
+        rows: Positions that are computed in the layers below ``start``.
+        start: The first layer that computes all positions.
+        active: The rows that are predicted.
+        tracked: The rows whose attention is compared with their attention in the last step.
     """
 
     rows: np.ndarray
@@ -43,17 +47,19 @@ class Plan:
     tracked: np.ndarray = field(default_factory=lambda: _NONE)
 
     def token_layers(self, length: int, layers: int) -> int:
-        """Positions computed, summed over layers, of a canvas of ``length``."""
+        """Return how many positions of a canvas of ``length`` are computed, summed over layers."""
         return len(self.rows) * self.start + length * (layers - self.start)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a step showed of one request, by layer.
+    """What a step showed about one request, by layer.
 
-    similarity: float [L], attention of tracked positions to what it was before; NaN where a layer
-    computed everything or nothing was tracked. attended: int64 [L, track], the unmasked positions
-    that the active ones attended to most; -1 where there were fewer.
+    Args:
+        similarity: float [L], how similar the attention of tracked positions is to that of the last
+            step. NaN where a layer computed everything, or where nothing was tracked.
+        attended: int64 [L, track], the unmasked positions that the active positions attended to
+            most. -1 where there were fewer.
     """
 
     similarity: np.ndarray
@@ -61,10 +67,9 @@ class Observation:
 
 
 class CachePolicy(Protocol):
-    """Plans the steps of one request; an instance is made for each.
+    """Plans the steps of one request. Each request has its own instance.
 
-    tracks: 0, or how many of the most attended positions ``observe`` wants per layer. Where it is
-    not 0, a step may start in the middle of the layers, and inputs of all layers are kept.
+    ``blocks_only`` says that the policy needs the schedule ``Blocks``.
     """
 
     name: ClassVar[str]
@@ -76,21 +81,34 @@ class CachePolicy(Protocol):
     def __init__(self, settings: Any) -> None: ...
 
     @property
-    def tracks(self) -> int: ...
+    def tracks(self) -> int:
+        """How many of the most attended positions ``observe`` wants per layer, or 0.
+
+        If it is not 0, a step can start in the middle of the layers, and an engine keeps the inputs
+        of all layers.
+        """
+        ...
 
     def plan(self, canvas: Canvas, schedule: Schedule, new: np.ndarray, layers: int) -> Plan:
-        """The next step; ``new`` are the positions that the last one committed."""
+        """Return the next step.
+
+        Args:
+            canvas: The tokens of the request.
+            schedule: Chooses the active positions.
+            new: Positions that the last step committed, int64.
+            layers: Number of layers of the model.
+        """
         ...
 
     def observe(self, seen: Observation) -> None:
-        """Called after each step where ``tracks`` is not 0."""
+        """Take what a step showed. Called after each step if ``tracks`` is not 0."""
         ...
 
 
 class Refreshing:
-    """Base of policies that compute either everything or the new and the active positions.
+    """The base of policies that compute either everything or the new and the active positions.
 
-    ``refreshes(step)`` is all they add; the first step, 0, computes everything in any case.
+    A subclass only defines ``refreshes``. The first step, step 0, always computes everything.
     """
 
     settings_type: ClassVar[type[NoSettings]] = NoSettings
@@ -102,6 +120,7 @@ class Refreshing:
         self._step = 0
 
     def refreshes(self, step: int) -> bool:
+        """Return whether a step from 1 on computes everything."""
         raise NotImplementedError
 
     def plan(self, canvas: Canvas, schedule: Schedule, new: np.ndarray, layers: int) -> Plan:
@@ -117,6 +136,6 @@ class Refreshing:
 
 
 def current_block(canvas: Canvas, schedule: Blocks, active: np.ndarray) -> np.ndarray:
-    """All positions of the block that the active ones are in."""
+    """Return all positions of the block that contains the active positions."""
     first = canvas.prompt + int(schedule.block(canvas, active[:1])[0]) * schedule.length
     return np.arange(first, min(first + schedule.length, len(canvas)))

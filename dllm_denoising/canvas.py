@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One request's tokens while they are denoised: prompt, committed tokens and masks."""
+"""The tokens of one request while it is denoised: prompt, committed tokens and masks."""
 
 from collections.abc import Collection, Sequence
 
@@ -7,12 +7,14 @@ import numpy as np
 
 
 class Canvas:
-    """``length`` masks behind a prompt, committed in any order and released from the left.
+    """A prompt and the masks behind it. Masks are committed in any order, released left to right.
 
-    tokens: int64 [N], N = prompt + length. masked: bool [N]. limit: positions from here on are no
-    longer wanted, as a stop token was committed before; they hold ``fill``.
-
-    stops: tokens that end the text, at the first place where one is committed.
+    Attributes:
+        prompt: Number of prompt tokens.
+        tokens: int64 [N], where N is prompt + length.
+        masked: bool [N], which positions are not committed yet.
+        limit: Positions from here on are no longer wanted, because a stop token was committed
+            before them. They hold the fill token.
     """
 
     def __init__(
@@ -23,6 +25,15 @@ class Canvas:
         stops: Collection[int] = (),
         fill: int | None = None,
     ) -> None:
+        """Create a canvas without any committed token.
+
+        Args:
+            prompt: Token ids.
+            length: Number of masks behind the prompt.
+            mask: The mask token.
+            stops: Tokens that end the text where the first of them is committed.
+            fill: The token behind a stop token. One of the stop tokens by default.
+        """
         self.prompt, self.mask = len(prompt), mask
         self.tokens = np.full(len(prompt) + length, mask, dtype=np.int64)
         self.tokens[: len(prompt)] = prompt
@@ -37,11 +48,16 @@ class Canvas:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to commit."""
+        """Whether all positions are committed."""
         return not self.masked.any()
 
     def commit(self, positions: np.ndarray, tokens: np.ndarray) -> None:
-        """Fix tokens at masked positions, int64 [K] each; behind a stop token nothing stays."""
+        """Fix tokens at masked positions, and drop what lies behind a stop token.
+
+        Args:
+            positions: int64 [K].
+            tokens: int64 [K].
+        """
         self.tokens[positions] = tokens
         self.masked[positions] = False
         ends = [int(p) for p, t in zip(positions, tokens, strict=True) if int(t) in self._stops]
@@ -51,7 +67,10 @@ class Canvas:
             self.masked[self.limit :] = False
 
     def release(self) -> list[int]:
-        """Tokens that have become final since the last call: committed, nothing masked before."""
+        """Return the tokens that became final since the last call.
+
+        A token is final when it is committed and no position before it is masked.
+        """
         first = self._released
         hidden = np.flatnonzero(self.masked[first : self.limit])
         last = first + int(hidden[0]) if len(hidden) else max(first, self.limit)

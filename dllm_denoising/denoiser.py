@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One request's denoising: what to compute next, and what to make of it."""
+"""The denoising of one request: what to compute next, and what to commit."""
 
 from collections.abc import Collection, Sequence
 
@@ -13,11 +13,7 @@ from dllm_denoising.settings import Decoding
 
 
 class Denoiser:
-    """Canvas, schedule, commit rule and cache policy of a request.
-
-    prompt: token ids. length: masks behind it. mask: the mask token. stops: see ``Canvas``.
-    layers: of the model. temperature: 0 takes the likeliest token. seed: of the noise otherwise.
-    """
+    """Canvas, schedule, commit rule and cache policy of one request."""
 
     def __init__(
         self,
@@ -33,6 +29,20 @@ class Denoiser:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
+        """Plan the first step.
+
+        Args:
+            prompt: Token ids.
+            length: Number of masks behind the prompt.
+            decoding: Schedule and commit rule.
+            policy: A policy that no other request uses.
+            mask: The mask token.
+            layers: Number of layers of the model.
+            stops: Tokens that end the text, see ``Canvas``.
+            fill: The token behind a stop token, see ``Canvas``.
+            temperature: 0 takes the likeliest token. Above 0, tokens are sampled.
+            seed: Seed of the sampling.
+        """
         self.canvas = Canvas(prompt, length, mask, stops, fill)
         self.policy = policy
         self._schedule, self._rule = decoding.schedule(), decoding.rule()
@@ -48,20 +58,35 @@ class Denoiser:
 
     @property
     def finished(self) -> bool:
+        """Whether all positions are committed."""
         return self.canvas.finished
 
-    def noise(self, vocabulary: int) -> torch.Tensor | None:
-        """For ``commit.predict`` of this step's active rows; None at temperature 0."""
-        if self._temperature == 0:
+    @property
+    def samples(self) -> bool:
+        """Whether the temperature is above 0, so that ``noise`` is added."""
+        return self._temperature > 0
+
+    def noise(self, rows: int, vocabulary: int) -> torch.Tensor | None:
+        """Return ``commit.predict``'s noise for the next ``rows`` active rows of this step.
+
+        None at temperature 0.
+        """
+        if not self.samples:
             return None
-        return gumbel((len(self._plan.active), vocabulary), self._temperature, self._generator)
+        return gumbel((rows, vocabulary), self._temperature, self._generator)
 
     def advance(
         self, confidence: np.ndarray, tokens: np.ndarray, seen: Observation | None = None
     ) -> list[int]:
-        """End the step: commit, and plan the next one. Returns the tokens that became final.
+        """End the step: commit tokens and plan the next step.
 
-        confidence, tokens: of the active positions, in their order.
+        Args:
+            confidence: Probability of each active position's token, float64 [M].
+            tokens: Those tokens, int64 [M].
+            seen: What the step showed. Needed if the policy tracks positions.
+
+        Returns:
+            The tokens that became final.
         """
         if self.policy.tracks:
             assert seen is not None
@@ -75,7 +100,7 @@ class Denoiser:
         return self.canvas.release()
 
     def restart(self) -> None:
-        """Keep what is committed and forget what is cached: the next step computes everything."""
+        """Keep committed tokens and forget the cache, so that the next step computes everything."""
         self.policy = type(self.policy)(self.policy.settings)
         self._plan = self._next(np.empty(0, dtype=np.int64))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaDA in plain torch: what the served model is compared with, and what trains a small one."""
+"""LLaDA in plain torch, to compare the served model with and to train a small one."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a LLaDA model, by the names of its published ``config.json``."""
+    """Sizes of a LLaDA model, with the names of the published ``config.json``."""
 
     d_model: int
     n_layers: int
@@ -27,7 +27,7 @@ class Shape:
 
 
 class Block(nn.Module):
-    """One layer; its parameters have their published names."""
+    """One layer. Its parameters have their published names."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -46,9 +46,13 @@ class Block(nn.Module):
     def attention_inputs(
         self, x: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [B, Hq, T, D], keys and values [B, Hkv, T, D], queries and keys after RoPE.
+        """Return queries [B, Hq, T, D], keys and values [B, Hkv, T, D].
 
-        x: [B, T, d_model]. positions: int64 [T].
+        Queries and keys are rotated.
+
+        Args:
+            x: Inputs of the layer, [B, T, d_model].
+            positions: int64 [T].
         """
         normed = self.attn_norm(x)
         size = self.shape.head_size
@@ -59,7 +63,12 @@ class Block(nn.Module):
         return self._rotated(q, positions), self._rotated(k, positions), v
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The layer's output from its input and what attention gave, [B, Hq, T, D]."""
+        """Return the output of the layer, [B, T, d_model].
+
+        Args:
+            x: Input of the layer, [B, T, d_model].
+            attended: Output of the attention, [B, Hq, T, D].
+        """
         x = x + self.attn_out(attended.transpose(1, 2).flatten(2))
         normed = self.ff_norm(x)
         return x + self.ff_out(silu(self.ff_proj(normed)) * self.up_proj(normed))
@@ -74,7 +83,7 @@ class Block(nn.Module):
 
 
 class DenseLLaDA(nn.Module):
-    """The whole model. ``state_dict`` keys are the published ones behind ``model.``."""
+    """The whole model. Keys of its ``state_dict`` are the published names without ``model.``."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -90,18 +99,19 @@ class DenseLLaDA(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
+        """The layers in order."""
         return list(self.transformer["blocks"])
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens int64 [B, T] to [B, T, d_model]."""
+        """Return the embeddings [B, T, d_model] of tokens int64 [B, T]."""
         return self.transformer["wte"](tokens)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """What the last layer gave to logits [B, T, vocab_size]."""
+        """Return logits [B, T, vocab_size] of the last layer's output [B, T, d_model]."""
         return self.transformer["ff_out"](self.transformer["ln_f"](x))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [B, N, vocab_size] of tokens int64 [B, N]; every position sees every other."""
+        """Return logits [B, N, vocab_size] of tokens int64 [B, N], attending in both directions."""
         x, positions = self.embed(tokens), torch.arange(tokens.shape[1], device=tokens.device)
         for block in self.blocks:
             q, k, v = block.attention_inputs(x, positions)

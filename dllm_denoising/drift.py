@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How attention drifts, and which tokens it goes to most. Pure functions over R padded requests::
+"""How attention drifts, and which tokens get most of it. Pure functions over R padded requests.
 
-    queries [R, Hq, T, D]   keys [R, Hkv, N, D]   probabilities [R, Hq, T, N], float32
-    rows    bool [R, T]     which of T are there  there bool [R, N]
+Shapes::
 
-With heads spread over ranks, ``total`` sums a tensor over them; ``heads`` counts all heads.
+    queries        [R, Hq, T, D]
+    keys           [R, Hkv, N, D]
+    probabilities  float32 [R, Hq, T, N]
+    rows           bool [R, T], which rows are no padding
+    there          bool [R, N], which keys are no padding
+
+Heads can be spread over ranks. ``total`` then sums a tensor over the ranks, and ``heads`` is the
+number of heads on all ranks.
 """
 
 from collections.abc import Callable
@@ -24,49 +30,63 @@ def _alone(x: torch.Tensor) -> torch.Tensor:
 def probabilities(
     queries: torch.Tensor, keys: torch.Tensor, scale: float, there: torch.Tensor
 ) -> torch.Tensor:
-    """softmax(q.k * scale) over the keys that are there."""
+    """Return softmax(q.k * scale) over the keys that are no padding."""
     requests, heads, count, width = queries.shape
     grouped = queries.float().reshape(requests, keys.shape[1], -1, width)
     logits = (grouped * scale @ keys.float().mT).view(requests, heads, count, -1)
     return logits.masked_fill_(~there[:, None, None], -torch.inf).softmax(-1)
 
 
-def similarity(
+def cosines(
     past: torch.Tensor,
     current: torch.Tensor,
     rows: torch.Tensor,
     there: torch.Tensor,
     over: Over,
-    heads: int,
     total: Total = _alone,
 ) -> torch.Tensor:
-    """Mean cosine of past and current probabilities, float32 [R]; NaN without any row.
+    """Return the sum of all cosines of past and current probabilities, float32 [R].
 
-    over: "heads" takes the cosine over heads, for each row and key, and the mean of these, "row"
-    over the keys, for each head and row.
+    Args:
+        past: Probabilities before.
+        current: Probabilities now.
+        rows: Which rows count.
+        there: Which keys count.
+        over: "heads" takes a cosine over the heads, for each row and key. "row" takes a cosine over
+            the keys, for each head and row.
+        total: Sums a tensor over ranks.
     """
-    products = (past * current, past * past, current * current)
-    counted = rows.sum(1).float()
+    pairs = ((past, current), (past, past), (current, current))
     if over == "heads":
-        cosine = _cosine(*total(torch.stack([x.sum(1) for x in products])))
-        cosine = cosine.masked_fill(~(rows[:, :, None] & there[:, None]), 0)
-        return cosine.sum((1, 2)) / (counted * there.sum(1))
-    cosine = _cosine(*(x.sum(-1) for x in products)).masked_fill(~rows[:, None], 0)
-    return total(cosine.sum((1, 2))) / (counted * heads)
+        cosine = _cosine(*total(torch.stack([(x * y).sum(1) for x, y in pairs])))
+        return cosine.masked_fill_(~(rows[:, :, None] & there[:, None]), 0).sum((1, 2))
+    cosine = _cosine(*((x * y).sum(-1) for x, y in pairs))
+    return total(cosine.masked_fill_(~rows[:, None], 0).sum((1, 2)))
 
 
-def most_attended(
-    current: torch.Tensor,
-    rows: torch.Tensor,
-    candidates: torch.Tensor,
-    count: int,
-    total: Total = _alone,
+def similarity(
+    total_cosine: torch.Tensor, rows: torch.Tensor, there: torch.Tensor, over: Over, heads: int
 ) -> torch.Tensor:
-    """The ``count`` candidates, bool [R, N], that rows attend to most: int64 [R, count].
+    """Return the mean cosine, float32 [R], from the sum of ``cosines``; NaN without any row."""
+    return total_cosine / (rows.sum(1).float() * (there.sum(1) if over == "heads" else heads))
 
-    -1 where there are fewer candidates.
+
+def attention_mass(current: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return what each key gets of the attention of all rows and heads, float32 [R, N].
+
+    With heads spread over ranks, sum the result over them.
     """
-    mass = total(current.masked_fill(~rows[:, None, :, None], 0).sum((1, 2)))
+    return current.sum(1).masked_fill_(~rows[:, :, None], 0).sum(1)
+
+
+def most_attended(mass: torch.Tensor, candidates: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the ``count`` candidates with the largest mass, int64 [R, count].
+
+    Args:
+        mass: float32 [R, N], see ``attention_mass``.
+        candidates: bool [R, N].
+        count: How many. Where there are fewer candidates, the rest is -1.
+    """
     mass = mass.masked_fill(~candidates, -1)
     best, place = mass.topk(min(count, mass.shape[1]), dim=1)
     place = place.where(best >= 0, -1)
@@ -74,5 +94,8 @@ def most_attended(
 
 
 def _cosine(dot: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """From squared norms. Each norm has its own floor: their product is tiny for many keys."""
+    """Return the cosine from a dot product and squared norms.
+
+    Each norm has its own floor, because the product of both is tiny for many keys.
+    """
     return dot / (left.sqrt().clamp(min=_EPS) * right.sqrt().clamp(min=_EPS))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recompute everything when a block begins, then only that block: prefix and suffix are cached."""
+"""Recompute everything when a block begins, and then only that block."""
 
 from typing import ClassVar
 
@@ -11,12 +11,15 @@ from dllm_denoising.schedule import Blocks, Schedule
 
 
 class DualCache(Refreshing):
-    """The dual cache of Fast-dLLM. Steps compute all of a block, committed tokens too."""
+    """The dual cache of Fast-dLLM, which caches what lies before and behind the current block.
+
+    A step computes the whole block, committed tokens included.
+    """
 
     name: ClassVar[str] = "dual_cache"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.22618"
     blocks_only: ClassVar[bool] = True
-    _first = -1  # of the block that the last step was in
+    _first = -1  # position of the block of the last step
 
     def plan(self, canvas: Canvas, schedule: Schedule, new: np.ndarray, layers: int) -> Plan:
         assert isinstance(schedule, Blocks)

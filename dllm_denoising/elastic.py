@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recompute when the attention of the most attended tokens drifts, from the next layer on."""
+"""Recompute from some layer on when the attention of the most attended tokens drifts."""
 
 from typing import ClassVar, Literal
 
@@ -16,29 +16,34 @@ class ElasticSettings(NoSettings):
         0.9,
         ge=0,
         le=1,
-        description="similarity below which is drift; larger: more is recomputed, less is stale",
+        description="a similarity below this is drift; larger: more is recomputed, less is stale",
     )
     track: int = Field(
         1, ge=1, le=16, description="most attended tokens that each layer tracks; more: surer tests"
     )
     similarity: Literal["row", "heads"] = Field(
         "row",
-        description="cosine over a row of attention, as the authors write it, or over the heads, "
-        "as their code has it, which takes keys that no head attends to for drift",
+        description="cosine over a row of attention, as in the paper, or over the heads, as in the "
+        "authors' code, which mistakes keys that no head attends to for drift",
     )
 
 
 def next_start(similarity: np.ndarray, gamma: float) -> int:
-    """The layer behind the first of [L] that drifted; L, nothing to recompute, if none did."""
-    drifted = np.flatnonzero(similarity < gamma)  # NaN is not
+    """Return the layer behind the first layer that drifted, or L if none did.
+
+    Args:
+        similarity: float [L]. NaN is no drift.
+        gamma: A similarity below this is drift.
+    """
+    drifted = np.flatnonzero(similarity < gamma)
     return int(drifted[0]) + 1 if len(drifted) else len(similarity)
 
 
 class Elastic:
-    """Elastic-Cache, decided one step late.
+    """Elastic-Cache, which here decides one step late.
 
-    Limit: a policy for models whose every position sees every other; with block-causal ones, what
-    lies before the active block never changes.
+    It needs a model in which all positions see all others. In a block-causal model, nothing before
+    the active block ever changes.
     """
 
     name: ClassVar[str] = "elastic"

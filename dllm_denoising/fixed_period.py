@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recompute everything every few steps."""
+"""Recompute everything in every n-th step."""
 
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ class FixedPeriodSettings(NoSettings):
 
 
 class FixedPeriod(Refreshing):
-    """After dKV-Cache, which refreshes after a fixed number of steps."""
+    """A refresh after a fixed number of steps, as in dKV-Cache."""
 
     name: ClassVar[str] = "fixed_period"
     settings_type: ClassVar[type[NoSettings]] = FixedPeriodSettings

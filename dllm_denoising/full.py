@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recompute everything in every step: no cache, the control of all other policies."""
+"""Recompute everything in every step, without a cache: the control of all other policies."""
 
 from typing import ClassVar
 

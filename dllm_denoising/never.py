@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Never recompute what is neither new nor active: the cheapest, and the most stale."""
+"""Recompute only what is new or active: the cheapest policy, with the most stale cache."""
 
 from typing import ClassVar
 
@@ -7,10 +7,10 @@ from dllm_denoising.base import Refreshing
 
 
 class Never(Refreshing):
-    """One full step at the start."""
+    """Computes everything in the first step only."""
 
     name: ClassVar[str] = "never"
-    paper: ClassVar[str] = "none: the other end of the scale"
+    paper: ClassVar[str] = "none; the opposite of full"
 
     def refreshes(self, step: int) -> bool:
         return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every policy on the dense model, one request at a time: what an engine must give exactly."""
+"""Each policy on the dense model, one request at a time. An engine must give the same tokens."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -12,12 +12,24 @@ from dllm_denoising.base import Observation, Plan
 from dllm_denoising.commit import predict
 from dllm_denoising.denoiser import Denoiser
 from dllm_denoising.dense import DenseLLaDA
-from dllm_denoising.drift import Over, most_attended, probabilities, similarity
+from dllm_denoising.drift import (
+    Over,
+    attention_mass,
+    cosines,
+    most_attended,
+    probabilities,
+    similarity,
+)
 
 
 @dataclass
 class Generated:
-    """tokens: released, in order. plans: of each step, with ``start`` as it was in the end."""
+    """What was generated.
+
+    Attributes:
+        tokens: Released tokens, in order.
+        plans: The plan of each step, with ``start`` as it was at the end of the step.
+    """
 
     tokens: list[int] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
@@ -25,7 +37,13 @@ class Generated:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step computed: the canvas as it was, int64 [N], and logits [M, V] of plan.active."""
+    """What one step computed.
+
+    Attributes:
+        tokens: The canvas before the step, int64 [N].
+        plan: The plan of the step.
+        logits: Of the active positions, [M, V].
+    """
 
     tokens: np.ndarray
     plan: Plan
@@ -62,7 +80,7 @@ def generate(
         logits, seen, start = forward(plan)
         if watch is not None:
             watch(Step(denoiser.canvas.tokens, plan, logits))
-        noise = denoiser.noise(logits.shape[1])
+        noise = denoiser.noise(*logits.shape)
         confidence, tokens = predict(logits, denoiser.canvas.mask, noise)
         result.plans.append(Plan(plan.rows, start, plan.active, plan.tracked))
         result.tokens += denoiser.advance(confidence.numpy(), tokens.numpy(), seen)
@@ -70,7 +88,7 @@ def generate(
 
 
 class CachedForward:
-    """The model with keys, values and layer inputs of all positions of a canvas."""
+    """The model with cached keys, values and layer inputs of all positions of a canvas."""
 
     def __init__(self, model: DenseLLaDA, denoiser: Denoiser, in_step: bool) -> None:
         shape, length = model.shape, len(denoiser.canvas)
@@ -80,8 +98,12 @@ class CachedForward:
         self._inputs = torch.zeros(shape.n_layers, 1, length, shape.d_model)
 
     def __call__(self, plan: Plan) -> tuple[torch.Tensor, Observation | None, int]:
-        """Logits [M, V] of the active positions, what was observed, and the layer from which on
-        everything was computed."""
+        """Run a step.
+
+        Returns:
+            Logits [M, V] of the active positions, what was observed, and the first layer that
+            computed everything.
+        """
         canvas, policy, layers = self._denoiser.canvas, self._denoiser.policy, self._model.blocks
         everything = torch.arange(len(canvas))
         rows = everything if plan.start == 0 else torch.from_numpy(plan.rows)
@@ -110,13 +132,13 @@ class CachedForward:
         logits = self._model.logits(x[:, at])[0]
         if not policy.tracks:
             return logits, None, start
-        if self._in_step:  # what was seen has had its effect
+        if self._in_step:  # the drift has had its effect already
             similarities[:] = np.nan
         return logits, Observation(similarities, np.stack(attended)), start
 
 
 class _Probe:
-    """Attention probabilities of some rows of one layer."""
+    """Watches the attention of one layer."""
 
     def __init__(self, layer, q, keys, rows, masked, limit) -> None:  # type: ignore[no-untyped-def]
         self._layer, self._q, self._keys, self._rows = layer, q, keys, rows
@@ -130,8 +152,8 @@ class _Probe:
 
     def attended(self, active: np.ndarray, count: int) -> np.ndarray:
         rows = torch.ones(1, len(active), dtype=torch.bool)
-        found = most_attended(self._current(active), rows, self._candidates, count)
-        return found[0].numpy()
+        mass = attention_mass(self._current(active), rows)
+        return most_attended(mass, self._candidates, count)[0].numpy()
 
     def similarity(
         self, tracked: np.ndarray, inputs: torch.Tensor, keys: torch.Tensor, over: Over
@@ -140,5 +162,5 @@ class _Probe:
         queries = self._layer.attention_inputs(inputs[:, at], at)[0]
         past = probabilities(queries, keys, self._scale, self._there)
         rows = torch.ones(1, len(at), dtype=torch.bool)
-        heads = past.shape[1]
-        return float(similarity(past, self._current(tracked), rows, self._there, over, heads))
+        found = cosines(past, self._current(tracked), rows, self._there, over)
+        return float(similarity(found, rows, self._there, over, past.shape[1]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cache policies by name: ours, and third parties' through an entry-point group."""
+"""Cache policies by name: built-in ones, and those of other packages by entry point."""
 
 from typing import Any, Final
 
@@ -19,10 +19,18 @@ POLICIES: Final = Registry[CachePolicy](
 
 
 def policies() -> dict[str, type[CachePolicy]]:
-    """Every registered policy; CompressError when two claim one name."""
+    """Return all registered policies by name.
+
+    Raises:
+        CompressError: If two policies have the same name.
+    """
     return POLICIES.classes()
 
 
 def build_policy(name: str, settings: dict[str, Any]) -> CachePolicy:
-    """A policy with validated settings; CompressError lists every bad key and value at once."""
+    """Return a policy with validated settings.
+
+    Raises:
+        CompressError: If there are bad keys or values. It lists all of them.
+    """
     return POLICIES.build(name, settings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which masked positions are predicted in a step."""
+"""Schedules, which decide which masked positions a step predicts."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,16 +10,16 @@ from dllm_denoising.canvas import Canvas
 
 
 class Schedule(Protocol):
-    """Chooses the active positions of a canvas; some, as long as any is masked."""
+    """Chooses the active positions of a canvas: at least one as long as any is masked."""
 
     def active(self, canvas: Canvas) -> np.ndarray:
-        """Masked positions, int64, ascending."""
+        """Return masked positions, int64, in ascending order."""
         ...
 
 
 @dataclass(frozen=True)
 class Window:
-    """The leftmost ``length`` masked positions, next to each other or not."""
+    """The leftmost ``length`` masked positions, adjacent or not."""
 
     length: int
 
@@ -32,7 +32,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The masked positions of one block of ``length`` after the other (semi-autoregressive)."""
+    """The masked positions of one block after the other (semi-autoregressive).
+
+    A block has ``length`` positions.
+    """
 
     length: int
 
@@ -44,5 +47,5 @@ class Blocks:
         return masked[self.block(canvas, masked) == self.block(canvas, masked[:1])]
 
     def block(self, canvas: Canvas, positions: np.ndarray) -> np.ndarray:
-        """The number of the block that each position lies in."""
+        """Return the number of each position's block."""
         return (positions - canvas.prompt) // self.length

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a canvas is decoded: what a server sets and a request may change."""
+"""Settings of decoding. A server sets them, and a request can change them."""
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -7,11 +7,12 @@ from dllm_denoising.commit import CommitRule, Fixed, Threshold
 from dllm_denoising.schedule import Blocks, Schedule, Window
 
 THRESHOLD, WINDOW = 0.9, 16
-PAIRS = (("threshold", "tokens_per_step"), ("window_length", "block_length"))  # one of each
+# At most one of each pair can be set.
+PAIRS = (("threshold", "tokens_per_step"), ("window_length", "block_length"))
 
 
 class Decoding(BaseModel):
-    """Commit rule and schedule; of each pair one may be given."""
+    """Commit rule and schedule."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -19,17 +20,17 @@ class Decoding(BaseModel):
         None,
         gt=0,
         le=1,
-        description=f"commit what is at least this probable; lower: fewer steps, more mistakes "
-        f"({THRESHOLD} without tokens_per_step)",
+        description="commit tokens of at least this probability; lower: fewer steps, more "
+        f"mistakes ({THRESHOLD} without tokens_per_step)",
     )
     tokens_per_step: int | None = Field(
-        None, ge=1, le=1024, description="commit this many tokens each step instead"
+        None, ge=1, le=1024, description="commit this many tokens in each step instead"
     )
     window_length: int | None = Field(
         None,
         ge=1,
         le=1024,
-        description="predict the leftmost masked positions, this many; fewer: less per step "
+        description="predict this many of the leftmost masked positions; fewer: less work per step "
         f"({WINDOW} without block_length)",
     )
     block_length: int | None = Field(
@@ -44,11 +45,13 @@ class Decoding(BaseModel):
         return self
 
     def rule(self) -> CommitRule:
+        """Return the commit rule, with the default where none is set."""
         if self.tokens_per_step is not None:
             return Fixed(self.tokens_per_step)
         return Threshold(THRESHOLD if self.threshold is None else self.threshold)
 
     def schedule(self) -> Schedule:
+        """Return the schedule, with the default where none is set."""
         if self.block_length is not None:
             return Blocks(self.block_length)
         return Window(WINDOW if self.window_length is None else self.window_length)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from dllm_denoising.drift import Over, most_attended, probabilities, similarity
+from dllm_denoising import drift
+from dllm_denoising.drift import Over, Total, attention_mass, cosines, probabilities
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 SCALE = DIM**-0.5
@@ -19,6 +20,28 @@ def attention(
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(requests, HEADS, rows, DIM, generator=generator) * sharp
     return queries, torch.randn(requests, KV_HEADS, keys, DIM, generator=generator) * sharp
+
+
+def similarity(
+    past: torch.Tensor,
+    current: torch.Tensor,
+    rows: torch.Tensor,
+    there: torch.Tensor,
+    over: Over,
+    total: Total = lambda part: part,
+) -> torch.Tensor:
+    found = cosines(past, current, rows, there, over, total)
+    return drift.similarity(found, rows, there, over, HEADS)
+
+
+def most_attended(
+    current: torch.Tensor,
+    rows: torch.Tensor,
+    candidates: torch.Tensor,
+    count: int,
+    total: Total = lambda part: part,
+) -> torch.Tensor:
+    return drift.most_attended(total(attention_mass(current, rows)), candidates, count)
 
 
 def all_of(*shape: int) -> torch.Tensor:
@@ -64,7 +87,7 @@ def test_probabilities_against_the_dense_reference() -> None:
 @pytest.mark.parametrize("sharp", [0.5, 2, 6])
 def test_similarity_over_heads_is_that_of_the_published_code(sharp: float) -> None:
     past, current = drifted(3, 40, sharp=sharp)
-    got = similarity(past, current, all_of(1, 3), all_of(1, 40), "heads", HEADS)
+    got = similarity(past, current, all_of(1, 3), all_of(1, 40), "heads")
     want = cosine_similarity(past, current, dim=1).mean()
     assert got.shape == (1,) and got.item() == pytest.approx(want.item(), abs=1e-5)
 
@@ -72,7 +95,7 @@ def test_similarity_over_heads_is_that_of_the_published_code(sharp: float) -> No
 @pytest.mark.parametrize("sharp", [0.5, 2, 6])
 def test_similarity_over_a_row_is_that_of_the_text(sharp: float) -> None:
     past, current = drifted(3, 40, sharp=sharp)
-    got = similarity(past, current, all_of(1, 3), all_of(1, 40), "row", HEADS)
+    got = similarity(past, current, all_of(1, 3), all_of(1, 40), "row")
     want = cosine_similarity(past, current, dim=-1).mean()
     assert got.item() == pytest.approx(want.item(), abs=1e-5)
 
@@ -83,7 +106,7 @@ def test_identical_attention_gives_one(over: Over, far: float) -> None:
     """However little of it most keys get: in long texts nearly all get less than 1e-4."""
     same = torch.full((1, HEADS, 2, 9), far)
     same[..., 0] = 1 - 8 * far
-    got = similarity(same, same, all_of(1, 2), all_of(1, 9), over, HEADS)
+    got = similarity(same, same, all_of(1, 2), all_of(1, 9), over)
     assert got.item() == pytest.approx(1, abs=1e-5)
 
 
@@ -92,23 +115,23 @@ def test_keys_that_no_head_attends_to_are_drift_over_heads(over: Over, want: flo
     """The published code's cosine has a floor of 1e-8 for each norm: why rows are the default."""
     same = torch.full((1, HEADS, 2, 9), 1e-12)
     same[..., 0] = 1
-    got = similarity(same, same, all_of(1, 2), all_of(1, 9), over, HEADS)
+    got = similarity(same, same, all_of(1, 2), all_of(1, 9), over)
     assert got.item() == pytest.approx(want, abs=1e-5)
 
 
 @pytest.mark.parametrize("over", OVER)
 def test_other_attention_gives_zero(over: Over) -> None:
     past, current = torch.eye(2).expand(1, HEADS, 2, 2), torch.eye(2).flip(0)[None, None]
-    got = similarity(past, current.expand_as(past), all_of(1, 2), all_of(1, 2), over, HEADS)
+    got = similarity(past, current.expand_as(past), all_of(1, 2), all_of(1, 2), over)
     assert got.item() == 0
 
 
 @pytest.mark.parametrize("over", OVER)
 def test_nothing_tracked_is_not_a_number(over: Over) -> None:
     past, current = drifted(3, 7)
-    assert similarity(past, current, ~all_of(1, 3), all_of(1, 7), over, HEADS).isnan().all()
+    assert similarity(past, current, ~all_of(1, 3), all_of(1, 7), over).isnan().all()
     none = torch.zeros(1, HEADS, 0, 7)
-    assert similarity(none, none, all_of(1, 0), all_of(1, 7), over, HEADS).isnan().all()
+    assert similarity(none, none, all_of(1, 0), all_of(1, 7), over).isnan().all()
 
 
 @pytest.mark.parametrize("rest", [0.0, 5.0, torch.nan])
@@ -125,7 +148,7 @@ def test_padding_changes_nothing(over: Over, rest: float) -> None:
         queries.masked_fill_(~rows[:, None, :, None], rest)
         keys.masked_fill_(~there[:, None, :, None], rest)
     past, current = probabilities(q, k, SCALE, there), probabilities(later_q, later_k, SCALE, there)
-    got = similarity(past, current, rows, there, over, HEADS)
+    got = similarity(past, current, rows, there, over)
     places = most_attended(current, rows, candidates, 8)
     for r, (t, n) in enumerate(sizes):
         mine = slice(r, r + 1), slice(None)
@@ -133,7 +156,7 @@ def test_padding_changes_nothing(over: Over, rest: float) -> None:
             probabilities(queries[*mine, :t], keys[*mine, :n], SCALE, there[mine][:, :n])
             for queries, keys in ((q, k), (later_q, later_k))
         )
-        alone = similarity(past, current, all_of(1, t), all_of(1, n), over, HEADS)
+        alone = similarity(past, current, all_of(1, t), all_of(1, n), over)
         torch.testing.assert_close(got[mine[0]], alone)
         best = most_attended(current, all_of(1, t), candidates[mine][:, :n], 8)
         assert places[r].tolist() == best[0].tolist()
@@ -143,7 +166,7 @@ def test_padding_changes_nothing(over: Over, rest: float) -> None:
 def test_heads_on_two_ranks(over: Over) -> None:
     past, current = drifted(3, 40)
     rows, there = torch.tensor([[True, False, True]]), all_of(1, 40)
-    halves(lambda h, total: similarity(past[:, h], current[:, h], rows, there, over, HEADS, total))
+    halves(lambda h, total: similarity(past[:, h], current[:, h], rows, there, over, total))
     halves(lambda h, total: most_attended(current[:, h], rows, there, 3, total))
 
 

@@ -5,13 +5,13 @@
 ``engine`` (engine arguments), ``requests`` (dicts with ``prompt``, token ids, ``max_tokens``, and
 if wanted ``temperature``, ``seed``, ``extra``), ``alone`` (one request at a time), ``rounds`` (send
 all so many times), ``storm`` (abort at random times with this seed), ``resets`` (engine steps
-after which all running requests lose their blocks).
+after which all running requests lose their blocks), ``measure`` (see ``set_aside``, CPU alone).
 
 The answer has ``rounds`` (tokens per request, null if aborted), ``reasons`` (why each request of
 the last round ended), ``pieces`` (how many outputs each of them had), ``free_before`` and
 ``free_after`` blocks, ``held`` requests of the worker, ``peak_running``, ``preemptions``,
-``resumed`` requests after resets, ``steps``, and ``chunked`` and ``cached``, whether the engine
-cuts prompts and caches prefixes.
+``resumed`` requests after resets, ``steps``, ``set_aside`` bytes for a step, and ``chunked`` and
+``cached``, whether the engine cuts prompts and caches prefixes.
 """
 
 import gc
@@ -141,6 +141,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
         watch.drain()
         rounds.append([watch.tokens(name) for name in names])
     worker = getattr(getattr(core.model_executor, "driver_worker", None), "worker", None)
+    set_aside = _set_aside(worker) if case.get("measure") else None
     engine.step()  # tells the worker of the last requests that have ended
     result = {
         "rounds": rounds,
@@ -153,6 +154,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
         "peak_running": watch.peak,
         "preemptions": watch.preemptions,
         "resumed": watch.resumed,
+        "set_aside": set_aside,
         "steps": watch.steps,
         "v2": scheduler.use_v2_model_runner,
         "chunked": scheduler.scheduler_config.enable_chunked_prefill,
@@ -163,6 +165,19 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
     cleanup_dist_env_and_memory()
     gc.collect()
     return result
+
+
+def _set_aside(worker: Any) -> int:
+    """Bytes that the worker leaves over of a cache that vLLM would size by free memory."""
+    import psutil
+
+    cache = worker.cache_config
+    fixed, cache.kv_cache_memory_bytes = cache.kv_cache_memory_bytes, None
+    worker.requested_cpu_memory = psutil.Process().memory_info().rss + (1 << 30)
+    stock = super(type(worker), worker).determine_available_memory()
+    left = worker.determine_available_memory()
+    cache.kv_cache_memory_bytes = fixed
+    return stock - left
 
 
 class _Watch:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked diffusion language models: model, scheduler, worker and requests of LLaDA in vLLM."""
+"""Masked diffusion language models in vLLM: model, scheduler, worker and requests of LLaDA."""
 
 
 def register() -> None:
-    """Make LLaDA known to vLLM, its config without remote code."""
+    """Make LLaDA known to vLLM. Its config needs no remote code."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
 

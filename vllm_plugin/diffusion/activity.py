@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker denoised: counted where it happens, read by whoever reports it."""
+"""Counts what a worker denoised, for the metrics."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,17 @@ from dllm_denoising.denoiser import Denoiser
 
 @dataclass
 class Done:
-    """Sums over requests and steps. token_layers: positions computed, over all layers; full_:
-    what computing everything would have been. refreshes: steps that computed everything from some
-    layer on. tokens: that became final. requests: denoised to the end; steps_of: theirs."""
+    """Sums over requests and steps.
+
+    Attributes:
+        steps: Denoising steps.
+        refreshes: Steps that computed everything from some layer on.
+        token_layers: Computed positions, summed over layers.
+        full_token_layers: The same if every step had computed everything.
+        tokens: Tokens that became final.
+        requests: Requests that were denoised to the end.
+        steps_of: Steps of these requests.
+    """
 
     steps: int = 0
     refreshes: int = 0
@@ -22,14 +30,14 @@ class Done:
 
 
 class Activity:
-    """Counts a model's steps. ``layers``: of the model."""
+    """Counts the steps of a model with so many ``layers``."""
 
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._done = Done()
 
     def step(self, denoiser: Denoiser) -> None:
-        """Count the step that a request is about to end."""
+        """Count a step of a request, before the request advances."""
         plan, length = denoiser.plan, len(denoiser.canvas)
         self._done.steps += 1
         self._done.refreshes += plan.start < self._layers
@@ -37,13 +45,13 @@ class Activity:
         self._done.full_token_layers += length * self._layers
 
     def ended(self, denoiser: Denoiser, final: int) -> None:
-        """Count the tokens that the step made final; none that a stop token drops."""
+        """Count the tokens that the step made final, without those behind a stop token."""
         self._done.tokens += final
         if denoiser.finished:
             self._done.requests += 1
             self._done.steps_of += denoiser.steps
 
     def take(self) -> Done:
-        """What was done since the last call."""
+        """Return what was done since the last call."""
         done, self._done = self._done, Done()
         return done

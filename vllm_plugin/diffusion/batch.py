@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The requests that a worker denoises: one step of some of them, from plans to tokens."""
+"""One denoising step of a batch of requests, from plans to tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +9,19 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from dllm_denoising.base import Observation
-from dllm_denoising.commit import predict
 from dllm_denoising.denoiser import Denoiser
 from vllm_plugin.diffusion.step import Stage
 
 
 @dataclass(frozen=True)
 class Running:
-    """A request. blocks: of its whole canvas, reserved when it was admitted. slots: int64 [N]."""
+    """A request that is being denoised.
+
+    Attributes:
+        denoiser: Its canvas and policy.
+        blocks: Cache blocks of its whole canvas, reserved when it was admitted, int64.
+        slots: Place of each position in the cache, int64 [N].
+    """
 
     denoiser: Denoiser
     blocks: np.ndarray
@@ -24,6 +29,7 @@ class Running:
 
     @classmethod
     def of(cls, denoiser: Denoiser, blocks: Sequence[int], block_size: int) -> "Running":
+        """Return a request whose canvas lies in ``blocks``, one after the other."""
         at = np.arange(len(denoiser.canvas))
         table = np.asarray(blocks, dtype=np.int64)
         return cls(denoiser, table, table[at // block_size] * block_size + at % block_size)
@@ -33,8 +39,13 @@ class Running:
 class Prepared:
     """What the model needs for one step.
 
-    tokens: int64 [T], of the first stage. rows: of each request, by stage. active: int64, places
-    of the active positions among the last stage's rows.
+    Attributes:
+        tokens: Tokens of the first stage, int64 [T].
+        stages: The stages in order.
+        rows: Positions that each request computes, by stage.
+        metadata: Of attention, by stage.
+        tables: Block tables, int64 [R, blocks].
+        active: Places of the active positions among the rows of the last stage, int64.
     """
 
     tokens: torch.Tensor
@@ -46,13 +57,16 @@ class Prepared:
 
 
 def next_rows(denoiser: Denoiser, layers: int) -> int:
-    """Rows of the next step in the layer that computes most: what it takes of the token budget."""
+    """Return how much the next step takes of the token budget: its rows in the largest layer."""
     plan = denoiser.plan
     return len(plan.rows) if plan.start >= layers else len(denoiser.canvas)
 
 
 def prepare(batch: Sequence[Running], layers: int, device: torch.device) -> Prepared:
-    """Lay the plans of a batch out as stages: one more where requests begin to compute all."""
+    """Turn the plans of a batch into stages.
+
+    A stage begins at layer 0 and wherever some request begins to compute all of its positions.
+    """
     plans = [one.denoiser.plan for one in batch]
     firsts = sorted({0, *(plan.start for plan in plans if plan.start < layers)})
     rows = {
@@ -83,27 +97,11 @@ def prepare(batch: Sequence[Running], layers: int, device: torch.device) -> Prep
 
 
 def places(rows: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Where each request's wanted positions lie among the rows of all, one after the other."""
+    """Return where each request's wanted positions lie among the rows of all requests."""
     starts = np.cumsum([0, *(len(r) for r in rows[:-1])])
     return [
         start + np.searchsorted(r, one) for start, r, one in zip(starts, rows, wanted, strict=True)
     ]
-
-
-def predictions(
-    batch: Sequence[Running], logits: torch.Tensor, mask: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probability and token of each active position, those of one request after the other."""
-    noise = [one.denoiser.noise(logits.shape[1]) for one in batch]
-    if all(one is None for one in noise):
-        return predict(logits, mask)
-    parts = logits.split([len(one.denoiser.plan.active) for one in batch])
-    found = [
-        predict(part, mask, None if n is None else n.to(part.device))
-        for part, n in zip(parts, noise, strict=True)
-    ]
-    confidence, tokens = zip(*found, strict=True)
-    return torch.cat(confidence), torch.cat(tokens)
 
 
 def advance(
@@ -112,7 +110,17 @@ def advance(
     tokens: torch.Tensor,
     seen: Sequence[Observation] | None,
 ) -> list[list[int]]:
-    """End the step of each request; the tokens that became final."""
+    """End the step of each request.
+
+    Args:
+        batch: The requests.
+        confidence: Probability of each active position's token, of all requests, float64 [M].
+        tokens: Those tokens, int64 [M].
+        seen: What the step showed, if the policy tracks positions.
+
+    Returns:
+        Of each request, the tokens that became final.
+    """
     ends = np.cumsum([len(one.denoiser.plan.active) for one in batch])[:-1]
     probable, chosen = (np.split(x.cpu().numpy(), ends) for x in (confidence, tokens))
     return [

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 MODEL_TYPE = "llada"
 ARCHITECTURE = "LLaDAModelLM"
 
-# What the served model is made for; a published config that says something else is refused.
+# The model class is built for these values. A config with other values is refused.
 _MADE_FOR: dict[str, Any] = {
     "block_type": "llama",
     "activation_type": "silu",
@@ -26,9 +26,9 @@ _MADE_FOR: dict[str, Any] = {
 
 
 class LLaDAConfig(PretrainedConfig):
-    """LLaDA-8B, LLaDA-1.5 and smaller models of the same kind.
+    """The config of LLaDA-8B, LLaDA-1.5 and smaller models of the same architecture.
 
-    vLLM's names (``hidden_size``) and the published ones (``d_model``) are the same attributes.
+    Each size can be read by vLLM's name (``hidden_size``) and by the published name (``d_model``).
     """
 
     model_type = MODEL_TYPE
@@ -68,9 +68,9 @@ class LLaDAConfig(PretrainedConfig):
 
 
 def config_problems(config: PretrainedConfig) -> list[str]:
-    """What of a published config the served model is not made for; empty when nothing."""
+    """Return what the model class does not support in a published config."""
     problems = [
-        f"config.json has {name} {getattr(config, name)!r}, LLaDA as it is served here has {made!r}"
+        f"config.json has {name} {getattr(config, name)!r}; only {made!r} is supported"
         for name, made in _MADE_FOR.items()
         if getattr(config, name, made) != made
     ]

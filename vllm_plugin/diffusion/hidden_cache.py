@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The input of each layer for every position, in the blocks of the KV cache.
+"""The input of each layer for each position, in the blocks of the KV cache.
 
-A refresh that starts in the middle of the layers needs what went into the first of them. As a layer
-with a cache of its own, of one vector per token, vLLM allocates it and counts its bytes with keys
-and values, and one block table serves both.
+A refresh that starts at some layer needs the inputs of that layer for all positions. To vLLM, they
+are the cache of a layer of its own, with one vector per token. vLLM therefore allocates them,
+counts their bytes with keys and values, and uses one block table for both.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec
 
 
 class HiddenBuilder(AttentionMetadataBuilder):
-    """There is no attention to describe."""
+    """Builds no metadata, because this layer has no attention."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -35,7 +35,7 @@ class HiddenBuilder(AttentionMetadataBuilder):
 
 
 class HiddenBackend(AttentionBackend):
-    """Storage without a kernel."""
+    """A backend that only stores."""
 
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -53,9 +53,16 @@ class HiddenBackend(AttentionBackend):
 
 
 class HiddenCache(torch.nn.Module, AttentionLayerBase):
-    """One vector of ``size`` per position. prefix: the layer's name."""
+    """One vector per position."""
 
     def __init__(self, vllm_config: VllmConfig, size: int, prefix: str) -> None:
+        """Register the layer.
+
+        Args:
+            vllm_config: The config of the engine.
+            size: Elements of a vector.
+            prefix: The name of the layer.
+        """
         super().__init__()
         self.size, self.dtype = size, vllm_config.model_config.dtype
         self.kv_cache = torch.tensor([])
@@ -79,9 +86,9 @@ class HiddenCache(torch.nn.Module, AttentionLayerBase):
         return self.kv_cache.view(-1, self.size)
 
     def write(self, slots: torch.Tensor, x: torch.Tensor) -> None:
-        """x [T, size] to slots, int64 [T]."""
+        """Write x [T, size] to slots, int64 [T]."""
         self._flat[slots] = x
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
-        """[T, size] of slots, int64 [T]."""
+        """Return the vectors [T, size] of slots, int64 [T]."""
         return self._flat[slots]

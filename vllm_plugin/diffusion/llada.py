@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaDA from vLLM's layers (https://arxiv.org/abs/2502.09992): Llama without a causal mask.
+"""LLaDA (https://arxiv.org/abs/2502.09992) from vLLM's layers: Llama without a causal mask.
 
-Whether attention is causal is decided by its metadata, which the worker builds.
+Attention is not causal because the metadata, which the worker builds, says so.
 """
 
 import re
@@ -27,10 +27,10 @@ See = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class LLaDAAttention(LlamaAttention):
-    """Attention that shows queries and keys before it attends."""
+    """Attention that shows queries and keys to an observer before it attends."""
 
     def queries(self, positions: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        """Queries after RoPE, [T, Hq * D]."""
+        """Return rotated queries, [T, Hq * D]."""
         q, k, _ = self._projected(normed)
         return self.rotary_emb(positions, q, k)[0]
 
@@ -49,7 +49,7 @@ class LLaDAAttention(LlamaAttention):
 
 
 class LLaDALayer(nn.Module):
-    """One layer. ``inputs``: where its inputs are kept, if a policy wants them."""
+    """One layer. ``inputs`` caches its inputs if the policy needs them."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str, keep_inputs: bool) -> None:
         super().__init__()
@@ -84,14 +84,14 @@ class LLaDALayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def old_queries(self, positions: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Queries of positions as their inputs were when they were last computed."""
+        """Return queries of positions from the inputs they had when they were last computed."""
         assert self.inputs is not None
         old = self.inputs.read(slots)
         return self.self_attn.queries(positions, self.input_layernorm(old))
 
 
 class LLaDAModel(nn.Module):
-    """Embedding and layers, over rows whose number may grow at some layers."""
+    """Embedding and layers. The number of rows can grow from one layer to the next."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str, keep_inputs: bool) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class LLaDAModel(nn.Module):
 
 
 class LLaDAModelLM(nn.Module):
-    """LLaDA-8B-Instruct, LLaDA-1.5 and smaller ones, by their published weights' names."""
+    """LLaDA-8B, LLaDA-1.5 and smaller models, loaded by the published names of their weights."""
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_regex={
@@ -185,7 +185,7 @@ class LLaDAModelLM(nn.Module):
         inputs_embeds: None = None,
         step: DenoiseStep | None = None,
     ) -> torch.Tensor:
-        """Hidden states of the rows that the last layer computed, [T, hidden_size]."""
+        """Return hidden states of the rows that the last layer computed, [T, hidden_size]."""
         return self.model(input_ids, positions, step)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watches where attention goes in a step, from the queries and keys of a few rows.
 
-Attention kernels return no probabilities. Those of tracked and active rows are computed again here,
-from queries and keys as they go into the kernel: a few rows against the keys of their request.
+Attention kernels return no probabilities. Those of tracked and active rows are computed here again,
+from queries and keys as they go into the kernel: a few rows against the keys of their request. A
+group of requests and a part of their rows is computed at a time, so that the memory it takes does
+not grow with what requests ask for.
 """
 
 from collections.abc import Sequence
@@ -12,99 +14,122 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from dllm_denoising.base import Observation, Plan
-from dllm_denoising.drift import Over, Total, most_attended, probabilities, similarity
+from dllm_denoising.drift import (
+    Over,
+    Total,
+    attention_mass,
+    cosines,
+    most_attended,
+    probabilities,
+    similarity,
+)
+from dllm_denoising.memory import StepMemory, groups
 from vllm_plugin.diffusion.batch import Prepared, Running, places
 from vllm_plugin.kv_cache.pages import Pages
 
 
 class Probe:
-    """Collects a batch's observations, layer by layer.
-
-    batch: R requests. prepared: their step. pages: of each layer. heads: of all ranks. total: see
-    ``drift``.
-    """
+    """Collects a batch's observations, layer by layer."""
 
     def __init__(
         self,
         batch: Sequence[Running],
         prepared: Prepared,
         pages: Sequence[Pages],
+        memory: StepMemory,
         heads: int,
         total: Total,
     ) -> None:
-        self._pages, self._heads, self._total = pages, heads, total
-        self._tables = tables = prepared.tables
+        """Prepare for one step.
+
+        Args:
+            batch: R requests.
+            prepared: Their step.
+            pages: Of each layer.
+            memory: Says how much is computed at a time.
+            heads: Query heads of all ranks.
+            total: Sums a tensor over ranks.
+        """
+        self._pages, self._memory, self._heads, self._total = pages, memory, heads, total
         denoisers = [one.denoiser for one in batch]
-        plans = [one.plan for one in denoisers]
         self._count = [one.policy.tracks for one in denoisers]
-        self._over: list[Over] = [one.policy.settings.similarity for one in denoisers]
-        self._starts = [plan.start for plan in plans]
-        self._device = device = tables.device
-        self._stages = {
-            first: _Rows(of_stage, plans, device) for first, of_stage in prepared.rows.items()
-        }
-        width = tables.shape[1] * pages[0].shape[1]
-        length = torch.tensor([len(one.canvas) for one in denoisers])[:, None]
-        there = torch.arange(width) < length
-        candidates = torch.zeros_like(there)
-        for row, one in enumerate(denoisers):
-            limit = one.canvas.limit
-            candidates[row, :limit] = torch.from_numpy(~one.canvas.masked[:limit])
-        self._there, self._candidates = there.to(device), candidates.to(device)
-        self._stage = self._stages[0]
-        tracked = [plan.tracked for plan in plans]
+        self._device = prepared.tables.device
+        block_size = pages[0].shape[1]
+        padded = [len(one.blocks) * block_size for one in batch]
+        self._groups = [
+            _Group(batch, prepared, requests, block_size)
+            for requests in groups(padded, memory.watched_requests)
+        ]
+        tracked = [one.plan.tracked for one in denoisers]
         at = [one.slots[t] for one, t in zip(batch, tracked, strict=True)]
         self.tracked = (
-            torch.from_numpy(np.concatenate(tracked)).to(device),
-            torch.from_numpy(np.concatenate(at)).to(device),
+            torch.from_numpy(np.concatenate(tracked)).to(self._device),
+            torch.from_numpy(np.concatenate(at)).to(self._device),
         )
-        self._tracked_rows = _padded(places(tracked, tracked)).to(device)
         self._similarity: list[torch.Tensor] = []
         self._attended: list[torch.Tensor] = []
 
     def see(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, past: torch.Tensor | None
     ) -> None:
-        """See ``step.Observer``."""
-        self._stage = stage = self._stages.get(layer, self._stage)
-        pages = self._pages[layer]
-        heads, _, width = pages.shape
-        current = pages.read(self._tables).keys()  # a copy
-        tested, before = [layer < start for start in self._starts], None
-        if past is not None and any(tested):
-            before = self._of(past, self._tracked_rows, current)
-        current[stage.request, :, stage.position] = keys.unflatten(-1, (heads, width))
-        now = self._of(queries, stage.active if before is None else stage.watched, current)
-        active, tracked = now.tensor_split([stage.active.shape[1]], dim=2)
-        there, most = stage.active >= 0, max(self._count)
-        self._attended.append(most_attended(active, there, self._candidates, most, self._total))
-        found = torch.full((len(tested),), torch.nan, device=self._device)
-        if before is not None:
-            self._compare(before, tracked, tested, found)
-        self._similarity.append(found)
+        """Watch one layer; see ``step.Observer``."""
+        heads, _, width = self._pages[layer].shape
+        queries, keys = queries.unflatten(-1, (-1, width)), keys.unflatten(-1, (heads, width))
+        if past is not None:
+            past = past.unflatten(-1, (-1, width))
+        seen = [self._watch(group, layer, queries, keys, past) for group in self._groups]
+        similar, attended = zip(*seen, strict=True)
+        self._similarity.append(torch.cat(similar))
+        self._attended.append(torch.cat(attended))
 
-    def _of(self, queries: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Probabilities of queries [T, Hq * D] at int64 [R, K] over a layer's keys."""
-        width = keys.shape[-1]
-        taken = _taken(queries.unflatten(-1, (-1, width)), rows)
-        return probabilities(taken, keys, width**-0.5, self._there)
+    def _watch(
+        self,
+        group: "_Group",
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        past: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return similarity [G] and attended int64 [G, most tracked] of a group of G requests.
 
-    def _compare(
-        self, before: torch.Tensor, now: torch.Tensor, tested: list[bool], found: torch.Tensor
-    ) -> None:
-        """Fill the similarity, [R], of requests that are tested, each as it wants it taken."""
-        rows = self._tracked_rows >= 0
-        for over in sorted(set(self._over)):
-            mine = [t and one == over for t, one in zip(tested, self._over, strict=True)]
-            value = similarity(before, now, rows, self._there, over, self._heads, self._total)
-            found.copy_(found.where(~torch.tensor(mine, device=self._device), value))
+        Queries, keys and past queries are [T, heads, D].
+        """
+        rows = group.rows(layer)
+        old = self._pages[layer].read(group.tables).keys().float()
+        compared = past is not None and any(layer < start for start in group.starts)
+        new = old.clone() if compared else old
+        new[rows.request, :, rows.position] = keys[rows.span].float()
+        size = self._memory.watched_rows(*group.there.shape)
+        mass = torch.zeros(group.there.shape, device=self._device)
+        for at in rows.active.split(size, 1):
+            mass += attention_mass(group.probabilities(queries, at, new), at >= 0)
+        attended = most_attended(self._total(mass), group.candidates, max(self._count))
+        found = torch.full((len(old),), torch.nan, device=self._device)
+        if not compared:
+            return found, attended
+        assert past is not None
+        there = group.tracked >= 0
+        sums = {over: torch.zeros_like(found) for over in sorted(set(group.over))}
+        for was, now in zip(group.tracked.split(size, 1), rows.tracked.split(size, 1), strict=True):
+            before = group.probabilities(past, was, old)
+            current = group.probabilities(queries, now, new)
+            for over, value in sums.items():
+                value += cosines(before, current, was >= 0, group.there, over, self._total)
+        for over, value in sums.items():
+            mine = [
+                layer < start and one == over
+                for start, one in zip(group.starts, group.over, strict=True)
+            ]
+            mean = similarity(value, there, group.there, over, self._heads)
+            found = found.where(~torch.tensor(mine, device=self._device), mean)
+        return found, attended
 
     def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """After all layers: similarity [R, L] and attended int64 [R, L, most tracked]."""
+        """Return, after all layers, similarity [R, L] and attended int64 [R, L, most tracked]."""
         return torch.stack(self._similarity, 1), torch.stack(self._attended, 1)
 
     def observations(self, similarity: torch.Tensor, attended: torch.Tensor) -> list[Observation]:
-        """What was seen, by request."""
+        """Return what was seen of each request."""
         similarities, found = similarity.cpu().numpy(), attended.cpu().numpy()
         return [
             Observation(similarities[row], found[row, :, :count])
@@ -112,30 +137,75 @@ class Probe:
         ]
 
 
-class _Rows:
-    """Where active and tracked positions lie among a stage's rows, and whose each row is.
+class _Group:
+    """Neighbors in a batch that are watched together, padded to N positions.
 
-    active: int64 [R, A]. watched: int64 [R, A + K], the tracked positions behind the active ones.
+    tables: int64 [G, blocks]. there: bool [G, N]. candidates: bool [G, N], positions that can be
+    tracked. tracked: int64 [G, K], where their tracked positions lie among those of the batch.
     """
 
     def __init__(
-        self, rows: Sequence[np.ndarray], plans: Sequence[Plan], device: torch.device
+        self, batch: Sequence[Running], prepared: Prepared, requests: slice, block_size: int
     ) -> None:
-        request = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
-        self.request = torch.from_numpy(request).to(device)
-        self.position = torch.from_numpy(np.concatenate(rows)).to(device)
-        self.active, tracked = (
-            _padded(places(rows, wanted)).to(device)
+        mine = batch[requests]
+        canvases = [one.denoiser.canvas for one in mine]
+        plans = [one.denoiser.plan for one in batch]
+        device = prepared.tables.device
+        self.starts = [plan.start for plan in plans[requests]]
+        self.over: list[Over] = [one.denoiser.policy.settings.similarity for one in mine]
+        self.tables = prepared.tables[requests, : max(len(one.blocks) for one in mine)]
+        width = self.tables.shape[1] * block_size
+        there = torch.arange(width) < torch.tensor([len(one) for one in canvases])[:, None]
+        candidates = torch.zeros_like(there)
+        for row, canvas in enumerate(canvases):
+            candidates[row, : canvas.limit] = torch.from_numpy(~canvas.masked[: canvas.limit])
+        self.there, self.candidates = there.to(device), candidates.to(device)
+        tracked = [plan.tracked for plan in plans]
+        self.tracked = _padded(places(tracked, tracked)[requests]).to(device)
+        self._stages = {
+            first: _Rows(rows, plans, requests, device) for first, rows in prepared.rows.items()
+        }
+
+    def rows(self, layer: int) -> "_Rows":
+        """Return the group's rows of the stage that a layer belongs to."""
+        return self._stages[max(first for first in self._stages if first <= layer)]
+
+    def probabilities(
+        self, queries: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor
+    ) -> torch.Tensor:
+        """Return probabilities [G, Hq, K, N] over keys [G, Hkv, N, D].
+
+        Those of queries [T, Hq, D] at rows, int64 [G, K]; anything where a row is -1.
+        """
+        taken = queries[rows.clamp(min=0)].transpose(1, 2)
+        return probabilities(taken, keys, keys.shape[-1] ** -0.5, self.there)
+
+
+class _Rows:
+    """A group's rows among those of a stage.
+
+    span: where they are. request, position: int64, of each of them, in the group and in its
+    request. active, tracked: int64 [G, A] and [G, K], where these positions lie in the stage.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[np.ndarray],
+        plans: Sequence[Plan],
+        requests: slice,
+        device: torch.device,
+    ) -> None:
+        counts = [len(one) for one in rows]
+        first, mine = sum(counts[: requests.start]), counts[requests]
+        self.span = slice(first, first + sum(mine))
+        self.request = torch.from_numpy(np.repeat(np.arange(len(mine)), mine)).to(device)
+        self.position = torch.from_numpy(np.concatenate(rows[requests])).to(device)
+        self.active, self.tracked = (
+            _padded(places(rows, wanted)[requests]).to(device)
             for wanted in ([plan.active for plan in plans], [plan.tracked for plan in plans])
         )
-        self.watched = torch.cat((self.active, tracked), 1)
 
 
 def _padded(rows: Sequence[np.ndarray]) -> torch.Tensor:
     """int64 [R, longest], -1 behind each."""
     return pad_sequence([torch.from_numpy(row) for row in rows], True, -1)
-
-
-def _taken(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Rows [T, H, D] at int64 [R, K] to [R, H, K, D]; anything where at is -1."""
-    return x[at.clamp(min=0)].transpose(1, 2)

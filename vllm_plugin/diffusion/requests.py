@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one request may ask for: ``vllm_xargs`` such as ``compress_threshold`` over HTTP.
+"""What one request can set, as ``vllm_xargs`` such as ``compress_threshold`` over HTTP.
 
-What a denoiser cannot give (log-probabilities, grammars, penalties) is refused, not left out.
+Parameters that denoising does not support (log-probabilities, grammars, penalties) are refused.
+They are never ignored.
 """
 
 import json
@@ -18,10 +19,10 @@ from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.kv_cache import requests as kv_requests
 from vllm_plugin.request_check import PREFIX, RequestCheck, misspelt
 
-# Carries the server's settings to each of its API processes, which validate requests.
+# Carries the server's settings to the API processes, which validate requests.
 _VARIABLE = "COMPRESS_DIFFUSION_SETTINGS"
 
-# Parameters that have no meaning for a denoiser, and the values that ask for nothing.
+# Parameters that denoising does not support, and the values that have no effect.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "logprobs": (None,),
     "prompt_logprobs": (None,),
@@ -37,27 +38,34 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "repetition_detection": (None,),
     "thinking_token_budget": (None,),
 }
-# These choose among sampled tokens, so they ask for nothing at temperature 0.
+# These filter sampled tokens, so that no value has an effect at temperature 0.
 _SAMPLING: dict[str, tuple[Any, ...]] = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,)}
-# Of both, what a generation_config.json may set as a default for all requests.
+# Those of both that a generation_config.json can set as a default for all requests.
 UNSUPPORTED = _SAMPLING | {
     name: _REFUSED[name] for name in ("presence_penalty", "frequency_penalty", "repetition_penalty")
 }
 
 
 def canvas_length(prompt: int, params: SamplingParams, max_model_len: int) -> int:
-    """Masks behind a prompt of so many tokens."""
+    """Return how many masks follow a prompt of so many tokens.
+
+    Prompt and canvas together have at most ``max_model_len`` positions, as in any vLLM engine.
+    """
     return min(params.max_tokens or max_model_len, max_model_len - prompt)
 
 
 def decoding_of(params: SamplingParams, served: DiffusionSettings) -> tuple[Decoding, CachePolicy]:
-    """What a (validated) request is decoded with."""
+    """Return decoding and policy of a validated request."""
     mine = served.for_request(_asked(params))
     return mine.decoding(), mine.build()
 
 
 def check(params: SamplingParams, served: DiffusionSettings) -> None:
-    """ValueError, HTTP 400 over the endpoint, with all that a request cannot have."""
+    """Refuse a request that asks for what is not supported.
+
+    Raises:
+        ValueError: With all problems. The endpoint answers with HTTP 400.
+    """
     problems = []
     unfit = dict(_REFUSED)
     if params.temperature > 0:
@@ -66,9 +74,9 @@ def check(params: SamplingParams, served: DiffusionSettings) -> None:
         value = getattr(params, name, nothing[0])
         if value not in nothing:
             problems.append(
-                f"{name} {value!r}: a diffusion model commits tokens in any order, several at a "
-                f"time, and has no such thing{' above temperature 0' if name in _SAMPLING else ''};"
-                " leave it out"
+                f"{name} {value!r} is not supported by a diffusion model"
+                f"{' above temperature 0' if name in _SAMPLING else ''}, which commits several "
+                "tokens at a time in any order; leave it out"
             )
     settings = (*Decoding.model_fields, *type(served.build()).settings_type.model_fields)
     allowed = [PREFIX + name for name in settings]
@@ -95,7 +103,7 @@ def _asked(params: SamplingParams) -> dict[str, Any]:
 class DiffusionRequestCheck(RequestCheck):
     """Calls ``check`` for each request when it arrives.
 
-    vLLM does not tell it the configuration there, so that travels in the environment.
+    vLLM does not pass the config to this class, so the settings are in the environment.
     """
 
     @classmethod
@@ -104,7 +112,7 @@ class DiffusionRequestCheck(RequestCheck):
 
 
 def check_requests(config: VllmConfig, served: DiffusionSettings) -> None:
-    """Have requests of this engine checked."""
+    """Register the check of requests with an engine's config."""
     os.environ[_VARIABLE] = json.dumps(served.model_dump(exclude_none=True))
     model = config.model_config
     model.logits_processors = [*(model.logits_processors or []), DiffusionRequestCheck]

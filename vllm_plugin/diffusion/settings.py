@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``compress.diffusion``: how a diffusion model is served, and what a request may change of it."""
+"""``compress.diffusion``: how a diffusion model is served, and what a request can change."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ from dllm_denoising.registry import POLICIES, build_policy, policies
 from dllm_denoising.settings import PAIRS, Decoding
 
 DEFAULT_POLICY = "fixed_period"
-BLOCK = 32  # tokens, of policies that need blocks and were given none
+BLOCK = 32  # tokens of a block, where a policy needs blocks and no length is set
 
 
 class DiffusionSettings(Decoding):
-    """Commit rule and schedule, plus ``policy`` and the settings of that policy, such as gamma."""
+    """Commit rule, schedule, ``policy``, and the settings of that policy, such as gamma."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     policy: str = Field(
-        DEFAULT_POLICY, description="when what is cached is recomputed: see `vllm-compress methods`"
+        DEFAULT_POLICY, description="when the cache is recomputed: see `vllm-compress methods`"
     )
 
     @model_validator(mode="before")
@@ -41,18 +41,26 @@ class DiffusionSettings(Decoding):
         return self
 
     def build(self) -> CachePolicy:
-        """A policy for one request; CompressError lists what is wrong with its settings."""
+        """Return a policy for one request.
+
+        Raises:
+            CompressError: With all problems of its settings.
+        """
         return build_policy(self.policy, dict(self.model_extra or {}))
 
     def decoding(self) -> Decoding:
-        """Commit rule and schedule."""
+        """Return commit rule and schedule."""
         chosen = self.model_dump(include=set(Decoding.model_fields), exclude_none=True)
         if self.block_length is None and policies()[self.policy].blocks_only:
             chosen["block_length"] = BLOCK
         return Decoding(**chosen)
 
     def for_request(self, values: dict[str, Any]) -> "DiffusionSettings":
-        """The same with a request's values; CompressError lists all that is wrong with them."""
+        """Return these settings with the values of a request.
+
+        Raises:
+            CompressError: With all problems of the values.
+        """
         mine = self.model_dump(exclude_none=True)
         for one, other in PAIRS:
             if one in values:

@@ -10,9 +10,12 @@ import torch
 
 @dataclass(frozen=True)
 class Stage:
-    """The rows that layers from ``first`` on compute, those of one request after the other.
+    """The rows that some layers compute, those of one request after those of the other.
 
-    positions, slots: int64 [T], in the request and in the cache.
+    Attributes:
+        first: The first of these layers.
+        positions: Position of each row in its request, int64 [T].
+        slots: Place of each row in the cache, int64 [T].
     """
 
     first: int
@@ -21,24 +24,35 @@ class Stage:
 
 
 class Observer(Protocol):
-    """Sees what attention is about to see."""
+    """Sees queries and keys before attention runs."""
 
     @property
     def tracked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions and slots, int64 [K], whose old queries are wanted."""
+        """Positions and slots, int64 [K], whose old queries are needed."""
         ...
 
     def see(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, past: torch.Tensor | None
     ) -> None:
-        """Queries [T, Hq * D] and keys [T, Hkv * D] of a layer's rows after RoPE, before the keys
-        are in the cache; past: the tracked positions' queries [K, Hq * D] from their old inputs."""
+        """See one layer before its keys are in the cache.
+
+        Args:
+            layer: Number of the layer.
+            queries: Rotated queries of the layer's rows, [T, Hq * D].
+            keys: Rotated keys of these rows, [T, Hkv * D].
+            past: Queries of the tracked positions from their old inputs, [K, Hq * D].
+        """
         ...
 
 
 @dataclass(frozen=True)
 class DenoiseStep:
-    """stages: ordered by ``first``, which is 0 in the first. observer: None if nobody tracks."""
+    """A step.
+
+    Attributes:
+        stages: In the order of ``first``, which is 0 in the first stage.
+        observer: None if no policy tracks positions.
+    """
 
     stages: Sequence[Stage]
     observer: Observer | None = None

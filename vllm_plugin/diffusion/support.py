@@ -156,8 +156,8 @@ def _problems(config: VllmConfig) -> list[str]:
     for name, value in model.override_generation_config.items():
         if value not in (None, *UNSUPPORTED.get(name, (value,))):
             found[
-                f"--override-generation-config has {name} {value!r}: a diffusion model has no such "
-                "thing; remove it"
+                f"--override-generation-config has {name} {value!r}, which is not supported by a "
+                "diffusion model; remove it"
             ] = True
     problems = [problem for problem, present in found.items() if present]
     if not isinstance(model.hf_config, LLaDAConfig):

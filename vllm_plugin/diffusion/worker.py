@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker whose step is a denoising step, with either of vLLM's model runners.
+"""A worker whose step is a denoising step. It works with both of vLLM's model runners.
 
-The runner loads the model, allocates the cache and makes the metadata builders, alike in both. It
-does not run the model: its batch is of tokens that follow each other, and a denoising step is of
-any positions, more of them in some layers than in others.
+The runner loads the model, allocates the cache and creates the metadata builders. It does not run
+the model: a batch of a runner consists of consecutive tokens, whereas a denoising step computes any
+positions, and more of them in some layers than in others.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,13 +23,16 @@ from vllm.v1.worker.kv_connector_model_runner_mixin import (
 )
 
 from dllm_denoising.denoiser import Denoiser
+from dllm_denoising.memory import StepMemory
 from vllm_plugin.diffusion.activity import Activity
-from vllm_plugin.diffusion.batch import Running, advance, next_rows, predictions, prepare
+from vllm_plugin.diffusion.batch import Running, advance, next_rows, prepare
+from vllm_plugin.diffusion.prediction import predictions
 from vllm_plugin.diffusion.probe import Probe
 from vllm_plugin.diffusion.requests import canvas_length, decoding_of
 from vllm_plugin.diffusion.step import DenoiseStep
-from vllm_plugin.diffusion.support import settings_of
+from vllm_plugin.diffusion.support import policy_of, settings_of
 from vllm_plugin.kv_cache.pages import Pages
+from vllm_plugin.transient import reserve
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -39,23 +42,47 @@ else:
 
 @dataclass
 class DenoisedOutput(ModelRunnerOutput):
-    """next_rows: what the next step of each request takes of the token budget."""
+    """A step's output. ``next_rows`` is what each request's next step takes of the token budget."""
 
     next_rows: dict[str, int] = field(default_factory=dict)
 
 
 class DiffusionWorker(PlatformWorker):
-    """The platform's worker: it loads model and cache, and denoises in place of decoding."""
+    """The platform's worker, which denoises instead of decoding."""
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """All layers non-causal: vLLM then switches chunked prefill and prefix caching off."""
+        """Tag all layers as non-causal. vLLM then disables chunked prefill and prefix caching."""
         return {
             name: replace(spec, non_causal=True)
             for name, spec in super().get_kv_cache_spec().items()
         }
 
+    def determine_available_memory(self) -> int:
+        """Return the bytes for the KV cache, without the transient memory of a step."""
+        model, scheduler = self.model_config, self.vllm_config.scheduler_config
+        block = self.cache_config.block_size
+        needed = self._memory.most(
+            rows=scheduler.max_num_batched_tokens,
+            requests=scheduler.max_num_seqs,
+            length=-(-model.max_model_len // block) * block,
+            watches=bool(policy_of(self.vllm_config).tracks),
+        )
+        return reserve(self, super().determine_available_memory(), needed, "a denoising step")
+
+    @property
+    def _memory(self) -> StepMemory:
+        model, parallel = self.model_config, self.parallel_config
+        return StepMemory(
+            vocabulary=model.get_vocab_size(),
+            width=model.get_hidden_size(),
+            itemsize=model.dtype.itemsize,
+            heads=model.get_num_attention_heads(parallel),
+            kv_heads=model.get_num_kv_heads(parallel),
+            head_size=model.get_head_size(),
+        )
+
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        """Allocate the cache, and learn where each layer's keys lie in it."""
+        """Allocate the cache, and find out where each layer's keys are."""
         super().initialize_from_config(kv_cache_config)
         (groups,) = self.model_runner.attn_groups
         context = self.vllm_config.compilation_config.static_forward_context
@@ -82,11 +109,11 @@ class DiffusionWorker(PlatformWorker):
             get_kv_transfer_group().denoising = self.activity
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
-        """One denoising step of each scheduled request."""
+        """Run one denoising step of each scheduled request."""
         for request_id in scheduler_output.finished_req_ids:
             self._running.pop(request_id, None)
         for request in scheduler_output.scheduled_new_reqs:
-            if request.req_id in self._running:  # Model Runner V2's form of a resumed request
+            if request.req_id in self._running:  # for Model Runner V2, a resumed request is new
                 self._resume(request.req_id, request.block_ids[0])
             else:
                 self._running[request.req_id] = self._admitted(request)
@@ -109,7 +136,8 @@ class DiffusionWorker(PlatformWorker):
         probe = None
         if self._pages is not None:
             heads = self.model_config.hf_config.num_attention_heads
-            probe = Probe(batch, prepared, self._pages, heads, get_tp_group().all_reduce)
+            reduce = get_tp_group().all_reduce
+            probe = Probe(batch, prepared, self._pages, self._memory, heads, reduce)
         metadata, slots = {}, {}
         for builder, indices in self._builders:
             built = {first: builder.build(0, common) for first, common in prepared.metadata.items()}
@@ -126,8 +154,7 @@ class DiffusionWorker(PlatformWorker):
             hidden = model(
                 prepared.tokens, first.positions, step=DenoiseStep(prepared.stages, probe)
             )
-            logits = model.compute_logits(hidden[prepared.active])
-            confidence, tokens = self._predicted(batch, logits)
+            confidence, tokens = self._predicted(batch, hidden, prepared.active)
             seen = None
             if probe is not None:
                 seen = probe.observations(*self._agreed(*probe.seen()))
@@ -146,19 +173,28 @@ class DiffusionWorker(PlatformWorker):
             },
         )
 
-    def _predicted(self, batch: list[Running], logits: torch.Tensor | None) -> list[torch.Tensor]:
-        """Probability and token of each active position, the same on all ranks."""
+    def _predicted(
+        self, batch: list[Running], hidden: torch.Tensor, active: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Return probability and token of each active position, the same on all ranks."""
+        found = predictions(
+            batch,
+            hidden,
+            active,
+            self.model_runner.get_model().compute_logits,
+            self._mask,
+            self._memory.predicted_rows,
+        )
         if get_tp_group().rank_in_group == 0:
-            assert logits is not None
-            return self._agreed(*predictions(batch, logits, self._mask))
-        count = sum(len(one.denoiser.plan.active) for one in batch)
+            assert found is not None
+            return self._agreed(*found)
         return self._agreed(
-            torch.empty(count, dtype=torch.float64, device=self.device),
-            torch.empty(count, dtype=torch.int64, device=self.device),
+            torch.empty(len(active), dtype=torch.float64, device=self.device),
+            torch.empty(len(active), dtype=torch.int64, device=self.device),
         )
 
     def _agreed(self, *found: torch.Tensor) -> list[torch.Tensor]:
-        """What the first rank found: ranks that differ in a rounding would part for ever."""
+        """Return what the first rank found. Ranks must not differ, not even by rounding."""
         return [get_tp_group().broadcast(x) for x in found]
 
     @property
@@ -166,10 +202,10 @@ class DiffusionWorker(PlatformWorker):
         return self.model_config.hf_config.mask_token_id
 
     def _resume(self, name: str, blocks: list[int]) -> None:
-        """Go on with a request whose blocks were taken away, in new ones.
+        """Continue a request in new blocks, after it lost its old ones.
 
-        Only ``reset_prefix_cache(reset_running_requests=True)`` takes them. Committed tokens stay,
-        as generated ones do in other models.
+        This happens only in ``reset_prefix_cache(reset_running_requests=True)``. Committed tokens
+        stay, as generated tokens do in other models.
         """
         denoiser = self._running[name].denoiser
         denoiser.restart()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dllm_denoising.dense import DenseLLaDA
+from dllm_denoising.memory import StepMemory
 from tests.support.diffusion_engine import STOP, expected, run, some_requests
 from tests.support.llada import random_llada
 
@@ -121,6 +122,8 @@ def test_longest_requests_end_and_resets_lose_nothing(model: tuple[Path, DenseLL
     ragged[0] |= {"temperature": 0.7, "seed": 3}
     sections = [SECTIONS[name] for name in ("fixed_period", "dual_cache", "elastic")]
     cases = [resets(section, ragged) for section in sections[1:]]
+    cases[1]["measure"] = not torch.cuda.is_available()
+    cases[1]["engine"] = {"max_num_seqs": 16, "max_num_batched_tokens": 2048}
     lengths, *answers = run(folder, [{"section": sections[0], "requests": long}, *cases], 200)
 
     wanted = [expected(dense, sections[0], request)[0] for request in long]
@@ -137,6 +140,12 @@ def test_longest_requests_end_and_resets_lose_nothing(model: tuple[Path, DenseLL
         running = [sum(len(plans) > reset for _, plans in found) for reset in RESETS]
         assert answer["resumed"] == sum(running) > 12
         assert_nothing_left(answer)
+
+    if cases[1]["measure"]:
+        sizes = StepMemory(64, 128, 4, heads=4, kv_heads=4, head_size=32)
+        needed = sizes.most(rows=2048, requests=16, length=256, watches=True)
+        assert needed > 50 << 20
+        assert answers[1]["set_aside"] == pytest.approx(needed, abs=8 << 20)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two GPUs, or none, for two ranks")
