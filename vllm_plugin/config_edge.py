@@ -20,6 +20,7 @@ from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
 from vllm_plugin.metrics.connector import report
 from vllm_plugin.quantization.config import SmoothQuantPlusConfig
 from vllm_plugin.quantization.loader import LOAD_FORMAT
+from vllm_plugin.quantization.source import source_problem
 from vllm_plugin.settings import KEY, Settings, WeightSettings, parse_settings
 
 # Safetensors under any name that vLLM has for them.
@@ -107,6 +108,8 @@ def _problems_at_load(
         quant_config.describe(request.build().settings.grids(hf_config))
     except CompressError as error:
         problems.append(str(error))
+    if problem := source_problem(config.model_config):
+        problems.append(problem)
     if config.load_config.load_format not in (*_LOAD_FORMATS, "dummy", LOAD_FORMAT):
         problems.append(
             f"--load-format {config.load_config.load_format} cannot be quantised at load; leave it "

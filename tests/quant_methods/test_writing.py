@@ -2,7 +2,9 @@
 """Checkpoints written and read back; bad input; interruption."""
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from compress_common.errors import CompressError
-from quant_methods import writing
+from quant_methods import planning, writing
 from quant_methods.calibration import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint, resolve
 from quant_methods.grid import Grid
@@ -170,6 +172,7 @@ def test_bad_checkpoints(tiny_model: Callable[..., Path], tmp_path: Path, kind: 
     with pytest.raises(CompressError, match=kind):
         quantize_checkpoint(folder, tmp_path / "out", request_for())
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_missing_model() -> None:
@@ -179,36 +182,65 @@ def test_missing_model() -> None:
         resolve("no-such-owner/no-such-model")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "error"),
-    [
-        ("a.txt", "too short", r"has \d tokens, 32 are needed"),
-        ("a.txt", "", "has 0 tokens"),
-        ("a.jsonl", '{"txt": "x"}', "a.jsonl:1 needs a 'text' or a 'messages' key"),
-        ("a.jsonl", '{"text": "x"}\n{', "a.jsonl:2 is not JSON"),
-        ("b.txt", None, "is not a file"),
-    ],
-)
-def test_bad_calibration_text(
-    tiny_model: Callable[..., Path], tmp_path: Path, name: str, content: str | None, error: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    source = CalibrationSettings(source=str(tmp_path / name), samples=2, length=16)
-    request = PlanRequest(settings={"group_size": 64}, calibration=source)
-    with pytest.raises(CompressError, match=error):
+def test_a_refusal_leaves_nothing(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    request = PlanRequest(calibration=CalibrationSettings(source=str(tmp_path / "none.txt")))
+    with pytest.raises(CompressError, match="is not a file"):
         quantize_checkpoint(tiny_model("llama"), tmp_path / "out", request)
+    assert not (tmp_path / ".out.partial").exists()
 
 
-def test_text_and_chat_calibration(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    chat = {"messages": [{"role": "user", "content": "hello " * 40}]}
-    (tmp_path / "c.jsonl").write_text(json.dumps(chat) + "\n" + json.dumps({"text": "word " * 60}))
-    source = CalibrationSettings(source=str(tmp_path / "c.jsonl"), samples=2, length=16)
-    plan, cached = obtain_plan(
-        Checkpoint(tiny_model("llama")), PlanRequest(settings={"alpha": 0.5}, calibration=source)
-    )
-    assert not cached
-    assert plan.report["calibration"]["tokens"] == 32
+def test_files_are_as_readable_as_the_umask_says(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    before = os.umask(0o027)
+    try:
+        quantize_checkpoint(tiny_model("llama"), tmp_path / "out", PlanRequest(method="rtn"))
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+
+
+def test_an_embedding_model_is_refused_before_calibration(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("qwen3"), folder)
+    state = load_file(folder / "model.safetensors")
+    del state["lm_head.weight"]
+    bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    writing.save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(planning, "_calibrate", lambda *args: pytest.fail("calibrated"))
+    with pytest.raises(CompressError, match="embedding model"):
+        quantize_checkpoint(folder, tmp_path / "out", request_for())
+
+
+def test_a_config_with_fewer_layers_than_the_weights_is_refused(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(CompressError, match="linears that its config of 1 layers does not name"):
+        quantize_checkpoint(folder, tmp_path / "out", request_for())
+
+
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "awq"])
+def test_linears_that_no_group_divides_are_written_at_16_bits(
+    tiny_model: Callable[..., Path], tmp_path: Path, format_name: str
+) -> None:
+    source = tiny_model("llama", intermediate_size=272)
+    request = request_for(folds="all", group_size=32)
+    report = quantize_checkpoint(source, tmp_path / "out", request, format_name=format_name)
+    assert report["left_at_16_bit"] == ["mlp.down_proj"]
+    written, original = Checkpoint(tmp_path / "out"), Checkpoint(source)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(dict(written.tensors([name]))[name], dict(original.tensors([name]))[name])
+    assert "model.layers.1.mlp.up_proj.weight" not in written.files
+    config = written.config["quantization_config"]
+    ignored = config.get("ignore") or config["modules_to_not_convert"]
+    assert any(entry.rstrip("$").endswith("down_proj") for entry in ignored)
 
 
 def test_estimate_brackets_the_result(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

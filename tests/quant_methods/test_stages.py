@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An interrupted calibration goes on where it stopped, and ends with the same plan."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress_common.store import digest
+from quant_methods import planning
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.plan import Plan
+from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.smoothquant_plus import SmoothQuantPlus
+from quant_methods.stages import Stages
+
+REQUEST = PlanRequest(
+    settings={"group_size": 32, "folds": "all", "rounding": "gptq"},
+    calibration={"samples": 4, "length": 32},
+)
+
+
+def same(first: Plan, second: Plan) -> bool:
+    """Bit for bit."""
+    return (
+        first.report == second.report
+        and first.sources == second.sources
+        and all(torch.equal(first.vectors[k], v) for k, v in second.vectors.items())
+        and all(torch.equal(first.shrinks[k], v) for k, v in second.shrinks.items())
+        and all(torch.equal(first.codes[k].q, v.q) for k, v in second.codes.items())
+        and all(torch.equal(first.codes[k].scale, v.scale) for k, v in second.codes.items())
+    )
+
+
+def test_the_plan_equals_that_of_a_whole_run(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(tiny_model("qwen2"))
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "whole"))
+    whole, _ = obtain_plan(checkpoint, REQUEST)
+
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "parts"))
+    work: list[str] = []  # what was computed since the last interruption
+
+    def stopping(name: str, at: int) -> None:
+        """Interrupt the ``at``-th call of a stage's function."""
+        original, calls = getattr(SmoothQuantPlus, name), []
+
+        def stopped(*args: object, **kwargs: object) -> object:
+            calls.append(name)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            work.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(SmoothQuantPlus, name, stopped)
+
+    for name, at in (("_propagate", 2), ("_clip", 2)):
+        with monkeypatch.context(), pytest.raises(KeyboardInterrupt):
+            stopping(name, at)
+            obtain_plan(checkpoint, REQUEST)
+        monkeypatch.undo()
+        monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "parts"))
+        assert len(work) >= 1
+    monkeypatch.setattr(planning, "sampled_tokens", lambda *args: pytest.fail("sampled again"))
+    monkeypatch.setattr(SmoothQuantPlus, "_observe", lambda *args: pytest.fail("observed again"))
+    monkeypatch.setattr(SmoothQuantPlus, "_propagate", lambda *args: pytest.fail("searched again"))
+    resumed, stored = obtain_plan(checkpoint, REQUEST)
+    assert not stored and same(whole, resumed)
+    left = [path for path in (tmp_path / "parts" / "calibration-stage").iterdir() if path.is_dir()]
+    assert not left  # a finished plan needs none of them
+
+
+def test_stages_of_other_work_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path))
+    assert Stages(digest("one")).number("loss", lambda: 0.1) == 0.1
+    assert Stages(digest("one")).number("loss", lambda: 0.2) == 0.1
+    assert Stages(digest("two")).number("loss", lambda: 0.2) == 0.2
+    assert Stages().number("loss", lambda: 0.3) == 0.3

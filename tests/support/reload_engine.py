@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine, quantized at load, that sleeps, wakes and reloads its weights.
+
+``reload(model, quantization, steps)`` is the caller's side. A step is ``sleep``, ``wake``, ``disk``
+(``reload_weights``), ``tensors`` (``reload_weights`` with the 16-bit tensors of ``model``) or
+``edit`` (negate the last tensor of the file in place). The answer has ``errors`` by step, and the
+greedy ``tokens`` before the first step and after each.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.generate import SINGLE_PROCESS, answer, ask_child, kernel
+
+ENGINE = {
+    "max_model_len": 256,
+    "enforce_eager": True,
+    "dtype": "bfloat16",
+    "gpu_memory_utilization": 0.2,
+}
+PROMPTS = ["The capital of France is", "def fibonacci(n):"]
+
+
+def reload(
+    model: Path, quantization: str, steps: list[str], settings: dict[str, Any], cache: Path
+) -> dict[str, Any]:
+    """Run the steps one after the other; EngineFailed when the engine dies."""
+    environment = os.environ | SINGLE_PROCESS
+    environment |= {"VLLM_COMPRESS_CACHE": str(cache), "TORCH_COMPILE_DISABLE": "1"}
+    environment |= {"COMPRESS_INT4_ROWS": "16"}
+    request = {
+        "model": str(model),
+        "steps": steps,
+        "engine": {
+            "quantization": quantization,
+            "additional_config": {"compress": {"weights": settings}},
+        },
+    }
+    return ask_child(["-m", "tests.support.reload_engine"], request, environment, 300)
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    from safetensors.torch import load_file, save_file
+    from vllm import LLM, SamplingParams
+
+    weights = Path(request["model"]) / "model.safetensors"
+    llm = LLM(request["model"], **(kernel() | ENGINE | request["engine"]))
+    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+    def tokens() -> list[list[int]]:
+        outputs = llm.generate(PROMPTS, sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def edit() -> None:
+        state = load_file(weights)
+        name = "model.layers.1.mlp.down_proj.weight"
+        save_file(state | {name: -state[name]}, weights, metadata={"format": "pt"})
+
+    actions = {
+        "sleep": lambda: llm.sleep(2),
+        "wake": lambda: llm.wake_up(),
+        "disk": lambda: llm.collective_rpc("reload_weights"),
+        "tensors": lambda: llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": list(load_file(weights).items())}
+        ),
+        "edit": edit,
+    }
+    errors: list[str | None] = []
+    said = [tokens()]
+    for step in request["steps"]:
+        try:
+            actions[step]()
+            errors.append(None)
+        except Exception as error:
+            errors.append(str(error))
+        if step != "sleep":
+            llm.llm_engine.reset_prefix_cache()
+            said.append(tokens())
+    answer({"errors": errors, "tokens": said})
+
+
+if __name__ == "__main__":
+    _main()
