@@ -6,25 +6,31 @@ starts, and sets what the user left alone: load format, block size, worker class
 vLLM is wrapped.
 """
 
+from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
-from compress_common.errors import CompressError, joined
+from compress_common.errors import CompressError, joined, nearest
 from quant_methods.architecture import architecture_of
 from vllm_plugin.diffusion import support as diffusion
-from vllm_plugin.diffusion.config import MODEL_TYPE
+from vllm_plugin.exits import end_command
 from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
 from vllm_plugin.metrics.connector import report
-from vllm_plugin.quantization.config import SmoothQuantPlusConfig
+from vllm_plugin.quantization.config import CONFIGS, SmoothQuantPlusConfig
 from vllm_plugin.quantization.loader import LOAD_FORMAT
 from vllm_plugin.quantization.source import source_problem
+from vllm_plugin.self_check import log_nothing
 from vllm_plugin.settings import KEY, Settings, WeightSettings, parse_settings
 
 # Safetensors under any name that vLLM has for them.
 _LOAD_FORMATS = ("auto", "hf", "safetensors")
+_OURS = tuple(config.method for config in CONFIGS)
 _MARK = "vllm_compress_edge"
 
 
@@ -36,29 +42,90 @@ def install() -> None:
 
     @wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
-        settings = parse_settings(self.additional_config)
-        if settings.kv is not None:
-            choose_engine_args(self)
-        model_type = diffusion.model_type_of(self)
-        denoises = model_type == MODEL_TYPE
-        if denoises:
-            diffusion.choose_engine_args(self)
-        else:
-            diffusion.refuse_other(model_type, settings.diffusion)
-        config = original(self, *args, **kwargs)
-        if denoises:
-            diffusion.apply_diffusion(config, settings.diffusion)
-        apply_settings(config, settings, self.worker_cls)
-        return config
+        try:
+            return _configured(self, lambda: original(self, *args, **kwargs))
+        except (CompressError, ValidationError) as error:
+            refusal = _refusal_in(error)
+            if refusal is None:
+                raise
+            end_command(refusal)
+            raise refusal from error
 
     setattr(create_engine_config, _MARK, True)
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
 
 
-def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto") -> None:
-    """Complete a VllmConfig from our settings; CompressError lists every problem found.
+def _configured(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfig:
+    """The engine config with our settings in it; vLLM's own where there are none.
 
-    worker: ``--worker-cls`` as the user gave it.
+    Args:
+        args: what the user asked for. Changed where compression needs another default.
+        create: vLLM's own function, of ``args``. It reads the model's config; nothing here reads a
+            file for a model that is not configured.
+    """
+    settings = parse_settings(args.additional_config)
+    _check_names(args, settings)
+    if settings.kv is not None:
+        choose_engine_args(args)
+    if settings.diffusion is not None:
+        diffusion.refuse_other(diffusion.model_type_of(args), settings.diffusion)
+    given, worker = vars(args).copy(), args.worker_cls
+    config = create()
+    if diffusion.denoises(config):
+        # Only the config that vLLM has just read tells that the model denoises. vLLM has filled in
+        # its defaults for other models by now, so it starts again from what the user gave.
+        vars(args).update(given)
+        diffusion.choose_engine_args(args)
+        worker = args.worker_cls
+        config = create()
+        diffusion.apply_diffusion(config, settings.diffusion)
+    compressed = apply_settings(config, settings, worker)
+    if not compressed and isinstance(args.additional_config, dict) and KEY in args.additional_config:
+        log_nothing()
+    return config
+
+
+def _check_names(args: EngineArgs, settings: Settings) -> None:
+    """Refuse names that vLLM would answer with a page of traceback, where they concern us."""
+    problems = []
+    method = args.quantization
+    unknown = isinstance(method, str) and method not in QUANTIZATION_METHODS
+    if unknown and (hint := nearest(str(method), _OURS)):
+        problems.append(f"--quantization {method!r} is unknown{hint}")
+    if method in _OURS or settings.model_fields_set:
+        if args.model != args.model.strip():
+            problems.append(f"the model {args.model!r} has spaces around its name; remove them")
+        elif Path(args.model).is_file():
+            problems.append(
+                f"the model {args.model!r} is a file; give the folder or hub id of a 16-bit "
+                "checkpoint in safetensors"
+            )
+    if problems:
+        raise joined(problems)
+
+
+def _refusal_in(error: Exception) -> CompressError | None:
+    """Our own error, also where pydantic has wrapped it; None: the error is vLLM's."""
+    if isinstance(error, CompressError):
+        return error
+    assert isinstance(error, ValidationError)
+    causes = (problem.get("ctx", {}).get("error") for problem in error.errors())
+    return next((cause for cause in causes if isinstance(cause, CompressError)), None)
+
+
+def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto") -> bool:
+    """Complete a VllmConfig from our settings.
+
+    Args:
+        config: vLLM's own, of this engine.
+        settings: the ``compress`` section.
+        worker: ``--worker-cls`` as the user gave it.
+
+    Returns:
+        Whether this engine compresses something, or denoises.
+
+    Raises:
+        CompressError: lists every problem found.
     """
     if settings.kv is not None:
         apply_kv(config, settings.kv, worker)
@@ -70,9 +137,11 @@ def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto")
             f"(quantization: {config.model_config.quantization}); add "
             "--quantization smoothquant_plus or remove the section"
         )
-    quantised = isinstance(config.quant_config, SmoothQuantPlusConfig)
-    if settings.kv is not None or quantised or diffusion.diffusion_of(config) is not None:
+    quantized = isinstance(config.quant_config, SmoothQuantPlusConfig)
+    compressed = settings.kv is not None or quantized or diffusion.denoises(config)
+    if compressed:
         report(config)
+    return compressed
 
 
 def _apply_weights(

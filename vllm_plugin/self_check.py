@@ -1,60 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine compresses, or how it denoises, as one table in its log."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from compress_common.errors import CompressError
 from kv_policies.layout.base import Layout
 from vllm_plugin.capacity import Footprint, kv_footprint, requests_in_pool, weight_footprint
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.diffusion.support import diffusion_of
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.quantization.cpu_int4 import resolve_activations
-from vllm_plugin.settings import Settings, WeightSettings
+from vllm_plugin.settings import KEY, Settings, WeightSettings
 
 logger = init_logger(f"vllm.{__name__}")
 Rows = list[tuple[str, str]]
 
 
 def table(vllm_config: VllmConfig, settings: Settings, num_blocks: int | None = None) -> Rows:
-    """Rows ``(what, figures)``, from the config and the headers of the checkpoint.
+    """What an engine compresses, from its config and the headers of the checkpoint.
 
-    num_blocks: blocks of the allocated pool; None leaves out how many requests it holds. What
-    cannot be told is said so; nothing is raised for it.
+    Args:
+        vllm_config: of the engine, after the config edge.
+        settings: the ``compress`` section.
+        num_blocks: blocks of the allocated pool; None leaves out how many requests it holds.
+
+    Returns:
+        Rows ``(what, figures)``. A part that is not known has a row that says why. Nothing is
+        raised: a table must not keep an engine from starting.
     """
-    try:
-        rows = _weights(vllm_config, settings)
-        if denoised := diffusion_of(vllm_config):
-            return rows + _denoising(vllm_config, denoised)
-        return rows + _kv(vllm_config, settings, num_blocks)
-    except CompressError as error:
-        return [("not known", str(error))]
+    denoised = diffusion_of(vllm_config)
+    parts: dict[str, Callable[[], Rows]] = {"weights": lambda: _weights(vllm_config, settings)}
+    if denoised:
+        parts["denoising"] = lambda: _denoising(vllm_config, denoised)
+    else:
+        parts["KV cache"] = lambda: _kv(vllm_config, settings, num_blocks)
+    rows: Rows = []
+    for name, part in parts.items():
+        try:
+            rows += part()
+        except Exception as error:
+            rows.append((name, f"not known: {error}"))
+    return rows
 
 
 def log_table(vllm_config: VllmConfig, settings: Settings, num_blocks: int | None = None) -> None:
     """Log the table, in one message. Parameters as for ``table``."""
-    lines = [f"  {what:20}{figures}" for what, figures in table(vllm_config, settings, num_blocks)]
-    logger.info("What is compressed:\n%s", "\n".join(lines))
+    rows = table(vllm_config, settings, num_blocks)
+    logger.info("What is compressed:\n%s", "\n".join(f"  {what:20}{told}" for what, told in rows))
+
+
+def log_nothing() -> None:
+    """Log that a ``compress`` section was given from which nothing follows."""
+    sections = ", ".join(Settings.model_fields)
+    logger.warning(
+        "What is compressed:\n  nothing: the section %r of --additional-config is empty; give it "
+        "one of %s, or remove it",
+        KEY,
+        sections,
+    )
 
 
 def weights_of(config: VllmConfig, settings: Settings) -> Footprint | None:
-    """Bytes of the weights of all ranks, as this machine's kernels hold them; None: not known."""
+    """How many bytes the weights take.
+
+    Args:
+        config: of the engine.
+        settings: the ``compress`` section.
+
+    Returns:
+        Bytes of the weights of all ranks, as this machine's kernels store them. None where they are
+        not known: the checkpoint is not on this machine, or its files are not safetensors, or
+        ``--load-format dummy`` reads none.
+    """
     model, chosen = config.model_config, settings.weights or WeightSettings()
+    if config.load_config.load_format == "dummy":
+        return None
     on_cpu = current_platform.is_cpu()
     int8 = on_cpu and resolve_activations(chosen.activations) == "int8"
-    return weight_footprint(
-        model.model,
-        getattr(config.quant_config, "method", model.quantization),
-        chosen,
-        revision=model.revision,
-        download_dir=config.load_config.download_dir,
-        tensor_parallel=config.parallel_config.tensor_parallel_size,
-        packing="cpu-int8" if int8 else "cpu-bf16" if on_cpu else "checkpoint",
-    )
+    try:
+        return weight_footprint(
+            model.model,
+            getattr(config.quant_config, "method", model.quantization),
+            chosen,
+            revision=model.revision,
+            download_dir=config.load_config.download_dir,
+            tensor_parallel=config.parallel_config.tensor_parallel_size,
+            packing="cpu-int8" if int8 else "cpu-bf16" if on_cpu else "checkpoint",
+        )
+    except Exception as error:  # a figure for people; what is wrong with weights, the loader tells
+        logger.debug("bytes of the weights are not known: %s", error)
+        return None
 
 
 def layouts(config: VllmConfig, settings: Settings) -> Mapping[int, Layout] | None:

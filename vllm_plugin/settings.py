@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``compress`` section of ``--additional-config``, validated here and only here."""
 
+from collections.abc import Iterable
+from contextlib import suppress
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +15,7 @@ from kv_policies.budget.profile import Share
 from kv_policies.registry import KV_POLICIES, build_policy, policies
 from quant_methods.calibration import CalibrationSettings
 from quant_methods.planning import PlanRequest
+from quant_methods.registry import methods
 from vllm_plugin.diffusion.settings import DiffusionSettings
 
 KEY = "compress"
@@ -124,11 +128,66 @@ class Settings(BaseModel):
 
 
 def parse_settings(additional_config: Any) -> Settings:
-    """The validated ``compress`` section; CompressError lists every problem at once."""
-    section = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+    """Validate the ``compress`` section.
+
+    Args:
+        additional_config: ``--additional-config``. Sections of other plugins in it are left alone.
+
+    Returns:
+        The settings; all of them None where there is no section.
+
+    Raises:
+        CompressError: lists every problem, also a section under a name that is nearly ours.
+    """
+    given = additional_config if isinstance(additional_config, dict) else {}
+    problems = _misplaced(given)
+    section = given.get(KEY, {})
     if not isinstance(section, dict):
-        raise CompressError(f"--additional-config {KEY} must be an object, got {section!r}")
+        problems.append(f"--additional-config {KEY} must be an object, got {section!r}")
+    if problems:
+        raise joined(problems)
     try:
         return Settings(**section)
     except ValidationError as error:
-        raise joined(explain(error, KEY, list(Settings.model_fields))) from error
+        for line in explain(error, KEY, list(Settings.model_fields)):
+            moved = [name for name in KVSettings.model_fields if f"setting {name!r}" in line]
+            hint = f"; it is a setting of {KEY}.kv, move it there" if moved else ""
+            problems.append(line + hint)
+        raise joined(problems) from error
+
+
+def _misplaced(given: dict[str, Any]) -> list[str]:
+    """Sections and settings that were meant for us: misspelt, or in another place.
+
+    Other plugins keep sections here too. A name that is only somewhat similar to ours must
+    therefore have content that looks like ours.
+    """
+    if not given.keys() - {KEY}:
+        return []
+    kinds: Iterable[Any] = ()
+    with suppress(CompressError):  # a broken package matters when a method is asked for
+        kinds = methods().values()
+    settings = {
+        "weights": _fields(WeightSettings, (kind.settings_type for kind in kinds)),
+        "kv": set(KVSettings.model_fields),
+        "diffusion": set(DiffusionSettings.model_fields),
+    }
+    every = set(settings).union(*settings.values())
+    problems = []
+    for key, value in given.items():
+        if key == KEY:
+            continue
+        name, content = str(key), value if isinstance(value, dict) else {}
+        alike = SequenceMatcher(None, name.lower(), KEY).ratio()
+        if alike > 0.85 or (alike > 0.6 and every & content.keys()):
+            problems.append(f"--additional-config has {name!r}; did you mean {KEY!r}?")
+        elif settings.get(name, set()) & content.keys():
+            problems.append(
+                f"--additional-config has {name!r} at its top level; put it into {KEY!r}: "
+                f'{{"{KEY}": {{"{name}": ...}}}}'
+            )
+    return problems
+
+
+def _fields(base: type[BaseModel], others: Iterable[type[BaseModel]]) -> set[str]:
+    return set(base.model_fields).union(*(other.model_fields for other in others))

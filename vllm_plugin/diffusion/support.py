@@ -32,8 +32,17 @@ _OTHERS = {
 }
 
 
+def denoises(config: VllmConfig) -> bool:
+    """Whether the model is one that this package serves by denoising."""
+    return getattr(config.model_config.hf_config, "model_type", None) == MODEL_TYPE
+
+
 def model_type_of(args: EngineArgs) -> str | None:
-    """The ``model_type`` of a checkpoint's config, before vLLM reads it; None if it has none."""
+    """The ``model_type`` of a checkpoint's config, before vLLM reads it; None if it has none.
+
+    Only called with ``compress.diffusion``: vLLM refuses some of the models that we know by name,
+    and then nobody would learn why.
+    """
     try:
         found, _ = PretrainedConfig.get_config_dict(
             args.hf_config_path or args.model, revision=args.revision

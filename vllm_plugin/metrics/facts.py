@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of an engine's compression before its first request."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 
-from compress_common.errors import CompressError
 from vllm_plugin.capacity import Footprint, kv_footprint
 from vllm_plugin.diffusion.support import diffusion_of
 from vllm_plugin.self_check import layouts, weights_of
-from vllm_plugin.settings import parse_settings
+from vllm_plugin.settings import KVSettings, Settings, parse_settings
 
+logger = init_logger(f"vllm.{__name__}")
 NONE = "none"
 
 
@@ -26,31 +26,47 @@ class Facts:
 
 
 def facts_of(config: VllmConfig) -> Facts:
-    """The facts of an engine that compresses something, or denoises."""
+    """The facts of an engine that compresses something, or denoises.
+
+    Nothing is raised for a figure that is not known (a cache of unknown size, weights that are not
+    safetensors): it has no metric then.
+    """
     settings = parse_settings(config.additional_config)
-    model, kv = config.model_config, settings.kv
     info = dict.fromkeys(("policy", "keep", "levels", "decode_window", "profile"), NONE)
     info["method"] = getattr(config.quant_config, "method", NONE)
-    chosen = layouts(config, settings)
     gauges = {("kv_kept_ratio", ""): 1.0, ("kv_saved_bytes", ""): 0.0}
-    text, cache = model.hf_text_config, config.cache_config.cache_dtype
-    with suppress(CompressError):  # caches that are not ours to compress, and of no known size
-        gauges |= _both("kv_bytes_per_token", kv_footprint(text, model.dtype, cache, chosen))
     if weights := weights_of(config, settings):
         gauges |= _both("weight_bytes", weights)
+    try:
+        gauges |= _both("kv_bytes_per_token", _kv_bytes(config, settings))
+    except Exception as error:
+        logger.debug("bytes of the KV cache are not known: %s", error)
     if denoised := diffusion_of(config):
         info["policy"] = denoised.policy
-    if kv is not None and chosen:
-        file = kv.profile or kv.bases
-        shares = [layout.share for layout in chosen.values()]
-        info |= {
-            "policy": kv.policy,
-            "keep": f"{float(sum(shares, Fraction(0)) / len(shares)):.4g}",
-            "levels": str(len(set(shares))),
-            "decode_window": str(next(iter(chosen.values())).window),
-            "profile": Path(file).name if file else NONE,
-        }
+    elif settings.kv is not None:
+        info |= _kv_info(config, settings, settings.kv)
     return Facts(info, gauges)
+
+
+def _kv_bytes(config: VllmConfig, settings: Settings) -> Footprint:
+    model, cache = config.model_config, config.cache_config.cache_dtype
+    return kv_footprint(model.hf_text_config, model.dtype, cache, layouts(config, settings))
+
+
+def _kv_info(config: VllmConfig, settings: Settings, kv: KVSettings) -> dict[str, str]:
+    file = kv.profile or kv.bases
+    info = {"policy": kv.policy, "profile": Path(file).name if file else NONE}
+    try:
+        chosen = layouts(config, settings) or {}
+    except Exception as error:  # for instance a file that is gone since the engine read it
+        logger.debug("the layout of the KV cache is not known: %s", error)
+        return info
+    shares = [layout.share for layout in chosen.values()]
+    return info | {
+        "keep": f"{float(sum(shares, Fraction(0)) / len(shares)):.4g}",
+        "levels": str(len(set(shares))),
+        "decode_window": str(next(iter(chosen.values())).window),
+    }
 
 
 def _both(name: str, footprint: Footprint) -> dict[tuple[str, str], float]:
