@@ -24,6 +24,7 @@ from quant_methods.formats import MARKER
 from quant_methods.local import local_folder, text_config
 from quant_methods.registry import methods
 from quant_methods.sizes import Packing, sizes_of
+from vllm_plugin.compatibility import weight_model_problems
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, unknown_kinds
 from vllm_plugin.settings import WeightSettings
 
@@ -95,6 +96,8 @@ def weight_footprint(
     written = checkpoint.config.get("quantization_config")
     if not (written and MARKER in written):
         if quantization in methods():
+            if problems := weight_model_problems(checkpoint.config):
+                raise joined(problems)
             architecture_of(config)
             request = (settings or WeightSettings()).request(str(quantization), tensor_parallel)
             grids = request.build().settings.grids(config)

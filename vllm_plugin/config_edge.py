@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 from compress_common.errors import CompressError, joined, nearest
 from quant_methods.architecture import architecture_of
+from vllm_plugin.compatibility import weight_model_problems
 from vllm_plugin.diffusion import support as diffusion
 from vllm_plugin.exits import end_command
 from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
@@ -80,7 +81,11 @@ def _configured(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfi
         config = create()
         diffusion.apply_diffusion(config, settings.diffusion)
     compressed = apply_settings(config, settings, worker)
-    if not compressed and isinstance(args.additional_config, dict) and KEY in args.additional_config:
+    if (
+        not compressed
+        and isinstance(args.additional_config, dict)
+        and KEY in args.additional_config
+    ):
         log_nothing()
     return config
 
@@ -156,8 +161,11 @@ def _apply_weights(
             f"{KEY}.weights.{', '.join(sorted(fixed))}: the checkpoint is already quantised, these "
             "settings were fixed when it was written; remove them"
         )
-    if config.lora_config is not None:
-        problems.append("LoRA adapters do not fit smoothed weights; remove --enable-lora")
+    if config.lora_config is not None and quant_config.smooths:
+        problems.append(
+            f"--enable-lora: {quant_config.method} scales what enters its linears, and adapters "
+            "were trained on what is not scaled; remove the flag, or serve with --quantization rtn"
+        )
     if problems:
         raise joined(problems)
     if config.load_config.load_format in _LOAD_FORMATS:
@@ -170,7 +178,7 @@ def _problems_at_load(
     """What keeps a 16-bit checkpoint from being quantised at load; empty when nothing does."""
     hf_config = config.model_config.hf_text_config
     parallel = config.parallel_config
-    problems = []
+    problems = weight_model_problems(config.model_config.hf_config.to_dict())
     try:
         architecture_of(hf_config)
         request = settings.request(quant_config.method, parallel.tensor_parallel_size)

@@ -23,6 +23,11 @@ def fingerprint_of(name: str, config: Any) -> ModelFingerprint:
     The text part of a multimodal config names no architecture; its model_type stands in.
     CompressError when the config lacks a size, or gives one per layer.
     """
+    if varying := shapes_per_layer(config):
+        raise CompressError(
+            f"{name} has layers that differ in {', '.join(varying)}: it has no single shape of "
+            "attention"
+        )
     heads = getattr(config, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
     head_dim = getattr(config, "head_dim", None)
@@ -46,20 +51,45 @@ def fingerprint_of(name: str, config: Any) -> ModelFingerprint:
         ) from error
 
 
+def shapes_per_layer(config: Any) -> list[str]:
+    """The sizes of attention of which layers have different ones; empty for one shape.
+
+    transformers raises where such a size is read from the config of the whole model.
+    """
+    if not getattr(config, "is_heterogeneous", False):
+        return []
+    sizes = ("head_dim", "num_key_value_heads", "num_attention_heads")
+    layers = config.per_layer_config
+    return [name for name in sizes if len({getattr(layer, name, None) for layer in layers}) > 1]
+
+
 def unknown_kinds(config: Any) -> list[str]:
     """Kinds of layers that are neither full attention nor a window of it."""
     known = {"full_attention", "sliding_attention", "chunked_attention"}
     return sorted(set(getattr(config, "layer_types", None) or ()) - known)
 
 
-def full_attention_layers(config: Any) -> tuple[int, ...]:
-    """Indices of the layers whose queries see all earlier keys; sliding windows are left out."""
+def full_attention_layers(config: Any, max_model_len: int | None = None) -> tuple[int, ...]:
+    """Indices of the layers whose queries see all earlier keys.
+
+    Sliding windows are left out, unless no request can be longer than the window.
+
+    Args:
+        config: the text model's.
+        max_model_len: the longest request in tokens; None: what the config says.
+    """
+    every = tuple(range(config.num_hidden_layers))
+    longest = max_model_len or getattr(config, "max_position_embeddings", None)
+    window = getattr(config, "sliding_window", None)
+    wide = bool(window and longest and window >= longest)
     if kinds := getattr(config, "layer_types", None):
+        if wide and set(kinds) == {"sliding_attention"}:
+            return every
         return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
     # Without a list of kinds a window holds for every layer (Mistral 7B 0.1).
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    if window and not wide and getattr(config, "use_sliding_window", True):
         return ()
-    return tuple(range(config.num_hidden_layers))
+    return every
 
 
 def weights_digest(checkpoint: Checkpoint, prefix: str, depth: int) -> str:

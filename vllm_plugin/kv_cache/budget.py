@@ -17,10 +17,12 @@ from kv_policies.registry import policies
 from quant_methods.architecture import architecture_of
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.local import local_folder
+from vllm_plugin.compatibility import kv_model_problems
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, weights_digest
 from vllm_plugin.settings import KVSettings
 
 _WINDOW: Final = 256  # generated tokens; enough for a choice among them to mean something
+_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
 
 
 def layouts_of(
@@ -32,6 +34,8 @@ def layouts_of(
     bases of another model or budget, a policy without the file that it needs, a window that is not
     whole blocks.
     """
+    if problems := kv_model_problems(config, latents=settings.latents):
+        raise joined(problems)
     if settings.latents and settings.keep != 1:
         return _latent_layouts(settings, block_size, name, config)
     model, layers = fingerprint_of(name, config), full_attention_layers(config)
@@ -52,11 +56,13 @@ def layouts_of(
             f"`vllm-compress profile {model.name} --keep {float(settings.keep or 0)}` and name it "
             "as compress.kv.profile, or choose another policy"
         )
+    window = settings.decode_window
+    window = _whole(_WINDOW, block_size) if window is None else window
     return {
         layer: TokenLayout(
             block_size=block_size,
             keep=share,
-            window=_WINDOW if settings.decode_window is None else settings.decode_window,
+            window=window,
             min_blocks=settings.min_blocks,
             min_prompt=_whole(settings.min_prompt, block_size),
         )
@@ -83,15 +89,30 @@ def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
 
 
 def _digest(name: str, config: Any) -> str | None:
-    """Of a 16-bit checkpoint on this machine; None: nothing to compare with."""
+    """Digest of the key and value weights that the bases were fitted to.
+
+    Returns:
+        None where there is nothing to compare with: the model is not on this machine yet (the
+        worker asks again once it is), its weights are int4, or the folder has none
+        (``--load-format dummy``).
+
+    Raises:
+        CompressError: weights are there, but not as safetensors with one tensor per projection.
+            Bases of a fine-tune would then go unnoticed, so they are refused.
+    """
     folder = local_folder(name)
     if folder is None or getattr(config, "quantization_config", None):
+        return None
+    if not any(file.suffix in _WEIGHTS for file in folder.iterdir()):
         return None
     try:
         arch = architecture_of(config)
         return weights_digest(Checkpoint(folder), arch.layers_prefix, config.num_hidden_layers)
-    except CompressError:  # no weights there, as with --load-format dummy
-        return None
+    except CompressError as error:
+        raise CompressError(
+            f"bases cannot be checked against these weights ({error}); serve the checkpoint as "
+            "safetensors, as it was published, or choose another policy"
+        ) from error
 
 
 def _latent_layouts(

@@ -47,6 +47,11 @@ def latent_problems(config: VllmConfig) -> list[str]:
             "--tensor-parallel-size above 1: a latent of cskv is of all KV heads; set it to 1 or "
             "choose another policy"
         )
+    if config.lora_config is not None:
+        problems.append(
+            "--enable-lora: bases are fitted to the key and value weights of one model, and an "
+            "adapter changes them; remove the flag or choose another policy"
+        )
     written = getattr(config.model_config.hf_text_config, "quantization_config", None) or {}
     marker = dict(written).get(MARKER)
     weights = parse_settings(config.additional_config).weights

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What KV compression cannot serve: found before a worker starts, where the config tells."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from compress_common.errors import CompressError, joined
+from vllm_plugin.compatibility import ENCODER, MLA, STATE, drop_wide_window, kv_model_problems
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_cache.latent import latent_problems, rope_of
 from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck
-from vllm_plugin.kv_fingerprint import full_attention_layers, unknown_kinds
+from vllm_plugin.kv_fingerprint import full_attention_layers
 from vllm_plugin.settings import KVSettings
 
 _CPU_BLOCK = 32
@@ -42,12 +43,27 @@ def choose_engine_args(args: EngineArgs) -> None:
 
 
 def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
-    """Set our worker and the check of requests; CompressError lists all that rules them out."""
-    problems = config_problems(config, worker)
+    """Set our worker and the check of requests.
+
+    Args:
+        config: vLLM's own, of this engine.
+        settings: ``compress.kv``.
+        worker: ``--worker-cls`` as the user gave it.
+
+    Raises:
+        CompressError: lists all that rules compression out.
+    """
     model = config.model_config
+    if drop_wide_window(model.hf_text_config, model.max_model_len):
+        config.cache_config.sliding_window = None
+    model_problems = _model_problems(config, settings.latents)
+    problems = config_problems(config, worker) + model_problems
     if settings.latents:
         problems += latent_problems(config)
-    for step in (settings.build, lambda: _layouts(settings, config)):
+    steps: list[Callable[[], object]] = [settings.build]
+    if not model_problems:
+        steps.append(lambda: _layouts(settings, config))
+    for step in steps:
         try:
             step()
         except CompressError as error:
@@ -62,21 +78,42 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
 def _layouts(settings: KVSettings, config: VllmConfig) -> None:
     """Make the layouts, for what is wrong with them."""
     model = config.model_config
-    if not full_attention_layers(model.hf_text_config) and not model.use_mla:
-        raise CompressError(
-            "no layer with full attention: sliding windows bound their cache themselves; remove "
-            "compress.kv"
-        )
     layouts_of(settings, config.cache_config.block_size, model.model, model.hf_text_config)
 
 
-def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
-    """Everything in a VllmConfig that rules compression out, with the flag to change.
+def _model_problems(config: VllmConfig, latents: bool) -> list[str]:
+    """What rules the model out: from its config, and from vLLM's class for it."""
+    model = config.model_config
+    problems = kv_model_problems(
+        model.hf_text_config, latents=latents, max_model_len=model.max_model_len
+    )
+    if problems:
+        return problems
+    found = {
+        MLA: model.use_mla,
+        ENCODER: model.is_encoder_decoder,
+        STATE: model.is_hybrid or model.is_attention_free,
+    }
+    problems = [f"{problem}; remove compress.kv" for problem, present in found.items() if present]
+    if latents and model.using_transformers_backend():
+        problems.append(
+            "vLLM serves this model through transformers, where cskv does not find the rotation of "
+            "its keys; choose another policy"
+        )
+    return problems
 
-    chosen_worker: ``--worker-cls`` as the user gave it.
+
+def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
+    """What in an engine's arguments rules compression out.
+
+    Args:
+        config: vLLM's own, of this engine.
+        chosen_worker: ``--worker-cls`` as the user gave it.
+
+    Returns:
+        One line per problem, with the flag to change.
     """
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
-    others = unknown_kinds(model.hf_text_config)
     found = {
         f"platform {current_platform.device_name}: KV compression runs on CPU and CUDA": not (
             current_platform.is_cpu() or current_platform.is_cuda()
@@ -84,17 +121,7 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
         "a pooling model has no KV cache to keep; remove compress.kv": (
             model.runner_type != "generate"
         ),
-        "multi-head latent attention (MLA) keeps one latent per token, for which no policy here is "
-        "made; remove compress.kv": model.use_mla,
-        "an encoder-decoder model; remove compress.kv": model.is_encoder_decoder,
-        "a model with state-space or linear-attention layers was never tested; remove "
-        "compress.kv": model.is_hybrid or model.is_attention_free,
-        f"layers of kinds {', '.join(others)}, for which no policy is made; remove "
-        "compress.kv": bool(others),
-        "layers that share another layer's KV cache; remove compress.kv": bool(
-            getattr(model.hf_text_config, "num_kv_shared_layers", 0)
-        ),
-        f"--kv-cache-dtype {cache.cache_dtype}: quantised caches cannot be rearranged yet; leave "
+        f"--kv-cache-dtype {cache.cache_dtype}: quantized caches cannot be rearranged yet; leave "
         "it at auto or remove compress.kv": cache.cache_dtype
         not in ("auto", "bfloat16", "float16"),
         "--disable-hybrid-kv-cache-manager: layers that keep different shares need it; remove the "
@@ -131,17 +158,40 @@ def layer_problems(
     specs: Mapping[str, KVCacheSpec],
     full: Mapping[str, int],
     layers: Mapping[str, Any],
+    config: Any,
     latents_of: torch.nn.Module | None = None,
 ) -> list[str]:
-    """What rules compression out once the model's layers exist: the same, per layer.
+    """What rules compression out once the model's layers exist.
 
-    full: the full-attention layers among ``specs``, with their index in the model. latents_of: the
-    model, if kept blocks are latents.
+    The config edge has asked the config already. This is the last guard, against a model whose
+    layers are not what its config says.
+
+    Args:
+        specs: KV-cache specs of all layers, by name.
+        full: the full-attention layers among them, with their index in the model.
+        layers: the attention layers, by name.
+        config: the text model's.
+        latents_of: the model, if kept blocks are latents.
+
+    Returns:
+        One line per problem; empty when there is none.
     """
     if not full:
         kinds = ", ".join(sorted({type(spec).__name__ for spec in specs.values()}))
         return [f"no full-attention layer, all layers are {kinds}; remove compress.kv"]
     problems = []
+    expected = set(full_attention_layers(config))
+    if unlike := sorted(expected.symmetric_difference(full.values())):
+        problems.append(
+            f"vLLM and the model's config differ on which layers have full attention: layers "
+            f"{', '.join(map(str, unlike))}; remove compress.kv"
+        )
+    shapes = {(s.num_kv_heads, s.head_size, s.head_size_v) for s in (specs[name] for name in full)}
+    if len(shapes) > 1 or any(size != values for _, size, values in shapes):
+        problems.append(
+            "layers differ in their heads, or in the sizes of keys and values: (KV heads, key, "
+            f"value) are {', '.join(map(str, sorted(shapes)))}; remove compress.kv"
+        )
     for name in full:
         impl = layers[name].impl
         for what in ("alibi_slopes", "sinks", "kv_sharing_target_layer_name"):

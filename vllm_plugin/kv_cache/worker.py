@@ -56,7 +56,13 @@ class CompressedWorker(PlatformWorker):
         settings = parse_settings(self.vllm_config.additional_config).kv
         assert settings is not None, "this worker is only set with compress.kv"
         network = self.model_runner.get_model()
-        problems = layer_problems(specs, full, context, network if settings.latents else None)
+        problems = layer_problems(
+            specs,
+            full,
+            context,
+            self.model_config.hf_text_config,
+            network if settings.latents else None,
+        )
         if supports_realtime(network):
             problems.append("a model that takes its prompt as a stream; remove compress.kv")
         if problems:

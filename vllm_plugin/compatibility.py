@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models can be compressed, told from their Hugging Face config before any weight is read.
+
+``plan``, ``doctor``, the config edge and the worker ask here, so that they give one answer. The
+worker looks at its layers as well (``kv_cache.support.layer_problems``): a last guard, for what a
+config does not show. No import of vLLM: ``plan`` does without it.
+
+``config`` is the text model's: transformers' ``config.get_text_config()``, vLLM's
+``model_config.hf_text_config``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from quant_methods.architecture import ARCHITECTURES
+from vllm_plugin.kv_fingerprint import full_attention_layers, shapes_per_layer, unknown_kinds
+
+MLA = "multi-head latent attention (MLA) keeps one latent per token, for which no policy is made"
+STATE = "a model with state-space or linear-attention layers was never tested"
+ENCODER = "an encoder-decoder model has a second cache, for which no policy is made"
+_REMOVE = "; remove compress.kv"
+
+# Prefixes of settings of recurrent layers, for configs that do not list the kinds of their layers.
+_RECURRENT = ("mamba_", "ssm_", "linear_attn_", "conv_L_cache", "state_size", "full_attention_int")
+# Rotations that ``kv_cache.latent.rope_of`` can undo.
+_ROTATIONS = ("default", "llama3")
+# Keys of a multimodal or otherwise wrapped config under which the text model's lies.
+_WRAPPED = ("text_config", "llm_config", "language_config", "thinker_config")
+
+
+def kv_model_problems(
+    config: Any, *, latents: bool = False, max_model_len: int | None = None
+) -> list[str]:
+    """Everything about a model that rules KV compression out.
+
+    Args:
+        config: the text model's.
+        latents: whether the kept blocks hold latents (cskv), not chosen tokens.
+        max_model_len: the longest request in tokens; None: what the config says.
+
+    Returns:
+        One line per problem, with what to change; empty when there is none.
+    """
+    others = unknown_kinds(config)
+    shapes = shapes_per_layer(config)
+    found = {
+        ENCODER: bool(getattr(config, "is_encoder_decoder", False)),
+        MLA: bool(getattr(config, "kv_lora_rank", None)),
+        STATE: _is_recurrent(config),
+        f"layers of kinds {', '.join(others)}, for which no policy is made": bool(others),
+        "layers that share another layer's KV cache": bool(
+            getattr(config, "num_kv_shared_layers", 0)
+        ),
+        f"layers that differ in {', '.join(shapes)}, where every layer must have one shape": bool(
+            shapes
+        ),
+        "attention sinks: scores of tokens do not count them yet": _has_sinks(config),
+        "ALiBi: a token that moves to another place would get another bias": _has_alibi(config),
+    }
+    problems = [problem for problem, present in found.items() if present]
+    if not problems and not full_attention_layers(config, max_model_len):
+        problems.append(
+            "no layer with full attention: sliding windows bound their cache themselves"
+        )
+    problems = [problem + _REMOVE for problem in problems]
+    return problems + (_latent_problems(config) if latents else [])
+
+
+def weight_model_problems(config: Mapping[str, Any]) -> list[str]:
+    """What rules out int4 weights at load, beside what ``architecture_of`` refuses.
+
+    Args:
+        config: the content of ``config.json``: of the whole model, not of its text part.
+    """
+    if wrapped := [key for key in _WRAPPED if config.get(key)]:
+        return [
+            f"the language model lies inside another model ({wrapped[0]} in config.json), where "
+            "its linears have other names; int4 weights are made for text models alone"
+        ]
+    return []
+
+
+def drop_wide_window(config: Any, max_model_len: int) -> bool:
+    """Take the sliding window off a model that no request can fill.
+
+    Without a window its layers have full attention and can be compressed; the outputs are the same.
+
+    Args:
+        config: the text model's, changed in place.
+        max_model_len: the longest request in tokens.
+
+    Returns:
+        Whether the window was taken off: every layer had one of at least ``max_model_len``.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    every_layer = kinds is None or set(kinds) == {"sliding_attention"}
+    if not window or window < max_model_len or not every_layer:
+        return False
+    config.sliding_window = None
+    if kinds is not None:
+        config.layer_types = ["full_attention"] * len(kinds)
+    return True
+
+
+def length_problem(config: Any, tokens: int) -> str | None:
+    """Why a request of ``tokens`` is longer than the model allows; None if it is not.
+
+    As vLLM derives ``--max-model-len`` from the same config. A model without a length in its config
+    has no limit.
+    """
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    names += ("max_sequence_length", "max_seq_length", "seq_len")
+    lengths = {name: getattr(config, name, None) for name in names}
+    known = {name: length for name, length in lengths.items() if isinstance(length, int)}
+    if longer := getattr(config, "model_max_length", None):
+        known = {"model_max_length": longer}
+    if not known:
+        return None
+    name = min(known, key=lambda key: known[key])
+    limit = int(known[name] * _rope_factor(config))
+    if tokens <= limit:
+        return None
+    return f"{tokens:,} tokens are more than the model's {limit:,} ({name} in its config)"
+
+
+def _rope_factor(config: Any) -> float:
+    """How much longer RoPE scaling makes the context, where the config's length is without it."""
+    if "gemma3" in str(config.model_type):
+        return 1.0
+    scaled = ("default", "su", "longrope", "llama3", "yarn", "deepseek_yarn")
+    factors = [
+        rope.get("factor") or 1.0
+        for rope in _ropes(config)
+        if rope.get("rope_type", rope.get("type", "default")) not in scaled
+    ]
+    return float(factors[-1]) if factors else 1.0
+
+
+def _ropes(config: Any) -> list[Mapping[str, Any]]:
+    """The rotations: one for all layers, or one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, Mapping)]
+    return nested or [rope]
+
+
+def _latent_problems(config: Any) -> list[str]:
+    problems = []
+    if config.model_type not in ARCHITECTURES:
+        problems.append(
+            f"cskv has bases for models of type {', '.join(sorted(ARCHITECTURES))}, this one is "
+            f"{config.model_type}; choose another policy"
+        )
+    if getattr(config, "attn_logit_softcapping", None):
+        problems.append("attention logits are capped, which latents do not do; use snap_kv")
+    kinds = {rope.get("rope_type", rope.get("type", "default")) for rope in _ropes(config)}
+    if others := sorted(map(str, kinds - set(_ROTATIONS))):
+        problems.append(
+            f"keys are rotated by RoPE of type {', '.join(others)}; cskv can undo "
+            f"{', '.join(_ROTATIONS)}; choose another policy"
+        )
+    return problems
+
+
+def _is_recurrent(config: Any) -> bool:
+    """Whether some layers keep a state in place of keys and values."""
+    if getattr(config, "layer_types", None) is not None:
+        return False  # ``unknown_kinds`` names them
+    return any(name.startswith(_RECURRENT) for name in vars(config))
+
+
+def _has_sinks(config: Any) -> bool:
+    """Whether full-attention layers have a learned sink in their softmax."""
+    if config.model_type in ("gpt_oss", "openai_privacy_filter"):
+        return True
+    if config.model_type in ("granite", "granitemoe"):  # as vLLM's granite.py decides
+        kinds = getattr(config, "layer_types", None)
+        return bool(getattr(config, "attention_sinks", kinds is not None))
+    return bool(getattr(config, "add_full_attention_sink_bias", False))  # MiMo
+
+
+def _has_alibi(config: Any) -> bool:
+    """Whether attention has a bias by distance in place of a rotation."""
+    attention = getattr(config, "attn_config", None)
+    nested = attention.get("alibi") if isinstance(attention, Mapping) else None
+    return bool(
+        getattr(config, "alibi", False)
+        or nested
+        or getattr(config, "position_embedding_type", None) == "alibi"
+        or config.model_type in ("bloom", "step1")
+        or (config.model_type == "baichuan" and config.hidden_size != 4096)
+    )
