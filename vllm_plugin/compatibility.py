@@ -18,8 +18,17 @@ from vllm_plugin.kv_fingerprint import full_attention_layers, shapes_per_layer, 
 MLA = "multi-head latent attention (MLA) keeps one latent per token, for which no policy is made"
 STATE = "a model with state-space or linear-attention layers was never tested"
 ENCODER = "an encoder-decoder model has a second cache, for which no policy is made"
+WRAPPED = (
+    "the language model lies inside another model ({} in config.json), where its linears have "
+    "other names; int4 weights are made for text models alone"
+)
 _REMOVE = "; remove compress.kv"
 
+# Where configs have the length of a model, as vLLM looks for it.
+_LENGTHS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
+    *("max_sequence_length", "max_seq_length", "seq_len"),
+)
 # Prefixes of settings of recurrent layers, for configs that do not list the kinds of their layers.
 _RECURRENT = ("mamba_", "ssm_", "linear_attn_", "conv_L_cache", "state_size", "full_attention_int")
 # Rotations that ``kv_cache.latent.rope_of`` can undo.
@@ -73,10 +82,7 @@ def weight_model_problems(config: Mapping[str, Any]) -> list[str]:
         config: the content of ``config.json``: of the whole model, not of its text part.
     """
     if wrapped := [key for key in _WRAPPED if config.get(key)]:
-        return [
-            f"the language model lies inside another model ({wrapped[0]} in config.json), where "
-            "its linears have other names; int4 weights are made for text models alone"
-        ]
+        return [WRAPPED.format(wrapped[0])]
     return []
 
 
@@ -109,9 +115,7 @@ def length_problem(config: Any, tokens: int) -> str | None:
     As vLLM derives ``--max-model-len`` from the same config. A model without a length in its config
     has no limit.
     """
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    names += ("max_sequence_length", "max_seq_length", "seq_len")
-    lengths = {name: getattr(config, name, None) for name in names}
+    lengths = {name: getattr(config, name, None) for name in _LENGTHS}
     known = {name: length for name, length in lengths.items() if isinstance(length, int)}
     if longer := getattr(config, "model_max_length", None):
         known = {"model_max_length": longer}

@@ -80,6 +80,9 @@ def _configured(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfi
         worker = args.worker_cls
         config = create()
         diffusion.apply_diffusion(config, settings.diffusion)
+    else:
+        model_type = getattr(config.model_config.hf_config, "model_type", None)
+        diffusion.refuse_other(model_type, settings.diffusion)
     compressed = apply_settings(config, settings, worker)
     if (
         not compressed

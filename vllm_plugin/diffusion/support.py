@@ -105,7 +105,7 @@ def apply_diffusion(config: VllmConfig, settings: DiffusionSettings | None) -> N
 
 def refuse_other(model_type: str | None, settings: DiffusionSettings | None) -> None:
     """CompressError if ``compress.diffusion`` is set for a model that does not denoise."""
-    if settings is not None:
+    if settings is not None and model_type != MODEL_TYPE:
         why = _OTHERS.get(str(model_type), "is none that denoises a canvas")
         raise CompressError(
             f"compress.diffusion is set, but this model ({model_type}) {why}; remove the section, "
