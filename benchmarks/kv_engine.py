@@ -176,7 +176,8 @@ def save_made_up_bases(
     from transformers import AutoConfig
 
     from kv_policies.latents.bases import Bases
-    from kv_policies.latents.bases_header import Calibration, Header, Layer
+    from kv_policies.latents.bases_header import Header, Layer
+    from kv_policies.model_file import Calibration
     from quant_methods.checkpoint import Checkpoint
     from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, weights_digest
 

@@ -43,6 +43,17 @@ class ModelFingerprint(Strict):
         ]
 
 
+class Calibration(Strict):
+    """Where the figures of a file come from."""
+
+    tool_version: str
+    created: str = Field(description="date and time, ISO 8601")
+    text: str = Field(description="name of the calibration text")
+    text_sha256: str | None = None
+    samples: int = Field(ge=1, description="texts that the figures come from")
+    sample_tokens: int = Field(ge=1, description="tokens of the longest sample")
+
+
 class ModelFile(Strict):
     """The header of a file that was measured for one model.
 

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from compress_common.errors import CompressError, joined
 from kv_policies.budget.levels import Levels, exact, quantise
-from kv_policies.model_file import ModelFile, ModelFingerprint, Strict
+from kv_policies.model_file import Calibration, ModelFile, ModelFingerprint
 
 SCHEMA: Final = "vllm-compress/kv-profile"
 VERSION: Final = 2
@@ -22,15 +22,9 @@ Share = Annotated[
 ]
 
 
-class Provenance(Strict):
+class Provenance(Calibration):
     """Where the shares come from."""
 
-    tool_version: str
-    created: str = Field(description="date and time, ISO 8601")
-    text: str = Field(description="name or path of the calibration text")
-    text_sha256: str | None = None
-    samples: int = Field(ge=1)
-    sample_tokens: int = Field(ge=1, description="tokens of the longest sample")
     attention_retained: Mapping[str, float] = Field(
         default_factory=dict,
         description="share of attention kept: 'profile', 'levels' (after their cut), 'uniform'",

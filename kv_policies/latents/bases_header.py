@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Final, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from compress_common.errors import CompressError
-from kv_policies.model_file import ModelFile, Strict
+from kv_policies.model_file import Calibration, ModelFile, Strict
 
 SCHEMA: Final = "vllm-compress/kv-bases"
 VERSION: Final = 2
@@ -42,17 +42,6 @@ def total_rank(ratio: Fraction, features: int) -> int:
 Ratio = Annotated[
     Fraction, BeforeValidator(exact_ratio), PlainSerializer(str, return_type=str, when_used="json")
 ]
-
-
-class Calibration(Strict):
-    """Where the bases come from."""
-
-    tool_version: str
-    created: str = Field(description="date and time, ISO 8601")
-    text: str = Field(description="name of the calibration text")
-    text_sha256: str | None = None
-    samples: int = Field(ge=1, description="that the bases were fitted to")
-    sample_tokens: int = Field(ge=1)
 
 
 class Layer(Strict):

@@ -15,14 +15,13 @@ from compress_common.errors import CompressError
 from kv_policies.latents.bases import Bases
 from kv_policies.latents.bases_header import (
     SIDES,
-    Calibration,
     Header,
     Layer,
     exact_ratio,
     total_rank,
 )
 from kv_policies.latents.low_rank import Factor
-from kv_policies.model_file import ModelFingerprint
+from kv_policies.model_file import Calibration, ModelFingerprint
 
 MODEL = ModelFingerprint(
     name="tiny",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models in transformers, for the tools that measure one before it is served."""
+"""A model in transformers, for the commands that measure it before it is served."""
 
 import hashlib
 from datetime import UTC, datetime
@@ -9,16 +9,79 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from compress_common.errors import CompressError, joined
-from quant_methods.calibration import SELF, CalibrationSettings
+from quant_methods.base import Progress
+from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
+from quant_methods.checkpoint import Checkpoint, resolve
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, not_reached
-from vllm_plugin.kv_fingerprint import full_attention_layers
+from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 
 
-def layers_to_fit(name: str, config: Any) -> tuple[int, ...]:
-    """The full-attention layers; CompressError lists what makes a model unfit for KV policies."""
+class HFModel:
+    """A checkpoint that is measured with transformers. The weights are loaded on request.
+
+    Args:
+        model: A model folder or hub id.
+
+    Attributes:
+        name: The hub id, or the name of the folder.
+        checkpoint: Its files.
+        config: Its transformers config, without overrides.
+        layers: Indices of the layers with full attention, ascending.
+        fingerprint: What ties a file to this model.
+
+    Raises:
+        CompressError: There is no such model, or it does not suit; all reasons are listed.
+    """
+
+    def __init__(self, model: str) -> None:
+        folder = resolve(model)
+        self.name = folder.resolve().name if Path(model).expanduser().is_dir() else model
+        self.checkpoint = Checkpoint(folder)  # says what is wrong with the files
+        self.config = self._load(AutoConfig)
+        self.layers = _layers_to_measure(self.name, self.config)
+        self.fingerprint = fingerprint_of(self.name, self.config.get_text_config())
+
+    def network(self, progress: Progress, **options: Any) -> Any:
+        """Load the model in the checkpoint's dtype, on the CPU.
+
+        Args:
+            progress: Told before the load, which may take minutes.
+            **options: For ``from_pretrained``.
+
+        Raises:
+            CompressError: transformers cannot load it.
+        """
+        progress("load model", 0, 1)
+        return self._load(AutoModelForCausalLM, dtype="auto", **options).eval()
+
+    def tokens(self, text: CalibrationSettings, network: Any, progress: Progress) -> torch.Tensor:
+        """Return the calibration text as token ids, int64 [samples, length].
+
+        Args:
+            text: Where it comes from.
+            network: Samples the text, unless it is in a file.
+            progress: Told of each step of sampling.
+
+        Raises:
+            CompressError: The text is missing, cannot be read, or is too short.
+        """
+        return calibration_tokens(text, network, self._load(AutoTokenizer), progress)
+
+    def _load(self, loader: Any, **options: Any) -> Any:
+        folder = self.checkpoint.folder
+        try:
+            return loader.from_pretrained(folder, trust_remote_code=False, **options)
+        except (ValueError, OSError, KeyError, ImportError, StrictDataclassError) as error:
+            if error.args == (ATTENTION,):  # looked up in a model's own table of attention classes
+                raise not_reached(self.config) from error
+            reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+            raise CompressError(f"transformers cannot load {self.name}: {reason}") from error
+
+
+def _layers_to_measure(name: str, config: Any) -> tuple[int, ...]:
     decoder = config.get_text_config()
     problems = []
     if config.is_encoder_decoder:
@@ -37,19 +100,12 @@ def layers_to_fit(name: str, config: Any) -> tuple[int, ...]:
     return layers
 
 
-def loaded(loader: Any, folder: Path, name: str, **options: Any) -> Any:
-    """``loader.from_pretrained`` without remote code; CompressError when it cannot."""
-    try:
-        return loader.from_pretrained(folder, trust_remote_code=False, **options)
-    except (ValueError, OSError, KeyError, ImportError, StrictDataclassError) as error:
-        if error.args == (ATTENTION,):  # looked up in a model's own table of attention classes
-            raise not_reached(AutoConfig.from_pretrained(folder)) from error
-        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-        raise CompressError(f"transformers cannot load {name}: {reason}") from error
-
-
 def usable(device: str) -> torch.device:
-    """The device of this name; CompressError when this machine cannot use it."""
+    """Return the device of this name.
+
+    Raises:
+        CompressError: This machine cannot use it.
+    """
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
@@ -59,7 +115,11 @@ def usable(device: str) -> torch.device:
 
 
 def origin(text: CalibrationSettings) -> dict[str, Any]:
-    """Where figures measured now, on this text, come from: for the file that holds them."""
+    """Return the fields of ``Calibration`` for figures that are measured now, but ``samples``.
+
+    Args:
+        text: The calibration text.
+    """
     own = text.source == SELF
     return {
         "tool_version": version("vllm-compress-plugin"),
