@@ -161,7 +161,6 @@ def test_demo_model(calibrate: Callable, demo_model: Path, text: Path) -> None:
 def test_own_text_and_no_saving(calibrate: Callable, tiny_model: Callable[..., Path]) -> None:
     code, _, errors = calibrate(tiny_model("llama"), "--ratio", 0, *QUICK, "--out", "own")
     assert code == 0, errors
-    assert "sample text" in errors
     made = Bases.load("own")
     assert made.header.calibration.text == "sampled by the model itself, seed 0"
     assert made.ranks(0) == (64, 64) and made.header.layers[0].key_error == 0
@@ -183,7 +182,7 @@ def test_an_interrupted_write_leaves_the_old_file(
         tiny_model("llama"), "--ratio", 0.5, *QUICK, "--text", text, "--out", "old"
     )
     assert code == 130
-    assert "nothing half-written is left" in errors
+    assert "interrupted" in errors
     assert Path("old").read_text() == "old"
     assert sorted(Path().iterdir()) == [Path("old"), Path("text.txt")]
 

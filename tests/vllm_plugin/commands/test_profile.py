@@ -127,7 +127,6 @@ def test_demo_model(profile: Callable, demo_model: Path) -> None:
 def test_own_text(profile: Callable, tiny_model: Callable[..., Path]) -> None:
     code, _, errors = profile(tiny_model("llama"), "--keep", 0.5, *QUICK, "--out", "own.json")
     assert code == 0, errors
-    assert "sample text" in errors
     assert load("own.json").provenance.text == "sampled by the model itself, seed 0"
 
 
@@ -146,7 +145,7 @@ def test_an_interrupted_write_leaves_the_old_file(
     arguments = ("--keep", 0.5, *QUICK, "--text", text, "--out", "old.json")
     code, _, errors = profile(tiny_model("llama"), *arguments)
     assert code == 130
-    assert "nothing half-written is left" in errors
+    assert "interrupted" in errors
     assert Path("old.json").read_text() == "old"
     assert sorted(Path().iterdir()) == [Path("old.json"), Path("text.txt")]
 

@@ -118,7 +118,8 @@ def make_bases(
         ranks = allocation.allocate(energies, ratio, features)
     else:
         ranks = allocation.halves(fits, ratio, features)
-    report, factors = [], {}
+    report: list[HeldOut] = []
+    factors: dict[tuple[int, Side], Factor] = {}
     for done, (index, fit) in enumerate(fits.items()):
         progress("compare", done, len(fits))
         with blocks.resident(index):
