@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception type that reaches users as a message without a traceback, and its texts."""
+"""The exception that users see as a message without a traceback, and how its text is made."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -8,26 +8,41 @@ from pydantic import ValidationError
 
 
 class CompressError(ValueError):
-    """A problem the user can fix: the text says what was found, what is allowed, what to change."""
+    """A problem that the user can fix.
+
+    The text says what was found, what is allowed and what to change.
+    """
 
 
 def joined(problems: list[str]) -> CompressError:
-    """One error that lists every problem found."""
+    """Return one error that lists every problem.
+
+    Args:
+        problems: At least one line of text.
+    """
     if len(problems) == 1:
         return CompressError(problems[0])
     return CompressError(f"{len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` when a valid name is close, else nothing."""
+    """Return ``; did you mean 'x'?`` when a valid name is close, else an empty text.
+
+    Args:
+        name: What the user wrote.
+        valid: The names that are allowed.
+    """
     close = get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def explain(error: ValidationError, where: str, valid: Iterable[str]) -> list[str]:
-    """One line per problem of a pydantic error, ``where`` being what was validated.
+    """Return one line for each problem of a pydantic error.
 
-    valid: the keys of ``where`` itself, for the nearest one to an unknown key.
+    Args:
+        error: The error.
+        where: Name of the section that was validated.
+        valid: Keys of that section. The nearest is suggested for an unknown key.
     """
     valid = list(valid)
     lines = []
@@ -43,7 +58,7 @@ def explain(error: ValidationError, where: str, valid: Iterable[str]) -> list[st
             line = f"{section}: {key!r} is missing"
         elif problem["type"] == "value_error":
             message = message.removeprefix("Value error, ")
-            # A validator of a whole section gets all of it; one of ours says itself what it got.
+            # A validator of a whole section gets all of it, and ours may say what they got.
             told = isinstance(got, dict) or ", got " in message
             line = f"{at}: {message}" if told else f"{at}: {message}, got {got!r}"
         else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes by name: ours, and third parties' through an entry-point group. Fails closed."""
+"""Finds classes by name: built-in ones, and those that other packages name as entry points."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,12 @@ from compress_common.errors import CompressError, explain, joined, nearest
 
 
 class Named(Protocol):
-    """A class that can be registered: a name, a pydantic model of settings, built from one."""
+    """What a class must have to be registered.
+
+    Attributes:
+        name: What users write.
+        settings_type: The pydantic model of its settings. An instance is built from one.
+    """
 
     name: ClassVar[str]
     settings_type: ClassVar[Any]
@@ -28,8 +33,10 @@ T = TypeVar("T", bound=Named)
 class Registry(Generic[T]):
     """The classes of one kind.
 
-    noun: what one of them is called in messages.
-    group: entry-point group of those from other packages.
+    Args:
+        noun: What a class of this kind is called in messages.
+        group: Entry-point group in which other packages register theirs.
+        built_in: The classes of this package.
     """
 
     noun: str
@@ -37,10 +44,14 @@ class Registry(Generic[T]):
     built_in: tuple[type[T], ...]
 
     def classes(self) -> dict[str, type[T]]:
-        """Every registered class; CompressError when two claim one name or one cannot be loaded."""
+        """Return every registered class by its name.
+
+        Raises:
+            CompressError: Two classes have one name, or a class cannot be loaded.
+        """
         return self._classes
 
-    @cached_property  # requests ask too, and looking through what is installed takes 15 ms
+    @cached_property  # requests ask too, and a search of all installed packages takes 15 ms
     def _classes(self) -> dict[str, type[T]]:
         found = {kind.name: kind for kind in self.built_in}
         for entry in entry_points(group=self.group):
@@ -59,9 +70,18 @@ class Registry(Generic[T]):
         return found
 
     def refuse_unknown(self, settings: dict[str, Any], own: Iterable[str], name: str) -> None:
-        """ValueError for keys that neither a section (``own``) nor the class ``name`` has.
+        """Refuse keys that neither a section nor the class that it names has.
 
-        If there is no such class, the settings of all are taken for valid: its name is the problem.
+        When no class has the name, the settings of every class count as valid: the name is the
+        problem then.
+
+        Args:
+            settings: What the user gave.
+            own: Keys of the section itself.
+            name: Name of the class.
+
+        Raises:
+            ValueError: A key is unknown. The text lists all unknown and all valid keys.
         """
         known = self.classes()
         valid = list(own)
@@ -72,7 +92,15 @@ class Registry(Generic[T]):
             raise ValueError(f"{'; '.join(unknown)} (valid: {', '.join(dict.fromkeys(valid))})")
 
     def build(self, name: str, settings: dict[str, Any]) -> T:
-        """One, with validated settings; CompressError lists every bad key and value at once."""
+        """Return an instance of a class.
+
+        Args:
+            name: Name of the class.
+            settings: Its settings, not yet validated.
+
+        Raises:
+            CompressError: The name is unknown, or settings are wrong. All of them are listed.
+        """
         known = self.classes()
         if name not in known:
             raise CompressError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bases: low-rank factors of one model's keys and values, in one versioned safetensors file."""
+"""The bases: low-rank factors of a model's keys and values, in a safetensors file."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,9 +22,13 @@ _HEADER: Final = "vllm-compress"  # the key in the file's metadata
 
 @dataclass(frozen=True)
 class Bases:
-    """A factor for the keys and one for the values of each compressed layer, float32.
+    """A factor for the keys and a factor for the values of each compressed layer.
 
-    Keys are those before RoPE, after bias and norm: what attention would rotate.
+    Keys are those after bias and norm and before RoPE.
+
+    Attributes:
+        header: What the file says of itself.
+        factors: By layer and side, float32.
     """
 
     header: Header
@@ -32,19 +36,21 @@ class Bases:
 
     @property
     def ratio(self) -> Fraction:
+        """Share of the cache's numbers that is saved."""
         return self.header.ratio
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Index in the model of each compressed layer, ascending."""
-        return tuple(row.layer for row in self.header.layers)
+        return self.header.indices
 
     def ranks(self, layer: int) -> tuple[int, int]:
-        """Numbers per token for its keys and for its values."""
+        """Return how many numbers a token takes in this layer for its key and for its value."""
         row = next(row for row in self.header.layers if row.layer == layer)
         return row.key_rank, row.value_rank
 
     def factor(self, layer: int, side: Side) -> Factor:
+        """Return the factor of a layer's keys or values."""
         return self.factors[layer, side]
 
     def save(self, path: str | Path) -> None:

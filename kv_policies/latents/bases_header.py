@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of KV bases says of itself: whose they are, how large, and where they come from."""
+"""The header of a file of KV bases: their model, their sizes, and where they come from."""
 
 import math
 from fractions import Fraction
@@ -13,7 +13,7 @@ from kv_policies.model_file import Calibration, ModelFile, Strict
 SCHEMA: Final = "vllm-compress/kv-bases"
 VERSION: Final = 2
 
-# Of the numbers that a ratio allows: less than that is another ratio.
+# Bases that use less of what their ratio allows were made for another ratio.
 _LEAST: Final = Fraction(3, 4)
 
 Side = Literal["key", "value"]
@@ -22,7 +22,11 @@ Objective = Literal["reconstruction", "attention"]
 
 
 def exact_ratio(ratio: float | str | Fraction) -> Fraction:
-    """The share saved, as typed: 0.8, "0.8" and "4/5" are all 4/5. An error outside [0, 1)."""
+    """Return the share that is saved, exactly as typed: 0.8, "0.8" and "4/5" are all 4/5.
+
+    Raises:
+        CompressError: It is not a number in [0, 1).
+    """
     try:
         value = ratio if isinstance(ratio, Fraction) else Fraction(str(ratio))
     except (ValueError, ZeroDivisionError):
@@ -35,7 +39,12 @@ def exact_ratio(ratio: float | str | Fraction) -> Fraction:
 
 
 def total_rank(ratio: Fraction, features: int) -> int:
-    """Numbers per token and layer, keys and values together, in place of 2 * ``features``."""
+    """Return how many numbers a token has in a layer, for its key and value together.
+
+    Args:
+        ratio: Share that is saved.
+        features: Numbers of a key, and of a value, without compression.
+    """
     return max(2, math.floor((1 - ratio) * 2 * features))
 
 
@@ -45,7 +54,7 @@ Ratio = Annotated[
 
 
 class Layer(Strict):
-    """One layer: its ranks, and the share of energy lost on the calibration text."""
+    """A layer's ranks, and the share of energy that they lose on the calibration text."""
 
     layer: int = Field(ge=0)
     key_rank: int = Field(ge=1)
@@ -57,9 +66,13 @@ class Layer(Strict):
 class Header(ModelFile):
     """What is known of the bases without their tensors.
 
-    weights: SHA-256 of the key and value projections of the first and the last layer.
-    ratio: share of the cache's numbers that is saved, over all layers.
-    layers: ascending; sliding-window layers and others that are left alone are not in it.
+    Attributes:
+        weights: SHA-256 of the model's weights.
+        ratio: Share of the cache's numbers that is saved, over all layers.
+        objective: What the error of keys and values was measured by.
+        layers: Ascending. Layers that are left alone, such as those with a sliding window, are not
+            in it.
+        calibration: Where the bases come from.
     """
 
     noun: ClassVar[str] = "bases"
@@ -81,7 +94,7 @@ class Header(ModelFile):
 
     @property
     def features(self) -> int:
-        """Numbers in a token's keys, and in its values: F."""
+        """Numbers in a token's key, and in its value: F."""
         return self.model.num_key_value_heads * self.model.head_dim
 
     @model_validator(mode="after")
@@ -104,7 +117,7 @@ class Header(ModelFile):
         return self
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that belong to it, all float32."""
+        """Return the shape of each tensor in the file, by name. All are float32."""
         f = self.features
         return {
             f"layers.{row.layer}.{side}.{part}": shape

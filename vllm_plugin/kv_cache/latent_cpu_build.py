@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds ``latent_cpu.cpp``, and says why it cannot be used where it cannot."""
+"""Loads the kernel of ``latent_cpu.cpp``, or says why it cannot be used here."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -75,9 +75,13 @@ def why_not(dtype: torch.dtype) -> str | None:
 
 
 def _ask(kernel: Any) -> None:
-    """32 latents of one number, which is the logit and the value too, and one raw token of zeros.
+    """Compute a small attention with the kernel and compare the result.
 
-    RuntimeError where oneDNN has no such products for this processor, or has them wrong.
+    There are 32 latents of a single number, which is both logit and value, and a raw token of
+    zeros.
+
+    Raises:
+        RuntimeError: oneDNN lacks such products for this processor, or computes them wrong.
     """
     size, numbers = 16, torch.arange(32) / 8
     # Keys, then values, then a block with the raw token.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `profile` and `calibrate-kv` measure of a model in transformers."""
+"""Measurements of a model in transformers, for `profile` and `calibrate-kv`."""

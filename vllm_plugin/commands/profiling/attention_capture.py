@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention per token of a transformers model, through its own seam for attention functions."""
+"""Captures the attention that tokens receive, through transformers' AttentionInterface."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -12,23 +12,31 @@ from transformers.masking_utils import sdpa_mask
 from compress_common.errors import CompressError
 from kv_policies.attention import attention_received
 
-ATTENTION: Final = "vllm_compress_capture"  # what a model is loaded with, as attn_implementation
-# What attention functions are given beyond a plain causal softmax, in transformers' names.
+ATTENTION: Final = "vllm_compress_capture"  # the attn_implementation to load a model with
+# Arguments that make attention more than a plain causal softmax, by transformers' names.
 _NOT_MODELLED = ("softcap", "s_aux", "position_bias")
 
 
 def register() -> None:
-    """Make ``ATTENTION`` known to transformers. A model loaded with it computes SDPA."""
+    """Register ``ATTENTION`` with transformers. Models that use it compute SDPA."""
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @torch.no_grad()
 def attention_of(network: Any, tokens: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-    """Attention that each token receives in ``layers``: float32 [layers, T] on the CPU.
+    """Return the attention that each token receives, float32 [layers, T] on the CPU.
 
-    Mean over heads, summed over all queries. tokens: int64 [1, T], without padding. CompressError
-    when the model's attention is not a plain causal softmax, or does not use the seam.
+    It is summed over all queries and averaged over heads.
+
+    Args:
+        network: A transformers model that was loaded with ``ATTENTION``.
+        tokens: int64 [1, T], without padding.
+        layers: Indices of the layers to look at.
+
+    Raises:
+        CompressError: The model's attention is not a plain causal softmax, or does not go through
+            AttentionInterface.
     """
     received: dict[int, torch.Tensor | None] = dict.fromkeys(layers)
     try:
@@ -43,7 +51,7 @@ def attention_of(network: Any, tokens: torch.Tensor, layers: Sequence[int]) -> t
 
 
 def not_reached(config: Any) -> CompressError:
-    """The error for a model with attention code of its own."""
+    """Return the error for a model with attention code of its own."""
     return CompressError(
         f"{config.model_type} cannot be profiled: in transformers its attention does not go "
         "through AttentionInterface"
@@ -59,9 +67,9 @@ def _attention(
     received: dict[int, torch.Tensor | None] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA that also fills ``received``, an argument of the model's forward, for its layers.
+    """SDPA that also fills ``received``, an argument of the model's forward.
 
-    query [1, Hq, T, D] and key [1, Hkv, T, D], both after RoPE.
+    query is [1, Hq, T, D] and key is [1, Hkv, T, D], both after RoPE.
     """
     if received is not None and module.layer_idx in received:
         found = [what for what in _NOT_MODELLED if kwargs.get(what) is not None]

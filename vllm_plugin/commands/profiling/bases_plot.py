@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of what bases lose in each layer. matplotlib is the optional extra ``plot``."""
+"""Draws what bases lose in each layer. Needs matplotlib, the optional extra ``plot``."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -13,7 +13,13 @@ _COLOURS: Final = {"closed_form": "#d94801", "asvd": "#3182bd", "svd": "#9ecae1"
 
 
 def draw(bases: Bases, report: Sequence[HeldOut], figure: Any) -> None:
-    """Held-out error of each layer, keys beside values, one line per method."""
+    """Draw the held-out error of each layer, keys beside values, with a line for each method.
+
+    Args:
+        bases: For the title and the layers.
+        report: A row for each layer.
+        figure: An empty matplotlib figure.
+    """
     for axes, side in zip(figure.subplots(1, 2, sharey=True), SIDES, strict=True):
         for method, label in METHODS.items():
             errors = [getattr(row, side)[method] for row in report]

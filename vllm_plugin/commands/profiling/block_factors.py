@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys or the values of one decoder block of transformers: their factor, and what it loses."""
+"""Fits a low-rank factor to the keys or values of one decoder block in transformers."""
 
 from typing import Any
 
@@ -22,16 +22,23 @@ from kv_policies.latents.rope import Rope
 
 
 class BlockFactor:
-    """One side of a block, fitted to ``inputs`` [samples, length, hidden] of its projections.
+    """The factor of a block's keys or values, fitted to what its projections get.
 
-    attention: the block's attention module, of an architecture in ``quant_methods.architecture``:
-        ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and perhaps norms per head ``q_norm`` and
-        ``k_norm``. RoPE comes after them, so that their output is the key that is wanted.
-    weights: of the tokens, [samples * length], as ``weights_of`` gives them.
-    objective: "reconstruction" is the paper's, the error of keys and values. "attention" weighs
-        tokens by the attention that they receive, key features by the queries that they meet, and
-        value features by what the output projection makes of them.
-    factor: of full rank, best latents first. energies: of each latent in the objective's metric.
+    Args:
+        attention: The block's attention module, of an architecture in
+            ``quant_methods.architecture``. It has ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``
+            and perhaps the norms per head ``q_norm`` and ``k_norm``. RoPE comes after these, so
+            their output is the key to be stored.
+        side: Keys or values.
+        inputs: Inputs of the projections, [samples, length, hidden].
+        weights: Weight of each token, [samples * length]; see ``weights_of``.
+        objective: "reconstruction" is the paper's: the error of keys and values. "attention" weighs
+            tokens by the attention that they receive, key features by the queries that meet them,
+            and value features by what the output projection does with them.
+
+    Attributes:
+        factor: Of full rank, best latents first.
+        energies: Energy of each latent in the objective's metric.
     """
 
     def __init__(
@@ -50,15 +57,20 @@ class BlockFactor:
         self.factor, self.energies = closed_form(*moments(states, weights), self.metric)
 
     def lost(self, rank: int) -> float:
-        """Relative error at this rank on the inputs that it was fitted to."""
+        """Return the relative error at this rank on the inputs that the factor was fitted to."""
         return float(self.energies[rank:].sum() / self.energies.sum())
 
     def errors(
         self, inputs: torch.Tensor, weights: torch.Tensor | None, rank: int
     ) -> dict[str, float]:
-        """Relative error at this rank on other inputs, with their weights, by method.
+        """Return the relative error on other inputs, by method.
 
-        SVD and ASVD know of no norm: it comes after what they restore, as in CSKV it would.
+        SVD and ASVD restore what the projection returns. A norm per head is applied to that.
+
+        Args:
+            inputs: [samples, length, hidden].
+            weights: Weight of each of their tokens.
+            rank: Number of latents.
         """
         projection = getattr(self.attention, f"{self.name}_proj")
         weight = projection.weight.double().T
@@ -81,9 +93,13 @@ def weights_of(
     rotation: tuple[torch.Tensor, torch.Tensor],
     objective: Objective,
 ) -> torch.Tensor | None:
-    """How much each token of the inputs matters, for keys and values alike; None: all the same.
+    """Return the weight of each token of the inputs, [samples * length]; None: all are equal.
 
-    rotation: cosines and sines of RoPE, [1, length, head_dim] each, as blocks are given them.
+    Args:
+        attention: As for ``BlockFactor``.
+        inputs: [samples, length, hidden].
+        rotation: Cosines and sines of RoPE, [1, length, head_dim] each, as blocks get them.
+        objective: As for ``BlockFactor``.
     """
     if objective == "reconstruction":
         return None
@@ -93,7 +109,10 @@ def weights_of(
 def _received(
     attention: Any, inputs: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """Attention that each token receives in its sample, mean over heads: [samples * length]."""
+    """Return the attention that each token receives in its sample, [samples * length].
+
+    It is averaged over heads.
+    """
     samples, length, _ = inputs.shape
     cos, sin = (x[0].float()[:, : x.shape[-1] // 2] for x in rotation)
     rope, at = Rope(torch.cat((cos, sin), -1)), torch.arange(length, device=inputs.device)
@@ -109,13 +128,13 @@ def _received(
 
 
 def _projected(attention: Any, name: str, inputs: torch.Tensor) -> torch.Tensor:
-    """The output of a projection, as the model computes it, then float64."""
+    """Return the output of a projection as the model computes it, in float64."""
     projection = getattr(attention, f"{name}_proj")
     return linear(inputs, projection.weight, projection.bias).double()
 
 
 def _normed(attention: Any, name: str, states: torch.Tensor) -> torch.Tensor:
-    """States [N, heads * head_dim] after the norm per head that the model may have for them."""
+    """Apply the norm per head, if the model has one, to states [N, heads * head_dim]."""
     norm = getattr(attention, f"{name}_norm", None)
     if norm is None:
         return states

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of a profile. matplotlib is the optional extra ``plot``."""
+"""Draws a profile. Needs matplotlib, the optional extra ``plot``."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,15 @@ from kv_policies.budget.profile import Profile
 
 
 def canvas(path: Path) -> Any:
-    """An empty figure that can be saved as ``path``; CompressError when it cannot.
+    """Return an empty figure that can be saved as ``path``.
 
-    A figure of its own, without pyplot: no display, no global state.
+    It is made without pyplot, which needs a display and has global state.
+
+    Args:
+        path: Its suffix says the kind of file.
+
+    Raises:
+        CompressError: matplotlib is missing, or cannot write this kind of file.
     """
     try:
         from matplotlib.figure import Figure
@@ -29,7 +35,12 @@ def canvas(path: Path) -> Any:
 
 
 def draw(profile: Profile, figure: Any) -> None:
-    """Bars: each layer's own share. Lines: its level's, and the same for all."""
+    """Draw each layer's own share as a bar, with lines for the served and the uniform share.
+
+    Args:
+        profile: What is drawn.
+        figure: An empty matplotlib figure.
+    """
     axes = figure.add_subplot()
     layers = profile.layers
     cut = profile.cut()
