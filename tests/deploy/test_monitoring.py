@@ -25,6 +25,8 @@ from benchmarks.server import serving
 from vllm_plugin.metrics.catalogue import BY_NAME, METRICS
 
 TESTS = Path(__file__).parent / "alerts_test.yaml"
+# What others export and the alerts ask for: Prometheus, a process, kube-state-metrics.
+OTHERS = {"up", "process_start_time_seconds", "kube_pod_container_status_restarts_total"}
 VLLMS = re.compile(r'self\._(gauge|counter|histogram)_cls\(\s*name="(vllm:\w+)"')
 
 
@@ -80,7 +82,7 @@ def names(expression: str) -> Iterator[set[str]]:
             if i % 3 != 2
         ]
         yield {"".join(choice) for choice in itertools.product(*choices)}
-    for name in re.findall(r"\b(?:ray_)?vllm[:_]\w+(?=[{\[])", expression):
+    for name in re.findall(r"\b[a-z][\w:]+(?=[{\[])", expression):
         yield {name}
 
 
@@ -93,6 +95,8 @@ def test_asks_for_what_is_exported(
         asked = list(names(expression))
         assert asked, expression
         for selector in asked:
+            if selector <= OTHERS:
+                continue
             direct = {name for name in selector if not name.startswith("ray_")}
             assert direct <= exported
             # KEDA scales the Deployment, so it needs no names of Ray's.
@@ -127,11 +131,30 @@ def test_dashboard(dashboard: dict[str, Any], queries: dict[str, list[str]]) -> 
         for each in [panel, *panel["targets"]]:
             assert each["datasource"]["uid"] == "${datasource}"
         for target in panel["targets"]:
+            if set().union(*names(target["expr"])) <= OTHERS:
+                continue
             assert target["expr"].count("{") == target["expr"].count('model_name=~"$model_name"')
     shown = set().union(*(name for each in queries["dashboard"] for name in names(each)))
     assert not [each.name for each in METRICS if not shown & series(each.full_name, each.kind)]
-    (settings,) = [each for each in queries["dashboard"] if "vllm_compress_info" in each]
+    (settings,) = [each for each in queries["dashboard"] if "decode_window" in each]
     assert set(BY_NAME["info"].labels) < set(re.findall(r"\w+", settings))
+
+
+def test_alerts_tell_models_apart_and_link_to_a_runbook(
+    rules: dict[str, Any], deploy: Path
+) -> None:
+    page = (deploy / "runbook.md").read_text()
+    anchors = {heading.lower() for heading in re.findall(r"^## (\w+)$", page, re.MULTILINE)}
+    linked = set()
+    for group in rules["groups"]:
+        for rule in group["rules"]:
+            page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+            assert (deploy.parent / page) == deploy / "runbook.md"
+            linked.add(anchor)
+            grouped = re.findall(r"by \(([^)]*)\)", rule["expr"])
+            own = "pod" if rule["alert"] == "EngineRestarting" else "model_name"
+            assert grouped and own in grouped[0]
+    assert linked == anchors
 
 
 def promtool(*arguments: object) -> None:
@@ -219,7 +242,7 @@ def test_a_real_prometheus_finds_every_name(
         list(clients.map(complete, range(8)))
         time.sleep(3)
         asked = set().union(*(n for each in queries.values() for q in each for n in names(q)))
-        direct = sorted(name for name in asked if not name.startswith("ray_"))
+        direct = sorted(name for name in asked if not name.startswith(("ray_", "kube_")))
         assert [name for name in direct if not ask(address, name)] == []
         assert ask(address, "sum(vllm_compress_kv_evicted_tokens_total) > 0")
         assert ask(address, 'vllm_compress_info{policy="snap_kv", method="smoothquant_plus"} == 1')

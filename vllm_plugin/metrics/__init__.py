@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compressed, as Prometheus metrics on vLLM's own ``/metrics`` and on Ray's agent."""
+"""Prometheus metrics of what is compressed, on vLLM's own ``/metrics`` and on Ray's agent."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every metric of the plugin: name, kind, meaning, labels. Dashboards and alerts are checked
-against this list. Labels ``model_name`` and ``engine`` come first in each, as in vLLM's own.
+"""Every metric of the plugin: name, kind, meaning, labels.
+
+Tests check dashboards and alerts against this list. The labels ``model_name`` and ``engine`` come
+first in each metric, as in vLLM's own.
 """
 
 from dataclasses import dataclass
@@ -13,9 +15,13 @@ PREFIX = "vllm_compress_"
 class Metric:
     """One metric family.
 
-    name: without prefix; a counter is exported with ``_total`` behind it.
-    labels: beyond model_name and engine. values: what the only label can be, where it is finite.
-    buckets: upper bounds of a histogram, seconds.
+    Attributes:
+        name: Name without prefix. A counter is exported with ``_total`` behind it.
+        kind: Type in Prometheus.
+        meaning: Help text on ``/metrics``.
+        labels: Labels beyond ``model_name`` and ``engine``.
+        values: Values of the only label, if there are finitely many.
+        buckets: Upper bounds of a histogram, in seconds.
     """
 
     name: str
@@ -27,14 +33,16 @@ class Metric:
 
     @property
     def full_name(self) -> str:
+        """The name with our prefix."""
         return PREFIX + self.name
 
     @property
     def exported(self) -> str:
-        """The name in PromQL; a histogram's series add _bucket, _sum and _count."""
+        """The name in PromQL. A histogram's series add ``_bucket``, ``_sum`` and ``_count``."""
         return self.full_name + ("_total" if self.kind == "counter" else "")
 
 
+# Reasons to refuse a request.
 REFUSALS = ("compress_keep", "unknown_key", "prefix_caching_off", "diffusion")
 
 METRICS = (
@@ -95,6 +103,11 @@ METRICS = (
         "kv_saved_bytes",
         "gauge",
         "bytes that running requests would hold in addition without compression, now",
+    ),
+    Metric(
+        "kv_saved_bytes_peak",
+        "gauge",
+        "the most that kv_saved_bytes has been since the engine started",
     ),
     Metric(
         "kv_kept_ratio",

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A KV connector that moves no KV: vLLM's typed channel from workers and scheduler to metrics."""
+"""A KV connector that moves no KV cache.
+
+Connectors are vLLM's typed channel from workers and scheduler to the metrics of the front end.
+"""
 
 from typing import Any
 
@@ -11,7 +14,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
-from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
@@ -21,21 +23,18 @@ from vllm_plugin.diffusion.activity import Done as Denoised
 from vllm_plugin.kv_cache.activity import Activity, Done
 from vllm_plugin.kv_cache.manager import CompressedManager
 from vllm_plugin.kv_cache.requests import opts_out
-from vllm_plugin.metrics.catalogue import PREFIX
-from vllm_plugin.metrics.prometheus import CompressMetrics
+from vllm_plugin.metrics.prometheus import CompressMetrics, publish
 from vllm_plugin.metrics.stats import CompressStats
 from vllm_plugin.self_check import log_table
 from vllm_plugin.settings import parse_settings
 
-logger = init_logger(f"vllm.{__name__}")
-
 
 class StatsConnector(KVConnectorBase_V1, SupportsHMA):
-    """Reports what compression did since the last step; loads and saves nothing.
+    """Reports what compression did since the last step. It loads and saves nothing.
 
-    The scheduler's instance counts requests and blocks, from the cache managers that free them. A
-    worker's counts what was compacted or denoised, from the ``activity`` or ``denoising`` that the
-    worker hands over; of several ranks, which all do the same, one does.
+    The scheduler's instance counts requests and blocks, from the cache managers that free them. The
+    worker's instance counts what was compacted or denoised, from the ``activity`` or ``denoising``
+    that the worker hands over. All ranks do the same, so only the first hands it over.
     """
 
     def __init__(
@@ -48,6 +47,7 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
         self._managers: list[CompressedManager] = []
         self._freed = 0
         self._gauges: dict[str, float] = {}
+        self._peak = 0.0
         if role is KVConnectorRole.SCHEDULER:
             settings = parse_settings(vllm_config.additional_config)
             log_table(vllm_config, settings, kv_cache_config.num_blocks)
@@ -55,7 +55,7 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
         self._block_bytes = memory / max(1, kv_cache_config.num_blocks)
 
     def get_kv_connector_stats(self) -> CompressStats | None:
-        """What is new since the last call; None for nothing."""
+        """Return what is new since the last call, or None if nothing is."""
         if self._managers:
             self._read_managers()
         if self.activity is not None:
@@ -91,8 +91,10 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
         self._freed = freed
         saved = sum(manager.saved_blocks for manager in self._managers)
         columns = sum(manager.columns for manager in self._managers)
+        self._peak = max(self._peak, saved * self._block_bytes)
         gauges = {
             "kv_saved_bytes": saved * self._block_bytes,
+            "kv_saved_bytes_peak": self._peak,
             "kv_kept_ratio": 1 - saved / columns if columns else 1.0,
         }
         for name, value in gauges.items():
@@ -103,7 +105,11 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Count a request whose prompt was computed; its blocks may be freed at once."""
+        """Count a request whose prompt was computed.
+
+        Returns:
+            False, None: the blocks may be freed at once, and the answer gets no parameters.
+        """
         if self._managers and request.num_computed_tokens >= request.num_prompt_tokens:
             reason = self._reason_to_skip(request)
             if reason is None:
@@ -168,28 +174,29 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 class _Nothing(KVConnectorMetadata):
-    """vLLM wants an object of this type each step."""
+    """The object that vLLM asks for in each step."""
 
 
 def report(config: VllmConfig) -> None:
-    """Have what is compressed in this engine reported.
+    """Have this engine report what it compresses.
 
-    vLLM has one connector. Beside a user's own, which the config edge allows with quantised weights
-    only, nothing is reported; it could be a child of vLLM's MultiConnector.
+    vLLM has one connector. The config edge allows a user's own beside quantized weights only. Their
+    figures are known before the first request, so they are published without a connector.
+
+    Args:
+        config: Completed in place, unless it names a connector.
     """
-    if config.kv_transfer_config is not None:
-        logger.warning(
-            "no %s* metrics: --kv-transfer-config names a connector of its own; for both name "
-            'MultiConnector there, with it and {"kv_connector": "%s", '
-            '"kv_connector_module_path": "%s", "kv_role": "kv_both"} as its connectors',
-            PREFIX,
-            StatsConnector.__name__,
-            __name__,
+    chosen = config.kv_transfer_config
+    if chosen is None:
+        # A consumer would make the scheduler hold back blocks that are freed.
+        config.kv_transfer_config = KVTransferConfig(
+            kv_connector=StatsConnector.__name__,
+            kv_connector_module_path=__name__,
+            kv_role="kv_producer",
         )
         return
-    # A consumer would make the scheduler hold back blocks that are freed.
-    config.kv_transfer_config = KVTransferConfig(
-        kv_connector=StatsConnector.__name__,
-        kv_connector_module_path=__name__,
-        kv_role="kv_producer",
-    )
+    children = chosen.kv_connector_extra_config.get("connectors", ())
+    names = {chosen.kv_connector, *(child.get("kv_connector") for child in children)}
+    if StatsConnector.__name__ not in names:
+        publish(config)
+        log_table(config, parse_settings(config.additional_config))

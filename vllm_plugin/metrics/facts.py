@@ -34,7 +34,8 @@ def facts_of(config: VllmConfig) -> Facts:
     settings = parse_settings(config.additional_config)
     info = dict.fromkeys(("policy", "keep", "levels", "decode_window", "profile"), NONE)
     info["method"] = getattr(config.quant_config, "method", NONE)
-    gauges = {("kv_kept_ratio", ""): 1.0, ("kv_saved_bytes", ""): 0.0}
+    gauges = {("kv_kept_ratio", ""): 1.0}
+    gauges |= {(name, ""): 0.0 for name in ("kv_saved_bytes", "kv_saved_bytes_peak")}
     if weights := weights_of(config, settings):
         gauges |= _both("weight_bytes", weights)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gauges that Ray keeps exporting: it forgets one that is not set again within 20 seconds."""
+"""Gauges that Ray keeps exporting. Ray forgets a gauge that is not set again within 20 seconds."""
 
 import threading
 import time
@@ -13,9 +13,9 @@ _started = False
 
 
 class LastingGauge:
-    """One labelled Ray gauge, set again to its last value for as long as this object lives.
+    """A labelled Ray gauge that is set again to its last value as long as this object lives.
 
-    vLLM's own need none of this: they are set with every step, and vanish from an idle engine.
+    vLLM sets its own gauges with every step, so they vanish from an idle engine.
     """
 
     def __init__(self, gauge: Any) -> None:
@@ -29,10 +29,12 @@ class LastingGauge:
                 threading.Thread(target=_repeat, name="lasting-gauges", daemon=True).start()
 
     def set(self, value: float) -> None:
+        """Set the gauge, now and every few seconds from now on."""
         self._value = value
         self._gauge.set(value)
 
     def repeat(self) -> None:
+        """Set the gauge again, if it was ever set."""
         if self._value is not None:
             self._gauge.set(self._value)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front end's side: metric families, filled from start and from each report."""
+"""The front end's side: metric families, set at the start and with each report."""
 
 from importlib.metadata import version
 from typing import Any
 
-from prometheus_client import REGISTRY, Gauge
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
 
@@ -17,7 +17,7 @@ from vllm_plugin.metrics.lasting_gauge import LastingGauge
 class CompressMetrics(KVConnectorPromMetrics):
     """The families of the catalogue, for every engine, with values before the first request.
 
-    Metric types are those that vLLM hands over, so that Ray's take their place under Ray.
+    vLLM hands over the metric types, so Ray's replace Prometheus's under Ray.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class CompressMetrics(KVConnectorPromMetrics):
             for name, value in facts.gauges.items():
                 self._series[(engine, *name)].set(value)
         first = next(iter(per_engine_labelvalues))
-        # Refused before any engine sees them; they are counted for the first one.
+        # No engine sees a refused request. They are counted for the first engine.
         requests.on_refusal = lambda reason: self._series[first, "refused_requests", reason].inc()
 
     def _create(self, metric: Metric, facts: Facts) -> None:
@@ -71,7 +71,12 @@ class CompressMetrics(KVConnectorPromMetrics):
                 self._series[engine, metric.name, label] = series
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Add one report, see ``stats``."""
+        """Add one report.
+
+        Args:
+            transfer_stats_data: The ``data`` of ``CompressStats``.
+            engine_idx: Index of the engine that reports.
+        """
         for name, labels in transfer_stats_data["counters"].items():
             for label, amount in labels.items():
                 label = self._policy if BY_NAME[name].labels == ("policy",) else label
@@ -82,8 +87,27 @@ class CompressMetrics(KVConnectorPromMetrics):
             self._series[engine_idx, "kv_compaction_seconds", ""].observe(seconds)
 
 
+def publish(config: VllmConfig) -> None:
+    """Publish the facts of an engine that has no connector of ours, from this process.
+
+    The process that makes the config serves ``/metrics`` as well. Under Ray it does not, and
+    nothing is published. Counters stay at 0, except refusals.
+
+    Args:
+        config: Of an engine that compresses weights alone.
+    """
+    parallel = config.parallel_config
+    first = parallel.data_parallel_index
+    local = parallel.data_parallel_size_local
+    count = local if parallel.local_engines_only else parallel.data_parallel_size
+    name = config.model_config.served_model_name
+    types = {kind: kind for kind in (Gauge, Counter, Histogram)}
+    engines: dict[int, list[object]] = {n: [name, str(n)] for n in range(first, first + count)}
+    CompressMetrics(config, types, ["model_name", "engine"], engines)
+
+
 def _unregister() -> None:
-    """Forget the families of an earlier engine in this process, as vLLM does with its own."""
+    """Remove the families of an earlier engine in this process, as vLLM does with its own."""
     for metric in METRICS:
         collector = REGISTRY._names_to_collectors.get(metric.full_name)
         if collector is not None:

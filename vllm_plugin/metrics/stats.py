@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened since the last report: travels from workers and scheduler to the front end."""
+"""A report of what happened since the last one, from workers and scheduler to the front end."""
 
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
-# Plain dicts and lists, as vLLM serialises them: counters {name: {label: sum}}, gauges
-# {name: value}, seconds [...]. The label of a counter that has none is "".
+# vLLM serializes plain dicts and lists: counters {name: {label: sum}}, gauges {name: value},
+# seconds [...]. A counter without labels has the label "".
 Data = dict[str, Any]
 
 
@@ -21,17 +21,17 @@ class CompressStats(KVConnectorStats):
         super().__init__(data or _nothing())
 
     def add(self, name: str, amount: float, label: str = "") -> None:
-        """Count; nothing is sent for an amount of 0."""
+        """Add to a counter. An amount of 0 is not sent."""
         if amount:
             counter = self.data["counters"].setdefault(name, {})
             counter[label] = counter.get(label, 0) + amount
 
     def set(self, name: str, value: float) -> None:
-        """The value of a gauge now."""
+        """Set a gauge."""
         self.data["gauges"][name] = value
 
     def took(self, seconds: float) -> None:
-        """The duration of one step's compactions."""
+        """Record how long the compactions of one step took, in seconds."""
         self.data["seconds"].append(seconds)
 
     def reset(self) -> None:
@@ -41,7 +41,7 @@ class CompressStats(KVConnectorStats):
         return not any(self.data.values())
 
     def aggregate(self, other: KVConnectorStats) -> "CompressStats":
-        """Add what another has; its gauges are the newer ones."""
+        """Add another report, whose gauges are newer."""
         for name, labels in other.data["counters"].items():
             for label, amount in labels.items():
                 self.add(name, amount, label)
@@ -50,7 +50,7 @@ class CompressStats(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """For vLLM's log line of an interval."""
+        """Return the figures of vLLM's log line for an interval."""
         counters = self.data["counters"]
         line: dict[str, int | float] = {
             name: round(sum(labels.values()), 1) for name, labels in sorted(counters.items())

@@ -110,6 +110,19 @@ def test_what_is_no_valid_stream_gets_vllms_own_answer(server: Server) -> None:
     assert status == 400 and "temperature" in text
 
 
+def test_our_connector_counts_as_an_external_cache_that_never_hits(server: Server) -> None:
+    """What docs/metrics.md says of vLLM's own series. Mend the page if vLLM changes it."""
+    series = "vllm:external_prefix_cache_{}_total"
+    before = server.value(series.format("queries"))
+    cached = server.value("vllm:prefix_cache_hits_total")
+    prompt = server.value("vllm:prompt_tokens_total")
+    assert ask(server, "Count to ten. " * 10)
+    asked = server.value("vllm:prompt_tokens_total") - prompt
+    asked -= server.value("vllm:prefix_cache_hits_total") - cached
+    assert server.value(series.format("queries")) - before == asked > 0
+    assert server.value(series.format("hits")) == 0
+
+
 def test_unknown_model_and_route(server: Server) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
     with pytest.raises(openai.NotFoundError):

@@ -22,7 +22,7 @@ import vllm_plugin
 from tests.support.llada import random_llada
 from vllm_plugin.metrics.catalogue import METRICS
 from vllm_plugin.metrics.connector import StatsConnector
-from vllm_plugin.metrics.prometheus import CompressMetrics
+from vllm_plugin.metrics.prometheus import CompressMetrics, publish
 from vllm_plugin.self_check import table
 from vllm_plugin.settings import parse_settings
 
@@ -122,13 +122,55 @@ def test_nothing_is_reported_where_nothing_is_compressed(demo_model: Path) -> No
     assert configure(demo_model).kv_transfer_config is None
 
 
-def test_a_connector_of_the_users_own_stays(
+def test_beside_a_users_own_connector_the_weights_are_reported_and_described(
     demo_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
-    config = configure(demo_model, quantization="smoothquant_plus", kv_transfer_config=own)
+    with caplog.at_level("INFO", "vllm.vllm_plugin.self_check"):
+        config = configure(demo_model, quantization="smoothquant_plus", kv_transfer_config=own)
     assert config.kv_transfer_config.kv_connector == "ExampleConnector"
-    assert "MultiConnector" in caplog.text
+    assert "smoothquant_plus" in caplog.text.partition("What is compressed")[2]
+    labels = {"model_name": str(demo_model), "engine": "0"}
+    size = {
+        state: REGISTRY.get_sample_value("vllm_compress_weight_bytes", labels | {"state": state})
+        for state in ("original", "compressed")
+    }
+    assert 0.4 < size["compressed"] / size["original"] < 0.5
+    (info,) = [f for f in REGISTRY.collect() if f.name == "vllm_compress_info"]
+    assert [sample.labels["method"] for sample in info.samples] == ["smoothquant_plus"]
+
+
+def test_each_managed_engine_has_series_of_its_own(demo_model: Path) -> None:
+    config = configure(demo_model, quantization="smoothquant_plus")
+    config.parallel_config.data_parallel_size = 3
+    config.parallel_config.data_parallel_index = 0
+    publish(config)
+    (info,) = [f for f in REGISTRY.collect() if f.name == "vllm_compress_info"]
+    assert [sample.labels["engine"] for sample in info.samples] == ["0", "1", "2"]
+
+
+def test_a_multi_connector_with_ours_is_left_to_itself(
+    demo_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM builds our families then, once the engine is up."""
+    module = "vllm_plugin.metrics.connector"
+    children = [
+        {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+        {
+            "kv_connector": "StatsConnector",
+            "kv_connector_module_path": module,
+            "kv_role": "kv_both",
+        },
+    ]
+    own = KVTransferConfig(
+        kv_connector="MultiConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"connectors": children},
+    )
+    with caplog.at_level("INFO", "vllm.vllm_plugin.self_check"):
+        config = configure(demo_model, quantization="smoothquant_plus", kv_transfer_config=own)
+    assert config.kv_transfer_config.kv_connector == "MultiConnector"
+    assert "What is compressed" not in caplog.text
 
 
 def test_a_second_engine_in_a_process_replaces_the_series_of_the_first(demo_model: Path) -> None:

@@ -47,7 +47,7 @@ def test_all_series_are_there_before_the_first_request(watched: dict[str, Any]) 
 
 def test_freed_and_saved_blocks_are_those_of_the_pool(watched: dict[str, Any]) -> None:
     """After each step: what tables cover, less what the pool gave out, is what we say we saved."""
-    checked = 0
+    checked = peak = 0
     for step in watched["steps"]:
         if step["finished"]:
             break  # from here on the pool has back more than compaction freed
@@ -56,6 +56,8 @@ def test_freed_and_saved_blocks_are_those_of_the_pool(watched: dict[str, Any]) -
         assert step["series"]["kv_freed_blocks_total"] == saved
         assert step["series"]["kv_saved_bytes"] == saved * BLOCK_BYTES
         assert step["series"]["kv_kept_ratio"] == pytest.approx(1 - saved / step["columns"])
+        peak = max(peak, saved * BLOCK_BYTES)
+        assert step["series"]["kv_saved_bytes_peak"] == peak
         checked += saved > 0
     assert checked > 50
 
@@ -75,7 +77,10 @@ def test_counters_at_the_end(watched: dict[str, Any]) -> None:
     assert end["kv_skipped_requests_total reason=short_prompt"] == 1
     assert end["kv_skipped_requests_total reason=opted_out"] == 1
     assert end["kv_compaction_seconds_count"] > 0 and end["kv_compaction_seconds_sum"] > 0
+    # Nothing runs, so nothing is saved now; what was saved stays visible.
     assert end["kv_saved_bytes"] == 0 and end["kv_kept_ratio"] == 1
+    saved = [step["series"]["kv_saved_bytes"] for step in watched["steps"]]
+    assert end["kv_saved_bytes_peak"] == max(saved) > 0
 
 
 def test_keep_1_saves_nothing_and_says_why(demo_model: Path) -> None:
