@@ -134,7 +134,7 @@ def test_a_secret_of_ones_own_is_used(render: Render) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"modles": []}, "modles"),
+        ({"modelx": []}, "modelx"),
         ({"models": []}, "minItems"),
         ({"models": [SMALL | {"gpu": 1}]}, "'gpu' not allowed"),
         ({"models": [SMALL | {"name": "Qwen/Qwen3"}]}, "does not match pattern"),
