@@ -109,23 +109,19 @@ def drop_wide_window(config: Any, max_model_len: int) -> bool:
     return True
 
 
-def length_problem(config: Any, tokens: int) -> str | None:
-    """Why a request of ``tokens`` is longer than the model allows; None if it is not.
+def model_length(config: Any) -> int | None:
+    """How many tokens a request can have, as vLLM derives ``--max-model-len`` from the config.
 
-    As vLLM derives ``--max-model-len`` from the same config. A model without a length in its config
-    has no limit.
+    Args:
+        config: the text model's.
+
+    Returns:
+        Tokens; None where the config has no length.
     """
-    lengths = {name: getattr(config, name, None) for name in _LENGTHS}
-    known = {name: length for name, length in lengths.items() if isinstance(length, int)}
-    if longer := getattr(config, "model_max_length", None):
-        known = {"model_max_length": longer}
-    if not known:
-        return None
-    name = min(known, key=lambda key: known[key])
-    limit = int(known[name] * _rope_factor(config))
-    if tokens <= limit:
-        return None
-    return f"{tokens:,} tokens are more than the model's {limit:,} ({name} in its config)"
+    longer = getattr(config, "model_max_length", None)
+    lengths = [longer] if longer else [getattr(config, name, None) for name in _LENGTHS]
+    known = [length for length in lengths if isinstance(length, int)]
+    return int(min(known) * _rope_factor(config)) if known else None
 
 
 def _rope_factor(config: Any) -> float:

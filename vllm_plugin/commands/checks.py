@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is checked of an installation and of a model, before an engine starts."""
 
-import inspect
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
-from pkgutil import resolve_name
 from typing import Literal
 
 import vllm
@@ -30,58 +28,11 @@ from vllm_plugin import SUPPORTED_VLLM
 from vllm_plugin.kv_cache.latent_cpu_build import latent_reader
 from vllm_plugin.quantization.config import CONFIGS, SmoothQuantPlusConfig
 from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
+from vllm_plugin.seams import SEAMS, broken_seams
 from vllm_plugin.self_check import layouts, table
 from vllm_plugin.settings import Settings, parse_settings
 
 PACKAGE = "vllm-compress-plugin"
-
-# What we override or call in vLLM -> its first parameters, after self or cls.
-SEAMS: dict[str, tuple[str, ...]] = {
-    "vllm.engine.arg_utils:EngineArgs.create_engine_config": ("usage_context", "headless"),
-    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors:"
-    "CompressedTensorsConfig._get_scheme_from_parts": ("weight_quant", "input_quant"),
-    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors:"
-    "CompressedTensorsConfig.get_scheme": ("layer", "layer_name"),
-    "vllm.model_executor.layers.quantization.base_config:"
-    "QuantizationConfig.override_quantization_method": ("hf_quant_cfg", "user_quant", "hf_config"),
-    "vllm.model_executor.kernels.linear:MPLinearKernel.apply_weights": ("layer", "x", "bias"),
-    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_model": (
-        *("vllm_config", "model_config", "prefix"),
-    ),
-    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights": (
-        *("model_config", "model"),
-    ),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.remove_skipped_blocks": (
-        *("request_id", "processed_computed_tokens", "num_prompt_tokens"),
-    ),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks": (
-        *("request", "num_tokens", "retention_interval", "replay_boundaries"),
-    ),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free": (
-        "request_id",
-    ),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager._remove_blocks_in_range": (
-        *("request_id", "first_block", "last_block"),
-    ),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.find_longest_cache_hit": (
-        *("block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec"),
-    ),
-    "vllm.v1.attention.backend:AttentionMetadataBuilder.build": (
-        *("common_prefix_len", "common_attn_metadata"),
-    ),
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
-        *("layer", "key", "value", "kv_cache", "slot_mapping"),
-    ),
-    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update": (
-        *("layer", "key", "value", "kv_cache", "slot_mapping"),
-    ),
-    "vllm._custom_ops:rotary_embedding": (
-        *("positions", "query", "key", "head_size", "cos_sin_cache", "is_neox"),
-    ),
-    "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": (),
-    "vllm.v1.worker.gpu_worker:Worker.initialize_from_config": ("kv_cache_config",),
-    "vllm.v1.worker.gpu_worker:Worker.execute_model": ("scheduler_output",),
-}
 
 
 @dataclass(frozen=True)
@@ -121,21 +72,6 @@ def installation() -> list[Check]:
         *(Check(f"extra {name}", True, found) for name, found in _extras()),
         Check("device", *_device()),
     ]
-
-
-def broken_seams(seams: Mapping[str, tuple[str, ...]] = SEAMS) -> list[str]:
-    """What differs in vLLM from what we build on, one line each."""
-    broken = []
-    for name, expected in seams.items():
-        try:
-            found = tuple(inspect.signature(resolve_name(name)).parameters)
-        except (ImportError, AttributeError) as error:
-            broken.append(f"{name} is gone ({error})")
-            continue
-        found = found[1:] if found[:1] in (("self",), ("cls",)) else found
-        if found[: len(expected)] != expected:
-            broken.append(f"{name} takes {', '.join(found)}; expected {', '.join(expected)}")
-    return broken
 
 
 def model_checks(args: EngineArgs) -> list[Check]:

@@ -26,6 +26,7 @@ from vllm_plugin.capacity import (
     weight_footprint,
 )
 from vllm_plugin.commands.common import Problems
+from vllm_plugin.compatibility import drop_wide_window, model_length
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.settings import Settings, parse_settings
 
@@ -119,6 +120,8 @@ def compare(
     weights = layouts = each = None
     if folder is not None and config is not None and settings is not None:
         weights = problems.collect(lambda: _weights(folder, quantization, settings, packing))
+        if settings.kv is not None:
+            drop_wide_window(config, load.context)  # as the config edge does
         layouts = problems.collect(lambda: _layouts(settings, load.block_size, model, config))
         each = problems.collect(lambda: layer_token_bytes(config, torch.bfloat16))
     if problems.found or weights is None or each is None:
@@ -135,8 +138,7 @@ def compare(
             (layouts, weights.compressed, kv.compressed),
         )
     )
-    length = getattr(config, "max_position_embeddings", None)
-    return Comparison(without, compressed, aside, length)
+    return Comparison(without, compressed, aside, model_length(config))
 
 
 def _column(

@@ -127,8 +127,8 @@ def _too_long(context: int, model_length: int | None) -> str | None:
     if model_length is None or context <= model_length:
         return None
     return (
-        f"--context {context:,} is more than the model's {model_length:,} positions "
-        "(max_position_embeddings), and vLLM refuses that unless RoPE scaling extends them"
+        f"--context {context:,} is more than the model's {model_length:,} positions, and vLLM "
+        "refuses that"
     )
 
 
