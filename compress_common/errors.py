@@ -13,6 +13,13 @@ class CompressError(ValueError):
     The text says what was found, what is allowed and what to change.
     """
 
+    _problems: list[str] | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        """Each problem on its own: several, where ``joined`` made the error."""
+        return self._problems or [str(self)]
+
 
 def joined(problems: list[str]) -> CompressError:
     """Return one error that lists every problem.
@@ -22,7 +29,9 @@ def joined(problems: list[str]) -> CompressError:
     """
     if len(problems) == 1:
         return CompressError(problems[0])
-    return CompressError(f"{len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
+    error = CompressError(f"{len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems))
+    error._problems = list(problems)
+    return error
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

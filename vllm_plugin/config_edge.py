@@ -187,7 +187,7 @@ def _problems_at_load(
         request = settings.request(quant_config.method, parallel.tensor_parallel_size)
         quant_config.describe(request.build().settings.grids(hf_config))
     except CompressError as error:
-        problems.append(str(error))
+        problems += error.problems
     if problem := source_problem(config.model_config):
         problems.append(problem)
     if config.load_config.load_format not in (*_LOAD_FORMATS, "dummy", LOAD_FORMAT):

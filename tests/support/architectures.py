@@ -50,8 +50,8 @@ _MAMBA = {
     "mamba_n_groups": 1,
 }
 
-# name -> (config class in transformers, class that vLLM serves, what differs from TEXT, vision).
-# vision: that config is the text part of a multimodal one.
+# name -> (config class in transformers, class that vLLM serves, what differs from TEXT, encoder).
+# encoder: of images or sound; that config is then the text part of a multimodal one.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}, None),
     "llama yarn": (
@@ -146,11 +146,18 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
         "Llama4ForCausalLM",
         {
             "layer_types": ["chunked_attention", "full_attention"] * 2,
+            "no_rope_layers": [1, 0, 1, 0],
             "intermediate_size_mlp": 128,
             "num_local_experts": 2,
             "attention_chunk_size": 64,
         },
         None,
+    ),
+    "qwen2 audio": (
+        "Qwen2AudioConfig",
+        "Qwen2AudioForConditionalGeneration",
+        {"model_type": "qwen2"},
+        {"d_model": 64, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64},
     ),
     "bloom": ("BloomConfig", "BloomForCausalLM", {"n_layer": 4, "n_head": 4}, None),
 }
@@ -160,12 +167,13 @@ def write(family: str, folder: Path) -> Path:
     """Write the config of a family, and one small tensor, so that it passes for a checkpoint."""
     import transformers
 
-    name, architecture, own, vision = FAMILIES[family]
+    name, architecture, own, encoder = FAMILIES[family]
     kind, fields = getattr(transformers, name), TEXT | own
-    if vision is None:
+    if encoder is None:
         config = kind(**fields)
     else:
-        config = kind(text_config=fields, vision_config=vision, tie_word_embeddings=False)
+        part = "audio_config" if "audio" in family else "vision_config"
+        config = kind(text_config=fields, **{part: encoder}, tie_word_embeddings=False)
     content = config.to_dict() | {"architectures": [architecture], "dtype": "bfloat16"}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(content))

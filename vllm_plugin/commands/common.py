@@ -46,7 +46,7 @@ class Problems:
         try:
             return step()
         except CompressError as error:
-            self.found.append(str(error))
+            self.found += error.problems
             return None
 
 

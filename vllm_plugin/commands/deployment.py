@@ -123,7 +123,8 @@ def compare(
         if settings.kv is not None:
             drop_wide_window(config, load.context)  # as the config edge does
         layouts = problems.collect(lambda: _layouts(settings, load.block_size, model, config))
-        each = problems.collect(lambda: layer_token_bytes(config, torch.bfloat16))
+        if not problems.found:  # it would say of the same model that its cache is not counted
+            each = problems.collect(lambda: layer_token_bytes(config, torch.bfloat16))
     if problems.found or weights is None or each is None:
         raise joined(problems.found)
 

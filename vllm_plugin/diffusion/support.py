@@ -97,7 +97,7 @@ def apply_diffusion(config: VllmConfig, settings: DiffusionSettings | None) -> N
         served.build()
         served.decoding()
     except CompressError as error:
-        problems.append(str(error))
+        problems += error.problems
     if problems:
         raise joined(problems)
     check_requests(config, served)

@@ -67,7 +67,7 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
         try:
             step()
         except CompressError as error:
-            problems.append(str(error))
+            problems += error.problems
     if problems:
         raise joined(problems)
     config.parallel_config.worker_cls = WORKER
@@ -203,5 +203,5 @@ def layer_problems(
             try:
                 rope_of(latents_of, name)
             except CompressError as error:
-                problems.append(str(error))
+                problems += error.problems
     return problems

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Doctor, plan, the config edge and the worker say the same of a model, before weights are read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+import vllm_plugin
+from compress_common.errors import CompressError
+from tests.support import one_answer
+from tests.support.architectures import FAMILIES, TEXT
+from vllm_plugin.compatibility import kv_model_problems, model_length, weight_model_problems
+from vllm_plugin.config_edge import apply_settings
+from vllm_plugin.kv_fingerprint import full_attention_layers
+from vllm_plugin.settings import parse_settings
+
+SNAP = {"policy": "snap_kv", "keep": 0.25}
+CSKV = {"policy": "cskv", "keep": 1}  # every check, but no bases are needed
+INT4 = {"group_size": 32, "calibration": {"samples": 1, "length": 16}}
+
+# What all of them must say of each family: a part of the reason, or None for "accepted".
+KV: dict[str, str | None] = dict.fromkeys(FAMILIES) | {
+    "mistral windowed": "no layer with full attention",
+    "gemma4 text": "layers that differ in head_dim",
+    "gpt-oss": "attention sinks",
+    "qwen3 next": "layers of kinds linear_attention",
+    "granite 4": "layers of kinds linear_attention",
+    "falcon h1": "layers of kinds hybrid",
+    "deepseek v2": "MLA",
+    "bloom": "ALiBi",
+}
+del KV["qwen2 audio"]  # a worker wants files of its tokenizer and of its sound processor
+WEIGHTS: dict[str, str | None] = dict.fromkeys(FAMILIES, "is not supported; supported: ") | {
+    **dict.fromkeys(("llama", "llama yarn", "mistral", "mistral windowed", "qwen2", "qwen3")),
+    **dict.fromkeys(("gemma2", "gemma3 text")),
+    **dict.fromkeys(("gemma3", "mistral3", "qwen2 audio"), "lies inside another model"),
+}
+LATENTS: dict[str, str | None] = {
+    "llama": None,
+    "llama yarn": "RoPE of type yarn",
+    "mistral": None,
+    "qwen2": None,
+    "qwen3": None,
+    "gemma2": "logits are capped",
+    "gemma3 text": None,
+    "smollm3": "cskv has bases for models of type",
+}
+SECTIONS: dict[str, tuple[dict[str, Any], dict[str, str | None]]] = {
+    "kv": ({"additional_config": {"compress": {"kv": SNAP}}}, KV),
+    "weights": (
+        {"quantization": "rtn", "additional_config": {"compress": {"weights": INT4}}},
+        WEIGHTS,
+    ),
+    "latents": ({"additional_config": {"compress": {"kv": CSKV}}}, LATENTS),
+}
+CASES = [(name, family) for name, (_, said) in SECTIONS.items() for family in said]
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[tuple[str, str], one_answer.Answers]:
+    asked = [(family, SECTIONS[name][0]) for name, family in CASES]
+    return dict(zip(CASES, one_answer.ask(asked), strict=True))
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_one_answer(
+    answers: dict[tuple[str, str], one_answer.Answers], name: str, family: str
+) -> None:
+    said, expected = answers[name, family], SECTIONS[name][1][family]
+    if "unavailable" in said:
+        pytest.skip(f"vLLM cannot serve it here: {said['unavailable']}")
+    if expected is None:
+        assert said == dict.fromkeys(("doctor", "plan", "edge", "worker"))
+    else:
+        assert said["worker"] is None  # never asked: it was refused before
+        for who in ("doctor", "plan", "edge"):
+            text = said[who]
+            assert text is not None and expected in text, f"{who}: {text}"
+        assert str(said["edge"]).startswith("CompressError: ")
+
+
+def test_enough_families_are_compared(
+    answers: dict[tuple[str, str], one_answer.Answers],
+) -> None:
+    assert sum("unavailable" not in answers["kv", family] for family in KV) >= 20
+
+
+@pytest.mark.parametrize("kind", ["Mistral3Config", "Gemma3Config", "Qwen2_5_VLConfig"])
+def test_int4_of_a_wrapped_model(demo_model: Path, kind: str) -> None:
+    """Also where vLLM cannot serve the model, for want of torchvision."""
+    vllm_plugin.register()
+    config = EngineArgs(model=str(demo_model), quantization="rtn").create_engine_config()
+    whole = getattr(transformers, kind)()
+    config.model_config.hf_config = whole
+    with pytest.raises(CompressError, match=r"inside another model \(text_config in config.json\)"):
+        apply_settings(config, parse_settings(None))
+    assert weight_model_problems(whole.to_dict())
+    assert not weight_model_problems(whole.get_text_config().to_dict())
+    assert not kv_model_problems(whole.get_text_config())
+
+
+def configure(model: Path, **engine: Any) -> VllmConfig:
+    vllm_plugin.register()
+    return EngineArgs(model=str(model), max_model_len=512, **engine).create_engine_config()
+
+
+def kv(**section: Any) -> dict[str, Any]:
+    return {"compress": {"kv": SNAP | section}}
+
+
+def test_lora_is_refused_where_weights_are_scaled_or_have_bases(demo_model: Path) -> None:
+    with pytest.raises(CompressError, match="--enable-lora: smoothquant_plus scales"):
+        configure(demo_model, quantization="smoothquant_plus", enable_lora=True)
+    assert configure(demo_model, quantization="rtn", enable_lora=True).lora_config
+    assert configure(demo_model, additional_config=kv(), enable_lora=True).lora_config
+    cskv = {"compress": {"kv": CSKV}}
+    with pytest.raises(CompressError, match="--enable-lora: bases are fitted to"):
+        configure(demo_model, additional_config=cskv, enable_lora=True)
+
+
+def test_a_window_is_one_only_for_longer_requests(tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model("mistral", sliding_window=512)
+    config = configure(model, additional_config=kv())
+    assert config.cache_config.sliding_window is None
+    assert full_attention_layers(config.model_config.hf_text_config) == (0, 1)
+    assert configure(model).cache_config.sliding_window == 512  # stock is left alone
+    vllm_plugin.register()
+    with pytest.raises(CompressError, match="no layer with full attention"):
+        EngineArgs(model=str(model), additional_config=kv()).create_engine_config()
+
+
+@pytest.mark.parametrize(("block_size", "window"), [(32, 256), (96, 288), (160, 320)])
+def test_the_default_window_is_whole_blocks(demo_model: Path, block_size: int, window: int) -> None:
+    from vllm_plugin.self_check import layouts
+
+    config = configure(demo_model, additional_config=kv(), block_size=block_size)
+    chosen = layouts(config, parse_settings(config.additional_config))
+    assert chosen is not None and {layout.window for layout in chosen.values()} == {window}
+
+
+@pytest.mark.parametrize(
+    ("fields", "length"),
+    [
+        ({}, 2048),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 8192),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, 2048),
+        ({"model_max_length": 1024}, 1024),
+    ],
+)
+def test_length_of_a_model_is_vllms(
+    tiny_model: Callable[..., Path], fields: dict[str, Any], length: int
+) -> None:
+    model = tiny_model("llama", **fields)
+    vllm_plugin.register()
+    config = EngineArgs(model=str(model), skip_tokenizer_init=True).create_engine_config()
+    assert config.model_config.max_model_len == length
+    assert model_length(transformers.AutoConfig.from_pretrained(model)) == length
+    assert model_length(transformers.MambaConfig()) is None
+    assert TEXT["max_position_embeddings"] == 2048
