@@ -3,14 +3,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.table import Table
 
-from compress_common.errors import CompressError
-from vllm_plugin.commands.common import AsJson, gib, out
+from vllm_plugin.commands.common import AsJson, gib, json_object, out
 from vllm_plugin.progress import bar
+
+if TYPE_CHECKING:
+    from vllm_plugin.commands.evaluation import Evaluation
 
 
 def evaluate_models(
@@ -38,10 +41,7 @@ def evaluate_models(
     """
     from vllm_plugin.commands.evaluation import as_rows, evaluate
 
-    try:
-        extra = json.loads(engine_args)
-    except json.JSONDecodeError as error:
-        raise CompressError(f"--engine-args is not JSON: {error}") from error
+    extra = json_object("--engine-args", engine_args)
     with bar() as progress:
         results = evaluate(
             models,
@@ -55,11 +55,18 @@ def evaluate_models(
     if as_json:
         print(json.dumps(as_rows(results)))
         return
-    columns = ("perplexity", "nats vs first", "on disk", "resident", "prefill/s", "decode/s")
-    table = Table("model", *columns)
-    for row in results:
+    for number, row in enumerate(results, start=1):
+        out.print(f"#{number}  {row.model}", markup=False, highlight=False, soft_wrap=True)
+    out.print(comparison(results))
+
+
+def comparison(results: list["Evaluation"]) -> Table:
+    """Return a table of the figures that fits 80 columns. Models are numbered from 1."""
+    columns = ("perplexity", "nats vs #1", "on disk", "resident", "prefill/s", "decode/s")
+    table = Table("", *columns, box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for number, row in enumerate(results, start=1):
         table.add_row(
-            row.model,
+            f"#{number}",
             f"{row.perplexity:.3f}",
             f"{row.nats_difference:+.4f} ± {row.standard_error:.4f}",
             gib(row.disk_bytes),
@@ -67,4 +74,4 @@ def evaluate_models(
             f"{row.prefill_tokens_per_s:.0f}",
             f"{row.decode_tokens_per_s:.1f}",
         )
-    out.print(table)
+    return table

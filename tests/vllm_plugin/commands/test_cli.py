@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line as users run it, in processes of its own."""
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 QUICK = ("--samples", "2", "--length", "16", "--group-size", "64")
 
@@ -140,3 +142,18 @@ def test_eval_compares_models(
     assert second["nats"] == pytest.approx(first["nats"] + second["nats_difference"])
     short = run("eval", model, "--text", text, "--windows", 2000)
     assert "give a longer text" in short.stderr
+
+
+def test_eval_names_models_at_80_columns() -> None:
+    from vllm_plugin.commands.evaluate import comparison
+    from vllm_plugin.commands.evaluation import Evaluation
+
+    figures = (2.5, 12.182, 0.175, 0.009, 150 << 30, 142 << 30, 23456.0, 1234.5)
+    long = "meta-llama/Llama-3.3-70B-Instruct"
+    rows = [Evaluation(f"{long}@{method}", *figures) for method in ("rtn", "smoothquant_plus")]
+    console = Console(width=80, file=io.StringIO())
+    console.print(comparison(rows))
+    lines = [line for line in console.file.getvalue().splitlines() if "#" in line]  # type: ignore[attr-defined]
+    assert [line.split()[0] for line in lines] == ["perplexity", "#1", "#2"]
+    for line in lines[1:]:
+        assert "12.182" in line and "+0.1750 ± 0.0090" in line and line.rstrip().endswith("1234.5")
