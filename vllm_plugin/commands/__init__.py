@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of ``vllm-compress``, one a file; ``vllm_plugin.cli`` puts them together."""
+"""The commands of ``vllm-compress``, one per file; ``vllm_plugin.cli`` lists them."""

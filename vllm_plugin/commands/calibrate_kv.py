@@ -28,7 +28,7 @@ _ITEM_BYTES: Final = 2  # of a cache in 16 bits
 def calibrate_kv(
     model: Model,
     ratio: Annotated[
-        str, typer.Option(help="share of each key and value that is saved, from 0, below 1")
+        str, typer.Option(help="share of each key and value that is saved: 0 or more, below 1")
     ],
     method: Annotated[str, typer.Option(help="KV policy: cskv")] = "cskv",
     text: Annotated[
@@ -40,12 +40,12 @@ def calibrate_kv(
     length: Annotated[int, typer.Option(help="tokens per text")] = 512,
     allocate: Annotated[
         bool,
-        typer.Option(help="share out ranks over layers, keys and values, in place of the same"),
+        typer.Option(help="give layers, keys and values different ranks; else all get the same"),
     ] = True,
     objective: Annotated[
         str,
         typer.Option(
-            help="'attention': what it sees of keys and values; 'reconstruction': the paper's"
+            help="what is kept: 'attention', what queries see; 'reconstruction', as in the paper"
         ),
     ] = "attention",
     target: Annotated[
@@ -58,7 +58,7 @@ def calibrate_kv(
 ) -> None:
     """Fit low-rank bases of keys and values, for the policy `cskv`.
 
-    Runs the model in transformers on a text, one block at a time, and takes the principal
+    Runs the model in transformers on a text, one block at a time, and computes the principal
     components of its keys (before RoPE) and values.
 
     Example: vllm-compress calibrate-kv meta-llama/Llama-3.1-8B-Instruct --ratio 0.8
@@ -74,7 +74,7 @@ def calibrate_kv(
         name = Path(model).expanduser().resolve().name
         target = Path(f"kv-bases-{name}-{float(share):g}.safetensors")
     figure: Any = canvas(plot) if plot else None
-    check_writable(target, plot)  # told before minutes of work
+    check_writable(target, plot)  # before minutes of work
     with bar() as progress:
         bases, report = make_bases(
             model,
@@ -110,7 +110,7 @@ def calibrate_kv(
 
 
 def _checked(ratio: str, method: str, objective: str) -> tuple[Fraction, "Objective"]:
-    """The options that are not plain numbers; CompressError lists all that are wrong."""
+    """Return the options that are not plain numbers; CompressError lists every wrong one."""
     from kv_policies.latents.bases_header import Objective, exact_ratio
 
     known: dict[str, Objective] = {name: name for name in get_args(Objective)}
@@ -147,7 +147,7 @@ def _print_table(bases: "Bases", report: list["HeldOut"]) -> None:
     table.add_row("mean", "", *means[: len(METHODS)], "", *means[len(METHODS) :])
     out.print(table)
     if others := header.model.num_hidden_layers - len(header.layers):
-        out.print(f"{others} layers without full attention keep what they have")
+        out.print(f"{others} layers without full attention are left alone")
     stored = sum(sum(bases.ranks(layer)) for layer in bases.layers) * _ITEM_BYTES
     whole = 2 * header.features * _ITEM_BYTES * len(report)
     out.print(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands share: consoles, options, units."""
+"""What the commands share: consoles, options, units. Imports neither torch nor vLLM."""
 
 import json
 import os
@@ -51,7 +51,11 @@ class Problems:
 
 
 def json_object(option: str, text: str) -> dict[str, Any]:
-    """The object that an option holds; CompressError names the option."""
+    """Return the object that an option has.
+
+    Raises:
+        CompressError: names the option.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -68,7 +72,7 @@ def config_of(
     profile: Path | None,
     bases: Path | None,
 ) -> dict[str, Any]:
-    """``--additional-config`` with the options of a command in it."""
+    """Return ``--additional-config`` with the options of a command added to it."""
     from vllm_plugin.settings import KEY
 
     given = json_object("--additional-config", additional_config)
@@ -77,13 +81,13 @@ def config_of(
     chosen = {name: value for name, value in options.items() if value is not None}
     section = given.get(KEY) or {}
     kv = section.get("kv") or {} if isinstance(section, dict) else None
-    if not chosen or not isinstance(kv, dict):  # what is wrong with it is said where it is parsed
+    if not chosen or not isinstance(kv, dict):  # the parser of settings says what is wrong with it
         return given
     return given | {KEY: section | {"kv": kv | chosen}}
 
 
 def check_writable(*paths: Path | None) -> None:
-    """CompressError when one of the files cannot be written; None is left out."""
+    """Raise CompressError when one of the files cannot be written. None is skipped."""
     problems = [
         f"cannot write {path}; give a file in a writable folder"
         for path in paths
@@ -95,7 +99,7 @@ def check_writable(*paths: Path | None) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place at the end; none is left if that fails."""
+    """Yield a file beside ``path`` that replaces it at the end, and is removed after an error."""
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield partial
@@ -107,10 +111,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def gib(size: float) -> str:
-    """Bytes as ``1.23 GiB``."""
+    """Return bytes as ``1.23 GiB``."""
     return f"{size / 2**30:.2f} GiB"
 
 
 def mib(size: float) -> str:
-    """Bytes as ``1.2 MiB``."""
+    """Return bytes as ``1.2 MiB``."""
     return f"{size / 2**20:,.1f} MiB"

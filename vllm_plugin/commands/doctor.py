@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-compress doctor``: what is wrong with an installation, or with serving a model."""
+"""``vllm-compress doctor``: checks an installation, and whether a model can be served."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def doctor(
 
     Example: vllm-compress doctor MODEL --quantization smoothquant_plus --policy snap_kv --keep 0.25
     """
-    # Before vLLM is imported: what it logs is not part of the answer.
+    # Set before vLLM is imported, as its log is not part of the answer.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from vllm.engine.arg_utils import EngineArgs

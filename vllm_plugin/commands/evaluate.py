@@ -20,8 +20,8 @@ def evaluate_models(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="model folders or hub ids; MODEL@METHOD quantises while loading. The first is "
-            "what the others are compared with"
+            help="model folders or hub ids; MODEL@METHOD quantizes while it loads. The others are "
+            "compared with the first"
         ),
     ],
     text: Annotated[Path, typer.Option(help="text file, held out from calibration")],
@@ -35,7 +35,7 @@ def evaluate_models(
 ) -> None:
     """Compare models through vLLM itself: perplexity, bytes, tokens per second.
 
-    Speeds are single readings on this machine; benchmarks/ has ratios of interleaved runs.
+    Speeds are single readings on this machine. Use benchmarks/ for ratios of alternating runs.
 
     Example: vllm-compress eval BASE BASE@smoothquant_plus INT4_FOLDER --text book.txt
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity, bytes and speed of models through vLLM itself, each in a process of its own.
 
-A model is named as ``FOLDER_OR_ID`` or ``FOLDER_OR_ID@METHOD`` (quantised while loading).
+A model is named ``FOLDER_OR_ID``, or ``FOLDER_OR_ID@METHOD`` to quantize it while it loads.
 """
 
 import json
@@ -25,11 +25,19 @@ _KV_CACHE_BYTES = 1 << 29  # fixed, so that it can be told from weights
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's figures. Differences are to the first model, on the same tokens.
+    """The figures of one model. Differences are to the first model, on the same tokens.
 
-    ``nats`` and ``nats_difference`` per token, ``standard_error`` of the paired difference;
-    ``disk_bytes`` of the weight files; ``resident_bytes`` the growth of anonymous memory (CPU) or
-    of allocated device memory (CUDA) by loading, KV cache excluded; tokens per second.
+    Attributes:
+        model: its name, as given.
+        nats: mean negative log-likelihood per token.
+        perplexity: exp(nats).
+        nats_difference: nats above the first model's, per token.
+        standard_error: of the paired difference.
+        disk_bytes: size of the weight files.
+        resident_bytes: growth of anonymous memory (CPU) or of allocated device memory (CUDA) while
+            the model loads, without the KV cache.
+        prefill_tokens_per_s: tokens per second of prompts.
+        decode_tokens_per_s: generated tokens per second, of all requests together.
     """
 
     model: str
@@ -53,10 +61,20 @@ def evaluate(
     engine_args: dict[str, Any] | None = None,
     progress: Progress = silent,
 ) -> list[Evaluation]:
-    """Evaluate ``models`` on ``windows`` windows of ``length`` tokens, spread over ``text``.
+    """Evaluate models on windows of tokens that are spread evenly over a text.
 
-    Raises CompressError when the text is missing or too short, a model cannot be served, or two
-    models split the text into different tokens.
+    Args:
+        models: names, see above. The others are compared with the first.
+        text: a text file.
+        windows: how many windows.
+        length: tokens per window.
+        batch: requests at once when decoding is timed.
+        engine_args: engine arguments for all models.
+        progress: called before each model.
+
+    Raises:
+        CompressError: the text is missing or too short, a model cannot be served, or two models
+            split the text into different tokens.
     """
     if not text.is_file():
         raise CompressError(f"text file {text} does not exist")
@@ -112,7 +130,7 @@ def evaluate(
 
 
 def as_rows(results: list[Evaluation]) -> list[dict[str, Any]]:
-    """JSON-able rows."""
+    """Return rows that can be written as JSON."""
     return [asdict(result) for result in results]
 
 
@@ -131,7 +149,7 @@ def _windows(folder: Path, text: Path, windows: int, length: int) -> list[list[i
 
 
 def _in_process(request: dict[str, Any], name: str) -> dict[str, Any]:
-    """Run ``_serve`` in a fresh process: memory is measured from a clean start."""
+    """Run ``_serve`` in a new process, so that memory is measured from a clean start."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         process = subprocess.run(

@@ -11,7 +11,7 @@ from vllm_plugin.commands.common import AsJson, out
 
 
 def list_methods(as_json: AsJson = False) -> None:
-    """List the registered quantisation methods, KV-cache and diffusion policies, with settings."""
+    """List the registered quantization methods, KV-cache and diffusion policies with settings."""
     from dllm_denoising.registry import policies as diffusion_policies
     from dllm_denoising.settings import Decoding
     from kv_policies.registry import policies
@@ -63,7 +63,7 @@ def list_methods(as_json: AsJson = False) -> None:
     for name, row in kv.items():
         _print(f"[bold]{name}[/]  {row['paper']}")
         if row["content"] == "latents":
-            _print("  every token as a latent; bases from `vllm-compress calibrate-kv`")
+            _print("  keeps every token as a latent; bases from `vllm-compress calibrate-kv`")
             _print_settings(row["settings"], '"{}": {}')
             continue
         shares = "from `vllm-compress profile`" if row["needs_profile"] else "equal, or a profile's"

@@ -30,7 +30,7 @@ def profile(
     ] = 1024,
     levels: Annotated[
         int | None,
-        typer.Option(help="different shares that are served, 1 to 8 (default: what suits)"),
+        typer.Option(help="different shares to serve, 1 to 8 (default: what suits the model)"),
     ] = None,
     target: Annotated[
         Path | None,
@@ -59,7 +59,7 @@ def profile(
         name = Path(model).expanduser().resolve().name
         target = Path(f"kv-profile-{name}-{float(share):g}.json")
     figure: Any = canvas(plot) if plot else None
-    check_writable(target, plot)  # told before minutes of work
+    check_writable(target, plot)  # before minutes of work
     with bar() as progress:
         made, attention = make_profile(
             model, share, settings, levels=levels, device=device, progress=progress
@@ -120,7 +120,7 @@ def _print_table(made: "Profile", attention: list["torch.Tensor"]) -> None:
         )
     out.print(table)
     if others := made.model.num_hidden_layers - len(made.layers):
-        out.print(f"{others} layers without full attention keep what they have")
+        out.print(f"{others} layers without full attention are left alone")
     total = made.provenance.attention_retained
     out.print(
         f"attention kept: {total['profile']:.4f} with own shares, {total['levels']:.4f} in "

@@ -22,7 +22,8 @@ def quantize(
         typer.Option("--set", help="a setting of the method, KEY=VALUE; may be repeated"),
     ] = None,
     group_size: Annotated[
-        int, typer.Option(help="input channels per scale, 128, 64 or 32: smaller is better, larger")
+        int,
+        typer.Option(help="input channels per scale: 128, 64 or 32; smaller: better, larger files"),
     ] = 128,
     symmetric: Annotated[bool, typer.Option(help="no zero points")] = False,
     format_name: Annotated[
@@ -32,14 +33,14 @@ def quantize(
     samples: Annotated[int, typer.Option(help="calibration sequences")] = 32,
     length: Annotated[int, typer.Option(help="tokens per calibration sequence")] = 32,
     tensor_parallel_size: Annotated[
-        int, typer.Option(help="ranks the checkpoint will be served on")
+        int, typer.Option(help="ranks that will serve the checkpoint")
     ] = 1,
     device: Annotated[str, typer.Option(help="where blocks are computed: cpu, cuda")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Write an int4 checkpoint that vLLM serves, with or without this plugin.
 
-    An interrupted run goes on when the same command is given again.
+    After an interruption, the same command continues where it stopped.
 
     Example: vllm-compress quantize meta-llama/Llama-3.1-8B-Instruct --out llama-int4
     """
@@ -91,7 +92,7 @@ def quantize(
 
 
 def _literal(text: str) -> Any:
-    """true, 0.5 and 64 as JSON reads them; anything else is a string."""
+    """Return true, 0.5 and 64 as JSON reads them, and anything else as a string."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -34,7 +34,8 @@ def ray_serve(
         str, typer.Option(help='other engine arguments, JSON: {"max_model_len": 4096}')
     ] = "{}",
     replicas: Annotated[
-        str, typer.Option(help="engines, one number or FEWEST:MOST; several share by prefix")
+        str,
+        typer.Option(help="engines: a number or FEWEST:MOST; prompts follow their prefix"),
     ] = "1",
     target_requests: Annotated[
         int, typer.Option(help="running requests per engine above which Ray starts another")
@@ -50,8 +51,8 @@ def ray_serve(
 ) -> None:
     """Serve a compressed model with Ray Serve until Ctrl-C.
 
-    Connects to the cluster that RAY_ADDRESS names, else starts one on this machine. Only the HTTP
-    server keeps to --host: Ray's own ports listen on every interface, so keep them from others.
+    Connects to the cluster that RAY_ADDRESS names, or else starts one on this machine. Only the
+    HTTP server listens on --host alone. Ray's own ports listen on every interface: protect them.
 
     Example: vllm-compress ray-serve MODEL --quantization smoothquant_plus --policy snap_kv
     --keep 0.25
@@ -106,7 +107,7 @@ def _interrupt(*_: Any) -> NoReturn:
 
 
 def _pair(text: str) -> tuple[int, int]:
-    """``2`` as (2, 2), ``1:4`` as (1, 4)."""
+    """Return ``2`` as (2, 2) and ``1:4`` as (1, 4)."""
     least, _, most = text.partition(":")
     try:
         return int(least), int(most or least)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compressed models behind Ray Serve: ``ray.serve.llm`` does the serving, this package prepares it.
+"""Compressed models behind Ray Serve. ``ray.serve.llm`` serves; this package prepares its config.
 
-Nothing here imports Ray before it is used, so the package loads without the extra ``ray``.
+Ray is imported when it is used, so the package loads without the extra ``ray``.
 """
 
 from vllm_plugin.serving.config import llm_config

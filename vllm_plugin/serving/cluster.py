@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One app on a Ray cluster for as long as a context lasts: its own cluster, or RAY_ADDRESS's."""
+"""Runs one app on a Ray cluster while a context lasts: on a new cluster, or RAY_ADDRESS's."""
 
 import os
 from collections.abc import Iterator
@@ -17,10 +17,16 @@ _OBJECT_STORE = 200 << 20  # bytes; requests and answers are small, the default 
 
 @contextmanager
 def running_app(config: "LLMConfig", *, host: str, port: int, metrics_port: int) -> Iterator[None]:
-    """``config`` served with an OpenAI-compatible API; stopped when the context ends.
+    """Serve a model with an OpenAI-compatible API until the context ends.
 
-    host, port: of the HTTP server, unless the cluster already serves something. metrics_port: of
-    the agent of a new cluster. Raises RuntimeError when no replica comes up.
+    Args:
+        config: what to serve.
+        host: address of the HTTP server, unless the cluster already serves something.
+        port: its port.
+        metrics_port: port of the agent of a new cluster.
+
+    Raises:
+        RuntimeError: no replica comes up.
     """
     llm = ray_llm()
     import ray
@@ -51,7 +57,7 @@ def running_app(config: "LLMConfig", *, host: str, port: int, metrics_port: int)
 
 
 def cpus_needed(config: "LLMConfig") -> int:
-    """Cores that Ray counts for all replicas and one ingress. It reserves no real ones."""
+    """Return the cores that Ray counts for all replicas and one ingress. It reserves none."""
     engine: Any = config.get_engine_config()
     ranks = sum(bundle.get("CPU", 0) for bundle in engine.placement_bundles)
     most = config.deployment_config["autoscaling_config"]["max_replicas"]

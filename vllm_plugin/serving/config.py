@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``LLMConfig`` of a compressed model, checked before any cluster sees it."""
+"""Makes the ``LLMConfig`` of a compressed model, and checks it before any cluster sees it."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress_common.errors import CompressError
-from quant_methods.calibration import SELF
-from quant_methods.registry import methods
+from vllm_plugin.serving.arguments import checked_section, refuse_unknown
 from vllm_plugin.serving.environment import environment
 from vllm_plugin.serving.extra import ray_llm
-from vllm_plugin.settings import KEY, parse_settings
+from vllm_plugin.settings import KEY
 
 if TYPE_CHECKING:
     from ray.serve.llm import LLMConfig
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 SERVER = "vllm_plugin.serving.server:FailFastServer"
 ROUTER = {
     "request_router_class": "ray.serve.llm.request_router.PrefixCacheAffinityRouter",
-    # By default a popular prefix stays on one replica whatever its queue, and the router remembers
-    # prompts for ever.
+    # By default a popular prefix stays on one replica however long its queue is, and the router
+    # never forgets a prompt.
     "request_router_kwargs": {"imbalanced_threshold": 8, "do_eviction": True},
 }
 
@@ -39,43 +38,56 @@ def llm_config(
     engine_kwargs: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
 ) -> "LLMConfig":
-    """The configuration of one model for ``ray.serve.llm.build_openai_app``.
+    """Return the configuration of one model for ``ray.serve.llm.build_openai_app``.
 
-    Change what it does not ask for on the result, such as ``deployment_config``.
+    Change on the result what has no argument here, such as ``deployment_config``.
 
-    model: a hub id, or a folder that every node has. model_id: what clients name; the folder's
-    name, or the hub id, if None. quantization: as ``--quantization``. compress: the ``compress``
-    section of ``--additional-config``. device: ``auto`` is what this vLLM was built for.
-    replicas: how many, or the fewest and the most; Ray starts more when each has
-    ``target_requests`` running on average. prefix_aware: send prompts to the replica that has
-    their prefix cached; None: if there can be several. cpus: cores for each rank of an engine on a
-    CPU. engine_kwargs: vLLM's other engine arguments. env: of replicas and engines.
+    Args:
+        model: a hub id, or a folder that every node has.
+        model_id: the name for clients; None: the folder's name, or the hub id.
+        quantization: as ``--quantization``.
+        compress: the ``compress`` section of ``--additional-config``.
+        device: ``auto`` is what this vLLM was built for.
+        tensor_parallel_size: ranks of each engine.
+        replicas: a number, or the fewest and the most.
+        target_requests: Ray starts another replica when each has more running on average.
+        prefix_aware: send a prompt to the replica that has its prefix cached; None: when there can
+            be several replicas.
+        cpus: cores for each rank of an engine on a CPU.
+        engine_kwargs: vLLM's other engine arguments.
+        env: environment variables of replicas and engines.
 
-    Raises CompressError for settings that cannot work, or when Ray is not installed.
+    Raises:
+        CompressError: the settings cannot work, or Ray is not installed.
     """
     arguments = dict(engine_kwargs or {})
     own = {"quantization": quantization, "tensor_parallel_size": tensor_parallel_size}
     for key in [*own, "model", "served_model_name"]:
         if key in arguments:
             raise CompressError(f"engine_kwargs: {key!r} is an argument of llm_config; move it")
-    section = _checked(dict(compress or {}), quantization, tensor_parallel_size)
+    others = arguments.get("additional_config") or {}
+    if not isinstance(others, Mapping):
+        raise CompressError(f"engine_kwargs: additional_config must be a mapping, got {others!r}")
+    if KEY in others:
+        raise CompressError(f"engine_kwargs: additional_config has {KEY!r}; give it as `compress`")
+    section = checked_section(
+        dict(compress or {}), dict(others), quantization, tensor_parallel_size
+    )
     least, most = _replicas(replicas)
     if min(tensor_parallel_size, cpus, target_requests) < 1:
         raise CompressError("tensor_parallel_size, cpus and target_requests are 1 or more")
 
     arguments |= {key: value for key, value in own.items() if value is not None}
     if section:
-        others = dict(arguments.get("additional_config") or {})
-        if KEY in others:
-            raise CompressError(f"engine_kwargs: additional_config has {KEY!r}; give it once")
-        arguments["additional_config"] = others | {KEY: section}
+        arguments["additional_config"] = dict(others) | {KEY: section}
     llm = ray_llm()
+    refuse_unknown(arguments)
     on_cpu = _on_cpu(device)
     folder = Path(model).expanduser()
     scaling = {"min_replicas": least, "max_replicas": most}
     if most > least:  # Ray's own default never starts another one
         scaling["target_ongoing_requests"] = target_requests
-    # A replica that is gone is missed at the next check.
+    # Ray notices at the next check that a replica is gone.
     deployment: dict[str, Any] = {
         "autoscaling_config": scaling,
         "health_check_period_s": 2,
@@ -102,32 +114,6 @@ def llm_config(
     except ValueError as error:
         raise CompressError(f"Ray refuses this configuration: {error}") from error
     return config
-
-
-def _checked(
-    section: dict[str, Any], quantization: str | None, tensor_parallel: int
-) -> dict[str, Any]:
-    """The section with absolute paths, as a replica runs in a folder of its own."""
-    settings = parse_settings({KEY: section})
-    if settings.kv is not None:
-        settings.kv.build()
-        files = {"profile": settings.kv.profile, "bases": settings.kv.bases}
-        absolute = {
-            name: str(Path(file).expanduser().resolve()) for name, file in files.items() if file
-        }
-        section = section | {"kv": dict(section["kv"]) | absolute}
-    if quantization in methods() and settings.weights is not None:
-        settings.weights.request(quantization, tensor_parallel)
-    elif quantization is not None and settings.weights is not None:
-        raise CompressError(
-            f"{KEY}.weights is for quantization {' or '.join(methods())}, not {quantization!r}"
-        )
-    if settings.weights is not None and settings.weights.calibration.source != SELF:
-        weights = dict(section["weights"])
-        source = Path(settings.weights.calibration.source).expanduser().resolve()
-        weights["calibration"] = dict(weights["calibration"]) | {"source": str(source)}
-        section = section | {"weights": weights}
-    return section
 
 
 def _replicas(replicas: int | tuple[int, int]) -> tuple[int, int]:

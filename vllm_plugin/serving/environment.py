@@ -7,12 +7,17 @@ PLUGIN = "compress"  # our name among vLLM's plugins
 
 
 def environment(env: dict[str, str], cpus: int | None) -> dict[str, str]:
-    """``env`` with what a compressed model needs; a variable that is given stays.
+    """Return ``env`` with what a compressed model needs. A variable that is given stays.
 
-    cpus: cores of each rank for an engine on a CPU, else None.
-    Raises CompressError when ``env`` keeps the plugin from loading.
+    Args:
+        env: variables of the user.
+        cpus: cores of each rank of an engine on a CPU, else None.
+
+    Raises:
+        CompressError: ``env`` keeps the plugin from loading.
     """
-    # Whatever an image or node sets, the plugin loads: without it a KV cache stays whole, silently.
+    # The plugin must load whatever an image or node sets. Without it nothing would be compressed,
+    # and nobody would be told.
     made = {"VLLM_PLUGINS": PLUGIN}
     if cpus is not None:
         # Replicas on one node would all bind their threads to the same cores.

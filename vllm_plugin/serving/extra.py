@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The extra ``ray``: imported here, or refused with what to install."""
+"""Imports the extra ``ray``, or says what to install."""
 
 from importlib import import_module
 from types import ModuleType
@@ -8,7 +8,11 @@ from compress_common.errors import CompressError
 
 
 def ray_llm() -> ModuleType:
-    """The module ``ray.serve.llm``; CompressError when it, or what it needs, is not installed."""
+    """Return the module ``ray.serve.llm``.
+
+    Raises:
+        CompressError: it, or something that it needs, is not installed.
+    """
     try:
         return import_module("ray.serve.llm")
     except ImportError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ray.serve.llm``'s own server, which leaves as soon as its engine is dead."""
+"""``ray.serve.llm``'s own server, made to leave as soon as its engine is dead."""
 
 import asyncio
 import os
@@ -7,9 +7,9 @@ import os
 from ray.llm._internal.serve.observability.logging import get_logger
 from ray.serve.llm.deployment import LLMServer
 
-_PERIOD = 0.05  # seconds; a look at two flags
-# Seconds for error events to reach streams in flight. Ray ends a stream whose replica is gone
-# without one, as if the answer were complete.
+_PERIOD = 0.05  # seconds; a check reads two flags
+# Seconds in which error events reach the streams in flight. Ray ends the stream of a replica that
+# is gone without such an event, as if the answer were complete.
 _LAST_WORDS = 0.2
 
 logger = get_logger(__name__)
@@ -18,9 +18,9 @@ logger = get_logger(__name__)
 class FailFastServer(LLMServer):
     """An LLMServer whose process ends when vLLM's engine has died.
 
-    Ray's own stays in rotation until three health checks have failed, and answers each request of
-    these 20 to 30 seconds with an error at once. Ray's routers hand on or hold back what a replica
-    that is gone has not begun, so only requests in flight are lost.
+    Ray's own server stays in rotation until three health checks have failed. For these 20 to 30
+    seconds it answers every request with an error at once. When a replica is gone, Ray's routers
+    pass on or hold back what it has not begun, so only requests in flight are lost.
     """
 
     async def start(self) -> None:
