@@ -2,7 +2,6 @@
 """``vllm-compress calibrate-kv``: fit the bases of a KV policy that stores latents."""
 
 import json
-import shlex
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +12,15 @@ import typer
 from rich.table import Table
 
 from compress_common.errors import CompressError, joined
-from vllm_plugin.commands.common import SELF, AsJson, Model, check_writable, out, whole_file
+from vllm_plugin.commands.common import (
+    SELF,
+    AsJson,
+    Model,
+    check_writable,
+    out,
+    serve_command,
+    whole_file,
+)
 from vllm_plugin.progress import bar
 
 if TYPE_CHECKING:
@@ -104,9 +111,8 @@ def calibrate_kv(
         for path in (target, plot):
             if path:
                 out.print(f"written: {path}", highlight=False, soft_wrap=True)
-        serve = {"compress": {"kv": {"policy": method, "bases": str(target)}}}
-        command = ["vllm", "serve", model, "--additional-config", json.dumps(serve)]
-        out.print(f"serve it: {shlex.join(command)}", markup=False, highlight=False, soft_wrap=True)
+        command = serve_command(model, policy=method, bases=target)
+        out.print(f"serve it: {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _checked(ratio: str, method: str, objective: str) -> tuple[Fraction, "Objective"]:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from compress_common.errors import CompressError, joined
 # quant_methods.calibration.SELF, which would import torch. A test compares them.
 SELF: Final = "self"
 
+_KV: Final = "compress.kv"  # the section of --additional-config
 T = TypeVar("T")
 
 out = Console()
@@ -84,6 +86,14 @@ def config_of(
     if not chosen or not isinstance(kv, dict):  # the parser of settings says what is wrong with it
         return given
     return given | {KEY: section | {"kv": kv | chosen}}
+
+
+def serve_command(model: str, **kv: object) -> str:
+    """Return the shell command that serves a model with settings of ``compress.kv``."""
+    flags = (
+        word for name, value in kv.items() for word in (f"--additional-config.{_KV}.{name}", value)
+    )
+    return shlex.join(["vllm", "serve", model, *map(str, flags)])
 
 
 def check_writable(*paths: Path | None) -> None:

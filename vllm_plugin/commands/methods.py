@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vllm_plugin.commands.common import AsJson, out
+from vllm_plugin.commands.common import AsJson, out, serve_command
 
 
 def list_methods(as_json: AsJson = False) -> None:
@@ -58,8 +58,8 @@ def list_methods(as_json: AsJson = False) -> None:
             f"calibration: {'yes' if row['calibrates'] else 'none'}"
         )
         _print_settings(row["settings"], "--set {}={}")
-    example = json.dumps({"compress": {"kv": {"policy": "NAME", "keep": 0.25}}})
-    _print(f"\n[bold underline]KV cache[/]  vllm serve MODEL --additional-config '{example}'")
+    example = serve_command("MODEL", policy="NAME", keep=0.25)
+    _print(f"\n[bold underline]KV cache[/]  {example}")
     for name, row in kv.items():
         _print(f"[bold]{name}[/]  {row['paper']}")
         if row["content"] == "latents":

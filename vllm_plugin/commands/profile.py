@@ -2,14 +2,21 @@
 """``vllm-compress profile``: measure how much of the KV cache each layer needs."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from vllm_plugin.commands.common import SELF, AsJson, Model, check_writable, out, whole_file
+from vllm_plugin.commands.common import (
+    SELF,
+    AsJson,
+    Model,
+    check_writable,
+    out,
+    serve_command,
+    whole_file,
+)
 from vllm_plugin.progress import bar
 
 if TYPE_CHECKING:
@@ -77,9 +84,8 @@ def profile(
         for path in (target, plot):
             if path:
                 out.print(f"written: {path}", highlight=False, soft_wrap=True)
-        serve = {"compress": {"kv": {"policy": "prefix_kv", "profile": str(target)}}}
-        command = ["vllm", "serve", model, "--additional-config", json.dumps(serve)]
-        out.print(f"serve it: {shlex.join(command)}", markup=False, highlight=False, soft_wrap=True)
+        command = serve_command(model, policy="snap_kv", profile=target)
+        out.print(f"serve it: {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(made: "Profile", target: Path, plot: Path | None) -> None:

@@ -120,8 +120,8 @@ def test_the_file_is_of_this_model_alone(
     code, output, errors = calibrate(*arguments, "--no-allocate", "--objective", "attention")
     assert code == 0, errors
     file = Path(f"kv-bases-{folder.name}-0.8.safetensors")
-    serve = {"compress": {"kv": {"policy": "cskv", "bases": str(file)}}}
-    assert f"--additional-config '{json.dumps(serve)}'" in output
+    prefix = "--additional-config.compress.kv"
+    assert f"{prefix}.policy cskv {prefix}.bases {file}" in output
     assert "bytes per token in 16 bits: 100 of 512;" in output
     assert Path("p.png").read_bytes().startswith(b"\x89PNG")
     assert not list(Path().glob(".*")), "temporary files are left"
