@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from tqdm import tqdm
-
 if TYPE_CHECKING:
     from quant_methods.base import Progress
 
@@ -34,6 +32,8 @@ def bar(*, disable: bool = False) -> Iterator["Progress"]:
     if disable or not sys.stderr.isatty():
         yield lines(disable=disable)
         return
+    from tqdm import tqdm  # not above, as `vllm-compress --help` is to be quick
+
     with tqdm(total=1, leave=False, bar_format="{desc} {bar} {n}/{total}") as shown:
 
         def progress(step: str, done: int, total: int) -> None:
