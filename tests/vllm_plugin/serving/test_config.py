@@ -99,7 +99,7 @@ def test_paths_are_absolute(ray: None, demo_model: Path, monkeypatch: pytest.Mon
         ({"engine_kwargs": {"quantization": "rtn"}}, "is an argument of llm_config"),
         ({"engine_kwargs": {"max_modl_len": 5}}, "'max_modl_len'; did you mean 'max_model_len'"),
         ({"quantization": "smothquant_plus"}, "did you mean 'smoothquant_plus'"),
-        ({"compress": {"kv": {"polcy": "snap_kv", "keep": 1}}}, "did you mean 'policy'"),
+        ({"compress": {"kv": {"policyy": "snap_kv", "keep": 1}}}, "did you mean 'policy'"),
         ({"compress": {"kv": {"policy": "snap_kv", "kep": 1}}}, "did you mean 'keep'"),
         (
             {"compress": {"kv": KV}, "engine_kwargs": {"additional_config": {"compress": {}}}},
