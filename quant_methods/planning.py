@@ -142,7 +142,7 @@ def _calibrate(
         check_length(request.calibration, config)
         progress("load model", 0, 1)
         model = _load_model(checkpoint)
-        tokens = _tokens(checkpoint, request.calibration, model, progress)
+        tokens = stored_tokens(checkpoint, request.calibration, model, progress)
         blocks = Blocks(model, arch, tokens, device, stages)
         plan = method.plan(blocks, progress)
         if method.settings.rounding == "gptq":
@@ -177,10 +177,20 @@ def _text_identity(checkpoint: Checkpoint, settings: CalibrationSettings) -> dic
     return settings.model_dump() | {"start": start_token(checkpoint.tokenizer)}
 
 
-def _tokens(
+def stored_tokens(
     checkpoint: Checkpoint, settings: CalibrationSettings, model: Any, progress: Progress
 ) -> torch.Tensor:
-    """Calibration tokens, int64 [samples, length]. Sampled text is stored: it is slow to make."""
+    """Return calibration tokens, int64 [samples, length]. Sampled text is stored: it is slow.
+
+    Args:
+        checkpoint: The model that the text is for.
+        settings: Where the text comes from.
+        model: The ``transformers`` model of the checkpoint, which samples the text.
+        progress: Told of each step of sampling.
+
+    Raises:
+        CompressError: The text cannot be read, or is too short.
+    """
     if settings.source != SELF:
         return file_tokens(settings, checkpoint.tokenizer)
     identity = _text_identity(checkpoint, settings)

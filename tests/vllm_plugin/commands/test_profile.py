@@ -14,6 +14,7 @@ import transformers
 
 from compress_common.errors import CompressError
 from kv_policies.budget.profile import Profile, load
+from quant_methods import planning
 from quant_methods.calibration import CalibrationSettings
 from vllm_plugin import cli
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, attention_of, register
@@ -124,10 +125,15 @@ def test_demo_model(profile: Callable, demo_model: Path) -> None:
     assert abs(kept["levels"] - kept["profile"]) < 0.02
 
 
-def test_own_text(profile: Callable, tiny_model: Callable[..., Path]) -> None:
+def test_own_text(
+    profile: Callable, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, _, errors = profile(tiny_model("llama"), "--keep", 0.5, *QUICK, "--out", "own.json")
     assert code == 0, errors
     assert load("own.json").provenance.text == "sampled by the model itself, seed 0"
+    monkeypatch.setattr(planning, "sampled_tokens", lambda *_: pytest.fail("sampled again"))
+    code, _, errors = profile(tiny_model("llama"), "--keep", 0.25, *QUICK, "--out", "other.json")
+    assert code == 0, errors
 
 
 def test_an_interrupted_write_leaves_the_old_file(

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress_common.errors import CompressError, joined
 from quant_methods.base import Progress
-from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
+from quant_methods.calibration import SELF, CalibrationSettings, check_length
 from quant_methods.checkpoint import Checkpoint, resolve
+from quant_methods.planning import stored_tokens
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, not_reached
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 
@@ -24,6 +25,7 @@ class HFModel:
 
     Args:
         model: A model folder or hub id.
+        text: The calibration text.
 
     Attributes:
         name: The hub id, or the name of the folder.
@@ -33,16 +35,19 @@ class HFModel:
         fingerprint: What ties a file to this model.
 
     Raises:
-        CompressError: There is no such model, or it does not suit; all reasons are listed.
+        CompressError: There is no such model, or it does not suit.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, text: CalibrationSettings) -> None:
+        self.text = text
         folder = resolve(model)
         self.name = folder.resolve().name if Path(model).expanduser().is_dir() else model
         self.checkpoint = Checkpoint(folder)  # says what is wrong with the files
         self.config = self._load(AutoConfig)
         self.layers = _layers_to_measure(self.name, self.config)
-        self.fingerprint = fingerprint_of(self.name, self.config.get_text_config())
+        decoder = self.config.get_text_config()
+        self.fingerprint = fingerprint_of(self.name, decoder)
+        check_length(text, decoder)
 
     def network(self, progress: Progress, **options: Any) -> Any:
         """Load the model in the checkpoint's dtype, on the CPU.
@@ -57,18 +62,32 @@ class HFModel:
         progress("load model", 0, 1)
         return self._load(AutoModelForCausalLM, dtype="auto", **options).eval()
 
-    def tokens(self, text: CalibrationSettings, network: Any, progress: Progress) -> torch.Tensor:
+    def tokens(self, network: Any, progress: Progress) -> torch.Tensor:
         """Return the calibration text as token ids, int64 [samples, length].
 
+        Text that the model samples is stored, so that the next measurement need not sample it.
+
         Args:
-            text: Where it comes from.
             network: Samples the text, unless it is in a file.
             progress: Told of each step of sampling.
 
         Raises:
             CompressError: The text is missing, cannot be read, or is too short.
         """
-        return calibration_tokens(text, network, self._load(AutoTokenizer), progress)
+        return stored_tokens(self.checkpoint, self.text, network, progress)
+
+    def origin(self) -> dict[str, Any]:
+        """Return the fields of a ``Calibration`` that is made now, without ``samples``."""
+        text = self.text
+        own = text.source == SELF
+        file = Path(text.source)
+        return {
+            "tool_version": version("vllm-compress-plugin"),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "text": f"sampled by the model itself, seed {text.seed}" if own else file.name,
+            "text_sha256": None if own else hashlib.sha256(file.read_bytes()).hexdigest(),
+            "sample_tokens": text.length,
+        }
 
     def _load(self, loader: Any, **options: Any) -> Any:
         folder = self.checkpoint.folder
@@ -112,19 +131,3 @@ def usable(device: str) -> torch.device:
         raise CompressError(
             f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
         ) from error
-
-
-def origin(text: CalibrationSettings) -> dict[str, Any]:
-    """Return the fields of ``Calibration`` for figures that are measured now, but ``samples``.
-
-    Args:
-        text: The calibration text.
-    """
-    own = text.source == SELF
-    return {
-        "tool_version": version("vllm-compress-plugin"),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "text": f"sampled by the model itself, seed {text.seed}" if own else Path(text.source).name,
-        "text_sha256": None if own else hashlib.sha256(Path(text.source).read_bytes()).hexdigest(),
-        "sample_tokens": text.length,
-    }

@@ -24,7 +24,7 @@ from quant_methods.base import Progress, silent
 from quant_methods.blocks import Blocks
 from quant_methods.calibration import CalibrationSettings
 from vllm_plugin.commands.profiling.block_factors import BlockFactor, weights_of
-from vllm_plugin.commands.profiling.hf_model import HFModel, origin, usable
+from vllm_plugin.commands.profiling.hf_model import HFModel, usable
 from vllm_plugin.kv_fingerprint import weights_digest
 
 _PARTS: Final = 4  # the text is cut into so many parts; the last is held out
@@ -97,7 +97,7 @@ def make_bases(
     fitted = text.samples - text.samples // _PARTS
     if fitted == text.samples:
         raise CompressError(f"{text.samples} samples are too few: one of {_PARTS} is held out")
-    subject = HFModel(model)
+    subject = HFModel(model, text)
     arch, fingerprint = architecture_of(subject.config), subject.fingerprint
     if cap := getattr(subject.config, "attn_logit_softcapping", None):
         raise CompressError(
@@ -111,7 +111,7 @@ def make_bases(
         )
     place = usable(device)
     network = subject.network(progress)
-    blocks = Blocks(network, arch, subject.tokens(text, network, progress), place)
+    blocks = Blocks(network, arch, subject.tokens(network, progress), place)
     fits = _fits(blocks, subject.layers, fitted, objective, progress)
     if allocate:
         energies = {index: fit.energies for index, fit in fits.items()}
@@ -133,7 +133,7 @@ def make_bases(
         ratio=ratio,
         objective=objective,
         layers=tuple(fit.row(index, ranks[index]) for index, fit in fits.items()),
-        calibration=Calibration(**origin(text), samples=fitted),
+        calibration=Calibration(**subject.origin(), samples=fitted),
     )
     return Bases(header, factors), report
 

@@ -17,7 +17,7 @@ from kv_policies.budget.profile import Profile, Provenance
 from quant_methods.base import Progress, silent
 from quant_methods.calibration import CalibrationSettings
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, attention_of, register
-from vllm_plugin.commands.profiling.hf_model import HFModel, origin, usable
+from vllm_plugin.commands.profiling.hf_model import HFModel, usable
 
 
 def make_profile(
@@ -54,14 +54,14 @@ def make_profile(
             f"keep {keep} of {text.length} tokens is less than one token; raise the length to at "
             f"least {math.ceil(1 / keep)}"
         )
-    subject = HFModel(model)
+    subject = HFModel(model, text)
     layers = subject.layers
     chosen = quantise(uniform(len(layers), keep), levels)  # refuses a bad number before the work
     place = usable(device)
     register()
     network = subject.network(progress, attn_implementation=ATTENTION).to(place)
     attention_of(network, torch.zeros(1, 2, dtype=torch.int64), layers)  # refuses before the work
-    tokens = subject.tokens(text, network, progress)
+    tokens = subject.tokens(network, progress)
     samples = []
     for number, row in enumerate(tokens):
         progress("profile", number, len(tokens))
@@ -72,7 +72,7 @@ def make_profile(
     cut = quantise(fractions, len(chosen.fractions))
     shares = {"profile": fractions, "levels": cut.per_layer, "uniform": uniform(len(layers), keep)}
     provenance = Provenance(
-        **origin(text),
+        **subject.origin(),
         samples=len(samples),
         attention_retained={
             kind: round(fmean(kept_by_layer(samples, values)), 6) for kind, values in shares.items()
