@@ -5,10 +5,8 @@
 ``model_config.hf_text_config``.
 """
 
-import hashlib
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from compress_common.errors import CompressError
@@ -93,15 +91,17 @@ def full_attention_layers(config: Any, max_model_len: int | None = None) -> tupl
 
 
 def weights_digest(checkpoint: Checkpoint, prefix: str, depth: int) -> str:
-    """SHA-256 of the key and value weights of the first and the last layer, as they are stored.
+    """Return the SHA-256 of every tensor of a checkpoint that bases can be fitted to.
 
-    prefix: of the layers' names, such as ``model.layers``. Tells a fine-tune from its base.
-    CompressError when the checkpoint has no such weights.
+    Args:
+        checkpoint: The model that is calibrated or served.
+        prefix: Of the layers' names, such as ``model.layers``.
+        depth: Number of layers.
+
+    Raises:
+        CompressError: The checkpoint has no key and value projections of these names.
     """
     names = [f"{prefix}.{i}.{name}.weight" for i in (0, depth - 1) for name in QKV[1:]]
     if missing := [name for name in names if name not in checkpoint.files]:
         raise CompressError(f"{checkpoint.folder} has no weight {missing[0]}")
-    digest = hashlib.sha256()
-    for _, tensor in checkpoint.tensors(names):
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return checkpoint.weights_digest

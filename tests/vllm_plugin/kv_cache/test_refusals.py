@@ -2,15 +2,19 @@
 """What cannot work is refused before an engine starts: one error with everything in it."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from transformers import AutoConfig
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -19,9 +23,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import vllm_plugin
 from compress_common.errors import CompressError
-from tests.vllm_plugin.kv_cache.conftest import save_profile
+from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
+from vllm_plugin.kv_cache.budget import bases_of
 from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck, check
 from vllm_plugin.kv_cache.support import WORKER
+from vllm_plugin.settings import KVSettings
 
 SNAP = {"policy": "snap_kv", "keep": 0.25}
 
@@ -134,6 +140,26 @@ def test_bad_bases(
     bad.write_bytes(change(bases))
     text = refusal(demo_model, {"policy": "cskv", "bases": str(bad)})
     assert expected in text and "vllm-compress calibrate-kv" in text
+
+
+def test_bases_of_an_edited_checkpoint(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """One bit of any tensor makes another model, at unchanged size and time."""
+    model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    settings = KVSettings(policy="cskv", bases=str(tmp_path / "kv.safetensors"))
+    save_bases(model, tmp_path / "kv.safetensors", Fraction(1, 2))
+    config, file = AutoConfig.from_pretrained(model), model / "model.safetensors"
+    assert bases_of(settings, str(model), config).ratio == Fraction(1, 2)
+    whole, before, random = file.read_bytes(), file.stat(), Random(0)
+    length = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:length])
+    for begin, end in (t["data_offsets"] for name, t in header.items() if name[0] != "_"):
+        at = length + random.randrange(begin, end)
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(CompressError, match="their weights differ"):
+            bases_of(settings, str(model), config)
+    file.write_bytes(whole)
+    bases_of(settings, str(model), config)
 
 
 def test_bases_of_another_model_or_with_another_budget(
