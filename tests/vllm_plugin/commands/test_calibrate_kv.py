@@ -198,7 +198,7 @@ def test_an_interrupted_write_leaves_the_old_file(
         (("--samples", "0"), "option.samples"),
         (("--samples", "4", "--length", "16"), "48 tokens cannot tell 64 features apart"),
         (("--length", "4000"), "exceeds the model's 2048 positions"),
-        (("--text", "missing.txt"), "'missing.txt' is not a file"),
+        (("--text", "missing.txt"), "missing.txt is not a file"),
         (("--samples", "400"), "25600 are needed"),
         (("--out", "missing/bases"), "writable folder"),
         (("--plot", "plot.xyz"), "unknown kind of file"),

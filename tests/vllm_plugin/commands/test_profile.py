@@ -165,7 +165,7 @@ def test_an_interrupted_write_leaves_the_old_file(
         (("--keep", "0.01"), "raise the length to at least 100"),
         (("--samples", "0"), "option.samples"),
         (("--length", "4000"), "exceeds the model's 2048 positions"),
-        (("--text", "missing.txt"), "'missing.txt' is not a file"),
+        (("--text", "missing.txt"), "missing.txt is not a file"),
         (("--text", "text.txt", "--samples", "400"), "19200 are needed"),
         (("--levels", "3"), "2 layers cannot be cut into 3 levels"),
         (("--out", "missing/profile.json"), "writable folder"),

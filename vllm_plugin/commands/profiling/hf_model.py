@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress_common.errors import CompressError, joined
 from quant_methods.base import Progress
-from quant_methods.calibration import SELF, CalibrationSettings, check_length
+from quant_methods.calibration import SELF, CalibrationSettings, check_length, file_tokens
 from quant_methods.checkpoint import Checkpoint, resolve
 from quant_methods.planning import stored_tokens
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, not_reached
@@ -35,7 +35,8 @@ class HFModel:
         fingerprint: What ties a file to this model.
 
     Raises:
-        CompressError: There is no such model, or it does not suit.
+        CompressError: There is no such model, it does not suit, or the file of text is missing,
+            cannot be read or is too short.
     """
 
     def __init__(self, model: str, text: CalibrationSettings) -> None:
@@ -48,6 +49,9 @@ class HFModel:
         decoder = self.config.get_text_config()
         self.fingerprint = fingerprint_of(self.name, decoder)
         check_length(text, decoder)
+        # A bad file is refused before the weights are loaded.
+        given = text.source != SELF
+        self._tokens = file_tokens(text, self.checkpoint.tokenizer) if given else None
 
     def network(self, progress: Progress, **options: Any) -> Any:
         """Load the model in the checkpoint's dtype, on the CPU.
@@ -70,10 +74,9 @@ class HFModel:
         Args:
             network: Samples the text, unless it is in a file.
             progress: Told of each step of sampling.
-
-        Raises:
-            CompressError: The text is missing, cannot be read, or is too short.
         """
+        if self._tokens is not None:
+            return self._tokens
         return stored_tokens(self.checkpoint, self.text, network, progress)
 
     def origin(self) -> dict[str, Any]:
