@@ -16,6 +16,7 @@ from kv_policies.layout.tokens import TokenLayout
 from kv_policies.registry import policies
 from quant_methods.architecture import architecture_of
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats import MARKER
 from quant_methods.local import local_folder
 from vllm_plugin.compatibility import kv_model_problems
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, weights_digest
@@ -89,19 +90,23 @@ def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
 
 
 def _digest(name: str, config: Any) -> str | None:
-    """Digest of the key and value weights that the bases were fitted to.
+    """Digest of the weights that the bases must have been fitted to.
 
     Returns:
-        None where there is nothing to compare with: the model is not on this machine yet (the
-        worker asks again once it is), its weights are int4, or the folder has none
+        For int4 weights that this package wrote, the digest of what they were made from. None
+        where there is nothing to compare with: the model is not on this machine yet (the worker
+        asks again once it is), its weights are others' int4, or the folder has none
         (``--load-format dummy``).
 
     Raises:
         CompressError: weights are there, but not as safetensors with one tensor per projection.
             Bases of a fine-tune would then go unnoticed, so they are refused.
     """
+    if written := getattr(config, "quantization_config", None):
+        source = (dict(written).get(MARKER) or {}).get("source", "")
+        return source if len(source) == 64 else None  # earlier ones are of parts of the files
     folder = local_folder(name)
-    if folder is None or getattr(config, "quantization_config", None):
+    if folder is None:
         return None
     if not any(file.suffix in _WEIGHTS for file in folder.iterdir()):
         return None

@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import vllm_plugin
 from compress_common.errors import CompressError
+from quant_methods.formats import MARKER
 from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
 from vllm_plugin.kv_cache.budget import bases_of
 from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck, check
@@ -159,7 +160,12 @@ def test_bases_of_an_edited_checkpoint(tiny_model: Callable[..., Path], tmp_path
         with pytest.raises(CompressError, match="their weights differ"):
             bases_of(settings, str(model), config)
     file.write_bytes(whole)
+    made = bases_of(settings, str(model), config)
+    config.quantization_config = {MARKER: {"source": made.header.weights}}
     bases_of(settings, str(model), config)
+    config.quantization_config = {MARKER: {"source": "1" * 64}}
+    with pytest.raises(CompressError, match="their weights differ"):
+        bases_of(settings, str(model), config)
 
 
 def test_bases_of_another_model_or_with_another_budget(
