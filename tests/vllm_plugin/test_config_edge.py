@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users see of the config edge: refusals, the table at start, and figures that are missing."""
+
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+import vllm_plugin
+from compress_common.errors import CompressError
+from tests.support import kv_engine
+from tests.support.generate import ROOT
+from tests.vllm_plugin.kv_cache.conftest import save_bases
+from vllm_plugin.exits import is_vllm_command
+from vllm_plugin.guard import METHODS, SECTION
+from vllm_plugin.metrics.facts import facts_of
+from vllm_plugin.quantization.config import CONFIGS
+from vllm_plugin.self_check import table
+from vllm_plugin.settings import KEY, parse_settings
+
+SNAP = {"compress": {"kv": {"policy": "snap_kv", "keep": 0.25}}}
+
+
+def configure(model: Path | str, **engine: Any) -> VllmConfig:
+    vllm_plugin.register()
+    args = {"enforce_eager": True, "max_model_len": 512} | engine
+    return EngineArgs(model=str(model), **args).create_engine_config()
+
+
+@pytest.fixture
+def pickled(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model whose weights are in pytorch_model.bin, which vLLM reads and we do not."""
+    source, folder = tiny_model("llama"), tmp_path / "pickled"
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).symlink_to(file)
+    torch.save(load_file(source / "model.safetensors"), folder / "pytorch_model.bin")
+    return folder
+
+
+def test_the_guard_knows_our_names() -> None:
+    """It cannot import them."""
+    assert SECTION == KEY
+    assert set(METHODS) == {config.method for config in CONFIGS}
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "expected"),
+    [
+        ("{}", {"quantization": "smoothquant"}, "did you mean 'smoothquant_plus'?"),
+        ("{} ", {"additional_config": SNAP}, "has spaces around its name"),
+        ("{}/model.gguf", {"additional_config": SNAP}, "is a file; give the folder"),
+        ("{}/model.gguf", {"quantization": "rtn"}, "is a file; give the folder"),
+        ("{}", {"additional_config": {"kv": SNAP["compress"]["kv"]}}, "put it into 'compress'"),
+    ],
+)
+def test_a_wrong_name_is_one_line(
+    tmp_path: Path, model: str, engine: dict[str, Any], expected: str
+) -> None:
+    (tmp_path / "model.gguf").touch()
+    vllm_plugin.register()
+    args = EngineArgs(model=str(tmp_path), **engine)
+    args.model = model.format(tmp_path)  # offline, vLLM itself looks for it before that
+    with pytest.raises(CompressError) as caught:
+        args.create_engine_config()
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_refusal_ends_the_vllm_command_and_is_raised_elsewhere(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = {"compress": {"kv": {"policy": "snapkv", "keep": 0.25}}}
+    assert not is_vllm_command()
+    with pytest.raises(CompressError, match="did you mean 'snap_kv'"):
+        configure(demo_model, additional_config=wrong)
+    main = types.ModuleType("__main__")
+    main.__spec__ = None
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/vllm", "serve"])
+    with pytest.raises(SystemExit) as caught:
+        configure(demo_model, additional_config=wrong)
+    assert str(caught.value.code).startswith("error: unknown KV policy 'snapkv'")
+
+
+@pytest.mark.slow
+def test_the_last_screen_of_vllm_serve_is_ours_alone(demo_model: Path) -> None:
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(demo_model)]
+    command += ["--additional-config.compress.kv.policy", "snapkv"]
+    command += ["--additional-config.compress.kv.keep", "0.25"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: unknown KV policy 'snapkv'")
+
+
+def test_a_refusal_inside_a_pydantic_error_is_ours(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """vLLM asks our quantization config while it validates its own."""
+    from quant_methods.planning import PlanRequest
+    from quant_methods.writing import quantize_checkpoint
+
+    request = PlanRequest(method="rtn", settings={"group_size": 32})
+    quantize_checkpoint(tiny_model("llama"), tmp_path / "int4", request)
+    with pytest.raises(CompressError) as caught:
+        configure(tmp_path / "int4", quantization="smoothquant_plus")
+    assert "remove the flag to serve it as is" in str(caught.value)
+    assert "validation error" not in str(caught.value)
+
+
+def test_an_empty_section_says_that_nothing_is_compressed(
+    demo_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    configure(demo_model, additional_config={"compress": {}})
+    assert "nothing: the section 'compress' of --additional-config is empty" in caplog.text
+    caplog.clear()
+    configure(demo_model)
+    configure(demo_model, additional_config={"of_another_plugin": {"enabled": True}})
+    configure(demo_model, additional_config=SNAP)  # its scheduler logs the table
+    assert "compress" not in caplog.text
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_bytes_that_are_not_known_keep_no_engine_from_starting(
+    pickled: Path, load_format: str
+) -> None:
+    config = configure(pickled, additional_config=SNAP, load_format=load_format)
+    facts = facts_of(config)
+    assert facts.info["policy"] == "snap_kv" and facts.info["keep"] == "0.25"
+    assert facts.gauges["kv_bytes_per_token", "original"] == 2 * 2 * 2 * 32 * 2
+    assert not any(name == "weight_bytes" for name, _ in facts.gauges)
+    rows = dict(table(config, parse_settings(config.additional_config), 1000))
+    assert rows["weights"] == "not compressed, bytes not known"
+    assert rows["KV bytes a token"].endswith("(0.250)")
+
+
+@pytest.mark.slow
+def test_engines_on_pickled_and_on_dummy_weights(pickled: Path) -> None:
+    kv = {"policy": "snap_kv", "keep": 0.25, "min_prompt": 64}
+    prompt = [[3 + at % 400 for at in range(200)]]
+    cases = [
+        {"kv": kv, "prompts": prompt, "engine": {"load_format": load_format}}
+        for load_format in ("auto", "dummy")
+    ]
+    for said in kv_engine.run(pickled, cases):
+        assert sum(said["freed"]) > 0 and said["free_after"] == said["free_before"]
+
+
+def test_bases_are_refused_where_weights_cannot_be_checked(
+    pickled: Path, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    from fractions import Fraction
+
+    bases = save_bases(tiny_model("llama"), tmp_path / "kv.safetensors", Fraction(1, 2))
+    section = {"compress": {"kv": {"policy": "cskv", "bases": str(bases)}}}
+    with pytest.raises(CompressError, match="bases cannot be checked against these weights"):
+        configure(pickled, additional_config=section)
+    (pickled / "pytorch_model.bin").unlink()  # as with --load-format dummy
+    configure(pickled, additional_config=section, load_format="dummy")
