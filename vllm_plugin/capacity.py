@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a model takes, and how many requests fit: arithmetic on configs and headers.
+"""How much memory a model takes and how many requests fit, computed from configs and headers.
 
-Blocks are counted as vLLM counts them. Layers of one kind (one keep level, one sliding window) form
-groups; each group has a block table of its own, and all draw blocks from one pool, in which a block
+Blocks are counted as vLLM counts them. Layers of one kind (the same keep level or sliding window)
+form groups. Each group has its own block table, and all groups draw blocks from one pool. A block
 is one page of each layer of a group. ``config`` is the text model's Hugging Face config.
 """
 
@@ -41,14 +41,19 @@ class Footprint:
 
     @property
     def ratio(self) -> float:
-        """Share that is left."""
+        """Compressed size as a share of the original."""
         return self.compressed / max(self.original, 1)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers with one block table: compressed (``layout``), of a sliding ``window`` (tokens), or
-    neither."""
+    """Layers that share a block table.
+
+    Attributes:
+        layers: how many.
+        layout: how they are compressed; None: they are not.
+        window: their sliding window in tokens; None: full attention.
+    """
 
     layers: int
     layout: Layout | None = None
@@ -57,17 +62,22 @@ class Group:
 
 @dataclass(frozen=True)
 class RequestBlocks:
-    """Blocks of one request over all groups: at its ``peak``, and the most while it decodes."""
+    """Blocks of one request over all groups.
+
+    Attributes:
+        peak: the most at any time, which is usually while the prompt is computed.
+        decoding: the most while it decodes.
+    """
 
     peak: int
     decoding: int
 
     def all_decoding(self, blocks: int) -> int:
-        """Requests that fit a pool of ``blocks`` once their prompts are computed."""
+        """How many requests fit a pool of ``blocks`` once their prompts are computed."""
         return max(0, blocks - 1) // self.decoding  # vLLM keeps one block back
 
     def one_in_prefill(self, blocks: int) -> int:
-        """Requests that fit if one of them is at its peak."""
+        """How many requests fit a pool of ``blocks`` while one of them is at its peak."""
         room = blocks - 1 - self.peak
         return 0 if room < 0 else 1 + room // self.decoding
 
@@ -82,11 +92,24 @@ def weight_footprint(
     tensor_parallel: int = 1,
     packing: Packing = "checkpoint",
 ) -> Footprint | None:
-    """Bytes of a model's weights, of all ranks: at 16 bits, and as served.
+    """Compute the bytes of a model's weights on all ranks, at 16 bits and as served.
 
-    quantization: a method of ours, for a 16-bit checkpoint; not needed for one that we wrote.
-    packing: how the kernel holds int4. None when the model is not on this machine, or its bytes are
-    not for us to know: quantised by others. CompressError when it cannot be quantised.
+    Args:
+        model: a folder or hub id.
+        quantization: a weight method of this plugin, for a 16-bit checkpoint. Not needed for an
+            int4 checkpoint that this plugin wrote.
+        settings: ``compress.weights``.
+        revision: of the hub id.
+        download_dir: the hub cache.
+        tensor_parallel: number of ranks.
+        packing: how the kernel stores int4.
+
+    Returns:
+        None where the bytes are not known: the model is not on this machine, or another tool
+        quantized it.
+
+    Raises:
+        CompressError: the method cannot quantize this model.
     """
     folder = local_folder(str(model), revision, download_dir)
     if folder is None:
@@ -108,9 +131,15 @@ def weight_footprint(
 
 
 def layer_token_bytes(config: Any, dtype: torch.dtype, cache_dtype: str = "auto") -> int:
-    """KV bytes of one token in one layer. cache_dtype: as ``--kv-cache-dtype`` has it.
+    """Compute the KV bytes of one token in one layer.
 
-    CompressError for other attention than with keys and values per head, or an unknown dtype.
+    Args:
+        config: the text model's.
+        dtype: of the model.
+        cache_dtype: ``--kv-cache-dtype``.
+
+    Raises:
+        CompressError: attention has no keys and values per head, or the dtype is unknown.
     """
     problems = []
     if others := unknown_kinds(config):
@@ -131,9 +160,15 @@ def layer_token_bytes(config: Any, dtype: torch.dtype, cache_dtype: str = "auto"
 def kv_footprint(
     config: Any, dtype: torch.dtype, cache_dtype: str, layouts: Mapping[int, Layout] | None
 ) -> Footprint:
-    """KV bytes that one more token of a long prompt costs, before and after it is compacted.
+    """Compute the KV bytes that each token of a long prompt costs, without and with compression.
 
-    layouts: by layer, None: nothing is compressed. Sliding windows cost nothing more.
+    Layers with a sliding window are not counted: their cache does not grow with the prompt.
+
+    Args:
+        config: the text model's.
+        dtype: of the model.
+        cache_dtype: ``--kv-cache-dtype``.
+        layouts: by layer; None: nothing is compressed.
     """
     layers = full_attention_layers(config)
     each = layer_token_bytes(config, dtype, cache_dtype)
@@ -142,10 +177,10 @@ def kv_footprint(
 
 
 def groups_of(config: Any, layouts: Mapping[int, Layout] | None) -> list[Group]:
-    """vLLM's KV-cache groups of a model whose layers have pages of one size.
+    """Return the KV-cache groups that vLLM makes of a model whose pages have one size.
 
-    As its ``get_kv_cache_groups``: kinds of layers are cut to the size of the smallest, or padded
-    to that of the largest where they are nearly equal.
+    As vLLM's ``get_kv_cache_groups``: each kind of layer is cut into groups of the smallest kind's
+    size. Where kinds are nearly equal, the smaller ones are padded to the largest instead.
     """
     full = set(full_attention_layers(config))
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", 0)
@@ -164,16 +199,24 @@ def groups_of(config: Any, layouts: Mapping[int, Layout] | None) -> list[Group]:
 
 
 def block_bytes(groups: Sequence[Group], block_size: int, token_bytes: int) -> int:
-    """Bytes of one block of the pool. token_bytes: of ``layer_token_bytes``."""
+    """Return the bytes of one block of the pool; ``token_bytes`` is from ``layer_token_bytes``."""
     return max(group.layers for group in groups) * block_size * token_bytes
 
 
 def request_blocks(
     groups: Sequence[Group], block_size: int, context: int, prompt: int, batch: int = 8192
 ) -> RequestBlocks:
-    """Blocks of a request of ``prompt`` tokens that grows to ``context`` tokens.
+    """Count the blocks of a request.
 
-    While its prompt is computed, in parts of up to ``batch`` tokens, it holds all of it.
+    Args:
+        groups: of ``groups_of``.
+        block_size: tokens per block.
+        context: tokens of the request when it ends.
+        prompt: how many of them are prompt. While the prompt is computed, all of it is stored.
+        batch: most tokens of one step.
+
+    Raises:
+        CompressError: the prompt leaves no room for an answer.
     """
     if not 0 < prompt < context:
         raise CompressError(
@@ -181,7 +224,7 @@ def request_blocks(
         )
     prefill = decoding = 0
     for group in groups:
-        if group.window:  # one more, as a window may start inside a block
+        if group.window:  # plus one, because a window can start inside a block
             first, later = (
                 min(-(-tokens // block_size), -(-(group.window - 1 + step) // block_size) + 1)
                 for tokens, step in ((prompt, batch), (context, 1))
@@ -189,22 +232,32 @@ def request_blocks(
         else:
             first, later = (
                 -(-prompt // block_size),
-                _held(group.layout, block_size, prompt, context),
+                _most_blocks(group.layout, block_size, prompt, context),
             )
         prefill, decoding = prefill + first, decoding + later
     return RequestBlocks(max(prefill, decoding), decoding)
 
 
 def typical_prompt(context: int) -> int:
-    """The prompt of a request of ``context`` tokens that nobody described: seven eighths."""
+    """Return the default prompt of a request of ``context`` tokens: seven eighths of it."""
     return context - context // 8
 
 
 def requests_in_pool(
     config: Any, layouts: Mapping[int, Layout], block_size: int, blocks: int, context: int
 ) -> tuple[int, int]:
-    """Requests of ``context`` tokens that decode at once in a pool of ``blocks``, compressed as
-    ``layouts`` say: without compression, in the same memory, and with it."""
+    """Count the requests of ``context`` tokens that can decode at once in a pool.
+
+    Args:
+        config: the text model's.
+        layouts: of the compressed layers.
+        block_size: tokens per block.
+        blocks: of the pool, with compression.
+        context: tokens of a request when it ends.
+
+    Returns:
+        Requests without compression, in the same memory, and with compression.
+    """
     groups, stock = groups_of(config, layouts), groups_of(config, None)
     same = blocks * block_bytes(groups, block_size, 1) // block_bytes(stock, block_size, 1)
     before, after = (
@@ -214,11 +267,11 @@ def requests_in_pool(
     return before, after
 
 
-def _held(layout: Layout | None, block_size: int, prompt: int, context: int) -> int:
-    """The most blocks in one table while a request decodes."""
+def _most_blocks(layout: Layout | None, block_size: int, prompt: int, context: int) -> int:
+    """Return the most blocks in one table while a request decodes."""
     if layout is None:
         return -(-context // block_size)
-    # Largest at the end, and each time just before a window is compacted.
+    # A table is largest at the end, or just before a window is compacted.
     ends = [segment.ends for segment in layout.segments(prompt, context - 1, after=prompt)]
     return max(
         -(-tokens // block_size) - sum(b - a for a, b in layout.freed(prompt, tokens - 1))
@@ -227,10 +280,15 @@ def _held(layout: Layout | None, block_size: int, prompt: int, context: int) -> 
 
 
 def activation_allowance(config: Any, batch: int = 8192, requests: int = 256) -> int:
-    """Bytes set aside for what is neither weights nor KV; vLLM measures them when it starts.
+    """Estimate the bytes that are neither weights nor KV; vLLM measures them when it starts.
 
-    batch: tokens per step. requests: most at once. The widest activations of a decoder block at 16
-    bits, logits with their copies in the sampler, and half a GiB.
+    The estimate is the widest activations of a decoder block at 16 bits, the logits with their
+    copies in the sampler, and half a GiB.
+
+    Args:
+        config: the text model's.
+        batch: most tokens of one step.
+        requests: most requests at once.
     """
     width = 3 * int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size)
     width += 4 * config.hidden_size

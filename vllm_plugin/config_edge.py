@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one wrapper around vLLM: ``EngineArgs.create_engine_config``, as vLLM's own plugins have it.
+"""The config edge: our only wrapper around vLLM, of ``EngineArgs.create_engine_config``.
 
-It reads our section of ``--additional-config`` once, refuses what cannot work before any worker
-starts, and sets what the user left alone: load format, block size, worker class. Nothing else of
-vLLM is wrapped.
+vLLM's own plugins wrap the same method. The wrapper reads the ``compress`` section of
+``--additional-config``, refuses what cannot work before any worker starts, and sets what the user
+left unset: load format, block size, worker class. Without that section, and for models that need
+nothing of ours, it returns vLLM's config unchanged.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from vllm_plugin.quantization.source import source_problem
 from vllm_plugin.self_check import log_nothing
 from vllm_plugin.settings import KEY, Settings, WeightSettings, parse_settings
 
-# Safetensors under any name that vLLM has for them.
+# The load formats of vLLM that read safetensors.
 _LOAD_FORMATS = ("auto", "hf", "safetensors")
 _OURS = tuple(config.method for config in CONFIGS)
 _MARK = "vllm_compress_edge"
@@ -38,7 +39,7 @@ _MARK = "vllm_compress_edge"
 def install() -> None:
     """Wrap ``EngineArgs.create_engine_config``, once per process."""
     original = EngineArgs.create_engine_config
-    if getattr(original, _MARK, False):  # also when another plugin has wrapped ours since
+    if getattr(original, _MARK, False):  # also where another plugin has wrapped us since
         return
 
     @wraps(original)
@@ -57,12 +58,18 @@ def install() -> None:
 
 
 def _configured(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfig:
-    """The engine config with our settings in it; vLLM's own where there are none.
+    """Create an engine config and apply our settings to it.
 
     Args:
-        args: what the user asked for. Changed where compression needs another default.
-        create: vLLM's own function, of ``args``. It reads the model's config; nothing here reads a
-            file for a model that is not configured.
+        args: the engine arguments. Unset ones are changed where compression needs another default.
+        create: vLLM's own function, bound to ``args``. It reads the model's config. Nothing here
+            reads a file for an engine that does not use this plugin.
+
+    Returns:
+        The config; vLLM's own where nothing is configured.
+
+    Raises:
+        CompressError: lists every problem found.
     """
     settings = parse_settings(args.additional_config)
     _check_names(args, settings)
@@ -73,8 +80,8 @@ def _configured(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfi
     given, worker = vars(args).copy(), args.worker_cls
     config = create()
     if diffusion.denoises(config):
-        # Only the config that vLLM has just read tells that the model denoises. vLLM has filled in
-        # its defaults for other models by now, so it starts again from what the user gave.
+        # Only the model's config, which vLLM has just read, shows that the model denoises. By now
+        # vLLM has set defaults for an autoregressive model, so start again from the user's values.
         vars(args).update(given)
         diffusion.choose_engine_args(args)
         worker = args.worker_cls
@@ -94,7 +101,7 @@ def _configured(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfi
 
 
 def _check_names(args: EngineArgs, settings: Settings) -> None:
-    """Refuse names that vLLM would answer with a page of traceback, where they concern us."""
+    """Refuse wrong names for which vLLM would print a traceback, where this plugin is asked for."""
     problems = []
     method = args.quantization
     unknown = isinstance(method, str) and method not in QUANTIZATION_METHODS
@@ -113,7 +120,7 @@ def _check_names(args: EngineArgs, settings: Settings) -> None:
 
 
 def _refusal_in(error: Exception) -> CompressError | None:
-    """Our own error, also where pydantic has wrapped it; None: the error is vLLM's."""
+    """Return our own error, also from inside a pydantic error; None for an error of vLLM's."""
     if isinstance(error, CompressError):
         return error
     assert isinstance(error, ValidationError)
@@ -141,9 +148,9 @@ def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto")
         _apply_weights(config, config.quant_config, settings.weights or WeightSettings())
     elif settings.weights is not None:
         raise CompressError(
-            f"{KEY}.weights is set but the model is not served by one of our methods "
-            f"(quantization: {config.model_config.quantization}); add "
-            "--quantization smoothquant_plus or remove the section"
+            f"{KEY}.weights is set, but no weight method of this plugin is chosen (--quantization "
+            f"is {config.model_config.quantization}); add --quantization smoothquant_plus or "
+            "remove the section"
         )
     quantized = isinstance(config.quant_config, SmoothQuantPlusConfig)
     compressed = settings.kv is not None or quantized or diffusion.denoises(config)
@@ -161,13 +168,13 @@ def _apply_weights(
         problems += _problems_at_load(config, quant_config, settings)
     elif fixed := settings.model_fields_set - {"activations"}:
         problems.append(
-            f"{KEY}.weights.{', '.join(sorted(fixed))}: the checkpoint is already quantised, these "
-            "settings were fixed when it was written; remove them"
+            f"{KEY}.weights.{', '.join(sorted(fixed))}: the checkpoint is quantized already, and "
+            "these settings were fixed when it was written; remove them"
         )
     if config.lora_config is not None and quant_config.smooths:
         problems.append(
-            f"--enable-lora: {quant_config.method} scales what enters its linears, and adapters "
-            "were trained on what is not scaled; remove the flag, or serve with --quantization rtn"
+            f"--enable-lora: {quant_config.method} scales the inputs of linears, and adapters "
+            "expect unscaled inputs; remove the flag, or serve with --quantization rtn"
         )
     if problems:
         raise joined(problems)
@@ -178,7 +185,7 @@ def _apply_weights(
 def _problems_at_load(
     config: VllmConfig, quant_config: SmoothQuantPlusConfig, settings: WeightSettings
 ) -> list[str]:
-    """What keeps a 16-bit checkpoint from being quantised at load; empty when nothing does."""
+    """List what keeps a 16-bit checkpoint from being quantized at load."""
     hf_config = config.model_config.hf_text_config
     parallel = config.parallel_config
     problems = weight_model_problems(config.model_config.hf_config.to_dict())
@@ -192,12 +199,12 @@ def _problems_at_load(
         problems.append(problem)
     if config.load_config.load_format not in (*_LOAD_FORMATS, "dummy", LOAD_FORMAT):
         problems.append(
-            f"--load-format {config.load_config.load_format} cannot be quantised at load; leave it "
-            "at auto or quantise offline with `vllm-compress quantize`"
+            f"--load-format {config.load_config.load_format} cannot be quantized at load; leave it "
+            "at auto or quantize offline with `vllm-compress quantize`"
         )
     if parallel.pipeline_parallel_size > 1:
         problems.append(
-            "--pipeline-parallel-size above 1 was never tested with quantising at load; quantise "
-            "offline with `vllm-compress quantize` or use --tensor-parallel-size"
+            "--pipeline-parallel-size above 1 was never tested with quantization at load; "
+            "quantize offline with `vllm-compress quantize` or use --tensor-parallel-size"
         )
     return problems

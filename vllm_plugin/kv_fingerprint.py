@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a KV profile is tied to, read from a Hugging Face config: for the tool and the engine.
+"""The fingerprint that ties a KV profile or bases to a model, read from a Hugging Face config.
 
 ``config`` is the text model's: transformers' ``config.get_text_config()``, vLLM's
 ``model_config.hf_text_config``.
@@ -16,10 +16,15 @@ from quant_methods.checkpoint import Checkpoint
 
 
 def fingerprint_of(name: str, config: Any) -> ModelFingerprint:
-    """The fingerprint of a decoder. ``name`` is for people: a hub id or a folder's name.
+    """Read the fingerprint of a decoder.
 
-    The text part of a multimodal config names no architecture; its model_type stands in.
-    CompressError when the config lacks a size, or gives one per layer.
+    Args:
+        name: for messages: a hub id or a folder.
+        config: the text model's. The text part of a multimodal config names no architecture; its
+            model_type is used instead.
+
+    Raises:
+        CompressError: the config lacks a size, or gives layers different sizes.
     """
     if varying := shapes_per_layer(config):
         raise CompressError(
@@ -50,9 +55,9 @@ def fingerprint_of(name: str, config: Any) -> ModelFingerprint:
 
 
 def shapes_per_layer(config: Any) -> list[str]:
-    """The sizes of attention of which layers have different ones; empty for one shape.
+    """List the sizes of attention in which layers differ; empty where all have one shape.
 
-    transformers raises where such a size is read from the config of the whole model.
+    transformers raises an error where such a size is read from the config of the whole model.
     """
     if not getattr(config, "is_heterogeneous", False):
         return []
@@ -62,15 +67,15 @@ def shapes_per_layer(config: Any) -> list[str]:
 
 
 def unknown_kinds(config: Any) -> list[str]:
-    """Kinds of layers that are neither full attention nor a window of it."""
+    """List the kinds of layers that are neither full attention nor a window of it."""
     known = {"full_attention", "sliding_attention", "chunked_attention"}
     return sorted(set(getattr(config, "layer_types", None) or ()) - known)
 
 
 def full_attention_layers(config: Any, max_model_len: int | None = None) -> tuple[int, ...]:
-    """Indices of the layers whose queries see all earlier keys.
+    """Return the indices of the layers whose queries see all earlier keys.
 
-    Sliding windows are left out, unless no request can be longer than the window.
+    Layers with a sliding window are left out, unless no request can be longer than the window.
 
     Args:
         config: the text model's.
@@ -84,7 +89,7 @@ def full_attention_layers(config: Any, max_model_len: int | None = None) -> tupl
         if wide and set(kinds) == {"sliding_attention"}:
             return every
         return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
-    # Without a list of kinds a window holds for every layer (Mistral 7B 0.1).
+    # Without a list of kinds, the window applies to every layer (Mistral 7B 0.1).
     if window and not wide and getattr(config, "use_sliding_window", True):
         return ()
     return every

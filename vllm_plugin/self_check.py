@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine compresses, or how it denoises, as one table in its log."""
+"""The table in an engine's log that says what it compresses, or how it denoises."""
 
 from collections.abc import Callable, Mapping
 
@@ -20,7 +20,7 @@ Rows = list[tuple[str, str]]
 
 
 def table(vllm_config: VllmConfig, settings: Settings, num_blocks: int | None = None) -> Rows:
-    """What an engine compresses, from its config and the headers of the checkpoint.
+    """Describe what an engine compresses, from its config and the headers of the checkpoint.
 
     Args:
         vllm_config: of the engine, after the config edge.
@@ -64,7 +64,7 @@ def log_nothing() -> None:
 
 
 def weights_of(config: VllmConfig, settings: Settings) -> Footprint | None:
-    """How many bytes the weights take.
+    """Compute how many bytes the weights take.
 
     Args:
         config: of the engine.
@@ -90,13 +90,13 @@ def weights_of(config: VllmConfig, settings: Settings) -> Footprint | None:
             tensor_parallel=config.parallel_config.tensor_parallel_size,
             packing="cpu-int8" if int8 else "cpu-bf16" if on_cpu else "checkpoint",
         )
-    except Exception as error:  # a figure for people; what is wrong with weights, the loader tells
+    except Exception as error:  # the loader reports what is wrong with weights
         logger.debug("bytes of the weights are not known: %s", error)
         return None
 
 
 def layouts(config: VllmConfig, settings: Settings) -> Mapping[int, Layout] | None:
-    """The layout of each compressed layer; None without ``compress.kv``."""
+    """Return the layout of each compressed layer; None without ``compress.kv``."""
     if settings.kv is None:
         return None
     model = config.model_config

@@ -28,13 +28,13 @@ class WeightSettings(BaseModel):
 
     activations: Literal["auto", "bf16", "int8"] = Field(
         "auto",
-        description="CPU only. bf16: weights alone are 4-bit. int8: activations are rounded to 8 "
-        "bits per token too (AMX). auto: int8 where vLLM's own int4 kernel does so, else bf16",
+        description="CPU only. bf16: only the weights are 4-bit. int8: activations are rounded to "
+        "8 bits per token as well (AMX). auto: int8 where vLLM's int4 kernel does so, else bf16",
     )
     calibration: CalibrationSettings = CalibrationSettings()
 
     def request(self, method: str, tensor_parallel: int) -> PlanRequest:
-        """What the loader asks of quant_methods; CompressError when a setting is not valid."""
+        """Build the request to quant_methods; CompressError where a setting is not valid."""
         settings = dict(self.model_extra or {})
         if "tensor_parallel" in settings:
             raise CompressError(
@@ -57,13 +57,13 @@ class KVSettings(BaseModel):
     policy: str = Field(description="what is scored: see `vllm-compress methods`")
     keep: Share | None = Field(
         None,
-        description="share of the KV cache that stays, in (0, 1]; smaller: more requests fit, more "
-        "is forgotten. May be left out with a profile, which names its own",
+        description="share of the KV cache that is kept, in (0, 1]; smaller: more requests fit, "
+        "more is forgotten. Can be left out with a profile, which has its own",
     )
     profile: Path | None = Field(
         None,
-        description="per-layer shares, a file made by `vllm-compress profile`; none: every layer "
-        "keeps the same",
+        description="file of per-layer shares, made by `vllm-compress profile`; none: every layer "
+        "keeps the same share",
     )
     levels: int | None = Field(
         None, ge=1, le=8, description="groups that a profile's layers are cut into; its own if none"
@@ -72,14 +72,14 @@ class KVSettings(BaseModel):
         None,
         ge=0,
         description="generated tokens are compacted in windows of this many, a multiple of the "
-        "block size; smaller: memory is given back earlier, choices see less; 0: never. Default: "
-        "256; for cskv the fewest that can become latents, 32 or one block",
+        "block size; smaller: memory is given back earlier, but fewer tokens compete; 0: never. "
+        "Default: 256, rounded up to whole blocks; for cskv the fewest that can become latents",
     )
     min_prompt: int = Field(
-        128, ge=0, description="prompts of fewer tokens keep everything, rounded up to whole blocks"
+        128, ge=0, description="shorter prompts keep everything; tokens, rounded up to whole blocks"
     )
     min_blocks: int = Field(
-        1, ge=1, description="blocks that a compacted prompt or window keeps at least"
+        1, ge=1, description="least number of blocks that a compacted prompt or window keeps"
     )
 
     @model_validator(mode="before")
@@ -157,10 +157,10 @@ def parse_settings(additional_config: Any) -> Settings:
 
 
 def _misplaced(given: dict[str, Any]) -> list[str]:
-    """Sections and settings that were meant for us: misspelt, or in another place.
+    """List sections that were meant for this plugin, but are misspelt or in another place.
 
-    Other plugins keep sections here too. A name that is only somewhat similar to ours must
-    therefore have content that looks like ours.
+    Other plugins keep sections here too. A name that is only similar to ours is therefore left
+    alone, unless its content looks like ours.
     """
     if not given.keys() - {KEY}:
         return []

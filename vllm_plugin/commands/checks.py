@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is checked of an installation and of a model, before an engine starts."""
+"""The checks of ``doctor``: of an installation, and of a model before an engine starts."""
 
 import platform
 import re
@@ -59,7 +59,7 @@ class Check:
 
 
 def installation() -> list[Check]:
-    """What does not depend on a model. Loads the plugin as vLLM does."""
+    """Check what does not depend on a model. Loads the plugin as vLLM does."""
     fits = Version(vllm.__version__).base_version in SpecifierSet(SUPPORTED_VLLM)
     wanted = "" if fits else f"; this plugin was tested with {SUPPORTED_VLLM}, install one of these"
     broken = broken_seams()
@@ -75,7 +75,7 @@ def installation() -> list[Check]:
 
 
 def model_checks(args: EngineArgs) -> list[Check]:
-    """What an engine with these arguments would refuse, or choose. Loads no weights."""
+    """Check what an engine with these arguments would refuse or choose. Loads no weights."""
     try:
         config = args.create_engine_config()
         settings = parse_settings(config.additional_config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which models are served by denoising, with which settings, and what rules it out."""
+"""Which models are served by denoising, with which settings, and what rules that out."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ WORKER = "vllm_plugin.diffusion.worker.DiffusionWorker"
 SCHEDULER = "vllm_plugin.diffusion.scheduler.DiffusionScheduler"
 _CPU_BLOCK = 32
 
-# Other diffusion models, and why they are not served.
+# Other diffusion models, with the reason why they are not served.
 _BLOCK_CAUSAL = (
-    "is block-causal: what lies before its active block never changes, so there is nothing for a "
-    "refresh policy to decide"
+    "is block-causal: tokens before the active block never change, so a refresh policy has nothing "
+    "to decide"
 )
 _OTHERS = {
     "llada2_moe": _BLOCK_CAUSAL,
@@ -53,22 +53,22 @@ def model_type_of(args: EngineArgs) -> str | None:
 
 
 def settings_of(config: VllmConfig) -> DiffusionSettings:
-    """``compress.diffusion``, or its defaults."""
+    """Return ``compress.diffusion``, or its defaults."""
     return parse_settings(config.additional_config).diffusion or DiffusionSettings()
 
 
 def diffusion_of(config: VllmConfig) -> DiffusionSettings | None:
-    """How a model that denoises is served; None for any other model."""
+    """Return how a model that denoises is served; None for any other model."""
     return settings_of(config) if isinstance(config.model_config.hf_config, LLaDAConfig) else None
 
 
 def policy_of(config: VllmConfig) -> CachePolicy:
-    """A fresh policy as the server is configured."""
+    """Build a policy as the server is configured."""
     return settings_of(config).build()
 
 
 def choose_engine_args(args: EngineArgs) -> None:
-    """Choose what depends on denoising and the user left alone."""
+    """Set the engine arguments that depend on denoising and that the user left unset."""
     for name, value in {
         "async_scheduling": False,
         "enable_prefix_caching": False,
@@ -83,14 +83,18 @@ def choose_engine_args(args: EngineArgs) -> None:
         args.block_size = _CPU_BLOCK
     args.enforce_eager = True  # the number of rows changes between layers
     args.attention_config.use_non_causal = True
-    # What the published model is decoded with.
+    # The published model is decoded greedily.
     # generation_config.json sets defaults that no client asked for; None removes one.
     neutral: dict[str, Any] = {name: None for name in UNSUPPORTED} | {"temperature": 0.0}
     args.override_generation_config = neutral | args.override_generation_config
 
 
 def apply_diffusion(config: VllmConfig, settings: DiffusionSettings | None) -> None:
-    """Check an engine whose model denoises; CompressError lists all that rules it out."""
+    """Check an engine whose model denoises.
+
+    Raises:
+        CompressError: lists everything that rules it out.
+    """
     served = settings or DiffusionSettings()
     problems = _problems(config)
     try:
@@ -104,9 +108,9 @@ def apply_diffusion(config: VllmConfig, settings: DiffusionSettings | None) -> N
 
 
 def refuse_other(model_type: str | None, settings: DiffusionSettings | None) -> None:
-    """CompressError if ``compress.diffusion`` is set for a model that does not denoise."""
+    """Raise CompressError where ``compress.diffusion`` is set for a model that does not denoise."""
     if settings is not None and model_type != MODEL_TYPE:
-        why = _OTHERS.get(str(model_type), "is none that denoises a canvas")
+        why = _OTHERS.get(str(model_type), "does not denoise a canvas")
         raise CompressError(
             f"compress.diffusion is set, but this model ({model_type}) {why}; remove the section, "
             f"or serve a model of type {MODEL_TYPE} ({ARCHITECTURE})"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the settings to one layout per layer."""
+"""Make one layout per layer from the settings."""
 
 import math
 from collections.abc import Mapping
@@ -29,18 +29,24 @@ _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
 def layouts_of(
     settings: KVSettings, block_size: int, name: str, config: Any
 ) -> Mapping[int, Layout]:
-    """The layout of each full-attention layer, by its index in the model.
+    """Make the layout of each full-attention layer, by its index in the model.
 
-    name, config: as for ``fingerprint_of``. CompressError says what does not fit: a profile or
-    bases of another model or budget, a policy without the file that it needs, a window that is not
-    whole blocks.
+    Args:
+        settings: ``compress.kv``.
+        block_size: tokens per block.
+        name: for messages: a hub id or a folder.
+        config: the text model's.
+
+    Raises:
+        CompressError: the model cannot be compressed; the profile or the bases are of another
+            model or budget; the policy lacks a file that it needs; a window is not whole blocks.
     """
     if problems := kv_model_problems(config, latents=settings.latents):
         raise joined(problems)
     if settings.latents and settings.keep != 1:
         return _latent_layouts(settings, block_size, name, config)
     model, layers = fingerprint_of(name, config), full_attention_layers(config)
-    policy = policies().get(settings.policy)  # an unknown one is reported by ``settings.build``
+    policy = policies().get(settings.policy)  # ``settings.build`` reports an unknown policy
     shares = dict.fromkeys(layers, settings.keep or Fraction(1))
     if settings.profile is not None:
         profile = load(settings.profile, model, layers)
@@ -72,13 +78,13 @@ def layouts_of(
 
 
 def _whole(tokens: int, block_size: int) -> int:
-    """Rounded up to whole blocks."""
+    """Round up to whole blocks."""
     return -(-tokens // block_size) * block_size
 
 
 def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
-    """The bases that ``settings`` name, checked against the model; parameters as above."""
-    policy = settings.build()  # says what is wrong with its settings
+    """Load the bases that ``settings`` name and check them; parameters as for ``layouts_of``."""
+    policy = settings.build()  # raises where its settings are wrong
     if settings.bases is None:
         raise CompressError(
             f"{settings.policy} needs bases of the model: make them with `vllm-compress "
@@ -90,7 +96,7 @@ def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
 
 
 def _digest(name: str, config: Any) -> str | None:
-    """Digest of the weights that the bases must have been fitted to.
+    """Compute the digest of the weights that the bases must have been fitted to.
 
     Returns:
         For int4 weights that this package wrote, the digest of what they were made from. None
@@ -129,20 +135,21 @@ def _latent_layouts(
     for key, value in (("keep", settings.keep), ("profile", settings.profile)):
         if value is not None:
             problems.append(
-                f"{key} is given, but the bases {settings.bases} name their own ratio; leave {key} "
-                "out"
+                f"{key} is given, but the bases {settings.bases} have a ratio of their own; leave "
+                f"{key} out"
             )
     if settings.min_blocks != 1:
         problems.append(f"{settings.policy} keeps every token; leave min_blocks out")
     elements = block_size * 2 * model.num_key_value_heads * model.head_dim
-    # Layers of one total share their blocks, though scales of 4 bits weigh a little differently.
+    # Layers with the same total rank get the same number of tokens per block. Otherwise the scales
+    # of 4-bit latents would make their layouts differ by a token, and their groups with them.
     tokens: dict[int, int] = {}
     for layer in bases.layers:
         most = LatentFormat.most_tokens(elements, *bases.ranks(layer), own.bits)
         total = sum(bases.ranks(layer))
         tokens[total] = min(most, tokens.get(total, most))
     if bases.ratio and (least := min(tokens.values())) <= block_size:
-        most = next(total for total, held in tokens.items() if held == least)
+        most = next(total for total, per_block in tokens.items() if per_block == least)
         problems.append(
             f"latents of {most} numbers save nothing in blocks of {block_size} tokens: make bases "
             "with a larger --ratio, or set a larger --block-size"
@@ -153,7 +160,7 @@ def _latent_layouts(
     return {
         layer: LatentLayout(
             block_size=block_size,
-            tokens=held if (held := tokens[sum(bases.ranks(layer))]) > block_size else 0,
+            tokens=per_block if (per_block := tokens[sum(bases.ranks(layer))]) > block_size else 0,
             unit=unit,
             window=unit if settings.decode_window is None else settings.decode_window,
             min_prompt=_whole(settings.min_prompt, block_size),

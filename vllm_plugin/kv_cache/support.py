@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What KV compression cannot serve: found before a worker starts, where the config tells."""
+"""What KV compression cannot serve, found before a worker starts, and again by the worker."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +21,8 @@ from vllm_plugin.settings import KVSettings
 
 _CPU_BLOCK = 32
 WORKER = "vllm_plugin.kv_cache.worker.CompressedWorker"
-# The name under which vLLM finds our attention, and where it is. A CPU looks at no other name.
+# The name under which vLLM finds our attention backend, and its class. On a CPU, vLLM looks for
+# CPU_ATTN only.
 BACKEND = (
     (AttentionBackendEnum.CPU_ATTN, "vllm_plugin.kv_cache.cpu.CPUBackend")
     if current_platform.is_cpu()
@@ -30,20 +31,21 @@ BACKEND = (
 
 
 def choose_engine_args(args: EngineArgs) -> None:
-    """Choose what depends on compression and the user left alone.
+    """Set the engine arguments that depend on compression and that the user left unset.
 
-    vLLM's CPU default of 128 tokens a block would round the share of a short prompt up a lot.
+    vLLM's default of 128 tokens per block on a CPU would keep far more of a short prompt than asked
+    for, because whole blocks are kept.
     """
     if current_platform.is_cpu() and args.block_size is None:
         args.block_size = _CPU_BLOCK
     if args.attention_backend is None and args.attention_config.backend is None:
-        # By name also where it is the only one: vLLM remembers its choice per name, so that a stock
-        # engine that ran before in this process would decide for this one.
+        # Named also where there is only one backend. vLLM caches its choice by name, so that an
+        # engine that ran in this process before would otherwise choose for this one.
         args.attention_backend = BACKEND[0]
 
 
 def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
-    """Set our worker and the check of requests.
+    """Set our worker class and the check of requests.
 
     Args:
         config: vLLM's own, of this engine.
@@ -51,7 +53,7 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
         worker: ``--worker-cls`` as the user gave it.
 
     Raises:
-        CompressError: lists all that rules compression out.
+        CompressError: lists everything that rules compression out.
     """
     model = config.model_config
     if drop_wide_window(model.hf_text_config, model.max_model_len):
@@ -76,13 +78,13 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
 
 
 def _layouts(settings: KVSettings, config: VllmConfig) -> None:
-    """Make the layouts, for what is wrong with them."""
+    """Make the layouts, for the errors that this raises."""
     model = config.model_config
     layouts_of(settings, config.cache_config.block_size, model.model, model.hf_text_config)
 
 
 def _model_problems(config: VllmConfig, latents: bool) -> list[str]:
-    """What rules the model out: from its config, and from vLLM's class for it."""
+    """List what rules the model out, by its config and by vLLM's class for it."""
     model = config.model_config
     problems = kv_model_problems(
         model.hf_text_config, latents=latents, max_model_len=model.max_model_len
@@ -104,7 +106,7 @@ def _model_problems(config: VllmConfig, latents: bool) -> list[str]:
 
 
 def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
-    """What in an engine's arguments rules compression out.
+    """List what rules compression out in an engine's arguments.
 
     Args:
         config: vLLM's own, of this engine.
@@ -118,9 +120,7 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
         f"platform {current_platform.device_name}: KV compression runs on CPU and CUDA": not (
             current_platform.is_cpu() or current_platform.is_cuda()
         ),
-        "a pooling model has no KV cache to keep; remove compress.kv": (
-            model.runner_type != "generate"
-        ),
+        "a pooling model keeps no KV cache; remove compress.kv": (model.runner_type != "generate"),
         f"--kv-cache-dtype {cache.cache_dtype}: quantized caches cannot be rearranged yet; leave "
         "it at auto or remove compress.kv": cache.cache_dtype
         not in ("auto", "bfloat16", "float16"),
@@ -128,8 +128,8 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
         "flag": config.scheduler_config.disable_hybrid_kv_cache_manager is True,
         "--kv-transfer-config: the connector would store compacted blocks under the hashes of "
         "whole ones; remove it, or remove compress.kv": config.kv_transfer_config is not None,
-        "--speculative-config: a rejected token could lie in a window that is compacted already, "
-        "and draft layers would join compressed groups; remove it": (
+        "--speculative-config: a rejected token could lie in a window that was compacted, and "
+        "draft layers would join compressed groups; remove it": (
             config.speculative_config is not None
         ),
         "--decode-context-parallel-size or --prefill-context-parallel-size above 1: blocks are "
@@ -145,8 +145,8 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
         f"--worker-cls {chosen_worker}: KV compression brings its own; remove the flag": (
             chosen_worker not in ("auto", WORKER)
         ),
-        f"--attention-backend {config.attention_config.backend}: KV compression is built on "
-        f"another; remove the flag": config.attention_config.backend != BACKEND[0],
+        f"--attention-backend {config.attention_config.backend}: KV compression needs "
+        f"its own; remove the flag": config.attention_config.backend != BACKEND[0],
         "the second model runner was never tested on a CPU; unset VLLM_USE_V2_MODEL_RUNNER": (
             current_platform.is_cpu() and config.use_v2_model_runner
         ),
@@ -161,7 +161,7 @@ def layer_problems(
     config: Any,
     latents_of: torch.nn.Module | None = None,
 ) -> list[str]:
-    """What rules compression out once the model's layers exist.
+    """List what rules compression out once the model's layers exist.
 
     The config edge has asked the config already. This is the last guard, against a model whose
     layers are not what its config says.

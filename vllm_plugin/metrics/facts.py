@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of an engine's compression before its first request."""
+"""Figures of an engine's compression that are known before its first request."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,17 +19,22 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Facts:
-    """info: values of its labels. gauges: values by metric and label."""
+    """Figures of one engine.
+
+    Attributes:
+        info: values of the labels of the metric ``info``.
+        gauges: values by metric and label.
+    """
 
     info: dict[str, str]
     gauges: dict[tuple[str, str], float]
 
 
 def facts_of(config: VllmConfig) -> Facts:
-    """The facts of an engine that compresses something, or denoises.
+    """Collect the facts of an engine that compresses something, or denoises.
 
-    Nothing is raised for a figure that is not known (a cache of unknown size, weights that are not
-    safetensors): it has no metric then.
+    A figure that is not known (a cache of unknown size, weights that are not safetensors) has no
+    metric. Nothing is raised for it.
     """
     settings = parse_settings(config.additional_config)
     info = dict.fromkeys(("policy", "keep", "levels", "decode_window", "profile"), NONE)
