@@ -196,7 +196,7 @@ def test_bad_settings_are_refused_at_start(
 def test_settings_of_a_written_checkpoint_are_fixed(written: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    with pytest.raises(ValueError, match="group_size.*already quantised"):
+    with pytest.raises(ValueError, match="group_size.*quantized already"):
         EngineArgs(
             model=str(written), additional_config=settings(group_size=64)
         ).create_engine_config()

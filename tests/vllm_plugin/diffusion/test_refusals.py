@@ -148,7 +148,7 @@ def test_other_llada_configs(
     [
         ("llada2_moe", "block-causal"),
         ("Dream", "shifts its logits"),
-        ("llama", "none that denoises"),
+        ("llama", "does not denoise"),
     ],
 )
 def test_other_models(tmp_path: Path, model_type: str, expected: str) -> None:
