@@ -178,7 +178,7 @@ def test_two_tensor_parallel_ranks_agree_with_one(
             {"quantization": None, "additional_config": settings()},
             "--quantization smoothquant_plus",
         ),
-        ({"load_format": "sharded_state", "enable_lora": True}, r"2 problems:(.|\n)*LoRA"),
+        ({"load_format": "sharded_state", "enable_lora": True}, r"2 problems:(.|\n)*--enable-lora"),
     ],
 )
 def test_bad_settings_are_refused_at_start(
