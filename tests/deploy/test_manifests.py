@@ -35,7 +35,7 @@ def of_kind(objects: list[Object], kind: str) -> list[Object]:
     return [each for each in objects if each["kind"] == kind]
 
 
-def one(objects: list[Object], kind: str) -> Object:
+def single(objects: list[Object], kind: str) -> Object:
     (found,) = of_kind(objects, kind)
     return found
 
@@ -218,7 +218,7 @@ def test_pods_are_restricted(name: str, build: Build) -> None:
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_prometheus_finds_all_pods(name: str, build: Build) -> None:
-    spec = one(build("monitoring"), "PodMonitor")["spec"]
+    spec = single(build("monitoring"), "PodMonitor")["spec"]
     objects = build(name)
     ports = {endpoint["port"] for endpoint in spec["podMetricsEndpoints"]}
     chosen = selected(spec["selector"], objects)
@@ -230,7 +230,7 @@ def test_prometheus_finds_all_pods(name: str, build: Build) -> None:
 def test_keda_scales_a_deployment_by_its_own_models_load(name: str, build: Build) -> None:
     objects = build(name)
     flags = {each["metadata"]["name"]: (each, flags) for each, flags in servers(objects)}
-    scaled = one(objects, "ScaledObject")
+    scaled = single(objects, "ScaledObject")
     deployment, served = flags[scaled["spec"]["scaleTargetRef"]["name"]]
     assert "replicas" not in deployment["spec"]
     for trigger in scaled["spec"]["triggers"]:
@@ -361,7 +361,7 @@ def test_plugin_is_named(build: Build, deploy: Path) -> None:
     from importlib.metadata import entry_points
 
     project = tomllib.loads((deploy.parent / "pyproject.toml").read_text())["project"]
-    (container,) = one(build("base"), "Deployment")["spec"]["template"]["spec"]["containers"]
+    (container,) = single(build("base"), "Deployment")["spec"]["template"]["spec"]["containers"]
     environment = {each["name"]: each.get("value") for each in container["env"]}
     (application,) = serve_config(deploy)["applications"]
     (config,) = application["args"]["llm_configs"]
@@ -425,7 +425,7 @@ def serve_config(deploy: Path) -> Object:
 
 
 def test_rayservice_is_the_serve_config(build: Build, deploy: Path) -> None:
-    spec = one(build("overlays/ray"), "RayService")["spec"]
+    spec = single(build("overlays/ray"), "RayService")["spec"]
     assert yaml.safe_load(spec["serveConfigV2"]) == serve_config(deploy)
     (application,) = serve_config(deploy)["applications"]
     (config,) = application["args"]["llm_configs"]

@@ -1,7 +1,7 @@
 {{- /* SPDX-License-Identifier: Apache-2.0 */ -}}
 
-{{- /* A manifest of the base, named after a model, its selectors narrowed to it.
-       Of: root, file, name. Gives YAML. */ -}}
+{{- /* A manifest of the base, named after a model, with selectors that choose that model's pods.
+       Takes root, file, name. Returns YAML. */ -}}
 {{- define "vllm-compress.manifest" -}}
 {{- $found := .root.Files.Get .file | fromYaml -}}
 {{- $name := printf "vllm-compress-%s" .name -}}
@@ -20,7 +20,7 @@
 {{- end -}}
 
 {{- /* The base's Deployment with what the overlay for its device changes, and the model's values.
-       Of: root, name, model, config (a hash). Gives YAML. */ -}}
+       Takes root, name, model, config (a hash of the flags). Returns YAML. */ -}}
 {{- define "vllm-compress.deployment" -}}
 {{- $found := include "vllm-compress.manifest" (merge (dict "file" "base/deployment.yaml") .) | fromYaml -}}
 {{- $gpus := int (default 0 .model.gpus) -}}

@@ -157,4 +157,4 @@ def test_a_second_engine_in_a_process_replaces_the_series_of_the_first(demo_mode
             families = [f for f in REGISTRY.collect() if f.name == metric.full_name]
             assert len(families) == 1
             found = [s.labels for s in families[0].samples]
-            assert any(labels.items() <= one.items() for one in found)
+            assert any(labels.items() <= each.items() for each in found)
