@@ -23,7 +23,6 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.exceptions import VLLMError
 
 from vllm_plugin.request_check import RequestCheck
 
@@ -85,8 +84,8 @@ def refuse_stream(path: str, body: bytes, state: State) -> None:
         return
     try:
         params = _parameters(path, json.loads(body), state)
-    except (ValueError, TypeError, VLLMError):
-        return  # vLLM refuses it as well, in its own words and in time
+    except Exception:  # vLLM meets the same error before the answer starts, and words it itself
+        return
     for check in checks if params else ():
         try:
             check.validate_params(params)
