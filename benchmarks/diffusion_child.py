@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's side of the diffusion benchmark."""
+"""The part of the diffusion benchmark that runs in an engine's process."""
 
 import random
 import time
@@ -32,9 +32,16 @@ class DiffusionChild(Child):
         alone: bool = False,
         extra: dict[str, Any] | None = None,
     ) -> dict[str, float]:
-        """``tokens_per_s`` of requests of (prompt, canvas) tokens, and ``overhead_share``.
+        """Run requests, of which none ends early.
 
-        alone: one after the other. extra: their ``extra_args``. No request ends early.
+        Args:
+            shapes: Tokens of each request's prompt and canvas.
+            seed: Of the random prompts.
+            alone: Run one request after the other.
+            extra: ``extra_args`` of the requests.
+
+        Returns:
+            ``tokens_per_s`` and ``overhead_share``.
         """
         draw = random.Random(seed)
         self._forward = spent = 0.0

@@ -39,9 +39,9 @@ def draw(full: dict[str, Any], target: Path) -> None:
             points = sorted(points, key=lambda point: point["token_layers_ratio"])
             seen = [(point["token_layers_ratio"], point[measure]) for point in points]
             axes.plot(*zip(*seen, strict=True), label=name, **_style(name))
-        axes.set(xlabel="token-layers, over full's", title=title)
+        axes.set(xlabel="token-layers relative to full", title=title)
         axes.grid(alpha=0.3)
-    left.set_ylim(0.99, 1.002)
+    left.set_ylim(0.995, 1.001)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(target, dpi=110)
 

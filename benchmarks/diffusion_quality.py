@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy, drift and cost of each policy, on the dense reference."""
+"""Accuracy, divergence and cost of each policy, on the dense reference."""
 
 import math
 import statistics
@@ -30,12 +30,12 @@ POLICIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "elastic": ({}, WINDOW),
 }
 LENGTHS = (32, 48, 64)
-COUNT = 16  # prompts of each task and length
+COUNT = 16  # prompts for each task and length
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A policy with settings. label: of a curve's point."""
+    """A policy with settings. ``label`` names a point of the curve."""
 
     name: str
     settings: dict[str, Any]
@@ -45,7 +45,7 @@ class Contender:
 
 
 def curve() -> Iterator[Contender]:
-    """Other settings than the defaults."""
+    """Yield settings other than the defaults."""
     for period in (2, 3, 6, 8, 12):
         yield Contender("fixed_period", {"period": period}, WINDOW, label=f"period {period}")
     for gamma in (0.5, 0.8, 0.95, 0.98, 0.99, 1.0):
@@ -135,7 +135,7 @@ def _one(
 
 
 def _kl(model: DenseLLaDA, step: Step) -> float:
-    """Of a step's predictions from those of a forward without any cache."""
+    """Return the KL divergence of a step's predictions from those of a forward without a cache."""
     exact = model(torch.from_numpy(step.tokens)[None])[0, torch.from_numpy(step.plan.active)]
     exact, mine = (x.double().log_softmax(-1) for x in (exact, step.logits))
     return float((exact.exp() * (exact - mine)).sum(-1).mean())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens per second of each policy in the engine, and what a step costs beside the model."""
+"""Tokens per second of each policy in the engine, and the cost of a step beside the model."""
 
 import random
 from contextlib import ExitStack
@@ -15,9 +15,9 @@ from dllm_denoising.registry import build_policy
 from dllm_denoising.settings import Decoding
 
 PROMPT, CANVAS = 256, 256
-RAGGED = (256, 296, 320, 352, 400, 432, 480, 512)  # prompt and canvas, half of each
+RAGGED = (256, 296, 320, 352, 400, 432, 480, 512)  # tokens, half of them prompt, half canvas
 
-BATCH8 = {  # policies that serve them, and the key of what that brings
+BATCH8 = {  # policies that serve the ragged requests, and the key of the gain
     "fixed_period": "batch8_ratio",
     "never": "batch8_ratio_never",
     "dual_cache": "batch8_ratio_dual_cache",
@@ -25,7 +25,7 @@ BATCH8 = {  # policies that serve them, and the key of what that brings
 
 
 class DiffusionEngine(Engine):
-    """An engine that answers what this benchmark asks."""
+    """An engine that runs ``DiffusionChild``."""
 
     child = "benchmarks.diffusion_child:DiffusionChild"
 
@@ -37,7 +37,7 @@ def _engine(policy: str, options: Options) -> DiffusionEngine:
         tiny_llada.folder(),
         dtype="float32",
         max_model_len=512,
-        hf_overrides={"max_sequence_length": 512},  # it learned 128: here only the time counts
+        hf_overrides={"max_sequence_length": 512},  # trained on 128: only the time counts here
         max_num_batched_tokens=8192,
         kv_cache_memory_bytes=1 << 28,
         additional_config={"compress": {"diffusion": section}},
@@ -80,7 +80,7 @@ def speed(options: Options, result: Result) -> None:
 
 
 def _token_layers(prompt: int, canvas: int, seed: int) -> dict[str, float]:
-    """What each policy computes of the request that is timed, over ``full``."""
+    """Return what each policy computes of the timed request, relative to ``full``."""
     draw = random.Random(seed)
     tokens = [draw.randrange(10) for _ in range(prompt)]
     model = tiny_llada.load(tiny_llada.folder())

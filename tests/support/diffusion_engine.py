@@ -3,9 +3,10 @@
 
 ``run(model, cases)`` is the caller's side. A case is a dict: ``section`` (``compress.diffusion``),
 ``engine`` (engine arguments), ``requests`` (dicts with ``prompt``, token ids, ``max_tokens``, and
-if wanted ``temperature``, ``seed``, ``extra``), ``alone`` (one request at a time), ``rounds`` (send
-all so many times), ``storm`` (abort at random times with this seed), ``resets`` (engine steps
-after which all running requests lose their blocks), ``measure`` (see ``set_aside``, CPU alone).
+if wanted ``temperature``, ``seed``, ``extra``, ``refused``), ``alone`` (one request at a time),
+``rounds`` (send all so many times), ``storm`` (abort at random times with this seed), ``resets``
+(engine steps after which all running requests lose their blocks), ``measure`` (see ``set_aside``,
+on CPU alone).
 
 The answer has ``rounds`` (tokens per request, null if aborted), ``reasons`` (why each request of
 the last round ended), ``pieces`` (how many outputs each of them had), ``free_before`` and
@@ -220,6 +221,7 @@ class _Watch:
 
 def _add(engine: Any, name: str, request: dict[str, Any]) -> None:
     from vllm import SamplingParams, TokensPrompt
+    from vllm.exceptions import VLLMValidationError
 
     sampling = SamplingParams(
         temperature=request.get("temperature", 0),
@@ -229,7 +231,15 @@ def _add(engine: Any, name: str, request: dict[str, Any]) -> None:
         detokenize=False,
         extra_args=request.get("extra"),
     )
-    engine.add_request(name, TokensPrompt(prompt_token_ids=request["prompt"]), sampling)
+    prompt = TokensPrompt(prompt_token_ids=request["prompt"])
+    if not request.get("refused"):
+        engine.add_request(name, prompt, sampling)
+        return
+    try:
+        engine.add_request(name, prompt, sampling)
+    except VLLMValidationError:
+        return
+    raise AssertionError("an engine must refuse this request")
 
 
 if __name__ == "__main__":

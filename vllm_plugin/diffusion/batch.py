@@ -10,29 +10,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from dllm_denoising.base import Observation
 from dllm_denoising.denoiser import Denoiser
+from vllm_plugin.diffusion.running import Running
 from vllm_plugin.diffusion.step import Stage
-
-
-@dataclass(frozen=True)
-class Running:
-    """A request that is being denoised.
-
-    Attributes:
-        denoiser: Its canvas and policy.
-        blocks: Cache blocks of its whole canvas, reserved when it was admitted, int64.
-        slots: Place of each position in the cache, int64 [N].
-    """
-
-    denoiser: Denoiser
-    blocks: np.ndarray
-    slots: np.ndarray
-
-    @classmethod
-    def of(cls, denoiser: Denoiser, blocks: Sequence[int], block_size: int) -> "Running":
-        """Return a request whose canvas lies in ``blocks``, one after the other."""
-        at = np.arange(len(denoiser.canvas))
-        table = np.asarray(blocks, dtype=np.int64)
-        return cls(denoiser, table, table[at // block_size] * block_size + at % block_size)
 
 
 @dataclass(frozen=True)

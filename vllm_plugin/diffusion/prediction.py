@@ -7,7 +7,7 @@ import torch
 
 from dllm_denoising.commit import predict
 from dllm_denoising.memory import parts
-from vllm_plugin.diffusion.batch import Running
+from vllm_plugin.diffusion.running import Running
 
 Logits = Callable[[torch.Tensor], torch.Tensor | None]
 

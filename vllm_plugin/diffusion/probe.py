@@ -24,7 +24,8 @@ from dllm_denoising.drift import (
     similarity,
 )
 from dllm_denoising.memory import StepMemory, groups
-from vllm_plugin.diffusion.batch import Prepared, Running, places
+from vllm_plugin.diffusion.batch import Prepared, places
+from vllm_plugin.diffusion.running import Running
 from vllm_plugin.kv_cache.pages import Pages
 
 

@@ -4,8 +4,9 @@
 from typing import Any
 
 from transformers import PretrainedConfig
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from compress_common.errors import CompressError, joined
@@ -14,6 +15,8 @@ from vllm_plugin.diffusion.config import ARCHITECTURE, MODEL_TYPE, LLaDAConfig, 
 from vllm_plugin.diffusion.requests import UNSUPPORTED, check_requests
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.settings import parse_settings
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
 
 WORKER = "vllm_plugin.diffusion.worker.DiffusionWorker"
 SCHEDULER = "vllm_plugin.diffusion.scheduler.DiffusionScheduler"
@@ -83,8 +86,8 @@ def choose_engine_args(args: EngineArgs) -> None:
         args.block_size = _CPU_BLOCK
     args.enforce_eager = True  # the number of rows changes between layers
     args.attention_config.use_non_causal = True
-    # The published model is decoded greedily.
-    # generation_config.json sets defaults that no client asked for; None removes one.
+    # Greedy, as the published model is decoded. A generation_config.json sets defaults that no
+    # client asked for; None removes such a default.
     neutral: dict[str, Any] = {name: None for name in UNSUPPORTED} | {"temperature": 0.0}
     args.override_generation_config = neutral | args.override_generation_config
 
@@ -105,6 +108,23 @@ def apply_diffusion(config: VllmConfig, settings: DiffusionSettings | None) -> N
     if problems:
         raise joined(problems)
     check_requests(config, served)
+    _tell_unused_defaults(config.model_config)
+
+
+def _tell_unused_defaults(model: ModelConfig) -> None:
+    """Log which sampling defaults of a checkpoint requests do not get."""
+    defaults = model.try_get_generation_config() if model.generation_config != "vllm" else {}
+    unused = [
+        f"{name} {value!r}"
+        for name, value in defaults.items()
+        if name in UNSUPPORTED and value not in (None, *UNSUPPORTED[name])
+    ]
+    if unused:
+        logger.info(
+            "Sampling defaults of generation_config.json that a diffusion model does not support "
+            "are not used: %s",
+            ", ".join(unused),
+        )
 
 
 def refuse_other(model_type: str | None, settings: DiffusionSettings | None) -> None:

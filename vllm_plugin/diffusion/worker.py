@@ -8,27 +8,25 @@ positions, and more of them in some layers than in others.
 
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from vllm.distributed import get_tp_group
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.kv_connector_model_runner_mixin import (
     KVConnectorModelRunnerMixin as Connector,
 )
 
-from dllm_denoising.denoiser import Denoiser
 from dllm_denoising.memory import StepMemory
 from vllm_plugin.diffusion.activity import Activity
-from vllm_plugin.diffusion.batch import Running, advance, next_rows, prepare
+from vllm_plugin.diffusion.batch import advance, next_rows, prepare
 from vllm_plugin.diffusion.prediction import predictions
 from vllm_plugin.diffusion.probe import Probe
-from vllm_plugin.diffusion.requests import canvas_length, decoding_of
+from vllm_plugin.diffusion.running import Running, RunningRequests
 from vllm_plugin.diffusion.step import DenoiseStep
 from vllm_plugin.diffusion.support import policy_of, settings_of
 from vllm_plugin.kv_cache.pages import Pages
@@ -94,33 +92,29 @@ class DiffusionWorker(PlatformWorker):
             for group in groups
             if isinstance(context[group.layer_names[0]], Attention)
         ]
-        self._block_size = groups[0].kv_cache_spec.block_size
-        self._settings = settings_of(self.vllm_config)
+        block_size = groups[0].kv_cache_spec.block_size
+        settings = settings_of(self.vllm_config)
         self._pages = None
-        if self._settings.build().tracks:
+        if settings.build().tracks:
             self._pages = [
-                Pages.of_layer(layer, layer.num_kv_heads, self._block_size, layer.head_size)
+                Pages.of_layer(layer, layer.num_kv_heads, block_size, layer.head_size)
                 for layer in layers
             ]
-        self._running: dict[str, Running] = {}
-        self._seeds = np.random.default_rng(self.model_config.seed)
+        self._running = RunningRequests(
+            settings,
+            mask=self._mask,
+            layers=self._layers,
+            block_size=block_size,
+            max_model_len=self.model_config.max_model_len,
+            seed=self.model_config.seed,
+        )
         self.activity = Activity(len(layers))
         if has_kv_transfer_group() and get_tp_group().rank_in_group == 0:
             get_kv_transfer_group().denoising = self.activity
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
         """Run one denoising step of each scheduled request."""
-        for request_id in scheduler_output.finished_req_ids:
-            self._running.pop(request_id, None)
-        for request in scheduler_output.scheduled_new_reqs:
-            if request.req_id in self._running:  # for Model Runner V2, a resumed request is new
-                self._resume(request.req_id, request.block_ids[0])
-            else:
-                self._running[request.req_id] = self._admitted(request)
-        cached = scheduler_output.scheduled_cached_reqs
-        for name, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
-            if name in cached.resumed_req_ids:
-                self._resume(name, blocks[0])
+        self._running.update(scheduler_output)
         ids = list(scheduler_output.num_scheduled_tokens)
         if not ids:
             if not has_kv_transfer_group():
@@ -200,33 +194,3 @@ class DiffusionWorker(PlatformWorker):
     @property
     def _mask(self) -> int:
         return self.model_config.hf_config.mask_token_id
-
-    def _resume(self, name: str, blocks: list[int]) -> None:
-        """Continue a request in new blocks, after it lost its old ones.
-
-        This happens only in ``reset_prefix_cache(reset_running_requests=True)``. Committed tokens
-        stay, as generated tokens do in other models.
-        """
-        denoiser = self._running[name].denoiser
-        denoiser.restart()
-        self._running[name] = Running.of(denoiser, blocks, self._block_size)
-
-    def _admitted(self, request: NewRequestData) -> Running:
-        params, prompt = request.sampling_params, request.prompt_token_ids
-        decoding, policy = decoding_of(params, self._settings)
-        stops = set(params.stop_token_ids or ())
-        if params.eos_token_id is not None:
-            stops.add(params.eos_token_id)
-        denoiser = Denoiser(
-            prompt,
-            canvas_length(len(prompt), params, self.model_config.max_model_len),
-            decoding,
-            policy,
-            mask=self._mask,
-            layers=self._layers,
-            stops=stops,
-            fill=params.eos_token_id,
-            temperature=params.temperature,
-            seed=int(self._seeds.integers(2**63)) if params.seed is None else params.seed,
-        )
-        return Running.of(denoiser, request.block_ids[0], self._block_size)

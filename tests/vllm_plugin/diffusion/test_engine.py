@@ -118,17 +118,20 @@ def test_longest_requests_end_and_resets_lose_nothing(model: tuple[Path, DenseLL
     asked = {"extra": {"compress_tokens_per_step": 16, "compress_block_length": 64}}
     long = some_requests(3, seed=6, max_tokens=10_000, **asked)  # above what the context holds
     long += [{"prompt": [5, 9] * 127 + [5], "max_tokens": 9}, long[0] | {"max_tokens": 40}]
+    refused = [{"prompt": [5] * size, "max_tokens": 1, "refused": True} for size in (256, 300)]
     ragged = some_requests(10, seed=7)
     ragged[0] |= {"temperature": 0.7, "seed": 3}
     sections = [SECTIONS[name] for name in ("fixed_period", "dual_cache", "elastic")]
     cases = [resets(section, ragged) for section in sections[1:]]
     cases[1]["measure"] = not torch.cuda.is_available()
     cases[1]["engine"] = {"max_num_seqs": 16, "max_num_batched_tokens": 2048}
-    lengths, *answers = run(folder, [{"section": sections[0], "requests": long}, *cases], 200)
+    lengths, *answers = run(
+        folder, [{"section": sections[0], "requests": long + refused}, *cases], 200
+    )
 
     wanted = [expected(dense, sections[0], request)[0] for request in long]
-    assert lengths["rounds"] == [wanted]
-    for request, tokens, reason in zip(long, wanted, lengths["reasons"], strict=True):
+    assert lengths["rounds"] == [[*wanted, None, None]]
+    for request, tokens, reason in zip(long, wanted, lengths["reasons"], strict=False):
         most = min(request["max_tokens"], 256 - len(request["prompt"]))
         assert (reason, len(tokens)) == ("length", most) or tokens[-1] == STOP
     assert lengths["reasons"][:3].count("length") > 0

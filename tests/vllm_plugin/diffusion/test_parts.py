@@ -12,9 +12,10 @@ from dllm_denoising.memory import StepMemory
 from dllm_denoising.registry import build_policy
 from dllm_denoising.settings import Decoding
 from tests.support.peak import Peak
-from vllm_plugin.diffusion.batch import Running, prepare
+from vllm_plugin.diffusion.batch import prepare
 from vllm_plugin.diffusion.prediction import predictions
 from vllm_plugin.diffusion.probe import Probe
+from vllm_plugin.diffusion.running import Running
 from vllm_plugin.kv_cache.pages import Pages
 
 VOCABULARY, LAYERS, HEADS, KV_HEADS, DIM, BLOCK = 900, 3, 4, 2, 16, 8
