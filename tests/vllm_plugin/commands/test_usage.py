@@ -111,6 +111,14 @@ def test_what_signatures_repeat_is_what_the_packages_say() -> None:
     assert f"checkpoint format: {', '.join(formats.FORMATS)}" in listed
 
 
+def test_a_first_profile_takes_minutes() -> None:
+    """Sampling 10 x 1,024 tokens of a large model takes hours on two cores, and buys little."""
+    from vllm_plugin.commands.profile import profile
+
+    default = {name: p.default for name, p in inspect.signature(profile).parameters.items()}
+    assert default["samples"] * default["length"] <= 2048
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [("vllm-compress cal", "calibrate-kv"), ("vllm-compress plan M --gpu-memory-", "utilization")],
