@@ -60,6 +60,6 @@ def lines(
         nonlocal last
         if not disable and now() - last >= period:
             last = now()
-            print(f"{step}: {done}/{total}", file=sys.stderr, flush=True)
+            print(f"vllm-compress: {step} {done}/{total}", file=sys.stderr, flush=True)
 
     return progress

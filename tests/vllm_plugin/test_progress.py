@@ -27,7 +27,7 @@ def test_a_log_gets_one_line_in_each_period(capsys: pytest.CaptureFixture[str]) 
         progress("calibrate", int(seconds), 100)
     printed = capsys.readouterr()
     assert printed.out == ""
-    expected = [f"calibrate: {done}/100" for done in (30, 60, 90)]
+    expected = [f"vllm-compress: calibrate {done}/100" for done in (30, 60, 90)]
     assert printed.err.splitlines() == expected
 
 
