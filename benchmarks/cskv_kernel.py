@@ -113,7 +113,10 @@ def _latents(requests: int, tokens: int, bits: int) -> tuple[Any, int]:
         blocks,
         table[:, 1:].flatten().long().repeat_interleave(units),
         torch.arange(units, device="cuda").repeat(requests * columns),
-        *(_random(requests * columns * units, form.unit, rank) for rank in RANKS),
+        form.encode(
+            *(_random(requests * columns * units, form.unit, rank) for rank in RANKS),
+            blocks.dtype,
+        ),
     )
     angles = torch.randn(tokens, WIDTH // 2, device="cuda")
     query = _random(requests, HEADS, WIDTH)

@@ -26,6 +26,11 @@ cost     Extra keys named after a policy are the same figure for it.
   builder_ms_per_group_step      milliseconds of the metadata builder per group and step, ours (4
                                  levels) above stock's; 8 requests decoding
   levels4_throughput_ratio       decode tokens per second, 8 requests, same keep: 4 levels over 1
+  plan_ms_mixed_step             milliseconds that planning a step takes on the host, 6 groups of
+                                 layers: 31 requests decode, the prompt of another comes in 8
+                                 chunks; mean over the chunks, also the last; CPU time, no engine
+  plan_ms_mixed_step_long        the same at 16 times max_model_len (65,536 in place of 4,096)
+                                 Extra: both for cskv, and plan_ms_decode_step for both
 
 Limits. Steps count the same on every machine; what a step costs does not: a larger batch makes a
 step longer, so the time saved is less than the steps saved. Prompts are random tokens: which of
@@ -46,6 +51,8 @@ COST = (
     "compaction_share_of_prefill",
     "builder_ms_per_group_step",
     "levels4_throughput_ratio",
+    "plan_ms_mixed_step",
+    "plan_ms_mixed_step_long",
 )
 PARTS = {
     "pool": Part(

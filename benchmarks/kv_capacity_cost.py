@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.common import Options, Result, alternate
+from benchmarks.kv_capacity_plan import plan
 from benchmarks.kv_engine import (
     BLOCK,
     KVEngine,
@@ -25,7 +26,8 @@ KEEP100, STOCK, DEFAULT = "snap_kv, keep 1.0", "stock", "stock, its own block si
 
 
 def cost(options: Options, result: Result) -> None:
-    """Fill keep100_*, compaction_share_*, builder_ms_* and levels4_*."""
+    """Fill plan_ms_*, keep100_*, compaction_share_*, builder_ms_* and levels4_*."""
+    plan(options, result)
     with ExitStack() as stack:
         turns = _Turns(stack, options, result)
         for measure in (_keep100, _compaction, _levels):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common import Options, Result
+from benchmarks.kv_capacity_plan import plan
 from tests.support.benchmark import smoke
 
 POLICIES = ("prefix_kv", "snap_kv", "key_diff", "recent", "cskv", "fp8")
@@ -15,6 +17,8 @@ CAPACITY = {
     "builder_ms_per_group_step",
     "levels4_throughput_ratio",
     "decode_window_steps_ratio",
+    "plan_ms_mixed_step",
+    "plan_ms_mixed_step_long",
 } | {
     f"{policy}_{key}"
     for policy in POLICIES
@@ -26,6 +30,13 @@ QUALITY = {"full_passkey", "full_needles", "fp8_passkey", "fp8_needles", "fp8_na
     for keep in ("050", "025", "010")
     for key in ("passkey", "needles", "nats")
 }
+
+
+def test_planning_is_measured_without_an_engine() -> None:
+    result = Result()
+    plan(Options(smoke=True, rounds=1, seed=0), result)
+    assert {"plan_ms_mixed_step", "plan_ms_mixed_step_long"} < result.values.keys()
+    assert all(value is not None and value > 0 for value in result.values.values())
 
 
 @pytest.mark.slow

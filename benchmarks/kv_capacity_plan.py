@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the host does to plan a step: pure functions on made-up requests, no model, no engine."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from benchmarks.common import Options, Result
+from kv_policies.compaction import workspace
+from kv_policies.latents.format import LatentFormat
+from kv_policies.latents.plan import LatentView, fresh_blocks, plan_packing
+from kv_policies.layout.base import IntArray, Layout
+from kv_policies.layout.latents import LatentLayout
+from kv_policies.layout.step import Step
+from kv_policies.layout.tokens import TokenLayout
+from kv_policies.layout.view import LiveView
+from kv_policies.plan import plan_step
+from kv_policies.registry import build_policy
+from kv_policies.workspace import Heads
+
+BLOCK, GROUPS, REQUESTS, LENGTH, LONGER = 32, 6, 32, 4096, 16
+PROMPT, CHUNK = 2000, 250
+HEADS = Heads(kv=8, group=4, size=128, itemsize=2, device="cpu")
+LEVELS = [TokenLayout(BLOCK, Fraction(1 + at, 14), 256, 1, 128) for at in range(GROUPS)]
+LATENTS = [LatentLayout(BLOCK, 96 + 32 * at, 32, 32, 128, 32) for at in range(GROUPS)]
+
+
+def plan(options: Options, result: Result) -> None:
+    """Fill plan_ms_*: milliseconds of a step, all groups together."""
+    rounds = 1 if options.smoke else max(5, options.rounds)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one step is too little work to share
+    for suffix, length in (("", LENGTH), ("_long", LONGER * LENGTH)):
+        for name, groups in (("", LEVELS), ("_cskv", LATENTS)):
+            kinds = {"mixed": True, "decode": False} if not suffix else {"mixed": True}
+            for kind, mixed in kinds.items():
+                key = f"plan_ms_{kind}_step{suffix}{name}"
+                times = [_mean_ms(groups, length, mixed, options.seed) for _ in range(rounds)]
+                result.median(key, times)
+    torch.set_num_threads(threads)
+
+
+def _mean_ms(
+    groups: list[TokenLayout] | list[LatentLayout], length: int, mixed: bool, seed: int
+) -> float:
+    """Of a step, over all the chunks of a prompt, the last one included."""
+    planners = [
+        _Planner(layout, REQUESTS, length // BLOCK, seed + at) for at, layout in enumerate(groups)
+    ]
+    times = []
+    for n, c, q in _steps(mixed, seed):
+        begin = time.thread_time()
+        step = Step(n, c, q, q.cumsum() - q, [str(row) for row in range(len(n))])
+        for planner in planners:
+            planner.plan(step)
+        times.append(1000 * (time.thread_time() - begin))
+    # The first step plans all requests: others arrive one by one.
+    return statistics.mean(times[1:])
+
+
+def _steps(mixed: bool, seed: int) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+    """Requests that decode, and one whose prompt comes in chunks: n, c, q."""
+    draw = np.random.default_rng(seed)
+    n = draw.integers(200, PROMPT, REQUESTS)
+    c, q = n + draw.integers(0, 400, REQUESTS), np.ones(REQUESTS, np.int64)
+    if mixed:
+        n[-1], c[-1], q[-1] = PROMPT, 0, CHUNK
+    for _ in range(PROMPT // CHUNK):
+        yield n, c, q
+        c = c + q
+
+
+class _Planner:
+    """What a metadata builder does of its own for one group of layers."""
+
+    def __init__(self, layout: Layout, requests: int, columns: int, seed: int) -> None:
+        self.layout = layout
+        self.live = LiveView(layout)
+        self.table = torch.randint(10_000, (requests, columns), dtype=torch.int32)
+        self.latents = None
+        if isinstance(layout, LatentLayout):
+            self.latents = LatentView(layout)
+            self.form = LatentFormat(200, 216, 16, layout.tokens)
+        else:
+            self.policy = build_policy("snap_kv", {})
+            self.space = workspace(self.policy, HEADS)
+
+    def plan(self, step: Step) -> None:
+        lengths = torch.from_numpy(step.end).int()
+        if isinstance(self.layout, LatentLayout):
+            fresh_blocks(self.layout, step, self.table)
+        for _, part in step.passes(self.layout):
+            if self.latents is not None:
+                plan_packing(self.layout, self.form, self.table, part)
+            else:
+                plan_step(self.layout, self.policy, self.table, part, self.space)
+            view = self.live.update(part, self.table, lengths)
+            if self.latents is not None:
+                self.latents.update(part, self.table, view[0])
