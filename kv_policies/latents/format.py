@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the latents of many tokens lie in one block of the cache, in 16 bits or in 4."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -10,16 +11,21 @@ import torch
 GROUP = 32  # tokens that share a key channel's scale, as in CSKV
 _ROWS = 16  # tokens that are written at once in 16 bits
 _MOST = 15
+_LARGEST = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """Latents of ``tokens`` consecutive tokens in a block, from its start.
+    """Latents of consecutive tokens in a block, from its start.
 
-    key_rank, value_rank: numbers per token. bits: 16, as they are, in the cache's own dtype: keys
-    [tokens, key_rank], then values [tokens, value_rank]. 4: see ``_quantised``.
+    Attributes:
+        key_rank: Numbers per token for its key.
+        value_rank: Numbers per token for its value.
+        bits: 16: as they are, in the cache's own dtype, keys [tokens, key_rank], then values
+            [tokens, value_rank]. 4: see ``_quantized``.
+        tokens: Of a full block.
 
-    CSKV quantises keys per channel in groups of tokens and values per token
+    CSKV quantizes keys per channel in groups of tokens and values per token
     (https://arxiv.org/abs/2409.10593). The zero is a float here: the integer of the published code
     clips groups that do not straddle zero.
     """
@@ -48,25 +54,44 @@ class LatentFormat:
             return self.tokens * (self.key_rank + self.value_rank) * itemsize
         return self._regions()[-1][1]
 
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, ...]:
+        """What ``write`` puts into a cache of ``dtype``.
+
+        Args:
+            keys: Latents of keys, [M, unit, key_rank].
+            values: Latents of values, [M, unit, value_rank].
+            dtype: Of the cache.
+
+        Returns:
+            The parts of a block, [M, size of the part in a unit] each, in the cache's dtype for 16
+            bits and as bytes for 4.
+        """
+        if self.bits == 16:
+            return keys.to(dtype).flatten(1), values.to(dtype).flatten(1)
+        parts = self._quantized(keys.float(), values.float())
+        return tuple(part.contiguous().flatten(1).view(torch.uint8) for part in parts)
+
     def write(
         self,
         cache: torch.Tensor,
         blocks: torch.Tensor,
         units: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        content: Sequence[torch.Tensor],
     ) -> None:
-        """Latents [M, unit, rank] into unit ``units`` of block ``blocks``, int64 [M] each, of cache
-        [blocks, elements]; the rest of a block stays as it is."""
-        if self.bits == 16:
-            content: tuple[torch.Tensor, ...] = keys.to(cache.dtype), values.to(cache.dtype)
-        else:
-            cache = cache.view(torch.uint8)
-            parts = self._quantised(keys.float(), values.float())
-            content = tuple(part.contiguous().flatten(1).view(torch.uint8) for part in parts)
+        """Put units of latents into their blocks; the rest of a block stays as it is.
+
+        Args:
+            cache: [blocks, elements].
+            blocks: Block of each unit, int64 [M].
+            units: Where it goes in the block, int64 [M].
+            content: As ``encode`` returns it.
+        """
+        cache = cache if self.bits == 16 else cache.view(torch.uint8)
         for (first, stop), part in zip(self._regions(), content, strict=True):
             place = cache[:, first:stop].unflatten(1, (self.tokens // self.unit, -1))
-            place[blocks, units] = part.flatten(1)
+            place[blocks, units] = part
 
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents of keys and of values, [M, tokens, rank] in the cache's dtype; blocks int [M]."""
@@ -85,7 +110,7 @@ class LatentFormat:
         shape = len(blocks), self.tokens, -1
         return keys.reshape(shape), values.reshape(shape)
 
-    def _quantised(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _quantized(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Codes of keys and of values, uint8 [M, tokens / 2, rank], then float16: scales and zeros
         of keys [M, tokens / GROUP, key_rank] each, of values [M, tokens] each.
 
@@ -102,7 +127,7 @@ class LatentFormat:
 
     def _regions(self) -> list[tuple[int, int]]:
         """Where each part lies in a block: keys and values in elements of the cache, or the six of
-        ``_quantised`` in bytes."""
+        ``_quantized`` in bytes."""
         if self.bits == 16:
             sizes = [self.tokens * self.key_rank, self.tokens * self.value_rank]
         else:
@@ -116,11 +141,12 @@ class LatentFormat:
 def _round(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes 0 to 15, uint8, of x over its range along ``dim``, with the float16 scale and zero."""
     least, most = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    scale = ((most - least) / _MOST).half()
-    zero = least.half()
-    step = scale.float().clamp(min=torch.finfo(torch.float16).tiny)
-    codes = ((x - zero.float()) / step).round().clamp(0, _MOST).to(torch.uint8)
-    return codes, scale, zero
+    zero = least.clamp(-_LARGEST, _LARGEST).half()
+    scale = ((most - least) / _MOST).clamp(max=_LARGEST).half()
+    # Divided by what readers multiply with, which a small range rounds to few bits of a float16.
+    step = scale.float()
+    codes = ((x - zero.float()) / step.where(step > 0, 1)).round()
+    return codes.clamp(0, _MOST).to(torch.uint8), scale, zero
 
 
 def _codes(packed: torch.Tensor, rank: int) -> torch.Tensor:
