@@ -3,9 +3,23 @@
 
 import torch
 
+from kv_policies.workspace import QUERIES, Heads, Transient
+
 # Elements of one block of probabilities. On a CPU a block has to stay in a core's cache (2 MiB in
 # float32: twice as fast as 64 MiB); elsewhere it has to be worth a kernel launch.
-_CPU_BLOCK, _BLOCK = 1 << 19, 1 << 24
+_CPU_BLOCK, _BLOCK = 1 << 19, 1 << 22
+
+
+def attention_transient(heads: Heads) -> Transient:
+    """Memory that ``attention_received`` takes beside its arguments and its result."""
+    each = 16  # bytes per probability: logits in two types, a mask in two, rounded up
+    block = _CPU_BLOCK if heads.device == "cpu" else _BLOCK
+    keys_in_float = 4 * heads.size if heads.itemsize == 2 else 0
+    return Transient(
+        per_token=keys_in_float + heads.group * each + 8,
+        per_row=QUERIES * heads.group * (8 * heads.size + 8),
+        fixed=each * block,
+    )
 
 
 def attention_received(
@@ -15,22 +29,34 @@ def attention_received(
     scale: float,
     block: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention each key receives, summed over queries: float32 [R, Hkv, T].
+    """Sum the causal attention that each key receives from some queries.
 
-    Mean over the query heads that share a KV head. queries [R, Hq, Q, D], positions [R, Q] with -1
-    for padding, keys [R, Hkv, T, D]; query i sees keys 0 .. positions[i]. Additive over queries.
-    ``block`` bounds the probabilities held at a time, in elements: blocks of queries, at least one
-    query (R * Hq * T elements). None: what suits the device. Products are in the keys' own type,
-    as in attention kernels, softmax and sums in float32.
+    The sum is over queries, and additive over cuts of them; over the query heads that share a KV
+    head it is the mean. Products are in the keys' own type, as in attention kernels, except for
+    float16: torch would round logits to it, and above 65,504 they would be infinite. Softmax and
+    sums are in float32.
 
-    Limits: plain softmax attention. Logit soft caps, sinks and sliding windows are not modelled.
+    Limits: Plain softmax attention. Logit soft caps, sinks and sliding windows are not modelled.
+
+    Args:
+        queries: [R, Hq, Q, D].
+        positions: [R, Q], -1 for padding. Query i sees keys 0 .. positions[i].
+        keys: [R, Hkv, T, D].
+        scale: Factor on q.k in the softmax.
+        block: Most probabilities that are computed at a time, in elements: blocks of queries, at
+            least one query (R * Hq * T elements). None: what suits the device.
+
+    Returns:
+        float32 [R, Hkv, T].
     """
     requests, query_heads, count, _ = queries.shape
     _, kv_heads, tokens, _ = keys.shape
     group = query_heads // kv_heads
+    if keys.dtype == torch.float16:
+        keys = keys.float()
     real = positions >= 0
     # Padding queries become zero and see key 0 only, so that they are finite when weighted away.
-    grouped = torch.where(real[:, None, :, None], queries * scale, 0).to(keys.dtype)
+    grouped = torch.where(real[:, None, :, None], queries.to(keys.dtype) * scale, 0)
     grouped = grouped.unflatten(1, (kv_heads, group))
     transposed = keys.transpose(-1, -2)
     received = keys.new_zeros((requests, kv_heads, 1, tokens), dtype=torch.float32)

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a KV policy is: its settings, its declared abilities, and one score per cached token.
+"""What a KV policy is: its settings, what it needs, and one score per cached token.
 
-A policy chooses tokens (``KVPolicy``) or keeps latents of all of them (``cskv``). Shapes used
-everywhere, for R requests padded to common sizes::
+A policy either chooses tokens (``KVPolicy``) or keeps latents of all of them (``LatentPolicy``).
+Shapes used everywhere, for R requests padded to common sizes::
 
     queries    [R, Hq, Q, D]   after RoPE          positions [R, Q]   index of each query's own key,
     keys       [R, Hkv, T, D]  after RoPE                             -1 for padding
+    values     [R, Hkv, T, D]
     observed   [R, H, T]       float32, H = 1 or Hkv
     scores     [R, H, T]       float32, larger is kept first
     lengths    [R]             valid keys per request; what lies behind is zero
 
-How much is kept is not a policy's business: see ``budget`` and ``layout``.
+A policy does not decide how much is kept: see ``budget`` and ``layout``.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,11 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from kv_policies.latents.format import LatentFormat
 from kv_policies.layout.base import Layout
+from kv_policies.workspace import Heads, Transient
+
+Need = Literal["queries", "keys", "values"]
 
 
 class NoSettings(BaseModel):
@@ -32,19 +37,55 @@ class NoSettings(BaseModel):
 class Capabilities:
     """What a policy needs and offers: shown to users, checked before an engine starts.
 
-    needs_queries: scores come from attention; false means keys or positions alone, so a decode
-        window is scored as well as a prompt.
-    per_head: each KV head keeps tokens of its own choice.
-    needs_profile: per-layer fractions must come from a profile.
-    paper: a link.
-    content: what kept blocks hold: "tokens" that were chosen, or "latents" of all.
+    Attributes:
+        needs: What ``score`` looks at. "queries": the policy observes the attention of prompts.
+            "keys", "values": of the segment's tokens. Nothing: positions alone. What is not named
+            is not read from the cache. Hidden states cannot be named: vLLM does not give them to
+            attention, and tokens found in the prefix cache have none.
+        per_head: Each KV head keeps tokens of its own choice.
+        needs_profile: Per-layer fractions must come from a profile.
+        paper: A link.
+        content: What kept blocks hold: "tokens" that were chosen, or "latents" of all.
     """
 
-    needs_queries: bool
+    needs: frozenset[Need]
     per_head: bool
     needs_profile: bool
     paper: str
     content: Literal["tokens", "latents"] = "tokens"
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether scores come from attention. Such a policy cannot score decode windows: when a
+        window ends, only its last query is at hand.
+        """
+        return "queries" in self.needs
+
+
+@dataclass(frozen=True)
+class Context:
+    """What ``score`` may look at: segments of R requests, in one layer.
+
+    A segment is a whole prompt, with its raw tail, or one decode window. Under tensor parallelism
+    the heads are those of the rank. Where a long prompt would take too much memory, a policy that
+    is ``per_head`` sees some of the heads at a time.
+
+    Attributes:
+        layer: Index of the layer in the model.
+        lengths: Valid tokens, int64 [R].
+        tokens: T, to which the segments are padded.
+        observed: Sum of ``observe`` over the queries of the segment, float32 [R, H, T]; None
+            without "queries" in ``needs``.
+        keys: [R, Hkv, T, D]; None without "keys" in ``needs``.
+        values: [R, Hkv, T, D]; None without "values" in ``needs``.
+    """
+
+    layer: int
+    lengths: torch.Tensor
+    tokens: int
+    observed: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
 
 
 class Policy(Protocol):
@@ -60,11 +101,10 @@ class Policy(Protocol):
 
 @runtime_checkable
 class KVPolicy(Policy, Protocol):
-    """Scores the tokens of a segment. The caller sums ``observe`` over the chunks, then ``score``s.
+    """Scores the tokens of a segment. The caller sums ``observe`` over queries, then ``score``s.
 
-    *The segment's keys* are those of the whole prompt, its raw tail included, or those of one
-    decode window. Queries are observed of prompts only, from ``first_observed`` on; the sum over
-    any cut of them is the same sum.
+    Queries are observed of prompts only, from ``first_observed`` on. The sum over any cut of them
+    is the same sum.
     """
 
     def first_query(self, stop: int) -> int:
@@ -73,26 +113,61 @@ class KVPolicy(Policy, Protocol):
 
     def observe(
         self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
-    ) -> torch.Tensor | None:
-        """What these queries say about the keys, [R, H, T]; additive over chunks of queries.
+    ) -> torch.Tensor:
+        """What some queries say about the keys. It must be additive over queries.
 
-        ``keys`` are the segment's, at least up to the last query's own. ``scale`` is the factor on
-        q.k before the softmax.
+        Called only with "queries" in ``needs``. The caller takes the mean over the heads for a
+        policy that is not ``per_head``, so observe each KV head for itself.
+
+        Args:
+            queries: [R, Hq, Q, D].
+            positions: [R, Q].
+            keys: The segment's keys, at least up to the last query's own.
+            scale: Factor on q.k in the softmax.
+
+        Returns:
+            float32 [R, Hkv, T].
         """
         ...
 
-    def score(
-        self, observed: torch.Tensor | None, keys: torch.Tensor, lengths: torch.Tensor
-    ) -> torch.Tensor:
-        """Scores [R, H, T] of the segment's keys; ``observed`` is the sum over its queries.
+    def score(self, context: Context) -> torch.Tensor:
+        """Scores [R, H, T] of the segments' tokens, H = Hkv for a policy that is ``per_head``.
 
-        Those of a prompt's raw tail are not used: ``select`` gets the length without it.
+        The scores of a prompt's raw tail are not used: the tail stays.
         """
+        ...
+
+    def transient(self, heads: Heads) -> Transient:
+        """Memory that ``observe`` and ``score`` take beside their arguments and results.
+
+        A test measures it. What it says is kept out of the KV cache, and decides how many requests
+        and heads are worked on at a time.
+        """
+        ...
+
+
+@runtime_checkable
+class LatentPolicy(Policy, Protocol):
+    """Keeps every token, as a latent in the bases of a file (``latents.bases``).
+
+    Attributes:
+        recent: Last tokens that stay raw.
+    """
+
+    @property
+    def recent(self) -> int: ...
+
+    def most_tokens(self, elements: int, key_rank: int, value_rank: int) -> int:
+        """Tokens whose latents fit in a block of ``elements`` numbers of 16 bits."""
+        ...
+
+    def form(self, key_rank: int, value_rank: int, tokens: int) -> LatentFormat:
+        """How latents lie in a block that holds ``tokens`` of them."""
         ...
 
 
 class QueryFreePolicy:
-    """Base of the policies that look at keys and positions only: ``score`` is all they add."""
+    """Base of the policies that look at no query: ``score`` is all they add."""
 
     settings_type: ClassVar[type[NoSettings]] = NoSettings
 
@@ -104,15 +179,19 @@ class QueryFreePolicy:
 
     def observe(
         self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
-    ) -> None:
-        return None
+    ) -> torch.Tensor:
+        raise NotImplementedError("a policy without queries in its needs observes nothing")
+
+    def transient(self, heads: Heads) -> Transient:
+        """Enough for a float32 copy of the keys and two of their norms."""
+        return Transient(per_token=4 * heads.size + 16, per_row=16 * heads.size)
 
 
 def first_observed(policy: KVPolicy, layout: Layout, n: int) -> int:
     """The prompt position from which on queries are observed, of a prompt of n tokens.
 
     Queries before ``Layout.first_private`` may belong to another request's cached prefix and are
-    then not there; leaving them out always makes scores, and so texts, the same with prefix caching
-    on and off. Decode windows are scored without queries: see ``compaction.window_policy``.
+    then not there. Leaving them out always makes scores, and so texts, the same with prefix caching
+    on and off. The last query is always observed.
     """
-    return max(policy.first_query(n), layout.first_private(n))
+    return min(max(policy.first_query(n), layout.first_private(n)), n - 1)

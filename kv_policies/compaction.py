@@ -1,37 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """One compaction: score what a segment holds, choose, and pack it into the segment's last blocks.
 
-``plan_step`` says, per group of layers with one layout, what a step has to do; ``compact`` does it
-for one layer. Both are vectorised over the requests; loops are over requests in prefill only.
+``plan.plan_step`` says what a step has to do; ``compact`` does it for one layer. Work is cut into
+parts that fit a ``Workspace``: some requests, some KV heads.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
-from kv_policies.base import KVPolicy, first_observed
-from kv_policies.layout.base import runs
-from kv_policies.layout.step import Step
-from kv_policies.layout.tokens import SegmentBatch, TokenLayout
+from kv_policies.base import Context, KVPolicy, Policy
+from kv_policies.plan import Part, Queries, Work
 from kv_policies.policies.key_diff import KeyDiff
 from kv_policies.select import pack, select
+from kv_policies.workspace import QUERIES, Heads, Transient, Workspace
 
-
-class Content(Protocol):
-    """K and V of some blocks, [R, Hkv, C * block_size, D], copies."""
-
-    def keys(self) -> torch.Tensor: ...
-
-    def values(self) -> torch.Tensor: ...
+ALL = slice(None)  # heads
 
 
 class Pages(Protocol):
-    """K and V of one layer by physical block: reads [R, C] blocks, writes [M, Hkv, bs, D]."""
+    """K and V of one layer by physical block.
 
-    def read(self, blocks: torch.Tensor) -> Content: ...
+    Reads are copies [R, heads, C * block_size, D] of blocks int64 [R, C]. Writes are whole blocks,
+    int64 [M], of content [M, heads, block_size, D]. Both are of some KV heads only.
+    """
 
-    def write(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None: ...
+    def keys(self, blocks: torch.Tensor, heads: slice = ALL) -> torch.Tensor: ...
+
+    def values(self, blocks: torch.Tensor, heads: slice = ALL) -> torch.Tensor: ...
+
+    def write_keys(self, blocks: torch.Tensor, keys: torch.Tensor, heads: slice = ALL) -> None: ...
+
+    def write_values(
+        self, blocks: torch.Tensor, values: torch.Tensor, heads: slice = ALL
+    ) -> None: ...
 
 
 class Observations:
@@ -66,70 +69,6 @@ class Observations:
         return len(self._sums)
 
 
-class Tally(NamedTuple):
-    """Segments of one kind, "prompt" or "window", that a step compacts: of how many requests, how
-    many tokens there were, and how many of them the blocks that stay could hold raw."""
-
-    kind: str
-    requests: int
-    tokens: int
-    kept: int
-
-
-class Segments(NamedTuple):
-    """Segments to compact with one choice of policy, of S requests padded to C columns.
-
-    blocks: int64 [S, C] physical. first: int64 [S], position of the first token. lengths: int64 [S]
-    tokens that are there, present the same on the host. choosable: int64 [S], the first tokens,
-    from which kept int64 [S] stay; most is its maximum. destination: int64 [M] physical blocks,
-    filled from (source_row, source_block), int64 [M] each, of what was chosen. tally: what metrics
-    count.
-    """
-
-    blocks: torch.Tensor
-    first: torch.Tensor
-    lengths: torch.Tensor
-    present: list[int]
-    choosable: torch.Tensor
-    kept: torch.Tensor
-    most: int
-    destination: torch.Tensor
-    source_row: torch.Tensor
-    source_block: torch.Tensor
-    tally: Tally
-
-
-class Queries(NamedTuple):
-    """Queries to observe, of O prompts padded to Q: tokens int64 [O, Q] index the step's tokens,
-    positions int64 [O, Q] with -1 for padding; blocks int64 [O, C] of the keys that they see.
-
-    seen: keys that the last query sees. requests, first, ends: name, whether its sum starts here,
-    and whether its prompt ends here.
-    """
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    blocks: torch.Tensor
-    seen: list[int]
-    requests: list[str]
-    first: list[bool]
-    ends: list[bool]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one step has to do after attention, for every layer of one layout."""
-
-    queries: Queries | None
-    prompts: Segments | None
-    windows: Segments | None
-
-    @property
-    def tallies(self) -> list[Tally]:
-        """What metrics count."""
-        return [segments.tally for segments in (self.prompts, self.windows) if segments]
-
-
 def window_policy(policy: KVPolicy) -> KVPolicy:
     """What scores decode windows: the policy, or key_diff where it needs queries.
 
@@ -138,183 +77,162 @@ def window_policy(policy: KVPolicy) -> KVPolicy:
     return KeyDiff(KeyDiff.settings_type()) if policy.capabilities.needs_queries else policy
 
 
-def plan_step(
-    layout: TokenLayout,
-    policy: KVPolicy,
-    table: torch.Tensor,
-    step: Step,
-) -> Work | None:
-    """What a step has to do; None for nothing, as in most steps.
+def describe_windows(policy: Policy, window: int) -> str:
+    """What happens to generated tokens, for a log.
 
-    table: int [R, C], physical block of each column, on any device.
+    Args:
+        policy: What scores prompts.
+        window: Generated tokens per decode window, 0 for none.
     """
-    ending = layout.ending_batch(step.n, step.c, step.q, step.opted_out)
-    is_prompt = ending.start == 0
-    prompts = _segments("prompt", layout, table, ending, is_prompt, step.n)
-    windows = _segments("window", layout, table, ending, ~is_prompt, None)
-    queries = None
-    if policy.capabilities.needs_queries:
-        queries = _queries(layout, policy, table, step)
-    if queries is None and prompts is None and windows is None:
-        return None
-    return Work(queries, prompts, windows)
+    if not window:
+        return "generated tokens are kept"
+    windows = f"decode windows of {window}"
+    if not isinstance(policy, KVPolicy):
+        return windows
+    scorer = window_policy(policy)
+    why = "" if scorer is policy else f", because {policy.name} needs the queries of a prompt"
+    return f"{windows} scored by {scorer.name}{why}"
 
 
-def _segments(
-    kind: str,
-    layout: TokenLayout,
-    table: torch.Tensor,
-    ending: SegmentBatch,
-    which: torch.Tensor,
-    n: torch.Tensor | None,
-) -> Segments | None:
-    if not bool(which.any()):
-        return None
-    row, start, stop, kept, _ = (column[which] for column in ending)
-    size = layout.block_size
-    choosable = (stop - start) * size
-    # Scores of a prompt take its raw tail into account.
-    lengths = n[row] if n is not None else choosable
-    columns = start[:, None] + torch.arange(int((lengths + size - 1).max()) // size)
-    columns = torch.minimum(columns, (start + (lengths + size - 1) // size - 1)[:, None])
-    source_row, source_block = runs(kept)
-    column = (stop - kept)[source_row] + source_block
-
-    def there(index: torch.Tensor) -> torch.Tensor:
-        return index.to(table.device, non_blocking=True)
-
-    rows = there(row)
-    return Segments(
-        blocks=table[rows[:, None], there(columns)].long(),
-        first=there(start * size),
-        lengths=there(lengths),
-        present=lengths.tolist(),
-        choosable=there(choosable),
-        kept=there(kept * size),
-        most=int(kept.max()) * size,
-        destination=table[there(row[source_row]), there(column)].long(),
-        source_row=there(source_row),
-        source_block=there(source_block),
-        tally=Tally(kind, len(row), int(choosable.sum()), len(source_row) * size),
+def workspace(policy: KVPolicy, heads: Heads) -> Workspace:
+    """The memory that a step's work on one layer takes, policy included."""
+    one = heads.size * heads.itemsize
+    needs = policy.capabilities.needs
+    read = one * (1 + ("values" in needs))
+    # Scores are sorted: 64 bytes. Then tokens are moved: what is read, and three copies of it.
+    scored = [kind.transient(heads) for kind in (policy, window_policy(policy))]
+    return Workspace(
+        Transient(
+            per_token=max(read + max(x.per_token for x in scored) + 64, 4 * one),
+            per_row=max(x.per_row for x in scored) + QUERIES * heads.group * (one + 16),
+            fixed=max(x.fixed for x in scored),
+        ),
+        # One choice for all heads that looks at keys or values has to see those of all heads.
+        least_heads=1 if policy.capabilities.per_head or needs <= {"queries"} else heads.kv,
     )
 
 
-def _queries(
-    layout: TokenLayout,
-    policy: KVPolicy,
-    table: torch.Tensor,
-    step: Step,
-) -> Queries | None:
-    spans = []
-    for row in ((step.c < step.n) & (step.q > 0)).nonzero().flatten().tolist():
-        n, c, q = int(step.n[row]), int(step.c[row]), int(step.q[row])
-        if not layout.gap(n) or (step.opted_out is not None and bool(step.opted_out[row])):
-            continue
-        begin = first_observed(policy, layout, n)
-        first, stop = max(begin, c), min(n, c + q)
-        if first < stop:
-            spans.append((row, first, stop, int(step.starts[row]) + first - c, c <= begin))
-    if not spans:
-        return None
-    most = max(stop - first for _, first, stop, _, _ in spans)
-    offset = torch.arange(most)
-    first = torch.tensor([span[1] for span in spans])[:, None]
-    count = torch.tensor([span[2] - span[1] for span in spans])[:, None]
-    token = torch.tensor([span[3] for span in spans])[:, None]
-    columns = -(-max(stop for _, _, stop, _, _ in spans) // layout.block_size)
-    rows = torch.tensor([span[0] for span in spans])
-    return Queries(
-        tokens=(token + torch.minimum(offset, count - 1)).to(table.device),
-        positions=torch.where(offset < count, first + offset, -1).to(table.device),
-        blocks=table[rows.to(table.device), :columns].long(),
-        seen=[span[2] for span in spans],
-        requests=[step.ids[span[0]] for span in spans],
-        first=[span[4] for span in spans],
-        ends=[span[2] == int(step.n[span[0]]) for span in spans],
-    )
+@dataclass(frozen=True)
+class Layer:
+    """A layer to compact.
+
+    Attributes:
+        name: Of the layer, for ``Observations``.
+        index: In the model.
+        pages: Its blocks.
+        heads: Its heads on this rank.
+        policy: What scores it.
+        space: What bounds a part.
+        observations: What was seen of prompts that are not complete.
+    """
+
+    name: str
+    index: int
+    pages: Pages
+    heads: Heads
+    policy: KVPolicy
+    space: Workspace
+    observations: Observations
 
 
-def compact(
-    work: Work,
-    policy: KVPolicy,
-    layer: str,
-    pages: Pages,
-    query: torch.Tensor,
-    scale: float,
-    observations: Observations,
-) -> None:
+def compact(work: Work, layer: Layer, query: torch.Tensor, scale: float) -> None:
     """Do a step's work on one layer, after its attention: observe, choose, pack.
 
-    query: [tokens, Hq, D], after RoPE, of all tokens of the step. scale: of q.k in the softmax.
+    Args:
+        work: What to do.
+        layer: Where.
+        query: After RoPE, of all tokens of the step, [tokens, Hq, D].
+        scale: Factor on q.k in the softmax.
     """
-    observed = keys = content = None
-    if work.queries is not None:
-        content = pages.read(work.queries.blocks)
-        keys = _keys(content, work.queries.seen)
-        observed = _observe(policy, work.queries, layer, keys, query, scale, observations)
-        if observed is None or len(observed) != len(keys):
-            content = keys = None  # of other prompts too
-    if work.prompts is not None:
-        content = content or pages.read(work.prompts.blocks)
-        keys = _keys(content, work.prompts.present) if keys is None else keys
-        _pack(policy, work.prompts, pages, content, keys, observed)
-    if work.windows is not None:
-        content = pages.read(work.windows.blocks)
-        keys = _keys(content, work.windows.present)
-        _pack(window_policy(policy), work.windows, pages, content, keys, None)
+    for part in work.prompts:
+        _compact(part, layer, layer.policy, query, scale)
+    for part in work.windows:
+        _compact(part, layer, window_policy(layer.policy), query, scale)
+
+
+def _compact(part: Part, layer: Layer, policy: KVPolicy, query: torch.Tensor, scale: float) -> None:
+    slices = layer.space.heads(len(part.present), part.tokens, layer.heads.kv)
+    per_head, needs = policy.capabilities.per_head, policy.capabilities.needs
+    observed = keys = None
+    if part.queries is not None:
+        seen = []
+        for heads in slices:
+            keys = _zeroed(layer.pages.keys(part.blocks, heads), part)
+            seen.append(_observe(policy, part.queries, keys, query, heads, layer, scale))
+        observed = seen[0] if len(seen) == 1 else torch.cat(seen, 1)
+        observed = observed if per_head else observed.mean(1, keepdim=True)
+        _sum_up(observed, part, layer)
+    if part.choice is None:
+        return
+    for scored in slices if per_head else [slice(0, layer.heads.kv)]:
+        if len(slices) > 1:
+            keys = None  # of other heads
+        if keys is None and "keys" in needs:
+            keys = _zeroed(layer.pages.keys(part.blocks, scored), part)
+        values = None
+        if "values" in needs:
+            values = _zeroed(layer.pages.values(part.blocks, scored), part)
+        seen_here = observed if observed is None or not per_head else observed[:, scored]
+        context = Context(layer.index, part.lengths, part.tokens, seen_here, keys, values)
+        choosable, kept, most, *_ = part.choice
+        chosen = select(policy.score(context), choosable, kept, most)
+        del context, values
+        for heads in [scored] if per_head else slices:
+            if keys is None:
+                keys = layer.pages.keys(part.blocks, heads)
+            layer.pages.write_keys(part.choice.destination, _moved(keys, chosen, part), heads)
+            keys = None
+            moved = _moved(layer.pages.values(part.blocks, heads), chosen, part)
+            layer.pages.write_values(part.choice.destination, moved, heads)
+            del moved
 
 
 def _observe(
     policy: KVPolicy,
     queries: Queries,
-    layer: str,
     keys: torch.Tensor,
     query: torch.Tensor,
+    heads: slice,
+    layer: Layer,
     scale: float,
-    observations: Observations,
-) -> torch.Tensor | None:
-    """Add what the queries say; returns the sums [S, H, T] of the segments that end, or None."""
-    wanted = query[queries.tokens].transpose(1, 2)
-    seen = policy.observe(wanted, queries.positions, keys, scale)
-    assert seen is not None
-    done = []
-    for row, request in enumerate(queries.requests):
-        total = observations.add(request, layer, seen[row], queries.first[row])
-        if queries.ends[row]:
-            observations.forget(request, layer)
-            done.append(row)
+) -> torch.Tensor:
+    """What the queries of some KV heads say, [R, heads, T]."""
+    group = layer.heads.group
+    of_heads = query[:, heads.start * group : heads.stop * group]
+    total = None
+    for first in range(0, queries.tokens.shape[1], QUERIES):
+        some = slice(first, first + QUERIES)
+        wanted = of_heads[queries.tokens[:, some]].transpose(1, 2)
+        seen = policy.observe(wanted, queries.positions[:, some], keys, scale)
+        total = seen if total is None else total.add_(seen)
+    assert total is not None
+    return total
+
+
+def _sum_up(seen: torch.Tensor, part: Part, layer: Layer) -> None:
+    """Add what was observed in earlier chunks of the prompts; keep it for later ones."""
+    assert part.queries is not None
+    for row, (request, first) in enumerate(
+        zip(part.queries.requests, part.queries.first, strict=True)
+    ):
+        total = layer.observations.add(request, layer.name, seen[row], first)
+        if part.choice is None:
+            layer.observations.keep(request, layer.name, total.clone())
         else:
-            observations.keep(request, layer, total.clone())
-    if len(done) == len(seen):
-        return seen
-    return seen[done] if done else None
+            layer.observations.forget(request, layer.name)
 
 
-def _pack(
-    policy: KVPolicy,
-    segments: Segments,
-    pages: Pages,
-    content: Content,
-    keys: torch.Tensor,
-    observed: torch.Tensor | None,
-) -> None:
-    if observed is not None:
-        observed = observed[..., : keys.shape[2]]
-    scores = policy.score(observed, keys, segments.lengths)
-    chosen = select(scores, segments.choosable, segments.kept, segments.most)
-    size = keys.shape[2] // segments.blocks.shape[1]
-    kept = [
-        pack(tokens, chosen)
-        .unflatten(2, (-1, size))
-        .transpose(1, 2)[segments.source_row, segments.source_block]
-        for tokens in (keys, content.values())
-    ]
-    pages.write(segments.destination, *kept)
+def _moved(content: torch.Tensor, chosen: torch.Tensor, part: Part) -> torch.Tensor:
+    """Kept tokens of K or V as the blocks that they go to, [M, heads, block_size, D]."""
+    assert part.choice is not None
+    size = part.tokens // part.blocks.shape[1]
+    blocks = pack(content, chosen).unflatten(2, (-1, size)).transpose(1, 2)
+    return blocks[part.choice.source_row, part.choice.source_block]
 
 
-def _keys(content: Content, present: list[int]) -> torch.Tensor:
-    """Keys [R, Hkv, T, D], zeros behind those that are there."""
-    keys = content.keys()
-    for row, length in enumerate(present):
-        keys[row, :, length:] = 0  # may be anything, and NaN * 0 is NaN
-    return keys
+def _zeroed(content: torch.Tensor, part: Part) -> torch.Tensor:
+    """K or V with zeros behind the tokens that are there: what is there can be NaN."""
+    for row, length in enumerate(part.present):
+        if length < part.tokens:
+            content[row, :, length:] = 0
+    return content

@@ -7,17 +7,21 @@ import torch
 def select(
     scores: torch.Tensor, lengths: torch.Tensor, kept: torch.Tensor, most: int | None = None
 ) -> torch.Tensor:
-    """The tokens that stay, in ascending order: int64 [R, H, most], -1 behind a request's last.
+    """Choose the tokens that stay.
 
-    scores: [R, H, T], larger is kept first; equal ones by position, so that the choice is the same
-        on every device. NaN counts as the least.
-    lengths: int [R], valid tokens per request. kept: int [R], tokens to keep, exactly, at most
-        ``lengths``; 0 is allowed (a padding row).
-    most: columns of the result, at least ``kept.max()``. None takes that maximum (a host sync for
-        tensors on a GPU; the layout knows it on the host).
+    The first and the last valid token stay whatever their score. If only one is kept, it is the
+    first.
 
-    The first and the last valid token stay whatever their score, if two or more are kept; of one
-    it is the first.
+    Args:
+        scores: [R, H, T]. Larger is kept first, equal scores by position, so that the choice is the
+            same on every device. NaN counts as the least.
+        lengths: Valid tokens per request, int [R].
+        kept: Tokens to keep, exactly, int [R], at most ``lengths``; 0 is allowed (a padding row).
+        most: Columns of the result, at least ``kept.max()``. None takes that maximum, for which the
+            host waits if the tensors are on a GPU.
+
+    Returns:
+        Their indices in ascending order, int64 [R, H, most], -1 behind a request's last.
     """
     tokens = scores.shape[-1]
     most = int(kept.max()) if most is None else most
@@ -37,10 +41,15 @@ def select(
 
 
 def pack(content: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """K or V of the chosen tokens: [R, Hkv, T, D] and [R, H, K] to [R, Hkv, K, D].
+    """Take K or V of the chosen tokens.
 
-    H is Hkv, or 1 for one choice for all heads. Rows chosen by -1 hold what token 0 holds. The
-    result is new memory, so it may be written over ``content``'s own blocks.
+    Args:
+        content: [R, Hkv, T, D].
+        chosen: [R, H, K] as ``select`` returns it; H is Hkv, or 1 for one choice for all heads.
+
+    Returns:
+        [R, Hkv, K, D], in new memory, so that it may be written over the blocks of ``content``.
+        Rows chosen by -1 hold what token 0 holds.
     """
     rows, heads, tokens, _ = content.shape
     index = chosen.clamp(min=0).expand(-1, heads, -1)

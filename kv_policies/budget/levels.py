@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much each layer keeps: exact budgets in rational numbers, and their cut into levels.
 
-A *fraction* is the share of its tokens that a layer KEEPS, as an exact ``Fraction`` in (0, 1].
-The budget is the mean of the fractions over layers; it is preserved exactly, in rational units, by
-every function here. Blocks are rounded up per segment and layer later (``Layout.kept``), so memory
-is less than one block per segment and layer above the budget, ``min_blocks`` aside.
+A *fraction* is the share of its tokens that a layer KEEPS, as an exact ``Fraction`` in (0, 1]. The
+budget is the mean of the fractions over layers. Every function here preserves it exactly. Blocks
+are rounded up later, per segment and layer (``TokenLayout.kept``), so memory exceeds the budget by
+less than one block per segment and layer, apart from ``min_blocks``.
 """
 
 import math
@@ -42,8 +42,11 @@ def uniform(layers: int, keep: Fraction) -> list[Fraction]:
 def mass_beyond(attention: torch.Tensor) -> torch.Tensor:
     """Share of a layer's attention that its o most attended tokens leave out, o = 0 .. T-1.
 
-    attention: [L, T], attention that each token received; every row needs a positive sum.
-    Returns float64 [L, T], non-increasing, the first column 1.
+    Args:
+        attention: Attention that each token received, [L, T]. Every row needs a positive sum.
+
+    Returns:
+        float64 [L, T], non-increasing; the first column is 1.
     """
     mass = attention.double()
     if not bool(torch.isfinite(mass).all()) or bool((mass < 0).any()):
@@ -61,12 +64,14 @@ def water_fill(attention: torch.Tensor, total: int) -> torch.Tensor:
 
     PrefixKV (https://arxiv.org/abs/2412.03409): layer l keeps its R_l most attended tokens, with
     ``R_l = min{o : P_l(o) >= p}``, P_l the cumulative share of its attention, and one p for all
-    layers. Instead of searching p, the tokens of all layers are put in the order in which a rising
-    p takes them, and the first ``total`` are taken: exact, and monotone in ``total``. Equal levels
-    are taken by rank in their layer, then by layer. Each layer gets one token at least.
+    layers. There is no search for p. The tokens of all layers are put in the order in which a
+    rising p takes them, and the first ``total`` are taken, which is exact and monotone in
+    ``total``. Equal levels are taken by rank in their layer, then by layer. Each layer gets at
+    least one token.
 
-    attention: [L, T], attention that each token received. The sink and the last token stay in.
-    total: tokens over all layers, from L to L * T.
+    Args:
+        attention: Attention that each token received, [L, T], sink and last token included.
+        total: Tokens over all layers, from L to L * T.
     """
     layers, tokens = attention.shape
     if not layers <= total <= layers * tokens:
@@ -83,8 +88,11 @@ def water_fill(attention: torch.Tensor, total: int) -> torch.Tensor:
 def fractions_of(samples: Sequence[torch.Tensor], keep: Fraction) -> list[Fraction]:
     """Per-layer fractions from calibration samples; their mean is exactly ``keep``.
 
-    samples: attention received [L, T_s] per sample; lengths may differ. Each sample is water-filled
-    alone, and the fractions are averaged (the paper's offline mode).
+    Each sample is water-filled alone, and the fractions are averaged (the paper's offline mode).
+
+    Args:
+        samples: Attention received, [L, T_s] per sample; lengths can differ.
+        keep: The mean of the fractions.
     """
     if not samples:
         raise CompressError("a profile needs at least one calibration sample")
@@ -110,7 +118,9 @@ def fractions_of(samples: Sequence[torch.Tensor], keep: Fraction) -> list[Fracti
 def retained(attention: torch.Tensor, fractions: Sequence[Fraction]) -> float:
     """Mean over layers of the share of attention that the most attended tokens hold, 0 to 1.
 
-    attention: [L, T]. A layer of fraction f is credited with its ``floor(f * T)`` best tokens.
+    Args:
+        attention: Attention that each token received, [L, T].
+        fractions: Per layer. A fraction f counts the ``floor(f * T)`` best tokens.
     """
     beyond = mass_beyond(attention)
     beyond = torch.cat([beyond, beyond.new_zeros(len(beyond), 1)], dim=1)
@@ -123,10 +133,11 @@ def retained(attention: torch.Tensor, fractions: Sequence[Fraction]) -> float:
 class Levels:
     """Per-layer fractions cut into few levels: layers of one level share a KV-cache group.
 
-    fractions: one per level, ascending.
-    level_of: the level of each layer.
-    padded_layers: layers' worth of memory lost because the levels are not equally large.
-    moved: mean over layers of |level's fraction - the layer's own|: the cost, 0 is none.
+    Attributes:
+        fractions: One per level, ascending.
+        level_of: The level of each layer.
+        padded_layers: Memory, in layers, that is lost because the levels are not equally large.
+        moved: The cost: mean over layers of |level's fraction - the layer's own|, 0 for none.
     """
 
     fractions: tuple[Fraction, ...]
@@ -143,8 +154,8 @@ class Levels:
 def pick_levels(layers: int) -> int:
     """The number of levels to use: 3 to 8, the largest that divides the layers.
 
-    Where none does (26, 31 layers), the one that wastes least memory by padding; below three
-    layers one per layer.
+    If none divides them (26, 31 layers), it is the one that wastes least memory by padding. Fewer
+    than three layers have one level each.
     """
     if layers < _MIN_LEVELS:
         return layers
@@ -162,13 +173,16 @@ def _even_enough(layers: int, levels: int) -> bool:
     return smallest > 0 and (layers % levels == 0 or smallest > 2)
 
 
-def quantise(fractions: Sequence[Fraction], levels: int | None = None) -> Levels:
-    """Cut per-layer fractions into ``levels`` levels of equal layer count; the sum is exact.
+def quantize(fractions: Sequence[Fraction], levels: int | None = None) -> Levels:
+    """Cut per-layer fractions into levels of equal layer count. Their sum is preserved exactly.
 
-    Layers are ordered by fraction (equal ones by index) and cut into runs; a run's fraction is its
-    mean, so the budget is preserved exactly and the squared change is the least for these runs. If
-    ``levels`` does not divide the layers, sizes differ by one, the levels that keep most having
-    fewer layers, and ``padded_layers`` says what that wastes. None: ``pick_levels``.
+    Layers are ordered by fraction (equal ones by index) and cut into runs. A run's fraction is its
+    mean, so the squared change is the least for these runs. If ``levels`` does not divide the
+    layers, sizes differ by one, and the levels that keep most have fewer layers.
+
+    Args:
+        fractions: Per layer.
+        levels: How many, 1 to 8; None: ``pick_levels``.
     """
     layers = len(fractions)
     levels = pick_levels(layers) if levels is None else levels
@@ -196,9 +210,9 @@ def quantise(fractions: Sequence[Fraction], levels: int | None = None) -> Levels
 def rounded(fractions: Sequence[Fraction], units: int = 1000) -> list[Fraction]:
     """The fractions in multiples of ``1 / units``, or of a whole part of it, with the same sum.
 
-    Averages over samples have huge denominators; a profile should be readable. ``units`` is
-    multiplied by what it takes to write the sum exactly. Each is rounded by less than one unit
-    (largest remainders up) as long as none is below one unit, and stays in (0, 1].
+    Averages over samples have huge denominators, and a profile should be readable. ``units`` is
+    multiplied by what it takes to write the sum exactly. Each fraction is rounded by less than one
+    unit (largest remainders up) if none is below one unit, and stays in (0, 1].
     """
     total = sum(fractions, Fraction(0))
     units *= (total * units).denominator

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from compress_common.errors import CompressError, joined
-from kv_policies.budget.levels import Levels, exact, quantise
+from kv_policies.budget.levels import Levels, exact, quantize
 from kv_policies.model_file import Calibration, ModelFile, ModelFingerprint
 
 SCHEMA: Final = "vllm-compress/kv-profile"
@@ -72,7 +72,7 @@ class Profile(ModelFile):
             if mean != self.keep:
                 problems.append(f"the mean of the fractions is {mean}, keep is {self.keep}")
             try:
-                quantise(self.fractions, self.levels)
+                quantize(self.fractions, self.levels)
             except CompressError as error:
                 problems.append(str(error))
         if problems:
@@ -90,7 +90,7 @@ class Profile(ModelFile):
         Args:
             levels: How many; None: as many as the profile says.
         """
-        return quantise(self.fractions, levels or self.levels)
+        return quantize(self.fractions, levels or self.levels)
 
     def save(self, path: str | Path) -> None:
         """Write the profile. The same profile is the same bytes."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many latents each layer gives to its keys and to its values, at the same bytes in all.
+"""How many latents each layer gives to its keys and to its values, within the same bytes in all.
 
-Layers whose latents take the same room share a block table, so the layers' totals are cut into few
-*levels* of (nearly) as many layers. A block holds whole units of tokens, so that not every total
-fills one; levels have totals that do.
+Layers whose latents take equal room share a block table, so the totals of the layers are cut into
+few *levels* of (nearly) equal layer count. A block holds whole units of tokens, so not every total
+fills a block. Levels have totals that do.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from kv_policies.budget.levels import quantise
+from kv_policies.budget.levels import quantize
 from kv_policies.latents.bases_header import SIDES, Side, total_rank
 from kv_policies.latents.format import LatentFormat
 
@@ -33,25 +33,32 @@ _UNIT: Final = LatentFormat(1, 1, 16, 0).unit
 def halves(layers: Iterable[int], ratio: Fraction, features: int) -> dict[int, Ranks]:
     """As many latents for keys as for values, the same in every layer.
 
-    ratio: share of the cache's numbers that is saved. features: F.
+    Args:
+        layers: Indices in the model.
+        ratio: Share of the cache's numbers that is saved.
+        features: F.
     """
     total = total_rank(ratio, features)
     return {layer: {"key": total // 2, "value": total - total // 2} for layer in layers}
 
 
 def allocate(energies: Mapping[int, Energies], ratio: Fraction, features: int) -> dict[int, Ranks]:
-    """Ranks by what latents are worth, in the bytes of ``halves`` or a little less.
+    """Ranks by what latents are worth, within the bytes of ``halves`` or a little less.
 
-    energies: of each layer's latents, [F] for keys and for values, descending. A latent is worth
-    its energy over the energy that would be lost without it and all that follow, to the power 0.7:
-    between the share of all energy (which gives keys next to nothing, as a few directions hold
-    nearly all of theirs) and that of what is left.
+    A latent is worth its energy over the energy that would be lost without it and all that follow,
+    to the power 0.7. That is between the share of all energy and the share of what is left. The
+    former gives keys almost nothing, because a few directions hold nearly all of their energy.
+
+    Args:
+        energies: Of each layer's latents, [F] for keys and for values, descending.
+        ratio: Share of the cache's numbers that is saved.
+        features: F.
     """
     layers = sorted(energies)
     total_each = total_rank(ratio, features)
     worth = {layer: _Worth(energies[layer], max(1, total_each // _FLOOR)) for layer in layers}
     wanted = _best(worth, total_each * len(layers))
-    cut = quantise([Fraction(wanted[layer], 2 * features) for layer in layers])
+    cut = quantize([Fraction(wanted[layer], 2 * features) for layer in layers])
     runs = [
         [layer for layer, of in zip(layers, cut.level_of, strict=True) if of == level]
         for level in range(len(cut.fractions))

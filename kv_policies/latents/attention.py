@@ -18,8 +18,9 @@ class Rotation(Protocol):
 class Decoder(NamedTuple):
     """From latents back to keys or values: ``mean + latent @ decode``.
 
-    affine: float32 [rank + 1, F], the mean as the row of a latent that is always 1. F = Hkv * D
-    features.
+    Attributes:
+        affine: float32 [rank + 1, F] for F = Hkv * D features. The last row is the mean, as for a
+            latent that is always 1.
     """
 
     affine: torch.Tensor
@@ -34,8 +35,14 @@ class Decoder(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """Of R requests, padded to N tokens: keys [R, N, key_rank], values [R, N, value_rank],
-    positions int64 [R, N], and hidden, float32 [R, N], which is added to the logits."""
+    """Latents of R requests, padded to N tokens.
+
+    Attributes:
+        keys: [R, N, key_rank].
+        values: [R, N, value_rank].
+        positions: int64 [R, N].
+        hidden: float32 [R, N], added to the logits.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -44,7 +51,13 @@ class Latents(NamedTuple):
 
 
 class Raw(NamedTuple):
-    """Raw keys and values [R, Hkv, T, D], and how many of them each query sees, int64 [R, Q]."""
+    """Raw tokens of R requests.
+
+    Attributes:
+        keys: [R, Hkv, T, D].
+        values: [R, Hkv, T, D].
+        seen: How many of them each query sees, int64 [R, Q].
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -60,11 +73,23 @@ def attend(
     rope: Rotation,
     scale: float,
 ) -> torch.Tensor:
-    """One softmax over both: query [R, Hq, Q, D] to the same shape and type.
+    """Attend to latents and raw tokens in one softmax.
 
-    Keys are rebuilt and rotated to their positions, a tile at a time. Values are not rebuilt: since
+    Keys are rebuilt and rotated to their positions, a tile at a time. Values are not rebuilt. Since
     sum(p * (mean + c @ decode)) = sum(p) * mean + sum(p * c) @ decode, the weighted sum is taken of
-    the latents and mapped once. Latents are all older than the queries. All in float32.
+    the latents and mapped once. Everything is in float32.
+
+    Args:
+        query: [R, Hq, Q, D].
+        latents: All older than the queries.
+        raw: The other tokens.
+        keys: Decodes keys before RoPE.
+        values: Decodes values.
+        rope: The rotation of keys.
+        scale: Factor on q.k in the softmax.
+
+    Returns:
+        [R, Hq, Q, D] in the type of ``query``.
     """
     requests, heads, count, width = query.shape
     kv_heads, tokens = raw.keys.shape[1], latents.keys.shape[1]

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank factors of keys and values, in closed form.
 
-CSKV (https://arxiv.org/abs/2409.10593) puts A B of rank r in place of a projection W and trains A
-and B for the least E|x W - x A B|^2. That is reduced-rank regression, and its optimum is known: the
-principal components of k = x W itself. Training cannot lower this loss (a test tries), so there is
-none here. The latent comes from k as it is cached, not from x: a bias goes into the mean and costs
-no rank, and a norm on keys (Qwen3) needs no care.
+CSKV (https://arxiv.org/abs/2409.10593) replaces a projection W by A B of rank r and trains A and B
+for the least E|x W - x A B|^2. That is reduced-rank regression. Its optimum is known: the principal
+components of k = x W itself. Training cannot lower this loss (a test tries), so nothing is trained
+here. The latent comes from k as it is cached, not from x. So a bias goes into the mean and costs no
+rank, and a norm on keys (Qwen3) needs no care.
 
-The published starting points are the same with less known of x. SVD of W takes its features as
-independent and equally large, ASVD (https://arxiv.org/abs/2312.05821) as independent.
+The published starting points are the same solution for less knowledge of x. SVD of W assumes that
+the features of x are independent and equally large, ASVD (https://arxiv.org/abs/2312.05821) that
+they are independent.
 
-F = num_kv_heads * head_dim features, the heads of one token side by side. All maths is in float64.
+There are F = num_kv_heads * head_dim features, the heads of one token side by side. All maths is in
+float64.
 """
 
 from dataclasses import dataclass
@@ -24,9 +26,14 @@ _EPSILON = 1e-6  # of ASVD's published code
 
 @dataclass(frozen=True)
 class Factor:
-    """A latent of r numbers in place of F: encode [F, r], decode [r, F], mean [F].
+    """A latent of r numbers in place of F.
 
     ``decode @ encode`` is the identity: what is restored has the latent that it comes from.
+
+    Attributes:
+        encode: [F, r].
+        decode: [r, F].
+        mean: [F].
     """
 
     encode: torch.Tensor

@@ -5,44 +5,42 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from kv_policies.compaction import Tally
-from kv_policies.layout.base import runs
-from kv_policies.layout.latents import LatentBlocks, LatentLayout
+from kv_policies.latents.format import LatentFormat
+from kv_policies.layout.base import IntArray, Segments, runs
+from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.step import Step
+from kv_policies.plan import Tally, tallies
+from kv_policies.workspace import LIMIT
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What attention reads for the R requests of a step that have latents.
+class Held:
+    """The latents of R requests. Steps share it until some of them change.
 
-    tokens: int64 [R, Q], each query among the step's tokens, padded with a request's last one.
-    seen: int64 [R, Q], raw tokens that it sees. raw: int64 [R, C], blocks of these. blocks, first,
-    count: int64 [R, L], of latents: block, position of its first token, and how many it holds of
-    the ``per_block`` that it could. longest: tokens of the request that has most. whole: these are
-    all requests of the step.
+    Attributes:
+        first: Position of the first token of each latent block, int64 [R, L].
+        count: Tokens in it, int64 [R, L]; 0 pads a request.
+        per_block: Tokens that a block could hold.
+        longest: Tokens of the request that has most.
     """
 
-    tokens: torch.Tensor
-    seen: torch.Tensor
-    raw: torch.Tensor
-    blocks: torch.Tensor
     first: torch.Tensor
     count: torch.Tensor
     per_block: int
     longest: int
-    whole: bool
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """Of each token of the latent blocks, int64 [R, longest]; 0 where there is none."""
+        """Position of each token of the blocks, int64 [R, longest]; 0 where there is none."""
         positions = (self.first[..., None] + self._at).flatten(1)[:, : self.longest]
         return positions.where(self.hidden == 0, 0)
 
     @cached_property
     def hidden(self) -> torch.Tensor:
-        """0 for each token of the latent blocks, -inf where there is none: [R, longest]."""
+        """0 for each token of the latent blocks, -inf where there is none: float [R, longest]."""
         hidden = torch.where(self._at < self.count[..., None], 0.0, -torch.inf)
         return hidden.flatten(1)[:, : self.longest]
 
@@ -51,126 +49,243 @@ class Reading:
         return torch.arange(self.per_block, device=self.first.device)
 
 
-def plan_reading(
-    layout: LatentLayout,
-    held: LatentBlocks,
-    table: torch.Tensor,
-    view: torch.Tensor,
-    seq_lens: torch.Tensor,
-    step: Step,
-) -> Reading | None:
-    """The reading of a step; None where no request has latents.
+@dataclass(frozen=True)
+class Reading:
+    """What attention reads for the R requests of a step that have latents.
 
-    held: the requests' latent blocks. table: int [R, C], physical block of each column. view,
-    seq_lens: the raw blocks and tokens of each request.
+    Attributes:
+        tokens: Each query among the step's tokens, int64 [R, Q], padded with a request's last one.
+        seen: Raw tokens that each query sees, int64 [R, Q].
+        raw: Blocks of these, int64 [R, C].
+        blocks: Blocks of latents, int64 [R, L].
+        held: What is in them.
+        whole: These are all requests of the step.
     """
-    old = held.tokens.sum(1)
-    rows = (old > 0).nonzero().flatten()
-    if not len(rows):
-        return None
-    column, first, count = (field[rows] for field in held)
-    q = step.q[rows][:, None]
+
+    tokens: torch.Tensor
+    seen: torch.Tensor
+    raw: torch.Tensor
+    blocks: torch.Tensor
+    held: Held
+    whole: bool
+
+    @cached_property
+    def narrow(self) -> dict[str, torch.Tensor]:
+        """For kernels, int32: ``row`` and ``seen`` [R * Q], ``raw``, ``blocks``, ``first`` and
+        ``count``. Converted once for all layers.
+        """
+        requests, queries = self.tokens.shape
+        row = torch.arange(requests, device=self.tokens.device).repeat_interleave(queries)
+        tensors = {
+            "row": row,
+            "seen": self.seen.flatten(),
+            "raw": self.raw,
+            "blocks": self.blocks,
+            "first": self.held.first,
+            "count": self.held.count,
+        }
+        return {name: tensor.int() for name, tensor in tensors.items()}
+
+    def part(self, rows: slice) -> "Reading":
+        """The reading of some of the requests."""
+        held = Held(
+            self.held.first[rows], self.held.count[rows], self.held.per_block, self.held.longest
+        )
+        return Reading(
+            self.tokens[rows],
+            self.seen[rows],
+            self.raw[rows],
+            self.blocks[rows],
+            held,
+            self.whole,
+        )
+
+
+class _Aged(NamedTuple):
+    """Requests of a step that have latents: the same for layouts of one timing.
+
+    Attributes:
+        rows: Their rows, int64 [R].
+        index: The same on the device.
+        tokens: See ``Reading``.
+        seen: See ``Reading``.
+        columns: Columns of raw blocks of the request with most.
+        whole: See ``Reading``.
+    """
+
+    rows: IntArray
+    index: torch.Tensor
+    tokens: torch.Tensor
+    seen: torch.Tensor
+    columns: int
+    whole: bool
+
+
+class LatentView:
+    """What attention reads of latents. Planned anew only when what is latents has changed."""
+
+    def __init__(self, layout: LatentLayout) -> None:
+        self._layout = layout
+        self._phase = np.zeros((2, 0), np.int64)
+
+    def update(self, step: Step, table: torch.Tensor, view: torch.Tensor) -> Reading | None:
+        """The reading of a step; None where no request has latents.
+
+        Args:
+            step: The requests, R rows.
+            table: Physical block of each column, int [R, C].
+            view: Raw blocks of each request, moved left, as ``table``.
+        """
+        if not self._layout.tokens:
+            return None
+        layout, device = self._layout, table.device
+        aged = step.once(("aged", layout.timing), lambda: _aged(layout, step, device))
+        if not len(aged.rows):
+            return None
+        if not np.array_equal(phase := step.phase(layout)[:, aged.rows], self._phase):
+            self._plan(phase, device)
+        raw = view[:, : aged.columns]
+        return Reading(
+            tokens=aged.tokens,
+            seen=aged.seen,
+            raw=(raw if len(aged.rows) == len(view) else raw[aged.index]).long(),
+            blocks=table[aged.index[:, None], self._column].long(),
+            held=self._held,
+            whole=aged.whole,
+        )
+
+    def _plan(self, phase: IntArray, device: torch.device) -> None:
+        self._phase, spans = phase, self._layout.spans(phase)
+        self._column, first, count = (
+            torch.from_numpy(x).to(device, non_blocking=True)
+            for x in self._layout.latent_blocks(spans)
+        )
+        self._held = Held(first, count, self._layout.tokens, int(spans.old.max()))
+
+
+def _aged(layout: LatentLayout, step: Step, device: torch.device) -> _Aged:
+    old = layout.hidden(step.phase(layout))
+    rows = (old > 0).nonzero()[0]
+    q, raw = step.q[rows, None], (step.end - old)[rows, None]
     # Padding repeats the last query, so that it may be written twice.
-    query = torch.minimum(torch.arange(int(q.max())), q - 1)
-    device = table.device
-    rows_there = rows.to(device)
-    lengths = seq_lens[rows_there, None].long()
-    seen = lengths - (q - 1 - query).to(device)
-    # Of the host's numbers, so that a GPU need not be waited for.
-    most = -(-int((step.c + step.q - old)[rows].max()) // layout.block_size)
-    return Reading(
-        tokens=(step.starts[rows][:, None] + query).to(device),
-        seen=seen,
-        raw=view[rows_there, :most].long(),
-        blocks=table[rows_there[:, None], column.to(device)].long(),
-        first=first.to(device),
-        count=count.to(device),
-        per_block=layout.tokens,
-        longest=int(old.max()),
-        whole=len(rows) == int((step.q > 0).sum()),
+    query = np.minimum(np.arange(q.max(initial=0)), q - 1)
+    index, tokens, seen = (
+        torch.from_numpy(x).to(device, non_blocking=True)
+        for x in (rows, step.starts[rows, None] + query, raw - (q - 1 - query))
     )
+    columns = -(-int(raw.max(initial=0)) // layout.block_size)
+    return _Aged(rows, index, tokens, seen, columns, len(rows) == int((step.q > 0).sum()))
 
 
 class Packing(NamedTuple):
-    """What a step turns into latents: of S requests, raw blocks int64 [S, C], the last ones
-    repeated, and the position of the first token, int64 [S].
+    """Raw tokens that become latents in a step, in P pieces of ``Layout.unit`` tokens.
 
-    destination: int64 [M], a block that takes unit ``slot`` [M] of it from unit ``source`` of row
-    ``row``. fresh: int64 [F], those that hold no latents yet. tallies: what metrics count.
+    Attributes:
+        blocks: Raw blocks of each piece, int64 [P, C].
+        first: Position of the first token of each piece, int64 [P].
+        destination: The block that each unit of latents goes to, int64 [P * units per piece].
+        slot: The unit of that block, int64, as ``destination``.
+        fresh: Blocks among these that hold no latents yet, int64 [F].
     """
 
     blocks: torch.Tensor
     first: torch.Tensor
     destination: torch.Tensor
     slot: torch.Tensor
-    row: torch.Tensor
-    source: torch.Tensor
     fresh: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Packings:
+    """What one step has to pack, for every layer of one layout.
+
+    Attributes:
+        parts: Some requests each.
+        tallies: What metrics count.
+    """
+
+    parts: list[Packing]
     tallies: list[Tally]
 
 
 def plan_packing(
-    layout: LatentLayout, unit: int, table: torch.Tensor, step: Step
-) -> Packing | None:
+    layout: LatentLayout, form: LatentFormat, table: torch.Tensor, step: Step
+) -> Packings | None:
     """What a step has to pack; None for nothing, as in most steps.
 
-    unit: tokens that are written at once. table: int [R, C], physical block of each column.
+    Args:
+        layout: The layout of the layers.
+        form: How latents lie in a block.
+        table: Physical block of each column, int [R, C].
+        step: The requests, R rows.
     """
-    start, prompt, before = layout.spans(step.n, step.c, step.opted_out)
-    after = layout.spans(step.n, step.c + step.q, step.opted_out).old
-    rows = (after > before).nonzero().flatten()
-    if not len(rows):
+    ending = step.ending(layout)
+    if ending is None:
         return None
-    is_prompt = (step.c < step.n)[rows]
-    start, prompt, before, after = (x[rows] for x in (start, prompt, before, after))
-    columns = torch.arange(int((after - before).max()) // layout.block_size)
-    columns = torch.minimum(
-        (start + before)[:, None] // layout.block_size + columns,
-        (start + after)[:, None] // layout.block_size - 1,
-    )
-    row, source = runs((after - before) // unit)
-    at = before[row] + source * unit
-    destination = layout.column(at // layout.tokens, start[row], prompt[row])
-    held, needed = layout.blocks(before), layout.blocks(after)
-    of, index = runs(needed - held)
-    fresh = layout.column(held[of] + index, start[of], prompt[of])
+    # Encoded latents of a part are all held before they are written, twice for a moment.
+    most = max(1, LIMIT // 2 // (2 * -(-form.bytes(4) // form.tokens)))
+    whole = ((ending.stop - ending.start) * layout.block_size).cumsum() // most
+    parts = [
+        _packing(layout, form.unit, table, step, ending.some(whole == part))
+        for part in np.unique(whole)
+    ]
+    return Packings(parts, tallies(ending, layout.block_size))
 
-    def there(index: torch.Tensor) -> torch.Tensor:
-        return index.to(table.device, non_blocking=True)
 
+def _packing(
+    layout: LatentLayout, unit: int, table: torch.Tensor, step: Step, ending: Segments
+) -> Packing:
+    row, size = ending.row, layout.block_size
+    # The prompt is complete by the end of the step.
+    start, prompt, _ = layout.spans(np.stack((step.n[row], 0 * row)))
+    columns = layout.unit // size
+    at, piece = runs((ending.stop - ending.start) // columns)
+    first = ending.start[at] + piece * columns
+    # Latents of the request in front of each unit that is written.
+    units = np.arange(layout.unit // unit) * unit
+    before = ((first * size - start[at])[:, None] + units).ravel()
+    of_unit = at.repeat(len(units))
+    destination = layout.column(before // layout.tokens, start[of_unit], prompt[of_unit])
+    of_block, index = runs(ending.kept)
+    held = layout.blocks(ending.start * size - start)
+    fresh = layout.column((held[of_block] + index), start[of_block], prompt[of_block])
+
+    def there(array: IntArray) -> torch.Tensor:
+        return torch.from_numpy(array).to(table.device, non_blocking=True)
+
+    rows = row[at]
     return Packing(
-        blocks=table[there(rows)[:, None], there(columns)].long(),
-        first=there(start + before),
-        destination=table[there(rows[row]), there(destination)].long(),
-        slot=there(at % layout.tokens // unit),
-        row=there(row),
-        source=there(source),
-        fresh=table[there(rows[of]), there(fresh)].long(),
-        tallies=[
-            Tally(
-                kind,
-                int(some.sum()),
-                int((after - before)[some].sum()),
-                int((needed - held)[some].sum()) * layout.block_size,
-            )
-            for kind, some in (("prompt", is_prompt), ("window", ~is_prompt))
-            if bool(some.any())
-        ],
+        blocks=table[there(rows)[:, None], there(first[:, None] + np.arange(columns))].long(),
+        first=there(first * size),
+        destination=table[there(row[of_unit]), there(destination)].long(),
+        slot=there(before % layout.tokens // unit),
+        fresh=table[there(row[of_block]), there(fresh)].long(),
     )
 
 
 def fresh_blocks(layout: LatentLayout, step: Step, table: torch.Tensor) -> torch.Tensor | None:
-    """Blocks, int64, that a step begins to fill and does not finish; None if there are none.
+    """Blocks that a step begins to fill and does not finish, int64 [F]; None if there are none.
 
-    What they hold before may be somebody's latents: as keys and values these bytes can be NaN, and
-    a kernel that multiplies what lies behind the last token with zero would spread it.
+    They may have held latents of another request. Read as keys and values these bytes can be NaN,
+    and a kernel that multiplies what lies behind the last token with zero would spread it.
 
-    table: int [R, C], physical block of each column.
+    Args:
+        layout: The layout of the layers.
+        step: The requests, R rows.
+        table: Physical block of each column, int [R, C].
     """
-    end = step.c + step.q
-    last = (end - 1).div(layout.block_size, rounding_mode="floor")
-    begun = (end % layout.block_size > 0) & (step.q > 0) & (last * layout.block_size >= step.c)
-    rows = (begun & (step.n > 0)).nonzero().flatten()
+    device = table.device
+    begun = step.once(("begun", layout.block_size), lambda: _begun(layout, step, device))
+    return None if begun is None else table[begun].long()
+
+
+def _begun(
+    layout: LatentLayout, step: Step, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Rows and columns of ``fresh_blocks``."""
+    size, end = layout.block_size, step.end
+    last = (end - 1) // size
+    rows = ((end % size > 0) & (step.q > 0) & (last * size >= step.c)).nonzero()[0]
     if not len(rows):
         return None
-    return table[rows.to(table.device), last[rows].to(table.device)].long()
+    return torch.from_numpy(rows).to(device), torch.from_numpy(last[rows]).to(device)

@@ -9,11 +9,12 @@ class Rope:
 
     RoFormer, Su et al. 2021 (https://arxiv.org/abs/2104.09864).
 
-    table: [positions, rotary_dim], cosines then sines, as vLLM's ``cos_sin_cache``; channels from
-        rotary_dim on are left alone.
-    neox: pairs are (i, i + rotary_dim / 2); False: (2i, 2i + 1).
+    Limits: Rotations must depend on the position alone. Tables that also scale cannot be undone.
 
-    Limits: rotations that depend on the position alone; tables that also scale cannot be undone.
+    Args:
+        table: [positions, rotary_dim], cosines then sines, as vLLM's ``cos_sin_cache``. Channels
+            from rotary_dim on are left alone.
+        neox: Pairs are (i, i + rotary_dim / 2); False: (2i, 2i + 1).
     """
 
     def __init__(self, table: torch.Tensor, neox: bool = True) -> None:

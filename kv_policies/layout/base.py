@@ -1,60 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which blocks of a request are live: pure functions, called by scheduler and worker alike.
+"""Which blocks of a request are live: pure functions that scheduler and worker both call.
 
-A request's logical block list has columns 0, 1, 2, ...; column j holds the KV of token positions
-``[j * bs, (j + 1) * bs)`` when they are written. The columns are cut into *segments*. When a
-segment is complete, its content is rewritten into fewer columns and the others are freed. What is
-rewritten and where is told by the two kinds of layout: ``TokenLayout``, chosen tokens, and
-``LatentLayout``, latents of all tokens.
+A request's logical block list has columns 0, 1, 2, ...; column j holds the KV of the token
+positions ``[j * bs, (j + 1) * bs)``. The columns are cut into *segments*. When a segment is
+complete, its content is rewritten into fewer columns and the others are freed. There are two kinds
+of layout: ``TokenLayout`` keeps chosen tokens, ``LatentLayout`` keeps latents of all tokens.
 
-Everything is a function of (N, c), N being the tokens of the prompt and c the tokens computed
-before a step. Nothing depends on how the tokens were cut into steps, so both sides agree after
-chunked prefill, preemption and resume without telling each other anything.
+Everything is a function of (N, c): N is the number of prompt tokens, c the number of tokens
+computed before a step. It does not matter how the tokens were cut into steps. So both sides agree
+after chunked prefill, preemption and resume, and exchange no messages.
 
-What the engine does in a step that computes tokens ``[c, c + q)``:
+In a step that computes tokens ``[c, c + q)`` the engine does this:
 
-1. Write K/V of the new tokens at their positions, as always.
-2. Attend to what is live at c: segments complete *at c* are compacted in it, those that complete
-   during this step are still raw.
-3. Compact each segment of ``ending(n, c, q)``: those with ``c < complete at <= c + q``. They hold
-   raw content for certain: no earlier step since the request (re)started compacted them, and their
-   tokens were all computed since, or hit in the cache in front of the destination.
-4. Free ``freed(n, processed)`` on the scheduler's side once a step has settled, ``processed`` being
-   the computed tokens less those in flight. Steps in flight never read these columns: their c is
-   already past the segment.
+1. It writes K/V of the new tokens at their positions, as always.
+2. It attends to what is live at c. Segments that were complete *at c* are compacted there.
+   Segments that complete during this step are still raw.
+3. It compacts each segment of ``segments(n, c + q, after=c)``. These are raw for certain: no step
+   since the request (re)started has compacted them, and their tokens were all computed since then,
+   or were found in the cache in front of the destination.
+4. The scheduler frees ``freed(n, processed)`` once a step has settled. ``processed`` is the
+   computed tokens without those in flight. Steps in flight never read these columns, because their
+   c is past the segment already.
 
-A fresh request never computes past N in the step that ends its prompt, and completes a window of
-generated tokens with the last token of a step. Only a *resumed* request, whose prompt and generated
-tokens are recomputed as one prefill, has steps that cross N or several windows. Two rules make it
-well defined:
+A fresh request does not compute past N in the step that ends its prompt, and completes a window of
+generated tokens with the last token of a step. A *resumed* request recomputes its prompt and its
+generated tokens as one prefill, so its steps can cross N or several windows. Two rules apply:
 
-- It restarts at most at ``first_destination(n)`` columns (a prefix-cache hit capped there, or 0):
-  from that column on its blocks are its own and raw until compacted again. The N of this is the
-  prompt length, never prompt plus generated tokens.
-- Its step is run as the ``substeps(n, c, q)``, in order, inside each layer's attention: attend,
-  compact, attend to what is left, and so on. Then each token sees exactly what it saw before the
-  preemption. (Attending once with c's view and compacting all ending segments afterwards is
-  consistent too, but lets recomputed tokens see more than they did, so texts can change.)
+- It restarts at most at ``first_destination(n)`` columns: after a prefix-cache hit capped there,
+  or at 0. From that column on its blocks are its own, and raw until they are compacted again. N
+  stays the length of the prompt, without generated tokens.
+- Its step is run as ``substeps(n, c, q)``, in order, inside each layer's attention: attend,
+  compact, attend to what is left, and so on. So each token sees exactly what it saw before the
+  preemption.
 
-Limits: where windows are compacted no speculative tokens, as a rejected draft could take back the
-end of a window that is already compacted (the prompt's end is never taken back, so ``window`` 0
-allows them). N must not grow (streaming input). Positions shared over ranks (DCP, PCP) are not
-described.
+Limits: Where windows are compacted there can be no speculative tokens, because a rejected draft
+could take back the end of a compacted window (``window`` 0 allows them: the prompt's end is never
+taken back). N must not grow, as with streaming input. Positions that are spread over ranks (DCP,
+PCP) are not described.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple, Self
+from typing import NamedTuple, TypeVar
 
-import torch
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+# A number of one request (the scheduler), or one number per request (the worker).
+Ints = TypeVar("Ints", int, IntArray)
 
 
-def runs(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of int64 [R] counts: the row of each thing counted, and its number in the row from 0."""
-    row = torch.repeat_interleave(counts)
-    first = (counts.cumsum(0) - counts)[row]
-    return row, torch.arange(len(row), device=counts.device) - first
+def positive(x: Ints) -> Ints:
+    """``max(x, 0)``."""
+    return x * (x > 0)
+
+
+def lesser(a: Ints, b: Ints) -> Ints:
+    """``min(a, b)``."""
+    return b + (a - b) * (a < b)
+
+
+def runs(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """Number the things that rows count: the row of each thing, and its index in that row.
+
+    Args:
+        counts: Things per row, [R].
+
+    Returns:
+        Row and index of each thing, [counts.sum()] each, in order of the rows.
+    """
+    row = np.repeat(np.arange(len(counts)), counts)
+    first = (counts.cumsum() - counts)[row]
+    return row, np.arange(len(row)) - first
 
 
 class Segment(NamedTuple):
@@ -79,13 +98,39 @@ class Segment(NamedTuple):
         return self.stop - self.kept, self.stop
 
 
+class Segments(NamedTuple):
+    """Segments of several requests, [S] each: see ``Segment``. Ordered by row, then by ``ends``.
+
+    ``row`` is the request's row in the batch. A row occurs more than once only in the step of a
+    resumed request. ``is_prompt`` tells prompts from decode windows.
+    """
+
+    row: IntArray
+    start: IntArray
+    stop: IntArray
+    kept: IntArray
+    ends: IntArray
+    is_prompt: npt.NDArray[np.bool_]
+
+    def some(self, which: npt.NDArray[np.bool_] | slice) -> "Segments":
+        """Some of the segments, by bool [S] or as a slice."""
+        return Segments._make(field[which] for field in self)
+
+
 class Layout(ABC):
     """The layout of the layers that share one block table: see the module's text.
 
-    block_size: tokens per block. window: generated tokens per decode window, a multiple of
-    block_size; 0: generated tokens are never compacted. min_prompt: prompts of fewer tokens are not
-    compacted (their decode windows are), a multiple of block_size, so that a prompt's full blocks,
-    all that a cache lookup knows of it, tell.
+    The arithmetic of a layout is written once. Its methods take an ``int`` per argument for one
+    request, as the scheduler calls them, or an int64 array [R] for R requests, as the worker does.
+    A row of n = 0 keeps everything: a row that pads the batch, or a request that opted out.
+
+    Attributes:
+        block_size: Tokens per block.
+        window: Generated tokens per decode window, a multiple of block_size; 0: generated tokens
+            are never compacted.
+        min_prompt: Prompts of fewer tokens are not compacted (their decode windows are). A multiple
+            of block_size, so that the full blocks of a prompt, which are all that a cache lookup
+            knows, tell whether it is compacted.
     """
 
     block_size: int
@@ -95,16 +140,17 @@ class Layout(ABC):
     @property
     @abstractmethod
     def share(self) -> Fraction:
-        """Blocks per block that is compacted, in (0, 1], rounding aside."""
+        """Blocks that stay per block that is compacted, in (0, 1], without rounding."""
 
     @property
     @abstractmethod
     def timing(self) -> tuple[object, ...]:
-        """Layouts of one timing end their windows in the same steps."""
+        """Layouts of equal timing end their decode windows in the same steps."""
 
+    @property
     @abstractmethod
-    def opted_out(self) -> Self:
-        """The layout of a request that keeps everything: ``opted_out`` in the batched functions."""
+    def compacts_windows(self) -> bool:
+        """Whether the end of a decode window changes anything."""
 
     def _not_whole_blocks(self, *names: str) -> list[str]:
         """What is wrong with the block size, and with fields that must be multiples of it."""
@@ -120,17 +166,57 @@ class Layout(ABC):
                 )
         return problems
 
-    # -- one request: the scheduler's side -------------------------------------------------------
+    # -- what a kind of layout has to say --------------------------------------------------------
 
     @abstractmethod
-    def gap(self, n: int) -> int:
-        """Blocks that the prompt segment of N = n tokens frees, once: columns ``[0, gap)``."""
+    def prompt(self, n: Ints) -> tuple[Ints, Ints]:
+        """The prompt's segment.
+
+        Args:
+            n: Tokens of the prompt.
+
+        Returns:
+            Its columns, counted from column 0, and how many of them stay; 0 and 0 where the prompt
+            is not compacted.
+        """
 
     @abstractmethod
+    def windows(self, n: Ints, c: Ints) -> Ints:
+        """Decode windows that are complete when c tokens are computed, and are compacted."""
+
+    @abstractmethod
+    def window_segment(self, n: Ints, index: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """Start, stop, kept and ends of decode window ``index``: see ``Segment``."""
+
+    @abstractmethod
+    def columns(self, phase: IntArray, width: int) -> IntArray:
+        """The columns that the kernel reads, int64 [R, width]: the live ones in order.
+
+        Args:
+            phase: As ``phase`` returns it.
+            width: Columns to return. What lies behind the last live column of a row is any column.
+        """
+
+    @abstractmethod
+    def hidden(self, phase: IntArray) -> IntArray:
+        """Computed tokens that the kernel does not see in the live columns, int64 [R]."""
+
+    # -- what follows from it: one request, the scheduler's side ---------------------------------
+
+    def gap(self, n: Ints) -> Ints:
+        """Blocks that the prompt segment of N = n tokens frees: columns ``[0, gap)``."""
+        stop, kept = self.prompt(n)
+        return stop - kept
+
     def segments(self, n: int, c: int, after: int = 0) -> Iterator[Segment]:
         """Segments that are compacted and end in ``after < ends <= c``, in order of ``ends``."""
+        if after < n <= c:
+            stop, kept = self.prompt(n)
+            if stop:
+                yield Segment(0, stop, kept, n)
+        for index in range(self.windows(n, after), self.windows(n, c)):
+            yield Segment(*self.window_segment(n, index))
 
-    @abstractmethod
     def first_destination(self, n: int) -> int | None:
         """First column that is ever overwritten by a compaction; None when there is none.
 
@@ -138,22 +224,22 @@ class Layout(ABC):
         request lives, and remain so after they are freed. So they, and only they, may be shared:
         see ``cacheable`` and ``hit_limit``.
         """
+        stop, kept = self.prompt(n)
+        if not stop and self.compacts_windows:
+            _, stop, kept, _ = self.window_segment(n, 0)
+        return stop - kept if stop else None
 
     def freed(self, n: int, c: int, after: int = 0) -> list[tuple[int, int]]:
         """Column ranges ``[first, stop)`` that are free at c and were not yet at ``after``."""
         ranges = (segment.freed for segment in self.segments(n, c, after))
         return [(first, stop) for first, stop in ranges if first < stop]
 
-    def ending(self, n: int, c: int, q: int) -> list[Segment]:
-        """Segments to compact at the end of the step that computes tokens ``[c, c + q)``."""
-        return list(self.segments(n, c + q, after=c))
-
     def substeps(self, n: int, c: int, q: int) -> list[tuple[int, int]]:
         """The step ``[c, c + q)`` cut after each segment that ends in it: [(c, q), ...].
 
         One element, the step itself, unless a resumed request recomputes past a segment's end.
         """
-        cuts = [segment.ends for segment in self.ending(n, c, q)]
+        cuts = [segment.ends for segment in self.segments(n, c + q, after=c)]
         if not cuts or cuts[-1] != c + q:
             cuts.append(c + q)
         return [(a, b - a) for a, b in zip([c, *cuts], cuts, strict=False)]
@@ -184,39 +270,31 @@ class Layout(ABC):
         """
         return self.hit_limit(n)
 
-    # -- a batch of R requests: the worker's side --------------------------------------------------
-    #
-    # n, c, q: int [R], prompt length, computed tokens and new tokens per request; n = 0 is a
-    # padding row. opted_out: bool [R], requests that keep everything.
+    # -- and of R requests: the worker's side -----------------------------------------------------
 
-    @abstractmethod
-    def window_ends(self, n: torch.Tensor, c: torch.Tensor, q: torch.Tensor) -> bool:
-        """Whether some request may complete a decode window in the step ``[c, c + q)``.
+    def phase(self, n: IntArray, c: IntArray) -> IntArray:
+        """What decides which columns are live at c: the same for layouts of one timing.
 
-        True also when a request reaches its first window. For tensors on the CPU.
+        Returns:
+            int64 [2, R]: the prompt's length, 0 until it is complete, and the complete windows.
         """
+        return np.stack((n * (c >= n), self.windows(n, c)))
 
-    @abstractmethod
-    def is_cut(
-        self,
-        n: torch.Tensor,
-        c: torch.Tensor,
-        q: torch.Tensor,
-        opted_out: torch.Tensor | None = None,
-    ) -> bool:
-        """Whether some request has more than one of ``substeps``. For tensors on the CPU."""
+    def ending(self, n: IntArray, c: IntArray, q: IntArray) -> Segments:
+        """Segments to compact at the end of the step that computes tokens ``[c, c + q)``.
 
-    @abstractmethod
-    def moves(
-        self,
-        n: torch.Tensor,
-        c: torch.Tensor,
-        width: int,
-        opted_out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The columns that the kernel reads at c, int64 [R, width], and the tokens that it does not
-        see, int64 [R].
-
-        What lies behind a row's last column is any column. The same for as long as no segment ends.
-        No host synchronisation, no loop.
+        Args:
+            n: Prompt length per request, int64 [R].
+            c: Computed tokens before the step, int64 [R].
+            q: Tokens of the step, int64 [R].
         """
+        before, after = self.windows(n, c), self.windows(n, c + q)
+        stop, kept = self.prompt(n)
+        prompt_ends = (c < n) & (n <= c + q) & (stop > 0)
+        row, index = runs(prompt_ends + after - before)
+        index -= prompt_ends[row]  # the prompt, where it ends, comes first
+        is_prompt = index < 0
+        of_prompt = np.zeros_like(row), stop[row], kept[row], n[row]
+        of_window = self.window_segment(n[row], before[row] + index)
+        fields = (np.where(is_prompt, a, b) for a, b in zip(of_prompt, of_window, strict=True))
+        return Segments._make((row, *fields, is_prompt))

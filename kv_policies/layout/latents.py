@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of latents: all tokens but the last ones, in order, many to a block.
+"""The layout of latents: all tokens except the last ones, in order, many to a block.
 
-From the end of the prompt on, tokens become latents once ``recent`` newer ones are there: those of
-the prompt together, in whole ``unit``s, then generated ones ``window`` by window. A latent block
-takes ``tokens`` of them. Each window fills up the block that the one before began; where it needs
-another, one of its own columns becomes that block::
+From the end of the prompt on, a token becomes a latent once ``recent`` newer tokens are there. The
+tokens of the prompt become latents together, in whole ``unit``s, and generated tokens ``window`` by
+window. A latent block holds ``tokens`` of them. Each window fills up the block that the one before
+began. When it needs another block, one of its own columns becomes that block::
 
     N prompt tokens, blocks of 32, tokens = 160, recent = unit = window = 32
 
@@ -14,55 +14,60 @@ another, one of its own columns becomes that block::
     at 352       -  -  -  -  -  - L0 L1 | -  -  r  r           320: L1 is full
     at 384       -  -  -  -  -  - L0 L1 | -  -  L2 r  r        352: column 10 became L2
 
-So between ``recent`` and ``recent + window`` tokens are raw at any time, and those of a prompt that
-were not whole units. Tokens of a prompt shorter than ``min_prompt`` stay raw for ever, up to the
-block boundary behind it: latents ``start`` there.
+So ``recent`` to ``recent + window`` tokens are raw at any time, and the tokens of a prompt that did
+not fill a unit. A prompt shorter than ``min_prompt`` always stays raw, up to the block boundary
+behind
+it: latents ``start`` there.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from compress_common.errors import joined
-from kv_policies.layout.base import Layout, Segment
-
-T = TypeVar("T", int, torch.Tensor)
+from kv_policies.layout.base import IntArray, Ints, Layout, positive
 
 
 class LatentBlocks(NamedTuple):
-    """The latent blocks of R requests, int64 [R, L]: column, position of the first token, tokens.
+    """The latent blocks of R requests, int64 [R, L], in order of position.
 
-    Ordered by position. Those that only pad a row have no tokens and its first column.
+    Attributes:
+        column: Of the block.
+        first: Position of its first token.
+        tokens: Tokens that it holds; 0 for a block that only pads a row.
     """
 
-    column: torch.Tensor
-    first: torch.Tensor
-    tokens: torch.Tensor
+    column: IntArray
+    first: IntArray
+    tokens: IntArray
 
 
 class Spans(NamedTuple):
-    """Int64 [R]: tokens ``[start, start + old)`` are latents, the first ``prompt`` of them since
-    the prompt's end."""
+    """Which tokens of R requests are latents: ``[start, start + old)``, int64 [R] each.
 
-    start: torch.Tensor
-    prompt: torch.Tensor
-    old: torch.Tensor
+    The first ``prompt`` of them became latents when the prompt ended.
+    """
+
+    start: IntArray
+    prompt: IntArray
+    old: IntArray
 
 
 @dataclass(frozen=True)
 class LatentLayout(Layout):
     """The layout of layers whose latents take the same room: see the module's text.
 
-    block_size: tokens per raw block.
-    tokens: per latent block, at least block_size; 0: nothing becomes a latent.
-    unit: tokens of a prompt that become latents together, a multiple of block_size.
-    window: generated tokens that become latents together, a multiple of unit. Larger: less often,
-        more memory. 0: they stay raw.
-    recent: last tokens that stay raw, a multiple of block_size. Larger: less is lost, less saved.
-    min_prompt: shorter prompts stay raw, a multiple of block_size.
+    Attributes:
+        block_size: Tokens per raw block.
+        tokens: Tokens per latent block, at least block_size; 0: nothing becomes a latent.
+        unit: Tokens of a prompt that become latents together, a multiple of block_size.
+        window: Generated tokens that become latents together, a multiple of unit. Larger: less
+            often, more memory. 0: they stay raw.
+        recent: Last tokens that stay raw, a multiple of block_size. Larger: less is lost and less
+            is saved.
+        min_prompt: Shorter prompts stay raw; a multiple of block_size.
     """
 
     block_size: int
@@ -92,127 +97,71 @@ class LatentLayout(Layout):
 
     @property
     def timing(self) -> tuple[object, ...]:
-        return LatentLayout, *(
-            getattr(self, name) for name in ("block_size", "unit", "window", "min_prompt", "recent")
-        )
+        fields = self.block_size, self.unit, self.window, self.min_prompt, self.recent
+        return LatentLayout, *(fields if self.tokens else ())
 
-    def opted_out(self) -> "LatentLayout":
-        return replace(self, tokens=0)
+    @property
+    def compacts_windows(self) -> bool:
+        return bool(self.window and self.tokens)
 
-    # -- one request: the scheduler's side -------------------------------------------------------
-
-    def gap(self, n: int) -> int:
-        prompt = self._prompt(n)
-        return prompt // self.block_size - self.blocks(prompt)
-
-    def segments(self, n: int, c: int, after: int = 0) -> Iterator[Segment]:
-        if n <= 0 or not self.tokens:
-            return
-        start, prompt = self._start(n), self._prompt(n)
-        if prompt and after < n <= c:
-            yield Segment(0, prompt // self.block_size, self.blocks(prompt), n)
-        for index in range(self._windows(n, after), self._windows(n, c)):
-            before = prompt + index * self.window
-            old = before + self.window
-            stop = (start + old) // self.block_size
-            kept = self.blocks(old) - self.blocks(before)
-            size = self.window // self.block_size
-            yield Segment(stop - size, stop, kept, start + old + self.recent)
-
-    def first_destination(self, n: int) -> int | None:
-        if not self.tokens:
-            return None
-        if prompt := self._prompt(n):
-            return prompt // self.block_size - self.blocks(prompt)
-        if not self.window:
-            return None
-        return (self._start(n) + self.window) // self.block_size - self.blocks(self.window)
-
-    def _start(self, n: int) -> int:
-        return 0 if n >= self.min_prompt else -(-n // self.block_size) * self.block_size
-
-    def _prompt(self, n: int) -> int:
-        """Tokens of a prompt that become latents at its end."""
-        if n < self.min_prompt or not self.tokens:
-            return 0
-        return max(0, n - self.recent) // self.unit * self.unit
-
-    def _windows(self, n: int, c: int) -> int:
-        """Decode windows complete at c."""
-        if not self.window:
-            return 0
-        return max(0, c - self.recent - self._start(n) - self._prompt(n)) // self.window
-
-    # -- a batch: the worker's side --------------------------------------------------------------
-
-    def spans(
-        self, n: torch.Tensor, c: torch.Tensor, opted_out: torch.Tensor | None = None
-    ) -> Spans:
-        """What is latents at c."""
-        n, c = n.long(), c.long()
-        long = n >= self.min_prompt
-        start = ((n + (self.block_size - 1)) // self.block_size * self.block_size).mul_(~long)
-        prompt = ((n - self.recent).clamp_(min=0) // self.unit * self.unit).mul_(long)
-        old = prompt
-        if self.window:
-            since = (c - self.recent - start - prompt).clamp_(min=0)
-            old = prompt + since // self.window * self.window
-        old = old * ((c >= n) & (n > 0) & bool(self.tokens))
-        if opted_out is not None:
-            old.mul_(~opted_out)
-        return Spans(start, prompt, old)
-
-    def column(
-        self, index: torch.Tensor, start: torch.Tensor, prompt: torch.Tensor
-    ) -> torch.Tensor:
-        """The column of the latent block that is ``index``-th of its request; the rest as Spans."""
-        window = self.window or 1
-        # Latents when this block has come: those of the prompt, or up to the end of a window.
-        later = (index * self.tokens - prompt).div(window, rounding_mode="floor") + 1
-        old = prompt + later.clamp_(min=0) * window
-        return (start + old) // self.block_size - self.blocks(old) + index
-
-    def blocks(self, old: T) -> T:
+    def blocks(self, old: Ints) -> Ints:
         """Latent blocks that hold so many tokens."""
         return -(-old // (self.tokens or 1))
 
-    def window_ends(self, n: torch.Tensor, c: torch.Tensor, q: torch.Tensor) -> bool:
-        return bool((self.spans(n, c + q).old > self.spans(n, c).old).any())
+    def prompt(self, n: Ints) -> tuple[Ints, Ints]:
+        old = self._prompt(n)
+        return old // self.block_size, self.blocks(old)
 
-    def is_cut(
-        self,
-        n: torch.Tensor,
-        c: torch.Tensor,
-        q: torch.Tensor,
-        opted_out: torch.Tensor | None = None,
-    ) -> bool:
-        before = self.spans(n, c + q - 1, opted_out)
-        return bool((before.old > self.spans(n, c, opted_out).old).any())
+    def windows(self, n: Ints, c: Ints) -> Ints:
+        if not self.compacts_windows:
+            return 0 * n
+        aged = positive(c - self.recent - self._start(n) - self._prompt(n))
+        return aged // self.window * (n > 0)
 
-    def moves(
-        self,
-        n: torch.Tensor,
-        c: torch.Tensor,
-        width: int,
-        opted_out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        start, _, old = self.spans(n, c, opted_out)
-        at = torch.arange(width, device=n.device)
-        moved = old // self.block_size
-        columns = at + moved[:, None] * (at >= (start // self.block_size)[:, None])
-        return columns.clamp_(max=width - 1), old
+    def window_segment(self, n: Ints, index: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        before = self._prompt(n) + index * self.window
+        end = self._start(n) + before + self.window
+        stop = end // self.block_size
+        kept = self.blocks(before + self.window) - self.blocks(before)
+        return stop - self.window // self.block_size, stop, kept, end + self.recent
 
-    def latent_blocks(
-        self, n: torch.Tensor, c: torch.Tensor, opted_out: torch.Tensor | None = None
-    ) -> LatentBlocks:
-        """The latent blocks at c. Sizes depend on values: call it with tensors on the CPU."""
-        start, prompt, old = (x[:, None] for x in self.spans(n, c, opted_out))
+    def _start(self, n: Ints) -> Ints:
+        """The first token that can become a latent."""
+        return -(-n // self.block_size) * self.block_size * (n < self.min_prompt)
+
+    def _prompt(self, n: Ints) -> Ints:
+        """Tokens of a prompt that become latents at its end."""
+        whole = positive(n - self.recent) // self.unit * self.unit
+        return whole * (n >= self.min_prompt) * (self.tokens > 0)
+
+    def columns(self, phase: IntArray, width: int) -> IntArray:
+        start, _, old = (x[:, None] // self.block_size for x in self.spans(phase))
+        at = np.arange(width)
+        columns: IntArray = at + old * (at >= start)
+        return columns
+
+    def hidden(self, phase: IntArray) -> IntArray:
+        return self.spans(phase).old
+
+    def spans(self, phase: IntArray) -> Spans:
+        """What is latents, of requests whose prompt is complete: see ``phase``."""
+        n, windows = phase
+        prompt = self._prompt(n)
+        return Spans(self._start(n), prompt, prompt + windows * self.window)
+
+    def column(self, index: Ints, start: Ints, prompt: Ints) -> Ints:
+        """The column of latent block ``index`` of a request; the rest as in ``Spans``."""
+        window = self.window or 1
+        # Latents when this block has come: those of the prompt, or up to the end of a window.
+        old = prompt + positive((index * self.tokens - prompt) // window + 1) * window
+        return (start + old) // self.block_size - self.blocks(old) + index
+
+    def latent_blocks(self, spans: Spans) -> LatentBlocks:
+        """The latent blocks of R requests, L being as many as the request with most has."""
+        start, prompt, old = (x[:, None] for x in spans)
         total = self.blocks(old)
-        index = torch.arange(int(total.max()) if len(total) else 0)
-        index = torch.where(index < total, index, 0)
-        held = old - torch.arange(index.shape[1]) * self.tokens
-        return LatentBlocks(
-            torch.where(total > 0, self.column(index, start, prompt), 0),
-            start + index * self.tokens,
-            held.clamp_(0, self.tokens),
-        )
+        index = np.arange(total.max(initial=0))
+        held = (old - index * self.tokens).clip(0, self.tokens)
+        index = np.where(index < total, index, 0)
+        column = np.where(total > 0, self.column(index, start, prompt), 0)
+        return LatentBlocks(column, start + index * self.tokens, held)

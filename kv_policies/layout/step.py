@@ -1,71 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
 """The requests of one engine step, and what a layout makes of them."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
-from kv_policies.layout.base import Layout, runs
+from kv_policies.layout.base import IntArray, Layout, Segments, runs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Step:
-    """The requests of a step, one row each: int64 [R] on the host, see ``Layout``.
+    """The requests of a step, a row each, on the host. All groups of layers share it.
 
-    starts: first token of each row among the step's tokens. ids: names of the rows, those that pad
-    the batch (n = 0) left out. opted_out: bool [R], or None for none.
+    Attributes:
+        n: Prompt length per row, int64 [R]; 0 where nothing is compacted: rows that pad the batch,
+            and requests that opted out.
+        c: Computed tokens before the step, int64 [R].
+        q: Tokens of the step, int64 [R].
+        starts: First token of each row among the step's tokens, int64 [R].
+        ids: Names of the rows, without those that pad the batch.
     """
 
-    n: torch.Tensor
-    c: torch.Tensor
-    q: torch.Tensor
-    starts: torch.Tensor
+    n: IntArray
+    c: IntArray
+    q: IntArray
+    starts: IntArray
     ids: list[str]
-    opted_out: torch.Tensor | None
-    _on: dict[torch.device, tuple[Any, ...]] = field(default_factory=dict)
-    _busy: dict[tuple[object, ...], bool] = field(default_factory=dict)
+    _memory: dict[Hashable, Any] = field(default_factory=dict)
 
-    def moves(
-        self, layout: Layout, width: int, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``Layout.moves`` on a device, from the host's numbers."""
-        if device not in self._on:
-            self._on[device] = tuple(
-                None if x is None else x.to(device, non_blocking=True)
-                for x in (self.n, self.c, self.opted_out)
-            )
-        n, c, opted_out = self._on[device]
-        return layout.moves(n, c, width, opted_out)
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returned when it was first called for ``key`` in this step."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        made: T = self._memory[key]
+        return made
 
-    def busy(self, layout: Layout) -> bool:
-        """Whether layers of a layout may have to observe or compact in this step."""
-        if layout.timing not in self._busy:
-            prefill = bool((self.c.numpy() < self.n.numpy()).any())
-            self._busy[layout.timing] = prefill or layout.window_ends(self.n, self.c, self.q)
-        return self._busy[layout.timing]
+    @cached_property
+    def end(self) -> IntArray:
+        """Computed tokens after the step, int64 [R]."""
+        return self.c + self.q
+
+    @cached_property
+    def prefilling(self) -> list[int]:
+        """Rows with tokens of a prompt that is compacted when it ends."""
+        rows: list[int] = ((self.c < self.n) & (self.q > 0)).nonzero()[0].tolist()
+        return rows
+
+    def ending(self, layout: Layout) -> Segments | None:
+        """Segments to compact at the end of the step; None where none can end, as in most steps."""
+        if not self.once(("ends", layout.timing), lambda: self._ends(layout)):
+            return None
+        ending = self.once(layout, lambda: layout.ending(self.n, self.c, self.q))
+        return ending if len(ending.row) else None
+
+    def _ends(self, layout: Layout) -> bool:
+        """Whether a prompt or a window of a timing ends."""
+        prompts = (self.c < self.n) & (self.n <= self.end)
+        return bool((prompts | (layout.windows(self.n, self.end) > self.phase(layout)[1])).any())
+
+    def phase(self, layout: Layout) -> IntArray:
+        """``Layout.phase`` before the step."""
+        return self.once(("phase", layout.timing), lambda: layout.phase(self.n, self.c))
 
     def passes(self, layout: Layout) -> "list[tuple[torch.Tensor | None, Step]]":
-        """The step as ``Layout.substeps``: rows of each pass and, unless it is all there is, the
-        tokens that take part.
+        """The step as ``Layout.substeps``.
+
+        Returns:
+            Per pass the tokens that take part, int64 [tokens], or None for all of them, and the
+            rows of the pass.
         """
-        if not layout.is_cut(self.n, self.c, self.q, self.opted_out):
+        ending = self.ending(layout)
+        if ending is None or bool((ending.ends == self.end[ending.row]).all()):
             return [(None, self)]
-        steps = []
-        for row in range(len(self.ids)):
-            out = self.opted_out is not None and bool(self.opted_out[row])
-            its = layout.opted_out() if out else layout
-            steps.append(its.substeps(int(self.n[row]), int(self.c[row]), int(self.q[row])))
+        rows = zip(self.n.tolist(), self.c.tolist(), self.q.tolist(), strict=True)
+        steps = [layout.substeps(*row) for row in rows][: len(self.ids)]
         return [
             self._part([(row, *cuts[at]) for row, cuts in enumerate(steps) if at < len(cuts)])
             for at in range(max(map(len, steps)))
         ]
 
     def _part(self, cuts: list[tuple[int, int, int]]) -> "tuple[torch.Tensor, Step]":
-        row, c, q = torch.tensor(cuts).unbind(1)
+        row, c, q = np.array(cuts).T
         starts = self.starts[row] + c - self.c[row]
-        of, index = runs(q)
-        tokens = starts[of] + index
-        opted_out = None if self.opted_out is None else self.opted_out[row]
+        index, token = runs(q)
         ids = [self.ids[at] for at in row.tolist()]
-        return tokens, Step(self.n[row], c, q, starts, ids, opted_out)
+        tokens = torch.from_numpy(starts[index] + token)
+        return tokens, Step(self.n[row], c, q, starts, ids)

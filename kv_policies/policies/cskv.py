@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from kv_policies.base import Capabilities, NoSettings
+from kv_policies.latents.format import LatentFormat
 
 
 class CSKVSettings(NoSettings):
@@ -33,21 +34,22 @@ class CSKV:
 
     CSKV, Wang et al. 2024 (https://arxiv.org/abs/2409.10593). Prefill is untouched; when a prompt
     ends, the keys before RoPE and the values of all but its last tokens are projected on the bases
-    of their layer and packed; generated tokens follow as they age: see ``latent_layout``. Attention
-    rebuilds keys tile by tile and maps the weighted sum of value latents once: see
-    ``latent_attention``.
+    of their layer and packed; generated tokens follow as they age: see ``layout.latents``.
+    Attention rebuilds keys tile by tile and maps the weighted sum of value latents once: see
+    ``latents.attention``.
 
-    The paper's latents come from the hidden states. Ours come from the cached keys and values, with
-    the same result: the optimum of its reconstruction loss is a projection of these (``low_rank``).
+    The paper computes latents from the hidden states. Here they come from the cached keys and
+    values, with the same result: the optimum of its reconstruction loss is a projection of these
+    (see ``latents.low_rank``).
 
-    Limits: the error is the same for every old token, whatever it says. Not under tensor
-    parallelism: a latent is of all KV heads.
+    Limits: The error is the same for every old token, whatever it says. It does not work under
+    tensor parallelism, because a latent covers all KV heads.
     """
 
     name: ClassVar[str] = "cskv"
     settings_type: ClassVar[type[NoSettings]] = CSKVSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
-        needs_queries=False,
+        needs=frozenset({"keys", "values"}),
         per_head=False,
         needs_profile=False,
         paper="https://arxiv.org/abs/2409.10593",
@@ -56,3 +58,13 @@ class CSKV:
 
     def __init__(self, settings: CSKVSettings) -> None:
         self.settings: Any = settings
+
+    @property
+    def recent(self) -> int:
+        return int(self.settings.recent)
+
+    def most_tokens(self, elements: int, key_rank: int, value_rank: int) -> int:
+        return LatentFormat.most_tokens(elements, key_rank, value_rank, self.settings.bits)
+
+    def form(self, key_rank: int, value_rank: int, tokens: int) -> LatentFormat:
+        return LatentFormat(key_rank, value_rank, self.settings.bits, tokens)

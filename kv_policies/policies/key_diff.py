@@ -6,31 +6,30 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from kv_policies.base import Capabilities, QueryFreePolicy
+from kv_policies.base import Capabilities, Context, QueryFreePolicy
 
 
 class KeyDiff(QueryFreePolicy):
     """Keeps the keys least similar to the mean direction of the segment's keys, per KV head.
 
     KeyDiff, Park et al. 2025 (https://arxiv.org/abs/2504.15364). The score is minus the cosine
-    between a key and the mean of the normalised keys. No queries: the same for any chunking, with
-    any cached prefix, and for decode windows.
+    between a key and the mean of the normalized keys. It needs no queries, so it scores the same
+    for any chunking and with any cached prefix, and it scores decode windows too.
 
-    Limits: does not know what will be asked. Keys are taken after RoPE.
+    Limits: It does not know what will be asked. Keys are taken after RoPE.
     """
 
     name: ClassVar[str] = "key_diff"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        needs_queries=False,
+        needs=frozenset({"keys"}),
         per_head=True,
         needs_profile=False,
         paper="https://arxiv.org/abs/2504.15364",
     )
 
-    def score(
-        self, observed: torch.Tensor | None, keys: torch.Tensor, lengths: torch.Tensor
-    ) -> torch.Tensor:
-        keys = keys.float()
+    def score(self, context: Context) -> torch.Tensor:
+        assert context.keys is not None
+        keys = context.keys.float()
         norms = keys.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         # The sum of the unit keys has the direction of their mean. Padding is zero, adds nothing.
         anchor = normalize((1 / norms).transpose(-1, -2) @ keys, dim=-1)

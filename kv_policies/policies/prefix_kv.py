@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from kv_policies.attention import attention_received
-from kv_policies.base import Capabilities, NoSettings
+from kv_policies.attention import attention_received, attention_transient
+from kv_policies.base import Capabilities, Context, NoSettings
+from kv_policies.workspace import Heads, Transient
 
 
 class PrefixKVSettings(NoSettings):
@@ -24,23 +25,24 @@ class PrefixKVSettings(NoSettings):
 class PrefixKV:
     """Keeps the tokens that received most attention: mean over heads, summed over queries.
 
-    PrefixKV, Wang et al. 2024 (https://arxiv.org/abs/2412.03409). One choice per layer, shared by
-    its KV heads; the layer's share comes from a profile made by ``budget.fractions_of``.
+    PrefixKV, Wang et al. 2024 (https://arxiv.org/abs/2412.03409). The KV heads of a layer share one
+    choice. The layer's share comes from a profile made by ``budget.levels.fractions_of``.
 
     The paper sums over all prompt queries. In an engine with prefix caching the queries of a cached
-    prefix do not exist; the sum then runs over those from ``Layout.first_private`` on. ``keep``
-    here is what stays (the paper's code configures what is evicted).
+    prefix do not exist, so the sum runs over those from ``Layout.first_private`` on. ``keep`` is
+    what stays; the paper's code configures what is evicted.
 
-    Limits: early tokens are seen by more queries and score higher; the question at the end of a
-    prompt counts no more than any other text (``snap_kv`` scores with a profile's sizes do better
-    there). All queries would cost about a second pass of attention, so ``queries`` caps them. The
-    mean is over the heads it is given, under tensor parallelism those of the rank.
+    Limits: Early tokens are seen by more queries and score higher. The question at the end of a
+    prompt counts no more than any other text; the scores of ``snap_kv`` with the sizes of a profile
+    do better there. All queries would cost about a second pass of attention, so ``queries`` caps
+    them. Under tensor parallelism the mean is over the heads of the rank. Decode windows are scored
+    by key_diff.
     """
 
     name: ClassVar[str] = "prefix_kv"
     settings_type: ClassVar[type[NoSettings]] = PrefixKVSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
-        needs_queries=True,
+        needs=frozenset({"queries"}),
         per_head=False,
         needs_profile=True,
         paper="https://arxiv.org/abs/2412.03409",
@@ -55,10 +57,11 @@ class PrefixKV:
     def observe(
         self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        return attention_received(queries, positions, keys, scale).mean(1, keepdim=True)
+        return attention_received(queries, positions, keys, scale)
 
-    def score(
-        self, observed: torch.Tensor | None, keys: torch.Tensor, lengths: torch.Tensor
-    ) -> torch.Tensor:
-        assert observed is not None
-        return observed
+    def score(self, context: Context) -> torch.Tensor:
+        assert context.observed is not None
+        return context.observed
+
+    def transient(self, heads: Heads) -> Transient:
+        return attention_transient(heads)

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from kv_policies.base import Capabilities, NoSettings, QueryFreePolicy
+from kv_policies.base import Capabilities, Context, NoSettings, QueryFreePolicy
+from kv_policies.workspace import Heads, Transient
 
 
 class RecentSettings(NoSettings):
@@ -21,15 +22,16 @@ class Recent(QueryFreePolicy):
     """Keeps the first ``sinks`` tokens and the most recent ones.
 
     StreamingLLM, Xiao et al. 2023 (https://arxiv.org/abs/2309.17453), without its renumbering of
-    positions. Applied to each segment: of a decode window too its first tokens and its last.
+    positions. It applies to each segment, so a decode window too keeps its first tokens and its
+    last.
 
-    Limits: what lies between is lost, whatever it says. It is here to be compared with.
+    Limits: What lies between is lost, whatever it says. This is the baseline.
     """
 
     name: ClassVar[str] = "recent"
     settings_type: ClassVar[type[NoSettings]] = RecentSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
-        needs_queries=False,
+        needs=frozenset(),
         per_head=False,
         needs_profile=False,
         paper="https://arxiv.org/abs/2309.17453",
@@ -38,10 +40,12 @@ class Recent(QueryFreePolicy):
     def __init__(self, settings: RecentSettings) -> None:
         self.settings: Any = settings
 
-    def score(
-        self, observed: torch.Tensor | None, keys: torch.Tensor, lengths: torch.Tensor
-    ) -> torch.Tensor:
-        at = torch.arange(keys.shape[2], device=keys.device)
+    def score(self, context: Context) -> torch.Tensor:
+        lengths = context.lengths
+        at = torch.arange(context.tokens, device=lengths.device)
         # Sinks before all others, the very first above all; float32 is exact to 16 M tokens.
         sinks = 2 * lengths[:, None, None] - at
         return torch.where(at < self.settings.sinks, sinks, at).float()
+
+    def transient(self, heads: Heads) -> Transient:
+        return Transient(per_token=32)

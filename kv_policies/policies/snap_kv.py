@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from kv_policies.attention import attention_received
-from kv_policies.base import Capabilities, NoSettings
+from kv_policies.attention import attention_received, attention_transient
+from kv_policies.base import Capabilities, Context, NoSettings
+from kv_policies.workspace import Heads, Transient
 
 
 class SnapKVSettings(NoSettings):
@@ -29,21 +30,22 @@ class SnapKVSettings(NoSettings):
 class SnapKV:
     """Keeps the tokens that the last ``window`` queries attend to, with their neighbours.
 
-    SnapKV, Li et al. 2024 (https://arxiv.org/abs/2404.14469): attention of the last queries, mean
-    over the query heads of a KV head, max-pooled along the tokens; the window itself stays, its
-    latest tokens first when the budget is smaller. Every KV head has its own choice.
+    SnapKV, Li et al. 2024 (https://arxiv.org/abs/2404.14469). The score is the attention of the
+    last queries, mean over the query heads of a KV head, max-pooled along the tokens. The window
+    itself stays, its latest tokens first when the budget is smaller. Each KV head makes its own
+    choice.
 
-    Pooling is wider than the paper's 7: a number of five digits is five tokens to many tokenizers,
-    and the end of a prompt attends to its first one only.
+    Pooling is wider than the paper's 7. A number of five digits is five tokens to many tokenizers,
+    and the end of a prompt attends to the first of them only.
 
-    Limits: assumes that the question is at the end of the prompt. A later turn asks anew, but what
-    its question needed may be gone.
+    Limits: It assumes that the question is at the end of the prompt. What the question of a later
+    turn needs may be gone. Decode windows are scored by key_diff.
     """
 
     name: ClassVar[str] = "snap_kv"
     settings_type: ClassVar[type[NoSettings]] = SnapKVSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
-        needs_queries=True,
+        needs=frozenset({"queries"}),
         per_head=True,
         needs_profile=False,
         paper="https://arxiv.org/abs/2404.14469",
@@ -60,16 +62,18 @@ class SnapKV:
     ) -> torch.Tensor:
         return attention_received(queries, positions, keys, scale)
 
-    def score(
-        self, observed: torch.Tensor | None, keys: torch.Tensor, lengths: torch.Tensor
-    ) -> torch.Tensor:
+    def score(self, context: Context) -> torch.Tensor:
+        observed = context.observed
         assert observed is not None
-        tokens = observed.shape[-1]
-        at = torch.arange(tokens, device=observed.device)
-        recent = at - (lengths[:, None, None] - self.settings.window)
+        at = torch.arange(context.tokens, device=observed.device)
+        recent = at - (context.lengths[:, None, None] - self.settings.window)
         # Votes for the window are not votes for its neighbours in front: they leave the pooling.
         votes = observed.masked_fill(recent >= 0, 0)
         size = self.settings.pool
         padded = torch.nn.functional.pad(votes, ((size - 1) // 2, size // 2))
         pooled = torch.nn.functional.max_pool1d(padded, size, stride=1)
         return torch.where(recent >= 0, pooled.amax(-1, keepdim=True) + 1 + recent, pooled)
+
+    def transient(self, heads: Heads) -> Transient:
+        pooling = Transient(per_token=48)
+        return attention_transient(heads) + pooling

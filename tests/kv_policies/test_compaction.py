@@ -1,23 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pieces together, as an engine joins them: paged cache, scores, choice, packing, view."""
 
+from dataclasses import replace
 from fractions import Fraction
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_policies.compaction import Observations, compact, plan_step, window_policy
+from kv_policies.base import Capabilities, Context, KVPolicy, QueryFreePolicy
+from kv_policies.compaction import (
+    ALL,
+    Layer,
+    Observations,
+    compact,
+    describe_windows,
+    window_policy,
+    workspace,
+)
 from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
+from kv_policies.layout.view import LiveView
+from kv_policies.plan import plan_step
 from kv_policies.registry import build_policy, policies
+from kv_policies.workspace import LIMIT, Heads
 
 BLOCK, HEADS, KV_HEADS, DIM, WIDTH, END = 4, 4, 2, 8, 16, 60
 LENGTHS = (43, 20, 9)  # prompts: N % BLOCK is 3, 0 and 1
 IDS = ["a", "b", "c"]
 CHOOSING = sorted(n for n, kind in policies().items() if kind.capabilities.content == "tokens")
+
+
+SHAPE = Heads(KV_HEADS, HEADS // KV_HEADS, DIM, 4, "cpu")
 
 
 class DensePages:
@@ -27,43 +44,43 @@ class DensePages:
         self.k = torch.zeros(blocks, KV_HEADS, BLOCK, DIM)
         self.v = torch.zeros(blocks, KV_HEADS, BLOCK, DIM)
 
-    def read(self, blocks: torch.Tensor) -> "DenseContent":
-        return DenseContent(self.k[blocks], self.v[blocks])
+    def keys(self, blocks: torch.Tensor, heads: slice = ALL) -> torch.Tensor:
+        return self.k[blocks, heads].transpose(1, 2).flatten(2, 3)
 
-    def write(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.k[blocks], self.v[blocks] = keys, values
+    def values(self, blocks: torch.Tensor, heads: slice = ALL) -> torch.Tensor:
+        return self.v[blocks, heads].transpose(1, 2).flatten(2, 3)
 
+    def write_keys(self, blocks: torch.Tensor, keys: torch.Tensor, heads: slice = ALL) -> None:
+        self.k[blocks, heads] = keys
 
-class DenseContent:
-    def __init__(self, *blocks: torch.Tensor) -> None:
-        self.k, self.v = (content.transpose(1, 2).flatten(2, 3) for content in blocks)
-
-    def keys(self) -> torch.Tensor:
-        return self.k
-
-    def values(self) -> torch.Tensor:
-        return self.v
+    def write_values(self, blocks: torch.Tensor, values: torch.Tensor, heads: slice = ALL) -> None:
+        self.v[blocks, heads] = values
 
 
 class Engine:
     """One layer and three requests, tokens of known K and V."""
 
-    def __init__(self, name: str, layout: TokenLayout) -> None:
+    def __init__(self, name: str | KVPolicy, layout: TokenLayout, limit: int = LIMIT) -> None:
         torch.manual_seed(0)
-        values = {"snap_kv": {"window": 4}, "prefix_kv": {"queries": 9}}.get(name, {})
-        self.layout, self.policy = layout, build_policy(name, values)
+        policy = name
+        if isinstance(policy, str):
+            values = {"snap_kv": {"window": 4}, "prefix_kv": {"queries": 9}}.get(policy, {})
+            policy = build_policy(policy, values)
+        self.layout = layout
         self.table = torch.randperm(3 * WIDTH).view(3, WIDTH).int()
         self.pages = DensePages(3 * WIDTH)
         self.raw_k = torch.randn(3, END, KV_HEADS, DIM)
         self.raw_v = self.raw_k + 100
         self.queries = torch.randn(3, END, HEADS, DIM)
-        self.c = torch.zeros(3, dtype=torch.int64)
-        self.n = torch.tensor(LENGTHS)
+        self.c = np.zeros(3, np.int64)
+        self.n = np.array(LENGTHS)
         self.observations = Observations()
+        space = replace(workspace(policy, SHAPE), limit=limit)
+        self.layer = Layer("layer", 7, self.pages, SHAPE, policy, space, self.observations)
 
     def step(self, q: list[int]) -> None:
-        count = torch.tensor(q)
-        starts = count.cumsum(0) - count
+        count = np.array(q)
+        starts = count.cumsum() - count
         for row, (at, new) in enumerate(zip(self.c.tolist(), q, strict=True)):
             for position in range(at, at + new):
                 block, offset = self.table[row, position // BLOCK], position % BLOCK
@@ -71,16 +88,16 @@ class Engine:
                 self.pages.v[block, :, offset] = self.raw_v[row, position]
         spans = enumerate(zip(self.c.tolist(), q, strict=True))
         query = torch.cat([self.queries[row, at : at + new] for row, (at, new) in spans])
-        step = Step(self.n, self.c, count, starts, IDS, None)
-        work = plan_step(self.layout, self.policy, self.table, step)
+        step = Step(self.n, self.c, count, starts, IDS)
+        work = plan_step(self.layout, self.layer.policy, self.table, step, self.layer.space)
         if work is not None:
-            compact(work, self.policy, "layer", self.pages, query, DIM**-0.5, self.observations)
-        self.c += count
+            compact(work, self.layer, query, DIM**-0.5)
+        self.c = self.c + count
 
     def contents(self, row: int, head: int) -> list[int]:
         """Positions of what attention reads, each found by its key; values must belong to keys."""
-        zero = torch.zeros_like(self.n)
-        view, seq_lens = self.layout.view(self.table, self.n, self.c, zero)
+        step = Step(self.n, self.c, 0 * self.c, 0 * self.c, IDS)
+        view, seq_lens = LiveView(self.layout).update(step, self.table, torch.from_numpy(self.c))
         blocks, count = view[row].long(), int(seq_lens[row])
         keys = self.pages.k[blocks, head].flatten(0, 1)[:count]
         values = self.pages.v[blocks, head].flatten(0, 1)[:count]
@@ -124,8 +141,8 @@ def test_cuts_into_chunks_and_batches_do_not_matter(
     layout = TokenLayout(BLOCK, keep, window=window)
     whole = Engine(name, layout)
     whole.step(list(LENGTHS))
-    cut = Engine(name, layout)
-    while bool((cut.c < cut.n).any()):
+    cut = Engine(name, layout, limit=random.choice([0, 1 << 17, LIMIT]))
+    while (cut.c < cut.n).any():
         left = (cut.n - cut.c).tolist()
         cut.step([random.randint(min(1, most), most) for most in left])
     assert len(cut.observations) == 0  # nothing is remembered of a complete prompt
@@ -142,9 +159,48 @@ def test_windows_are_scored_without_queries() -> None:
         assert not window_policy(build_policy(name, {})).capabilities.needs_queries
 
 
+def test_the_log_says_what_scores_windows() -> None:
+    def said(name: str, window: int = 256) -> str:
+        return describe_windows(build_policy(name, {}), window)
+
+    because = ", because snap_kv needs the queries of a prompt"
+    assert said("snap_kv") == "decode windows of 256 scored by key_diff" + because
+    assert said("recent") == "decode windows of 256 scored by recent"
+    assert said("cskv", 32) == "decode windows of 32"
+    assert said("snap_kv", 0) == "generated tokens are kept"
+
+
 def test_lost_observations_are_an_error() -> None:
     engine = Engine("snap_kv", TokenLayout(BLOCK, Fraction(1, 4)))
     engine.step([42, 20, 9])
     engine.observations.forget("a")
     with pytest.raises(RuntimeError, match="request a: earlier chunks"):
         engine.step([1, 1, 1])
+
+
+class LargestValue(QueryFreePolicy):
+    """A policy of somebody else's, that looks at values and at the layer."""
+
+    name = "largest_value"
+    capabilities = Capabilities(
+        needs=frozenset({"values"}), per_head=False, needs_profile=False, paper="https://"
+    )
+
+    def score(self, context: Context) -> torch.Tensor:
+        assert context.layer == 7 and context.values is not None
+        assert context.keys is None and context.observed is None  # not asked for
+        assert context.values.shape[1:] == (KV_HEADS, context.tokens, DIM)
+        return context.values.abs().sum(-1).amax(1, keepdim=True)
+
+
+@pytest.mark.parametrize("limit", [0, LIMIT])
+def test_a_policy_may_score_by_values_of_all_heads(limit: int) -> None:
+    layout = TokenLayout(BLOCK, Fraction(1, 2))
+    engine = Engine(LargestValue(LargestValue.settings_type()), layout, limit)
+    engine.step(list(LENGTHS))
+    full = 40  # of the 43 tokens of the first prompt
+    size = engine.raw_v[0, :full].abs().sum(-1).amax(1)
+    size[0] = size[full - 1] = torch.inf
+    best = sorted(size.sort(descending=True, stable=True).indices[:20].tolist())
+    for head in range(KV_HEADS):
+        assert engine.contents(0, head) == [*best, *range(full, 43)]

@@ -4,11 +4,25 @@
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import numpy as np
 from hypothesis import strategies as st
 
 from kv_policies.layout.base import Layout
+from kv_policies.layout.step import Step
 
 L = TypeVar("L", bound=Layout)
+
+
+def step_of(*rows: tuple[int, int, int]) -> Step:
+    """A step of requests with n, c and q; their names are "0", "1", .."""
+    n, c, q = np.array(rows, np.int64).T
+    return Step(n, c, q, q.cumsum() - q, [str(row) for row in range(len(rows))])
+
+
+def live_columns(layout: Layout, n: int, c: int, columns: int) -> list[int]:
+    """The columns below ``columns`` that are not free at c."""
+    freed = {at for first, stop in layout.freed(n, c) for at in range(first, stop)}
+    return [column for column in range(columns) if column not in freed]
 
 
 @dataclass

@@ -96,7 +96,7 @@ class Probe:
         Queries, keys and past queries are [T, heads, D].
         """
         rows = group.rows(layer)
-        old = self._pages[layer].read(group.tables).keys().float()
+        old = self._pages[layer].keys(group.tables).float()
         compared = past is not None and any(layer < start for start in group.starts)
         new = old.clone() if compared else old
         new[rows.request, :, rows.position] = keys[rows.span].float()

@@ -2,19 +2,23 @@
 """What a worker compacted: counted where it happens, read by whoever reports it."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from kv_policies.compaction import Tally
+from kv_policies.plan import Tally
 
 
 @dataclass
 class Done:
     """What one step did.
 
-    segments: compacted prompts and windows, by kind. tokens, evicted: of these segments, mean over
-    the compressed layers. seconds: host time of observing and compacting, over all layers.
+    Attributes:
+        segments: Compacted prompts and windows, by kind.
+        tokens: Tokens of these segments, mean over the compressed layers.
+        evicted: Tokens among them whose room was freed, mean over the compressed layers.
+        seconds: Host time of observing and compacting, over all layers.
     """
 
     segments: dict[str, int] = field(default_factory=dict)
@@ -31,13 +35,19 @@ class Activity:
         self._done = Done()
 
     def plan(self, tallies: Iterable[Tally], layers: int) -> None:
-        """Count what a group of ``layers`` layers has to do in this step."""
+        """Count what a group of ``layers`` layers has to do in this step, all its passes together.
+
+        Groups of layers compact the same segments, except that some keep all of one. So segments
+        are counted once: those of the group that compacts most.
+        """
         share = layers / self._layers
-        for kind, requests, tokens, kept in tallies:
+        segments: Counter[str] = Counter()
+        for kind, count, tokens, kept in tallies:
             self._done.tokens += tokens * share
             self._done.evicted += (tokens - kept) * share
-            # Groups of layers compact the same segments, but for those that keep all of one.
-            self._done.segments[kind] = max(self._done.segments.get(kind, 0), requests)
+            segments[kind] += count
+        for kind, count in segments.items():
+            self._done.segments[kind] = max(self._done.segments.get(kind, 0), count)
 
     @contextmanager
     def timed(self) -> Iterator[None]:

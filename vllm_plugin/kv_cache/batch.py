@@ -5,25 +5,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+import numpy as np
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from kv_policies.compaction import Observations
+from kv_policies.layout.base import IntArray
 from kv_policies.layout.step import Step
 from vllm_plugin.kv_cache.activity import Activity
 from vllm_plugin.kv_cache.requests import opts_out
 
-_Read = tuple[torch.Tensor, torch.Tensor, list[str]]
+_Read = tuple[IntArray, IntArray, list[str]]
 
 
 class Batch:
     """Prompt lengths and opt-outs of the requests in a step, from either model runner.
 
-    vLLM does not hand prompt lengths to attention; the worker does, through this object, which it
-    gives to each metadata builder. Outside ``step`` (profiling, warm-up) there is none.
+    vLLM does not give prompt lengths to attention. The worker does, through this object, which each
+    metadata builder has. Outside ``step`` (profiling, warm-up) there is no current step.
 
-    layers: compressed layers of the model.
+    Args:
+        runner: The worker's model runner.
+        v2: Whether it is vLLM's second one.
+        layers: Compressed layers of the model.
     """
 
     def __init__(self, runner: Any, v2: bool, layers: int) -> None:
@@ -51,29 +55,26 @@ class Batch:
             self.active = False
 
     def current(self, metadata: CommonAttentionMetadata) -> Step | None:
-        """The current step; rows that only pad the batch have n = 0."""
+        """The current step, which all groups share."""
         if self.active and self._current is None:
             n, c, ids = self._read(metadata)
-            padded = metadata.num_reqs
-            starts = metadata.query_start_loc_cpu[: padded + 1].long()
-            opted_out = None
+            starts = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
             if self._opted_out:
-                opted_out = torch.zeros(padded, dtype=torch.bool)
-                opted_out[: len(ids)] = torch.tensor([name in self._opted_out for name in ids])
-            self._current = Step(n, c, starts[1:] - starts[:-1], starts[:-1], ids, opted_out)
+                n[: len(ids)][[name in self._opted_out for name in ids]] = 0
+            self._current = Step(n, c, starts[1:] - starts[:-1], starts[:-1], ids)
         return self._current if self.active else None
 
     def _v1(self, metadata: CommonAttentionMetadata) -> _Read:
         batch = self._runner.input_batch
-        n = batch.num_prompt_tokens_cpu_tensor[: metadata.num_reqs].long()
+        rows = slice(metadata.num_reqs)
+        n = batch.num_prompt_tokens_cpu_tensor.numpy()[rows].astype(np.int64)
         n[batch.num_reqs :] = 0
-        c = batch.num_computed_tokens_cpu_tensor[: metadata.num_reqs].long()
+        c = batch.num_computed_tokens_cpu_tensor.numpy()[rows].astype(np.int64)
         return n, c, list(batch.req_ids)
 
     def _v2(self, metadata: CommonAttentionMetadata) -> _Read:
         state, index = self._runner.req_states, metadata.req_idx
-        n = torch.zeros(metadata.num_reqs, dtype=torch.int64)
-        c = torch.zeros_like(n)
-        n[: len(index)] = torch.from_numpy(state.prompt_len.np[index]).long()
-        c[: len(index)] = torch.from_numpy(state.num_computed_tokens_np[index]).long()
+        n, c = np.zeros((2, metadata.num_reqs), np.int64)
+        n[: len(index)] = state.prompt_len.np[index]
+        c[: len(index)] = state.num_computed_tokens_np[index]
         return n, c, [state.index_to_req_id[int(i)] for i in index]

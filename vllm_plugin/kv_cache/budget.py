@@ -7,9 +7,10 @@ from fractions import Fraction
 from typing import Any, Final
 
 from compress_common.errors import CompressError, joined
+from kv_policies.base import LatentPolicy
 from kv_policies.budget.profile import load
 from kv_policies.latents.bases import Bases
-from kv_policies.latents.format import GROUP, LatentFormat
+from kv_policies.latents.format import GROUP
 from kv_policies.layout.base import Layout
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
@@ -130,7 +131,8 @@ def _latent_layouts(
     settings: KVSettings, block_size: int, name: str, config: Any
 ) -> dict[int, LatentLayout]:
     bases = bases_of(settings, name, config)
-    model, own = fingerprint_of(name, config), settings.build().settings
+    model, policy = fingerprint_of(name, config), settings.build()
+    assert isinstance(policy, LatentPolicy)
     problems = []
     for key, value in (("keep", settings.keep), ("profile", settings.profile)):
         if value is not None:
@@ -145,7 +147,7 @@ def _latent_layouts(
     # of 4-bit latents would make their layouts differ by a token, and their groups with them.
     tokens: dict[int, int] = {}
     for layer in bases.layers:
-        most = LatentFormat.most_tokens(elements, *bases.ranks(layer), own.bits)
+        most = policy.most_tokens(elements, *bases.ranks(layer))
         total = sum(bases.ranks(layer))
         tokens[total] = min(most, tokens.get(total, most))
     if bases.ratio and (least := min(tokens.values())) <= block_size:
@@ -164,7 +166,7 @@ def _latent_layouts(
             unit=unit,
             window=unit if settings.decode_window is None else settings.decode_window,
             min_prompt=_whole(settings.min_prompt, block_size),
-            recent=_whole(own.recent, block_size),
+            recent=_whole(policy.recent, block_size),
         )
         for layer in bases.layers
     }

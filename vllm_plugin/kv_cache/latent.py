@@ -58,14 +58,14 @@ def latent_problems(config: VllmConfig) -> list[str]:
     folds = (weights.model_extra or {}).get("folds") if weights else None
     if written and marker is None:
         problems.append(
-            "a checkpoint quantised by others: its values may be scaled, so that bases of the "
+            "a checkpoint quantized by others: its values may be scaled, so that bases of the "
             "original model would not fit; serve the 16-bit checkpoint, with --quantization "
             "smoothquant_plus, or choose another policy"
         )
     elif folds == "all" or (marker and marker.get("values_scaled", True)):
         problems.append(
             "int4 weights with folds 'all' scale the values that cskv's bases were fitted to; "
-            "quantise with folds 'norms', or choose another policy"
+            "quantize with folds 'norms', or choose another policy"
         )
     return problems
 
@@ -92,21 +92,36 @@ def _rotation(module: Any) -> KernelRope:
 
 
 def latent_cache(
-    bases: Bases, index: int, bits: Any, per_block: int, pages: Pages, rope: Rope, cache: Any
+    bases: Bases, index: int, form: LatentFormat, pages: Pages, rope: Rope, cache: Any
 ) -> LatentCache:
-    """The latents of layer ``index`` in its pages, ``per_block`` tokens to a block.
+    """The latents of a layer in its pages.
 
-    cache: the layer's, [blocks, Hkv, block_size, 2 * D].
+    Args:
+        bases: Of the model.
+        index: Of the layer in the model.
+        form: How latents lie in a block.
+        pages: The layer's blocks.
+        rope: The rotation of its keys.
+        cache: The layer's cache, [blocks, Hkv, block_size, 2 * D].
     """
-    form = LatentFormat(*bases.ranks(index), bits, per_block)
     keys, values = bases.factor(index, "key"), bases.factor(index, "value")
-    if cache.device.type == "cpu":
-        if reason := latent_cpu_build.why_not(cache.dtype):
-            logger.warning_once(
-                "latents are read by torch, several times slower than by the kernel: %s", reason
-            )
-            return LatentCache(pages.blocks, form, keys, values, rope)
+    kind = latent_cache_type(cache.dtype, cache.device)
+    if kind is CPULatentCache:
         return CPULatentCache(pages, form, keys, values, rope, kernel=latent_cpu_build.load())
-    from vllm_plugin.kv_cache.latent_cuda import TritonLatentCache
+    if kind is LatentCache:
+        return LatentCache(pages.blocks, form, keys, values, rope)
+    return kind(pages.blocks, form, keys, values, rope, cache=cache)  # type: ignore[misc]
 
-    return TritonLatentCache(pages.blocks, form, keys, values, rope, cache=cache)
+
+def latent_cache_type(dtype: torch.dtype, device: torch.device) -> type[LatentCache]:
+    """What reads the latents of a cache of this type, on this device."""
+    if device.type != "cpu":
+        from vllm_plugin.kv_cache.latent_cuda import TritonLatentCache
+
+        return TritonLatentCache
+    if reason := latent_cpu_build.why_not(dtype):
+        logger.warning_once(
+            "latents are read by torch, several times slower than by the kernel: %s", reason
+        )
+        return LatentCache
+    return CPULatentCache

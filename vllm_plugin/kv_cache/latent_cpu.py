@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from kv_policies.latents.attention import Decoder
 from kv_policies.latents.cache import LatentCache
+from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.plan import Reading
 from kv_policies.latents.rope import Rope
 from vllm_plugin.kv_cache.pages import Pages
@@ -19,10 +20,13 @@ LANES = 16  # floats of a vector, of the source; a tile is two of these
 class CPULatentCache(LatentCache):
     """``LatentCache`` whose attention rebuilds keys a tile at a time, in L1.
 
-    pages: of the layer, whose ``blocks`` are the cache. kernel: see ``latent_cpu_build.load``.
+    Limits: bfloat16 caches only. Decoders of keys are rounded to bfloat16 too; products are summed
+    in float32.
 
-    Limits: bfloat16 caches. Decoders of keys are rounded to that too; products are summed in
-    float32.
+    Args:
+        pages: Of the layer; their ``blocks`` are the cache.
+        latents: As for ``LatentCache``, without the cache.
+        kernel: See ``latent_cpu_build.load``.
     """
 
     def __init__(self, pages: Pages, *latents: Any, kernel: Any) -> None:
@@ -33,10 +37,9 @@ class CPULatentCache(LatentCache):
         of_keys, of_values = pages.places().int()
         self._places = torch.stack((of_keys[..., self._order], of_values))
 
-    def attend(
+    def _attend(
         self, reading: Reading, pages: Any, query: torch.Tensor, scale: float, output: torch.Tensor
     ) -> None:
-        """As ``LatentCache.attend``; ``pages`` are those of the layer."""
         self._kernel.decode(
             query,
             reading.tokens,
@@ -45,8 +48,8 @@ class CPULatentCache(LatentCache):
             self.cache,
             self._places,
             reading.blocks,
-            reading.first,
-            reading.count,
+            reading.held.first,
+            reading.held.count,
             self.form.tokens,
             self.form.key_rank,
             self.form.bits,
@@ -57,6 +60,12 @@ class CPULatentCache(LatentCache):
             scale,
             output,
         )
+
+    @staticmethod
+    def attend_bytes(form: LatentFormat, size: int, tokens: int, queries: int) -> int:
+        """Queries in float32, and a partial sum for each block of latents."""
+        blocks = 1 + tokens // form.tokens
+        return 4 * queries * (size + blocks * (form.value_rank + 3))
 
 
 def key_decode(decoder: Decoder, rope: Rope, size: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from compress_common.errors import CompressError
 from kv_policies.latents.attention import Decoder
 from kv_policies.latents.cache import LatentCache
+from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.plan import Reading
 from vllm_plugin.kv_cache.latent_triton import latent_decode
 
@@ -30,27 +31,24 @@ class TritonLatentCache(LatentCache):
         # Products are in the type of the cache, for the tensor cores.
         self._decoders = [Decoder(side.affine.to(blocks)) for side in (self.keys, self.values)]
 
-    def attend(
+    def _attend(
         self, reading: Reading, pages: Any, query: torch.Tensor, scale: float, output: torch.Tensor
     ) -> None:
-        """As ``LatentCache.attend``; ``pages`` are not needed."""
-        requests, count = reading.tokens.shape
-        index = reading.tokens.flatten()
-        row = torch.arange(requests, device=index.device, dtype=torch.int32)
+        index, narrow = reading.tokens.flatten(), reading.narrow
         wanted = query[index]
         out = torch.empty_like(wanted)
         keys, values = self._decoders
         latent_decode(
             wanted,
-            row.repeat_interleave(count),
-            reading.raw.int(),
-            reading.seen.flatten().int(),
+            narrow["row"],
+            narrow["raw"],
+            narrow["seen"],
             self._raw_keys,
             self._raw_values,
             self._bytes,
-            reading.blocks.int(),
-            reading.count.int(),
-            reading.first.int(),
+            narrow["blocks"],
+            narrow["count"],
+            narrow["first"],
             keys.decode,
             keys.mean,
             values.decode,
@@ -62,3 +60,9 @@ class TritonLatentCache(LatentCache):
             out=out,
         )
         output[index] = out
+
+    @staticmethod
+    def attend_bytes(form: LatentFormat, size: int, tokens: int, queries: int) -> int:
+        """Partial sums, one per split of the context, which has four tiles of 16 tokens or more."""
+        splits = 1 + tokens // 64
+        return queries * (4 * splits * (size + form.value_rank + 8) + 4 * size)

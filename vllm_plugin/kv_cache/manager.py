@@ -21,9 +21,10 @@ from vllm_plugin.kv_cache.spec import CompressedSpec
 class CompressedManager(FullAttentionManager):
     """Full attention that frees ``Layout.freed`` once the step that compacted it has settled.
 
-    Blocks that a request will overwrite are never hashed and never hit, so shared blocks hold what
-    their hash says for as long as they live. The scheduler hands over whole requests only where
-    blocks are hashed: without prefix caching nobody can opt out (``requests`` refuses it).
+    Blocks that a request will overwrite are never hashed and never found in the cache, so shared
+    blocks hold what their hash says for as long as they live. The scheduler hands over whole
+    requests only where blocks are hashed, so nobody can opt out without prefix caching
+    (``requests`` refuses it).
     """
 
     # Hits end at block boundaries: a part of a block could be one that is overwritten.
@@ -113,8 +114,8 @@ class CompressedManager(FullAttentionManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """The longest hit in front of the first block that the request will overwrite itself."""
         layout = kv_cache_spec.layout
-        # ``max_length`` is not the prompt's length less one in every call; the hashes tell its full
-        # blocks, which is all that the layout asks for (and never too much).
+        # ``max_length`` is not the prompt's length minus one in every call. The hashes tell the
+        # full blocks of the prompt, and these are all that the layout needs.
         full = len(block_hashes) * block_pool.hash_block_size // layout.block_size
         return super().find_longest_cache_hit(
             block_hashes,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+ALL = slice(None)  # heads
 
 
 class PackedCache(ValueError):
@@ -20,7 +21,7 @@ class Pages:
     """Blocks of one layer as [blocks, Hkv, block_size, D], read and written bit for bit.
 
     Attention kernels keep keys and values in orders of their own (AMX and AVX interleave them).
-    Rather than to know each, ``of`` writes numbered tokens through vLLM's own operation, looks
+    ``of`` does not know these orders. It writes numbered tokens through vLLM's own operation, looks
     where they went, and describes that by strides.
     """
 
@@ -35,12 +36,18 @@ class Pages:
     def of(
         cls, cache: torch.Tensor, heads: int, block_size: int, head_size: int, write: Write
     ) -> "Pages":
-        """Probe a cache whose first dimension is blocks.
+        """Probe a cache. Block 0, vLLM's null block, is used and restored.
 
-        write: ``write(key, value, slots)`` with key and value [tokens, heads, head_size], as the
-        backend's ``do_kv_cache_update``. Block 0, vLLM's null block, is used and restored.
+        Args:
+            cache: A layer's cache, the first dimension being blocks.
+            heads: KV heads.
+            block_size: Tokens per block.
+            head_size: Channels of a head.
+            write: ``write(key, value, slots)`` with key and value [tokens, heads, head_size], as
+                the backend's ``do_kv_cache_update``.
 
-        Raises PackedCache, for instance for quantised caches.
+        Raises:
+            PackedCache: For instance for quantized caches.
         """
         block = cache[0]
         # In the order of memory: heads or tokens may come first, as the engine's layout has it.
@@ -48,7 +55,11 @@ class Pages:
         if not block.is_contiguous():
             raise PackedCache("a block of this KV cache is not one piece of memory")
         shape = heads, block_size, head_size
-        keys, values = (Order.of(places, cache.dtype) for places in _places(block, shape, write))
+        # Wide integers must also fit where blocks start.
+        starts = math.gcd(cache.stride(0), cache.storage_offset())
+        keys, values = (
+            Order.of(places, cache.dtype, starts) for places in _places(block, shape, write)
+        )
         blocks = cache.as_strided((len(cache), block.numel()), (cache.stride(0), 1))
         return cls(blocks, keys, values, shape)
 
@@ -63,45 +74,61 @@ class Pages:
         sides = (order.places(self.blocks.dtype) for order in (self._keys, self._values))
         return torch.stack([side.view(self.shape) for side in sides])
 
-    def read(self, blocks: torch.Tensor) -> "Content":
-        """A copy of blocks, int64 [R, C]."""
-        return Content(self, self.blocks.index_select(0, blocks.flatten()), len(blocks))
+    def keys(self, blocks: torch.Tensor, heads: slice = ALL) -> torch.Tensor:
+        """A copy of the keys of blocks.
 
-    def write(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Overwrite whole blocks, int64 [M], with K and V [M, Hkv, block_size, D]."""
-        raw = self.blocks.new_empty(len(blocks), self.blocks.shape[1])
-        for order, content in ((self._keys, keys), (self._values, values)):
-            view = order.view(raw)
-            view.copy_(content.contiguous().view(view.dtype).view(view.shape))
-        self.blocks[blocks] = raw
+        Args:
+            blocks: int64 [R, C].
+            heads: Some of the KV heads.
 
+        Returns:
+            [R, heads, C * block_size, D], contiguous.
+        """
+        return self._read(self._keys, blocks, heads)
 
-class Content:
-    """What ``Pages.read`` has copied, put in plain order when asked for."""
+    def values(self, blocks: torch.Tensor, heads: slice = ALL) -> torch.Tensor:
+        """A copy of the values of blocks, as ``keys``."""
+        return self._read(self._values, blocks, heads)
 
-    def __init__(self, pages: Pages, raw: torch.Tensor, rows: int) -> None:
-        self._pages, self._raw, self._rows = pages, raw, rows
+    def write_keys(self, blocks: torch.Tensor, keys: torch.Tensor, heads: slice = ALL) -> None:
+        """Overwrite the keys of some heads of whole blocks.
 
-    def keys(self) -> torch.Tensor:
-        """[R, Hkv, C * block_size, D]"""
-        return self._plain(self._pages._keys)
+        Args:
+            blocks: int64 [M].
+            keys: [M, heads, block_size, D].
+            heads: Some of the KV heads.
+        """
+        self._write(self._keys, blocks, keys, heads)
 
-    def values(self) -> torch.Tensor:
-        """[R, Hkv, C * block_size, D]"""
-        return self._plain(self._pages._values)
+    def write_values(self, blocks: torch.Tensor, values: torch.Tensor, heads: slice = ALL) -> None:
+        """Overwrite the values of some heads of whole blocks, as ``write_keys``."""
+        self._write(self._values, blocks, values, heads)
 
-    def _plain(self, order: "Order") -> torch.Tensor:
-        view = order.view(self._raw).unflatten(0, (self._rows, -1)).transpose(1, 2)
-        heads, _, size = self._pages.shape
-        return view.contiguous().view(self._raw.dtype).view(self._rows, heads, -1, size)
+    def _read(self, order: "Order", blocks: torch.Tensor, heads: slice) -> torch.Tensor:
+        view = order.view(self.blocks)[:, heads]
+        each = torch.arange(view.shape[1], device=blocks.device)
+        content = view.new_empty(len(blocks), len(each), blocks.shape[1], *view.shape[2:])
+        # In one copy: indexing alone would keep the cache's order.
+        torch.ops.aten.index.Tensor_out(view, [blocks[:, None], each[:, None]], out=content)
+        return content.view(self.blocks.dtype).view(len(blocks), len(each), -1, self.shape[2])
+
+    def _write(
+        self, order: "Order", blocks: torch.Tensor, content: torch.Tensor, heads: slice
+    ) -> None:
+        view = order.view(self.blocks)[:, heads]
+        view[blocks] = content.contiguous().view(order.dtype).view(len(blocks), *view.shape[1:])
 
 
 @dataclass(frozen=True)
 class Order:
-    """Where plain order is in a block: sizes and strides, heads first, in units of ``dtype``.
+    """Where the elements of a block are found in plain order, heads first.
 
-    ``dtype`` is the widest integer that is moved as a whole: copying pairs is several times faster
-    than copying halves.
+    Attributes:
+        dtype: The widest integer that is moved as a whole. Copying pairs is several times faster
+            than copying halves. The other fields count in it.
+        first: Place of the first element.
+        sizes: Of each dimension.
+        strides: Of each dimension.
     """
 
     dtype: torch.dtype
@@ -110,9 +137,16 @@ class Order:
     strides: tuple[int, ...]
 
     @classmethod
-    def of(cls, places: torch.Tensor, dtype: torch.dtype) -> "Order":
-        """From the place of each element, int64 [Hkv, elements]; PackedCache if no strides visit
-        them in order.
+    def of(cls, places: torch.Tensor, dtype: torch.dtype, starts: int = 0) -> "Order":
+        """The order of K or of V.
+
+        Args:
+            places: The place of each element in a block, int64 [Hkv, elements].
+            dtype: Of the cache.
+            starts: A number that divides the place in memory of every block; 0: all do.
+
+        Raises:
+            PackedCache: If no strides visit the elements in order.
         """
         heads, first = len(places), int(places[0, 0])
         step = int(places[-1, 0] - first) // max(1, heads - 1)
@@ -128,7 +162,7 @@ class Order:
             rest = rest[::run]
         units = 1  # elements that always lie side by side, and where a wide integer may start
         if strides[-1] == 1:
-            units = math.gcd(sizes[-1], 8 // dtype.itemsize, first, step, *strides[:-1])
+            units = math.gcd(sizes[-1], 8 // dtype.itemsize, first, step, starts, *strides[:-1])
         sizes[-1] //= units
         strides = [stride // units for stride in (step, *strides[:-1])] + [strides[-1]]
         wide = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -143,9 +177,10 @@ class Order:
         return (wide[..., None] * units + torch.arange(units)).flatten(1)
 
     def view(self, raw: torch.Tensor) -> torch.Tensor:
-        """Raw blocks [M, elements], contiguous, seen in plain order, [M, *sizes] of ``dtype``."""
+        """Blocks [M, elements], each in one piece, in plain order: [M, *sizes] of ``dtype``."""
         wide = raw.view(self.dtype)
-        return wide.as_strided((len(wide), *self.sizes), (wide.shape[1], *self.strides), self.first)
+        first = wide.storage_offset() + self.first
+        return wide.as_strided((len(wide), *self.sizes), (wide.stride(0), *self.strides), first)
 
 
 def _write(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:

@@ -13,8 +13,9 @@ from kv_policies.layout.base import Layout
 class CompressedSpec(FullAttentionSpec):
     """A full-attention layer that keeps ``layout.share`` of its blocks.
 
-    Layers of one layout form one KV-cache group with one block table; layers of different layouts
-    never do. Memory of the longest request is that of full attention: prefill holds every block.
+    Layers of one layout form one KV-cache group with one block table. Layers of different layouts
+    never share a group. The longest request takes as much memory as under full attention, because
+    prefill holds every block.
     """
 
     layout: Layout
@@ -26,12 +27,13 @@ class CompressedSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: Sequence[KVCacheSpec]) -> "CompressedSpec":
-        """One spec for a group; AssertionError, which vLLM takes for "not one group", if they
-        differ in their layouts."""
-        layouts = {getattr(spec, "layout", None) for spec in specs}
-        assert len(layouts) == 1 and None not in layouts, "layers of different keep levels"
-        base = FullAttentionSpec.merge(list(specs))
-        return replace_as(base, cls, layout=layouts.pop())
+        """One spec for a group of layers that are alike.
+
+        Raises:
+            AssertionError: If they are not, which vLLM takes for "not one group".
+        """
+        # vLLM's rule for any spec. That of full attention would make a spec without a layout.
+        return super(FullAttentionSpec, cls).merge(specs)
 
     def is_uniform_with_collection(self, kv_cache_specs: Mapping[str, KVCacheSpec]) -> bool:
         """Whether all layers of the model can share this layer's block table."""

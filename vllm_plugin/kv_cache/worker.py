@@ -2,6 +2,7 @@
 """Workers that know layer names and prompt lengths, and hand them to attention."""
 
 from collections import Counter
+from functools import cached_property
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -16,16 +17,21 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from compress_common.errors import CompressError, joined
-from kv_policies.base import KVPolicy
+from kv_policies.base import KVPolicy, LatentPolicy
+from kv_policies.compaction import Layer, describe_windows, workspace
 from kv_policies.latents.bases import Bases
+from kv_policies.latents.format import LatentFormat
+from kv_policies.layout.latents import LatentLayout
+from kv_policies.workspace import Heads
 from vllm_plugin.kv_cache.backend import CompressedBuilder
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.budget import bases_of, layouts_of
-from vllm_plugin.kv_cache.latent import latent_cache, rope_of
+from vllm_plugin.kv_cache.latent import latent_cache, latent_cache_type, rope_of
 from vllm_plugin.kv_cache.pages import Pages
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.support import BACKEND, layer_problems
 from vllm_plugin.settings import parse_settings
+from vllm_plugin.transient import reserve
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
 
@@ -75,19 +81,56 @@ class CompressedWorker(PlatformWorker):
         shares = Counter(float(layout.share) for layout in layouts.values())
         one = next(iter(layouts.values()))
         logger.info(
-            "KV cache: %s keeps %s; %d of %d layers compressed, prompts from %d tokens on, decode "
-            "windows of %d, blocks of %d",
+            "KV cache: %s keeps %s; %d of %d layers compressed, prompts from %d tokens on, %s, "
+            "blocks of %d",
             settings.policy,
             ", ".join(f"{share:.3f} of {count} layers" for share, count in sorted(shares.items())),
             len(full),
             len(specs),
             one.min_prompt,
-            one.window,
+            describe_windows(self.policy, one.window),
             self.cache_config.block_size,
         )
-        return specs | {
+        self._compressed = {
             name: CompressedSpec.of(specs[name], layouts[index]) for name, index in full.items()
         }
+        return specs | self._compressed
+
+    def determine_available_memory(self) -> int:
+        """What vLLM leaves for the cache, less what compaction takes beside it."""
+        available = super().determine_available_memory()
+        needed = self._transient()
+        return reserve(self, available, needed, "KV compaction") if needed else available
+
+    def _transient(self) -> int:
+        """The most bytes that compaction takes at a time, over all layers."""
+        longest, bases = self.model_config.max_model_len, self._bases
+        needed = [0]
+        for name, spec in self._compressed.items():
+            if spec.layout.share == 1:
+                continue  # nothing is ever compacted
+            heads = self._heads(name, spec)
+            if isinstance(self.policy, KVPolicy):
+                needed.append(workspace(self.policy, heads).peak(longest))
+            elif bases is not None:
+                form = self._form(bases, name, spec)
+                kind = latent_cache_type(spec.dtype, self.device)
+                features, queries = heads.kv * heads.size, heads.kv * heads.group
+                needed.append(kind.peak(form, features, heads.size, longest, queries))
+        return max(needed)
+
+    def _heads(self, name: str, spec: CompressedSpec) -> Heads:
+        """The heads of a layer on this rank."""
+        layer = self.vllm_config.compilation_config.static_forward_context[name]
+        kv, size = spec.num_kv_heads, spec.head_size
+        return Heads(kv, layer.num_heads // kv, size, spec.dtype.itemsize, self.device.type)
+
+    def _form(self, bases: Bases, name: str, spec: CompressedSpec) -> LatentFormat:
+        """How the latents of a layer lie in its blocks."""
+        assert isinstance(self.policy, LatentPolicy)
+        assert isinstance(spec.layout, LatentLayout)
+        ranks = bases.ranks(extract_layer_index(name))
+        return self.policy.form(*ranks, spec.layout.tokens)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache, then give layers and builders what they need to compress it."""
@@ -100,7 +143,7 @@ class CompressedWorker(PlatformWorker):
         ]
         layers = sum(len(group.layer_names) for group in groups)
         self.batch = Batch(self.model_runner, self.use_v2_model_runner, layers)
-        bases = self._bases()
+        bases = self._bases
         for group in groups:
             self._equip(group, bases)
         if has_kv_transfer_group() and get_tensor_model_parallel_rank() == 0:
@@ -108,6 +151,7 @@ class CompressedWorker(PlatformWorker):
 
     def _equip(self, group: Any, bases: Bases | None) -> None:
         """Give a group's builder and layers the batch, the policy, and their blocks."""
+        assert self.batch is not None
         spec, builder = group.kv_cache_spec, group.get_metadata_builder()
         if not isinstance(builder, CompressedBuilder):
             raise CompressError(
@@ -120,27 +164,29 @@ class CompressedWorker(PlatformWorker):
                 f"{builder.kv_cache_spec.block_size}; set --block-size to that"
             )
         builder.batch = self.batch
-        if isinstance(self.policy, KVPolicy):
-            builder.policy = self.policy
         for name in group.layer_names:
             layer = self.vllm_config.compilation_config.static_forward_context[name]
-            layer.impl.batch, layer.impl.policy = self.batch, self.policy
-            layer.impl.builder = builder
-            layer.impl.pages = Pages.of_layer(
-                layer, spec.num_kv_heads, spec.block_size, spec.head_size
-            )
-            if bases is not None:
-                layer.impl.latents = latent_cache(
-                    bases,
-                    extract_layer_index(name),
-                    self.policy.settings.bits,
-                    spec.layout.tokens,
-                    layer.impl.pages,
-                    rope_of(self.model_runner.get_model(), name),
-                    layer.kv_cache,
+            impl, index = layer.impl, extract_layer_index(name)
+            impl.batch, impl.builder = self.batch, builder
+            impl.pages = Pages.of_layer(layer, spec.num_kv_heads, spec.block_size, spec.head_size)
+            if isinstance(self.policy, KVPolicy):
+                heads = self._heads(name, spec)
+                builder.policy, builder.space = self.policy, workspace(self.policy, heads)
+                impl.chosen = Layer(
+                    name,
+                    index,
+                    impl.pages,
+                    heads,
+                    self.policy,
+                    builder.space,
+                    self.batch.observations,
                 )
-                builder.unit = layer.impl.latents.form.unit
+            elif bases is not None:
+                form = builder.form = self._form(bases, name, spec)
+                rope = rope_of(self.model_runner.get_model(), name)
+                impl.latents = latent_cache(bases, index, form, impl.pages, rope, layer.kv_cache)
 
+    @cached_property
     def _bases(self) -> Bases | None:
         """The bases of latents; None where tokens are chosen, or nothing is compressed."""
         if not self.settings.latents or self.settings.keep == 1:

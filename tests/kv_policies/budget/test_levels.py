@@ -12,7 +12,7 @@ from kv_policies.budget.levels import (
     fractions_of,
     mass_beyond,
     pick_levels,
-    quantise,
+    quantize,
     retained,
     rounded,
     uniform,
@@ -99,7 +99,7 @@ def test_fractions_levels_and_rounding_keep_the_budget_exactly(
     assert sum(short) == keep * layers
     assert all(0 < f <= 1 for f in fractions + short)
     assert all(abs(a - b) <= Fraction(1, 1000) for a, b in zip(fractions, short, strict=True))
-    levels = quantise(short)
+    levels = quantize(short)
     assert sum(levels.per_layer) == keep * layers
     assert all(0 < f <= 1 for f in levels.fractions)
     if keep == 1:
@@ -113,7 +113,7 @@ def test_fractions_levels_and_rounding_keep_the_budget_exactly(
 def test_levels_are_equal_where_the_layers_allow_it(layers: int) -> None:
     count = pick_levels(layers)
     assert 3 <= count <= 8
-    levels = quantise([Fraction(i + 1, layers) for i in range(layers)])
+    levels = quantize([Fraction(i + 1, layers) for i in range(layers)])
     sizes = [levels.level_of.count(level) for level in range(count)]
     if any(layers % n == 0 for n in range(3, 9)):
         assert len(set(sizes)) == 1 and levels.padded_layers == 0
@@ -125,16 +125,16 @@ def test_levels_are_equal_where_the_layers_allow_it(layers: int) -> None:
 def test_known_layer_counts() -> None:
     assert [pick_levels(n) for n in (1, 2, 30, 28, 32, 36, 26, 31)] == [1, 2, 6, 7, 8, 6, 3, 8]
     with pytest.raises(CompressError, match="possible: 1, 2, 3, 4, 5, 6, 7, 8"):
-        quantise([Fraction(1, 2)] * 30, 9)
+        quantize([Fraction(1, 2)] * 30, 9)
     with pytest.raises(CompressError, match="possible: 1, 5"):
-        quantise([Fraction(1, 2)] * 5, 4)
+        quantize([Fraction(1, 2)] * 5, 4)
 
 
 def test_water_filling_retains_more_attention_than_uniform() -> None:
     mass = attention(12, 400, 0)
     keep = Fraction(1, 4)
     fractions = fractions_of([mass], keep)
-    levels = quantise(fractions)
+    levels = quantize(fractions)
     best, cut, flat = (retained(mass, f) for f in (fractions, levels.per_layer, uniform(12, keep)))
     assert retained(mass, uniform(12, Fraction(1))) == 1
     # Equal levels maximise the WORST layer, not the mean; both are reported by the profile tool.
@@ -144,7 +144,7 @@ def test_water_filling_retains_more_attention_than_uniform() -> None:
     ]
     assert worst[0] > worst[1]
     assert 0 < flat < 1 and abs(best - cut) < 0.05
-    assert levels.moved > 0 and quantise(uniform(12, keep)).moved == 0
+    assert levels.moved > 0 and quantize(uniform(12, keep)).moved == 0
 
 
 def test_errors() -> None:

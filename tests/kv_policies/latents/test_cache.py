@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latents from raw blocks and back through attention, against attention written the plain way."""
 
+import numpy as np
 import pytest
 import torch
 
+from kv_policies.compaction import ALL
+from kv_policies.latents import cache as cache_module
+from kv_policies.latents import plan as plan_module
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.low_rank import Factor
-from kv_policies.latents.plan import plan_packing, plan_reading
+from kv_policies.latents.plan import LatentView, plan_packing
 from kv_policies.latents.rope import Rope
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.step import Step
+from kv_policies.layout.view import LiveView
+from kv_policies.workspace import LIMIT
 from tests.kv_policies.latents.test_rope import table as rope_table
 
 BLOCK, KV_HEADS, DIM, GROUPED = 4, 2, 16, 3
 HEADS, F = KV_HEADS * GROUPED, KV_HEADS * DIM
-LENGTHS = torch.tensor([70, 41, 9])
+LENGTHS = np.array([70, 41, 9])
 COLUMNS = 40
 
 
@@ -28,21 +34,16 @@ class DensePages:
     def view(self, part: int) -> torch.Tensor:
         return self.cache.view(-1, 2, KV_HEADS, BLOCK, DIM)[:, part]
 
-    def read(self, blocks: torch.Tensor) -> "DensePages.Content":
-        return DensePages.Content(self, blocks)
+    def keys(self, blocks: torch.Tensor, heads: slice = ALL) -> torch.Tensor:
+        return self.view(0)[blocks, heads].transpose(1, 2).flatten(2, 3)
 
-    def write(self, *_: torch.Tensor) -> None:
+    def values(self, blocks: torch.Tensor, heads: slice = ALL) -> torch.Tensor:
+        return self.view(1)[blocks, heads].transpose(1, 2).flatten(2, 3)
+
+    def write_keys(self, *_: object) -> None:
         raise AssertionError("latents are not written as keys and values")
 
-    class Content:
-        def __init__(self, pages: "DensePages", blocks: torch.Tensor) -> None:
-            self._content = [pages.view(part)[blocks] for part in (0, 1)]
-
-        def keys(self) -> torch.Tensor:
-            return self._content[0].transpose(1, 2).flatten(2, 3).clone()
-
-        def values(self) -> torch.Tensor:
-            return self._content[1].transpose(1, 2).flatten(2, 3).clone()
+    write_values = write_keys
 
 
 def factor(rank: int) -> Factor:
@@ -62,10 +63,14 @@ def plain(
 
 @pytest.mark.parametrize(("key_rank", "value_rank"), [(5, 9), (6, 8)])
 @pytest.mark.parametrize("window", [0, 16, 48])
+@pytest.mark.parametrize("limit", [1, LIMIT])
 def test_attention_reads_projections_of_old_tokens_and_recent_ones_as_they_are(
-    key_rank: int, value_rank: int, window: int
+    monkeypatch: pytest.MonkeyPatch, key_rank: int, value_rank: int, window: int, limit: int
 ) -> None:
+    """Also where memory allows one request and one piece at a time."""
     torch.manual_seed(0)
+    for module in (cache_module, plan_module):
+        monkeypatch.setattr(module, "LIMIT", limit)
     tokens = LatentFormat.most_tokens(2 * F * BLOCK, key_rank, value_rank, 16)
     layout = LatentLayout(BLOCK, tokens, 16, window=window, recent=BLOCK)
     rope, pages = Rope(rope_table(400, DIM)), DensePages(3 * COLUMNS)
@@ -77,12 +82,13 @@ def test_attention_reads_projections_of_old_tokens_and_recent_ones_as_they_are(
     positions = torch.arange(COLUMNS * BLOCK)
     turned = rope.rotate(keys.view(-1, KV_HEADS, DIM), positions.repeat(3)).view(keys.shape)
 
-    c = torch.zeros(3, dtype=torch.int64)
+    live, held = LiveView(layout), LatentView(layout)
+    c = np.zeros(3, np.int64)
     # Prompts in two chunks, then a few tokens at a time.
     for q in [
-        torch.tensor([40, 30, 9]),
-        torch.tensor([30, 11, 3]),
-        *[torch.tensor([2, 1, 1])] * 30,
+        np.array([40, 30, 9]),
+        np.array([30, 11, 3]),
+        *[np.array([2, 1, 1])] * 30,
     ]:
         ends = (c + q).tolist()
         for row, end in enumerate(ends):
@@ -90,17 +96,10 @@ def test_attention_reads_projections_of_old_tokens_and_recent_ones_as_they_are(
                 block, at = int(table[row, position // BLOCK]), position % BLOCK
                 for part, content in enumerate((turned, values)):
                     pages.view(part)[block, :, at] = content[row, position].view(KV_HEADS, DIM)
-        starts = q.cumsum(0) - q
-        step = Step(LENGTHS, c, q, starts, ["a", "b", "c"], None)
-        columns, hidden = step.moves(layout, COLUMNS, table.device)
-        reading = plan_reading(
-            layout,
-            layout.latent_blocks(step.n, step.c),
-            table,
-            table.gather(1, columns),
-            c + q - hidden,
-            step,
-        )
+        starts = q.cumsum() - q
+        step = Step(LENGTHS, c, q, starts, ["a", "b", "c"])
+        view, _ = live.update(step, table, torch.from_numpy(step.end))
+        reading = held.update(step, table, view)
         query = torch.randn(int(q.sum()), HEADS, DIM)
         output = torch.zeros_like(query)
         if reading is not None:
@@ -121,9 +120,9 @@ def test_attention_reads_projections_of_old_tokens_and_recent_ones_as_they_are(
                 stop = position + 1
                 want = plain(query[at], seen_keys[:stop], seen_values[:stop], DIM**-0.5)
                 torch.testing.assert_close(output[at].double(), want, atol=2e-5, rtol=1e-4)
-        packing = plan_packing(layout, form.unit, table, step)
-        if packing is not None:
-            cache.pack(packing, pages)
+        packings = plan_packing(layout, form, table, step)
+        if packings is not None:
+            cache.pack(packings.parts, pages)
         for row, end in enumerate(ends):  # freed blocks belong to somebody else at once
             for first, stop in layout.freed(int(LENGTHS[row]), end):
                 pages.cache[table[row, first:stop].long()] = torch.nan

@@ -37,7 +37,7 @@ def test_what_is_written_is_read(bits: int, tokens: int, dtype: torch.dtype) -> 
     for some in torch.randperm(3 * count).split(4):
         row, unit = some // count, some % count
         given = (x.unflatten(1, (-1, form.unit))[row, unit] for x in (keys, values))
-        form.write(cache, blocks[row], unit, *given)
+        form.write(cache, blocks[row], unit, form.encode(*given, dtype))
     assert bool(cache[[0, 3, 5]].isnan().all())
     got_keys, got_values = form.read(cache, blocks.flip(0))
     assert got_keys.dtype == dtype
@@ -56,6 +56,29 @@ def test_groups_that_do_not_straddle_zero_are_not_clipped() -> None:
     form = LatentFormat(1, 1, 4, GROUP)
     cache = torch.zeros(1, 64)
     keys = torch.linspace(100, 115, GROUP).view(1, GROUP, 1)
-    form.write(cache, torch.tensor([0]), torch.tensor([0]), keys, keys)
-    got, _ = form.read(cache, torch.tensor([0]))
+    got, _ = written(form, cache, keys)
     assert float((got - keys).abs().max()) < 0.6
+
+
+@pytest.mark.parametrize("spread", [1e-3, 5e-4, 1e-4, 1e-5, 0])
+def test_small_ranges_keep_their_codes(spread: float) -> None:
+    """Scales this small are subnormal in float16: few bits, but the codes must be of the same."""
+    form = LatentFormat(1, 1, 4, GROUP)
+    keys = torch.linspace(0, spread, GROUP).view(1, GROUP, 1)
+    for got in written(form, torch.zeros(1, 64), keys, keys.mT.reshape(1, GROUP, 1)):
+        error = float((got - keys).abs().max())
+        assert error <= 1.02 * spread / 30 + 15 * 2**-25  # half a step, and 15 roundings of a scale
+
+
+def written(
+    form: LatentFormat,
+    cache: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One unit, written into block 0 and read back."""
+    zero = torch.tensor([0])
+    form.write(
+        cache, zero, zero, form.encode(keys, keys if values is None else values, cache.dtype)
+    )
+    return form.read(cache, zero)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import kv_policies
 from compress_common.errors import CompressError
 from kv_policies.attention import attention_received
-from kv_policies.base import KVPolicy, first_observed
+from kv_policies.base import Context, KVPolicy, LatentPolicy, first_observed
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.registry import build_policy, policies
 from kv_policies.select import select
@@ -47,11 +47,22 @@ def scored(policy: KVPolicy, queries: torch.Tensor, keys: torch.Tensor, cuts: An
         if start >= stop:
             continue
         at = torch.arange(start, stop)[None]
-        part = policy.observe(queries[:, :, start:stop], at, keys[:, :, :stop], SCALE)
-        if part is not None:
+        if policy.capabilities.needs_queries:
+            part = policy.observe(queries[:, :, start:stop], at, keys[:, :, :stop], SCALE)
             part = torch.nn.functional.pad(part, (0, tokens - stop))
             total = part if total is None else total + part
-    return policy.score(total, keys, torch.tensor([tokens]))
+    return score(policy, total, keys, torch.tensor([tokens]))
+
+
+def score(
+    policy: KVPolicy, observed: torch.Tensor | None, keys: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """As the engine asks: with what the policy needs, and no more."""
+    needs = policy.capabilities.needs
+    if observed is not None and not policy.capabilities.per_head:
+        observed = observed.mean(1, keepdim=True)
+    given = keys if "keys" in needs else None
+    return policy.score(Context(0, lengths, keys.shape[2], observed, given))
 
 
 @pytest.mark.parametrize("name", CHOOSING)
@@ -81,7 +92,10 @@ def test_padding_changes_nothing(name: str) -> None:
         queries[row, :, length:] = torch.nan
         at[row, length:] = -1
         at[row, : policy.first_query(length)] = -1
-    batch = policy.score(policy.observe(queries, at, keys, SCALE), keys, lengths)
+    observed = None
+    if policy.capabilities.needs_queries:
+        observed = policy.observe(queries, at, keys, SCALE)
+    batch = score(policy, observed, keys, lengths)
     for row, length in enumerate(lengths.tolist()):
         one = scored(
             policy, queries[row : row + 1, :, :length], keys[row : row + 1, :, :length], []
@@ -97,6 +111,17 @@ def test_attention_received_is_the_column_sum(block: int) -> None:
     want = dense(queries, keys).unflatten(1, (KV_HEADS, -1)).mean(2).sum(2)
     assert torch.allclose(got.double(), want, atol=1e-5)
     assert torch.allclose(got.sum(-1), torch.full((2, KV_HEADS), 45.0))
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_large_numbers_of_float16_do_not_overflow(name: str) -> None:
+    """Queries and keys of some models are hundreds; their products do not fit float16."""
+    policy = build_policy(name, {})
+    queries, keys = (300 * x for x in inputs(40))
+    narrow = scored(policy, queries.half(), keys.half(), [])
+    wide = scored(policy, queries.half().float(), keys.half().float(), [])
+    assert bool(torch.isfinite(narrow).all())
+    torch.testing.assert_close(narrow, wide, atol=1e-3, rtol=1e-3)
 
 
 def test_prefix_kv_against_the_dense_reference() -> None:
@@ -123,7 +148,7 @@ def test_snap_kv_against_the_dense_reference() -> None:
 
 def test_key_diff_against_the_dense_reference() -> None:
     _, keys = inputs(60)
-    got = build_policy("key_diff", {}).score(None, keys, torch.tensor([60]))
+    got = score(build_policy("key_diff", {}), None, keys, torch.tensor([60]))
     unit = keys.double() / keys.double().norm(dim=-1, keepdim=True)
     want = -torch.cosine_similarity(unit, unit.mean(2, keepdim=True), dim=-1)
     assert torch.allclose(got.double(), want, atol=1e-5)
@@ -131,7 +156,7 @@ def test_key_diff_against_the_dense_reference() -> None:
 
 def test_recent_keeps_sinks_and_the_end() -> None:
     keys = torch.zeros(1, KV_HEADS, 20, DIM)
-    scores = build_policy("recent", {"sinks": 2}).score(None, keys, torch.tensor([20]))
+    scores = score(build_policy("recent", {"sinks": 2}), None, keys, torch.tensor([20]))
     chosen = select(scores, torch.tensor([20]), torch.tensor([5]))
     assert chosen.tolist() == [[[0, 1, 17, 18, 19]]]
 
@@ -143,7 +168,7 @@ def test_recent_keeps_sinks_and_the_end() -> None:
         ("prefix_kv", {}, Fraction(1, 4), 968),
         ("snap_kv", {"window": 32}, Fraction(1, 4), 968),
         ("snap_kv", {"window": 512}, Fraction(1, 4), 736),
-        ("key_diff", {}, Fraction(1, 4), 1000),
+        ("key_diff", {}, Fraction(1, 4), 999),
     ],
 )
 def test_queries_of_a_cached_prefix_are_never_observed(
@@ -158,7 +183,9 @@ def test_registry() -> None:
     assert set(policies()) >= {"prefix_kv", "snap_kv", "key_diff", "recent", "cskv"}
     for name, kind in policies().items():
         assert kind.name == name and kind.__doc__
-        assert isinstance(build_policy(name, {}), KVPolicy) == (name in CHOOSING)
+        policy = build_policy(name, {})
+        assert isinstance(policy, KVPolicy) == (name in CHOOSING)
+        assert isinstance(policy, LatentPolicy) == (name not in CHOOSING)
         assert kind.capabilities.paper.startswith("https://")
     with pytest.raises(CompressError, match="KV policy 'snapkv'; did you mean 'snap_kv'"):
         build_policy("snapkv", {})

@@ -15,7 +15,7 @@ import torch
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.low_rank import Factor
-from kv_policies.latents.plan import Reading
+from kv_policies.latents.plan import Held, Reading
 from kv_policies.latents.rope import Rope
 from tests.kv_policies.latents.test_rope import table
 from vllm_plugin.kv_cache import latent_cpu_build
@@ -70,7 +70,8 @@ def test_it_is_attention(
         units = torch.arange(held // form.unit)
         shape = len(units), form.unit
         latents = (torch.randn(*shape, rank) for rank in ranks)
-        form.write(memory.blocks, block.expand(len(units)), units, *latents)
+        content = form.encode(*latents, memory.blocks.dtype)
+        form.write(memory.blocks, block.expand(len(units)), units, content)
     seen = torch.tensor([[40, 41, 42][-queries:], [5, 6, 7][-queries:]])
     for row, held in zip(raw, seen.amax(1).tolist(), strict=True):
         for token in range(held):
@@ -81,10 +82,7 @@ def test_it_is_attention(
         seen=seen,
         raw=raw,
         blocks=blocks,
-        first=first,
-        count=count,
-        per_block=tokens,
-        longest=2 * tokens + form.unit,
+        held=Held(first, count, tokens, 2 * tokens + form.unit),
         whole=True,
     )
     factors = factor(ranks[0]), factor(ranks[1])

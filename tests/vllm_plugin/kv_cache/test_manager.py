@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 
 from kv_policies.layout.tokens import TokenLayout
+from tests.support.layout_sim import live_columns
 from vllm_plugin.kv_cache.manager import register
 from vllm_plugin.kv_cache.spec import CompressedSpec
 
@@ -87,8 +88,8 @@ def test_blocks_are_freed_when_the_step_that_ends_the_prompt_has_settled(caching
     decode(manager, one, in_flight=330)  # the next step is scheduled over the one in flight
     assert free(manager) == full and len(live(manager, one)) == 21
     decode(manager, one, in_flight=1)
-    assert live(manager, one, 0) == layouts[0].live(330, 330, 21)
-    assert live(manager, one, 1) == layouts[1].live(330, 330, 21)
+    assert live(manager, one, 0) == live_columns(layouts[0], 330, 330, 21)
+    assert live(manager, one, 1) == live_columns(layouts[1], 330, 330, 21)
     counted = [m.freed_blocks for m in manager.coordinator.single_type_managers]
     assert counted == [layout.gap(330) for layout in layouts]
     assert free(manager) == full + sum(counted)
@@ -105,7 +106,7 @@ def test_windows_are_freed_once_each() -> None:
         decode(manager, one)
         settled = one.num_computed_tokens - 1
         columns = -(-one.num_computed_tokens // BLOCK)
-        assert live(manager, one) == layout.live(40, settled, columns)
+        assert live(manager, one) == live_columns(layout, 40, settled, columns)
     assert manager.coordinator.single_type_managers[0].freed_blocks == 1 + 2
 
 
@@ -216,7 +217,7 @@ def test_no_block_is_lost(random: Random) -> None:
                 settled = one.num_computed_tokens - 1
                 columns = -(-one.num_computed_tokens // BLOCK)
                 if settled >= one.num_prompt_tokens:
-                    want = layout.live(one.num_prompt_tokens, settled, columns)
+                    want = live_columns(layout, one.num_prompt_tokens, settled, columns)
                     assert live(manager, one, group) == want
         assert free(manager) + len(held) == total
     for one in running.values():

@@ -58,14 +58,17 @@ def test_reads_and_writes_what_the_kernel_does(
     assert torch.equal(cache.raw, before)  # the probe leaves no trace
 
     blocks = torch.tensor([[4, 1], [0, 3]])
-    content = pages.read(blocks)
     want = key.view(BLOCKS, block, heads, size).transpose(1, 2)
-    assert torch.equal(content.keys(), want[blocks].transpose(1, 2).flatten(2, 3))
+    assert torch.equal(pages.keys(blocks), want[blocks].transpose(1, 2).flatten(2, 3))
     want_v = value.view(BLOCKS, block, heads, size).transpose(1, 2)
-    assert torch.equal(content.values(), want_v[blocks].transpose(1, 2).flatten(2, 3))
+    assert torch.equal(pages.values(blocks), want_v[blocks].transpose(1, 2).flatten(2, 3))
+    last = slice(heads - 1, heads)
+    assert torch.equal(pages.keys(blocks, last), pages.keys(blocks)[:, last])
 
     copy = other.pages()
-    copy.write(torch.arange(BLOCKS), want, want_v)
+    for some in (slice(0, 1), slice(1, heads)):
+        copy.write_keys(torch.arange(BLOCKS), want[:, some], some)
+        copy.write_values(torch.arange(BLOCKS), want_v[:, some], some)
     assert torch.equal(other.raw, cache.raw)
 
 
@@ -83,20 +86,19 @@ def test_heads_may_lie_within_tokens(between: int) -> None:
     key, value = torch.randn(2, BLOCKS * block, heads, size)
     write(key, value, torch.arange(BLOCKS * block))
     pages = Pages.of(cache, heads, block, size, write)
-    content = pages.read(torch.tensor([[4, 1]]))
+    blocks = torch.tensor([[4, 1]])
     tokens = torch.tensor([[4], [1]]) * block + torch.arange(block)
-    assert torch.equal(content.keys()[0], key[tokens.flatten()].transpose(0, 1))
-    assert torch.equal(content.values()[0], value[tokens.flatten()].transpose(0, 1))
+    assert torch.equal(pages.keys(blocks)[0], key[tokens.flatten()].transpose(0, 1))
+    assert torch.equal(pages.values(blocks)[0], value[tokens.flatten()].transpose(0, 1))
 
     before = raw.clone()
-    pages.write(
-        torch.tensor([2]), torch.ones(1, heads, block, size), torch.zeros(1, heads, block, size)
-    )
+    pages.write_keys(torch.tensor([2]), torch.ones(1, heads, block, size))
+    pages.write_values(torch.tensor([2]), torch.zeros(1, heads, block, size))
     assert cache[2, ..., :size].eq(1).all() and cache[2, ..., size:].eq(0).all()
     before[2, between] = raw[2, between]
     assert torch.equal(raw, before)
 
 
-def test_quantised_caches_are_refused() -> None:
+def test_quantized_caches_are_refused() -> None:
     with pytest.raises(PackedCache):
         Cache(2, 32, 64, torch.bfloat16, "fp8").pages()

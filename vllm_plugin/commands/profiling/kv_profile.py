@@ -12,7 +12,7 @@ from statistics import fmean
 import torch
 
 from compress_common.errors import CompressError
-from kv_policies.budget.levels import fractions_of, quantise, retained, rounded, uniform
+from kv_policies.budget.levels import fractions_of, quantize, retained, rounded, uniform
 from kv_policies.budget.profile import Profile, Provenance
 from quant_methods.base import Progress, silent
 from quant_methods.calibration import CalibrationSettings
@@ -56,7 +56,7 @@ def make_profile(
         )
     subject = HFModel(model, text)
     layers = subject.layers
-    chosen = quantise(uniform(len(layers), keep), levels)  # refuses a bad number before the work
+    chosen = quantize(uniform(len(layers), keep), levels)  # refuses a bad number before the work
     place = usable(device)
     register()
     network = subject.network(progress, attn_implementation=ATTENTION).to(place)
@@ -69,7 +69,7 @@ def make_profile(
     progress("profile", len(tokens), len(tokens))
 
     fractions = rounded(fractions_of(samples, keep))
-    cut = quantise(fractions, len(chosen.fractions))
+    cut = quantize(fractions, len(chosen.fractions))
     shares = {"profile": fractions, "levels": cut.per_layer, "uniform": uniform(len(layers), keep)}
     provenance = Provenance(
         **subject.origin(),

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From settings to layouts, with policies of somebody else's."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from kv_policies.base import LatentPolicy
+from kv_policies.latents.format import LatentFormat
+from kv_policies.layout.latents import LatentLayout
+from kv_policies.policies.cskv import CSKV
+from kv_policies.registry import KV_POLICIES
+from tests.compress_common.test_registry import Entry
+from vllm_plugin.kv_cache.budget import layouts_of
+from vllm_plugin.settings import KVSettings
+
+
+class Coarse(CSKV):
+    """Stores fewer latents in a block than cskv, and keeps more tokens raw."""
+
+    name = "coarse"
+
+    @property
+    def recent(self) -> int:
+        return 64
+
+    def most_tokens(self, elements: int, key_rank: int, value_rank: int) -> int:
+        return super().most_tokens(elements, key_rank, value_rank) // 64 * 32
+
+    def form(self, key_rank: int, value_rank: int, tokens: int) -> LatentFormat:
+        return LatentFormat(key_rank, value_rank, 16, tokens)
+
+
+def test_a_second_latent_policy_needs_its_file_only(
+    demo_model: Path, bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress_common.registry.entry_points", lambda group: [Entry(Coarse)])
+    registry = replace(KV_POLICIES)
+    for module in ("kv_policies.registry", "vllm_plugin.settings"):
+        monkeypatch.setattr(f"{module}.KV_POLICIES", registry)
+    config = AutoConfig.from_pretrained(demo_model)
+    made = {
+        name: layouts_of(
+            KVSettings(policy=name, bases=str(bases)),
+            32,
+            str(demo_model),
+            config,  # type: ignore[call-arg]
+        )
+        for name in ("cskv", "coarse")
+    }
+    assert isinstance(KVSettings(policy="coarse", keep=1).build(), LatentPolicy)
+    for layer, layout in made["cskv"].items():
+        other = made["coarse"][layer]
+        assert isinstance(layout, LatentLayout) and isinstance(other, LatentLayout)
+        assert (layout.recent, other.recent) == (32, 64)
+        assert other.tokens == layout.tokens // 64 * 32
