@@ -24,7 +24,7 @@ from vllm.scalar_type import scalar_types
 from vllm.v1.attention.selector import get_attn_backend
 
 from quant_methods.architecture import GATE_UP, QKV, ROW_PARALLEL, linear_shapes
-from vllm_plugin import SUPPORTED_VLLM
+from vllm_plugin import SUPPORTED_VLLM, why_disabled
 from vllm_plugin.kv_cache.latent_cpu_build import latent_reader
 from vllm_plugin.quantization.config import CONFIGS, SmoothQuantPlusConfig
 from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
@@ -120,6 +120,8 @@ def _loaded() -> tuple[bool, str]:
         known = all(get_quantization_config(kind.method) is kind for kind in CONFIGS)
     except Exception as error:  # whatever a plugin raises ends the engine too
         return False, f"vLLM has not loaded it: {error}"
+    if reason := why_disabled():
+        return False, f"disabled: {reason}"
     wrapped = hasattr(EngineArgs.create_engine_config, "__wrapped__")
     methods = ", ".join(kind.method for kind in CONFIGS)
     return known and wrapped, f"{methods} {'registered' if known and wrapped else 'missing'}"

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.engine.arg_utils import EngineArgs
 
+import vllm_plugin
 from quant_methods.planning import PlanRequest
 from quant_methods.writing import quantize_checkpoint
 from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
@@ -50,6 +51,13 @@ def test_this_installation_is_well() -> None:
     assert found["vLLM"].found.startswith("0.32.")
     assert found["plugin"].found.endswith("vllm_plugin:register")
     assert "smoothquant_plus" in found["plugin loaded"].found
+
+
+def test_a_disabled_plugin_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    installation()  # loads the plugin
+    monkeypatch.setattr(vllm_plugin, "_disabled", "ImportError: a folder hides kv_policies")
+    (found,) = (check for check in installation() if check.name == "plugin loaded")
+    assert not found.ok and found.found == "disabled: ImportError: a folder hides kv_policies"
 
 
 def test_a_seam_that_moved_is_named() -> None:
