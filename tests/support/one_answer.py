@@ -3,7 +3,8 @@
 
 ``ask(cases)`` is the caller's side. A case is a family of ``architectures`` and engine arguments;
 the answer is what each of the four says, None for "accepted". The worker is only asked where the
-config edge accepts: it loads random weights and describes its KV cache. ``{"unavailable": why}``
+config edge accepts: it loads random weights and describes its KV cache. It is not asked of models
+with images or sound, because it wants a processor's files. The answer is ``{"unavailable": why}``
 where vLLM lacks a package that the family needs.
 """
 
@@ -43,11 +44,11 @@ def _main() -> None:
             continue
         folder = write(family, root / str(number))
         with contextlib.redirect_stdout(io.StringIO()):
-            answers.append(_ask(folder, engine))
+            answers.append(_ask(folder, engine, worker=FAMILIES[family][3] is None))
     answer(answers)
 
 
-def _ask(folder: Path, engine: dict[str, Any]) -> Answers:
+def _ask(folder: Path, engine: dict[str, Any], worker: bool) -> Answers:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_plugin.commands.checks import model_checks
@@ -72,7 +73,8 @@ def _ask(folder: Path, engine: dict[str, Any]) -> Answers:
         said["edge"] = _text(error)
         return said
     try:
-        _start_worker(config)
+        if worker:
+            _start_worker(config)
     except Exception as error:
         said["worker"] = _text(error)
     return said
