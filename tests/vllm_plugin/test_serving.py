@@ -140,6 +140,25 @@ def test_every_architecture_serves_its_plan(
     assert difference.max() < 0.5
 
 
+def test_linears_that_no_group_divides_are_served_at_16_bits(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """down_proj has 272 inputs. At load and from the written checkpoint, with folds around it."""
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path))
+    folder = tiny_model("llama", intermediate_size=272)
+    weights = QUICK | {"folds": "all", "activations": "bf16"}
+    request = WeightSettings(**weights).request("smoothquant_plus", 1)
+    quantize_checkpoint(folder, tmp_path / "int4", request)
+    at_load = {"quantization": "smoothquant_plus", "additional_config": settings(**weights)}
+    said = [
+        generate(model, PROMPTS, max_tokens=1, env=EAGER | SAME_ROUNDING, **arguments)
+        for model, arguments in ((folder, at_load), (tmp_path / "int4", {}))
+    ]
+    assert said[0]["prompt_nats"] == said[1]["prompt_nats"]
+    nats = torch.tensor(sum(said[0]["prompt_nats"], []))
+    assert (nats - torch.tensor(reference_nats(folder, request))).abs().mean() < 0.05
+
+
 def test_two_tensor_parallel_ranks_agree_with_one(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
