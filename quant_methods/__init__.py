@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How to quantise weights: one method, one file. Needs torch only, transformers to calibrate."""
+"""Weight quantization: one method, one file. Needs torch, and transformers to calibrate."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules of a supported decoder feed which: the map that smoothing folds along.
+"""The supported decoders, and which of their modules feed which.
 
-Names are Hugging Face's, relative to a decoder layer. Models outside the table are refused:
-a fold along a wrong edge would corrupt the model without an error.
+Smoothing folds along these edges. Names are Hugging Face's, relative to a decoder layer. Models
+outside the table are refused, because a fold along a wrong edge corrupts a model without an error.
 """
 
 from dataclasses import dataclass
@@ -17,17 +17,20 @@ DOWN = "mlp.down_proj"
 LINEARS = (*QKV, O_PROJ, *GATE_UP, DOWN)
 # vLLM fuses the linears of a unit into one, so they are quantized together or not at all.
 UNITS = (QKV, (O_PROJ,), GATE_UP, (DOWN,))
-# Cut along input channels under tensor parallelism; the others along output channels.
+# Tensor parallelism cuts these along input channels, and the others along output channels.
 ROW_PARALLEL = (O_PROJ, DOWN)
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One smoothing vector: the consumers share an input that ``producer`` writes.
+    """One smoothing vector: several linears read what one module writes.
 
-    ``producer`` is a norm (its weight is divided by the vector) or a linear (its output rows
-    are). ``repeat`` > 1 is grouped-query attention: each channel of the producer feeds that many
-    query heads of ``head_dim`` channels.
+    Attributes:
+        key: Name of the fold in a decoder layer.
+        producer: The norm whose weight, or the linear whose output rows, the vector divides.
+        consumers: The linears whose input channels the vector multiplies.
+        repeat: Query heads that each channel of the producer feeds; above 1 with grouped queries.
+        head_dim: Channels of a head.
     """
 
     key: str
@@ -38,12 +41,20 @@ class Fold:
 
     @property
     def from_norm(self) -> bool:
+        """Whether the producer is a norm."""
         return self.producer.endswith("norm")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder family: its two norms that feed linears, and the constant added to their weight."""
+    """A family of decoders.
+
+    Attributes:
+        attn_norm: The norm in front of q, k and v.
+        mlp_norm: The norm in front of gate and up.
+        norm_offset: What a norm adds to its stored weight: 1 for Gemma.
+        layers_prefix: Name of the list of decoder layers.
+    """
 
     attn_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
@@ -51,7 +62,7 @@ class Architecture:
     layers_prefix: str = "model.layers"
 
     def folds(self, config: Any) -> tuple[Fold, ...]:
-        """The four folds of each decoder layer: two out of norms, two out of linears."""
+        """Return the folds of a decoder layer: two out of norms, two out of linears."""
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -63,7 +74,7 @@ class Architecture:
         )
 
     def first_sharing(self, config: Any) -> dict[str, str]:
-        """Each linear of a layer -> the first of those that share its input: watch that one."""
+        """Return ``{linear: the first linear with the same input}``. Only that one is observed."""
         return {c: fold.consumers[0] for fold in self.folds(config) for c in fold.consumers}
 
 
@@ -82,7 +93,14 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The entry for a Hugging Face config; CompressError lists everything that is in the way."""
+    """Return the family of a model.
+
+    Args:
+        config: The text model's ``transformers`` config.
+
+    Raises:
+        CompressError: Lists everything that keeps the model from being quantized.
+    """
     problems = []
     kind = str(getattr(config, "model_type", None))
     if kind not in ARCHITECTURES:
@@ -94,7 +112,7 @@ def architecture_of(config: Any) -> Architecture:
     if getattr(config, "quantization_config", None):
         method = dict(config.quantization_config).get("quant_method", "unknown")
         problems.append(
-            f"the checkpoint is already quantised ({method}); give the original 16-bit one"
+            f"the checkpoint is already quantized ({method}); give the original 16-bit one"
         )
     if problems:
         raise joined(problems)
@@ -102,7 +120,7 @@ def architecture_of(config: Any) -> Architecture:
 
 
 def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """``{linear: (out_features, in_features)}`` of one decoder layer, from the config alone."""
+    """Return ``{linear: (out_features, in_features)}`` of a decoder layer, from its config."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

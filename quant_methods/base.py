@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a weight-quantisation method is: its settings, its declared abilities, one verb."""
+"""The interface of a weight-quantization method: settings, capabilities, and ``plan``."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -17,7 +17,7 @@ _KERNEL_OUTPUTS = 16  # the CPU kernels take whole tiles of output channels
 
 
 class GridSettings(BaseModel):
-    """Settings every method shares. Smaller groups: better quality, more bytes."""
+    """Settings that all methods share. Smaller groups give better quality and take more bytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,8 +29,9 @@ class GridSettings(BaseModel):
     )
     rounding: Literal["nearest", "gptq"] = Field(
         "nearest",
-        description="gptq: each column's error is made up for by later ones; better with enough "
-        "calibration text (8,000 tokens), minutes, and a cache as large as the int4 model",
+        description="gptq: later columns compensate the rounding error of each column; better with "
+        "enough calibration text (8,000 tokens), takes minutes and stores codes as large as the "
+        "int4 model",
     )
     uniform: bool = Field(
         False, description="one group size for all linears, as the AWQ format needs"
@@ -90,7 +91,14 @@ class GridSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a method can do: shown by ``vllm-compress methods``, checked before work starts."""
+    """What a method can do. ``vllm-compress methods`` shows it.
+
+    Attributes:
+        calibrates: Whether it needs calibration text.
+        at_load: Whether an engine can run it while it loads a 16-bit checkpoint.
+        formats: Checkpoint formats that hold its result.
+        paper: Address of the paper, or "".
+    """
 
     calibrates: bool
     at_load: bool
@@ -99,17 +107,17 @@ class Capabilities:
 
 
 class Progress(Protocol):
-    """Called as a long step advances: ``progress(step, done, total)``."""
+    """Called as a step advances: ``progress(step, done, total)``."""
 
     def __call__(self, step: str, done: int, total: int) -> None: ...
 
 
 def silent(step: str, done: int, total: int) -> None:
-    """The progress of a caller that shows none."""
+    """Show no progress."""
 
 
 class QuantMethod(Protocol):
-    """Turns a model and calibration tokens into a Plan; the rounding itself is shared."""
+    """Turns a model and calibration tokens into a Plan. All methods share the rounding itself."""
 
     name: ClassVar[str]
     revision: ClassVar[int]  # raised when the same settings would give another plan than before
@@ -120,5 +128,11 @@ class QuantMethod(Protocol):
     def __init__(self, settings: Any) -> None: ...
 
     def plan(self, blocks: Blocks, progress: Progress = silent) -> Plan:
-        """Decide smoothing and grids for every linear of the decoder in ``blocks``."""
+        """Choose smoothing and grids for every linear of a decoder.
+
+        Args:
+            blocks: The decoder, with calibration tokens if the method calibrates. Slow parts go
+                through ``blocks.stages``, so that an interrupted run can resume.
+            progress: Called as the work advances.
+        """
         ...

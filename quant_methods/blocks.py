@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a Hugging Face decoder one block at a time on calibration tokens.
 
-Beyond the model itself at most one block's weights and activations are resident on the compute
-device: ``Blocks.run`` moves a block there, and the hidden states of the stream(s) it is given.
+The compute device holds the weights of at most one block, and the hidden states that ``Blocks.run``
+is given. The rest of the model stays where it was loaded.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,11 +19,17 @@ from quant_methods.stages import Stages
 
 
 class Blocks:
-    """The decoder blocks of ``model`` with the arguments each is called with.
+    """The decoder blocks of a model, and the arguments that each is called with.
 
-    ``tokens`` int64 [samples, length], or None for a method that does not calibrate. ``hidden``
-    is the input of the first block, [samples, length, hidden], on ``device``. Raises
-    CompressError when a hidden state is not finite. ``stages`` keeps finished parts of the work.
+    Args:
+        model: A ``transformers`` causal language model.
+        arch: Its family.
+        tokens: Calibration tokens, int64 [samples, length]; None for a method without calibration.
+        device: Where blocks are computed.
+        stages: Keeps finished parts of the work; None: nothing is kept.
+
+    Attributes:
+        hidden: The input of the first block, [samples, length, hidden], on ``device``.
     """
 
     def __init__(
@@ -46,7 +52,7 @@ class Blocks:
 
     @torch.no_grad()
     def _record(self, tokens: torch.Tensor) -> torch.Tensor:
-        """One cheap pass, every block replaced by the identity, that records their arguments."""
+        """Record the arguments of every block, in one pass through identities in their place."""
         first: list[torch.Tensor] = []
 
         def identity(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -74,7 +80,7 @@ class Blocks:
         return tree_map_only(torch.Tensor, lambda t: t.to(self.device), tree)
 
     def first(self, samples: int) -> "Blocks":
-        """The same blocks on the first ``samples`` calibration sequences."""
+        """Return the same blocks on the first ``samples`` calibration sequences."""
         assert self._tokens is not None
         return Blocks(self.model, self.arch, self._tokens[:samples], self.device)
 
@@ -83,7 +89,7 @@ class Blocks:
 
     @contextmanager
     def resident(self, index: int) -> Iterator[nn.Module]:
-        """The block, on the compute device for as long as the context lasts."""
+        """Keep a block on the compute device for as long as the context lasts."""
         layer = self.layers[index]
         home = next(layer.parameters()).device
         try:
@@ -93,7 +99,15 @@ class Blocks:
 
     @torch.no_grad()
     def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The output of a resident block for ``hidden`` [samples, length, hidden]."""
+        """Return the output of a resident block.
+
+        Args:
+            index: Of the block.
+            hidden: Its input, [samples, length, hidden].
+
+        Raises:
+            CompressError: The output is not finite.
+        """
         out = self.layers[index](hidden, **self._kwargs[index])
         out = out[0] if isinstance(out, tuple) else out
         if not bool(torch.isfinite(out.sum(dtype=torch.float32))):
@@ -104,14 +118,14 @@ class Blocks:
         return out
 
     def argument(self, index: int, name: str) -> Any:
-        """A keyword argument that a block is called with; None without it."""
+        """Return a keyword argument that a block is called with; None if there is none."""
         return self._kwargs[index].get(name)
 
     @contextmanager
     def watch(
         self, index: int, names: tuple[str, ...], seen: Callable[[str, torch.Tensor], None]
     ) -> Iterator[None]:
-        """Call ``seen(name, input [.., K])`` for each run of the named linears of a block."""
+        """Call ``seen(name, input [.., K])`` whenever one of the named linears of a block runs."""
         handles = []
         for name in names:
             module = self.layers[index].get_submodule(name)
@@ -128,7 +142,7 @@ class Blocks:
 
     @contextmanager
     def replaced(self, index: int, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Run a block with other weights for its linears; the originals come back on exit."""
+        """Give the linears of a block other weights for as long as the context lasts."""
         layer = self.layers[index]
         saved = {}
         try:

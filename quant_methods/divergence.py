@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a quantised model's next-token distribution is from the full-precision one."""
+"""The distance between the next-token distributions of a quantized and the original model."""
 
 import torch
 from torch import nn
@@ -9,7 +9,13 @@ _KL_TOP = 128
 
 
 class NextTokenReference:
-    """The full-precision next-token distribution at a sample of positions, as its top k."""
+    """The original model's next-token distribution at some positions, as its top k tokens.
+
+    Args:
+        model: The original ``transformers`` model.
+        layers_prefix: Name of its list of decoder layers.
+        final: Output of its last layer, [samples, length, hidden].
+    """
 
     def __init__(self, model: nn.Module, layers_prefix: str, final: torch.Tensor) -> None:
         self.norm = model.get_submodule(layers_prefix.rpartition(".")[0]).norm
@@ -25,7 +31,13 @@ class NextTokenReference:
         return torch.log_softmax(self.head(self.norm(rows)).float(), dim=-1)
 
     def divergence(self, hidden: torch.Tensor) -> float:
-        """Mean KL(full || quantised) in nats per token; all tokens outside the top k are one."""
+        """Return the mean KL(original || quantized) in nats per token.
+
+        All tokens outside the top k count as one.
+
+        Args:
+            hidden: Output of the last layer of the quantized model, [samples, length, hidden].
+        """
         log_q = self._log_probabilities(hidden).gather(-1, self.tokens)
         p = self.log_p.exp()
         rest_p = (1 - p.sum(-1)).clamp(min=1e-9)

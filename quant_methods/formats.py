@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint formats: a quantised linear's tensors and the ``quantization_config`` naming them.
+"""Checkpoint formats: the tensors of a quantized linear, and the ``quantization_config``.
 
-Both formats are stock vLLM's own, so that what we write also loads where this package is not
-installed.
+Stock vLLM reads both formats, so what we write also loads where this package is not installed.
 """
 
 from collections.abc import Callable
@@ -16,13 +15,20 @@ from quant_methods.architecture import LINEARS
 from quant_methods.grid import Grid, QuantizedWeight
 from quant_methods.packing import to_awq, to_compressed_tensors
 
-# Marks a compressed-tensors config as ours; stock loaders ignore the key.
+# Marks a quantization_config as ours. Stock loaders ignore the key.
 MARKER = "vllm_compress"
 
 
 @dataclass(frozen=True)
 class Format:
-    """How int4 linears are stored: ``config(grids, marker)``, ``tensors(weight, scale dtype)``."""
+    """How int4 linears are stored.
+
+    Attributes:
+        name: As users give it.
+        config: ``config(grids by linear of a layer, marker)`` is the ``quantization_config``.
+        tensors: ``tensors(weight, scale dtype)`` are the tensors of one linear.
+        uniform: Whether all linears need one group size.
+    """
 
     name: str
     config: Callable[[dict[str, Grid], dict[str, Any]], dict[str, Any]]
@@ -36,7 +42,12 @@ def _left(grids: dict[str, Grid]) -> list[str]:
 
 
 def compressed_tensors_config(grids: dict[str, Grid], marker: dict[str, Any]) -> dict[str, Any]:
-    """``quantization_config`` of a pack-quantized checkpoint; ``grids`` by linear of a layer."""
+    """Return the ``quantization_config`` of a ``pack-quantized`` checkpoint.
+
+    Args:
+        grids: ``{linear of a decoder layer: grid}``. Linears without a grid are ignored by name.
+        marker: What we note about the checkpoint.
+    """
     by_grid: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
         by_grid.setdefault(grid, []).append(name.rpartition(".")[2])

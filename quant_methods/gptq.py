@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding with error compensation: each column's error is made up for by the columns to come.
+"""Rounding with error compensation: later columns make up for the error of each column.
 
 Paper: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
 https://arxiv.org/abs/2210.17323
@@ -30,13 +30,23 @@ def gptq_quantize(
     scale_dtype: torch.dtype = torch.bfloat16,
     damp: float = _DAMP,
 ) -> QuantizedWeight:
-    """Round ``weight`` [N, K] so that its output error on the calibration inputs is small.
+    """Round a weight so that its output error on the calibration inputs is small.
 
-    ``hessian`` [K, K] is the mean outer product of the inputs. A group's scale is taken from its
-    weights as compensation has left them when its first column comes; ``shrink`` [N, K/group] is
-    as in ``quantize``. ``damp`` is added to the diagonal as a share of its mean: more follows the
-    calibration text less closely; it is raised tenfold, up to three times, where the matrix is
-    not positive definite. Columns go in order; a dead input rounds to nearest.
+    Columns are rounded in order. The scale of a group comes from its weights as compensation has
+    left them when its first column is reached. A dead input is rounded to nearest.
+
+    Args:
+        weight: [N, K].
+        grid: How it is rounded.
+        hessian: Mean outer product of the inputs, [K, K].
+        shrink: As in ``quantize``, [N, K/group].
+        scale_dtype: Scales are rounded to it.
+        damp: Added to the diagonal, as a share of its mean. More damping follows the calibration
+            text less closely. It is raised tenfold, up to three times, where the matrix is not
+            positive definite.
+
+    Raises:
+        CompressError: The inputs are degenerate.
     """
     inverse = _inverse_factor(hessian, damp)
     left = weight.float().clone()
@@ -68,7 +78,7 @@ def gptq_quantize(
 
 
 def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped Hessian, fp32 [K, K]."""
+    """Return the upper Cholesky factor of the inverse of the damped Hessian, fp32 [K, K]."""
     exact = hessian.double()
     diagonal = exact.diagonal()
     dead = diagonal == 0
@@ -88,10 +98,15 @@ def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
 
 @torch.no_grad()
 def compensate(plan: Plan, blocks: Blocks, progress: Progress = silent) -> None:
-    """Fill ``plan.codes``: every linear rounded by GPTQ on the plan's own folds and grids.
+    """Round every linear of a plan with GPTQ, and put the codes into the plan.
 
-    Block after block, each on the output of the quantized ones before it. Memory beyond the model:
-    fp32 [K, K] for the largest input of a block.
+    Blocks are rounded in order, each on the output of the quantized blocks before it. Memory beyond
+    the model: fp32 [K, K] for the largest input of a block.
+
+    Args:
+        plan: Has folds and grids. Its ``codes`` are filled.
+        blocks: The decoder, with calibration tokens.
+        progress: Called for each block.
     """
     hidden = blocks.hidden
     for index in range(len(blocks)):

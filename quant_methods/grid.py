@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group-wise int4 rounding of a weight matrix: pure functions, fp32 maths.
+"""Group-wise int4 rounding of a weight matrix: pure functions in fp32.
 
-A weight is ``[N, K]`` (output, input channels). Each row is cut along K into groups of
-``group_size`` channels; each group has one scale and, when asymmetric, one zero point.
+A weight is ``[N, K]``: output by input channels. Each row is cut along K into groups of
+``group_size`` channels. A group has one scale and, when asymmetric, one zero point.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,20 @@ from compress_common.errors import CompressError
 
 LEVELS = 16
 GROUP_SIZES = (128, 64, 32)
-# Weights rounded at a time: their fp32 temporaries stay in a core's cache.
+# Weights that are rounded at a time, so that their fp32 temporaries stay in a core's cache.
 _CACHED = 1 << 18
-# The scale of an all-zero group; any positive number dequantises it to zero.
+# The scale of a group of zeros. Any positive number dequantizes it to zero.
 _SCALE_FLOOR = 1e-8
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How one linear is rounded: ``group_size`` input channels share a scale; symmetric or not."""
+    """How one linear is rounded.
+
+    Attributes:
+        group_size: Input channels that share a scale.
+        symmetric: Whether groups have no zero point.
+    """
 
     group_size: int
     symmetric: bool = False
@@ -29,7 +34,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """``(q - zero) * scale``: q uint8 [N, K] in 0..15, scale and zero fp32 [N, K/group]."""
+    """The weight ``(q - zero) * scale``.
+
+    Attributes:
+        q: Codes in 0..15, uint8 [N, K].
+        scale: fp32 [N, K/group].
+        zero: Zero points in 0..15, fp32 [N, K/group].
+        grid: How it was rounded.
+    """
 
     q: torch.Tensor
     scale: torch.Tensor
@@ -37,13 +49,13 @@ class QuantizedWeight:
     grid: Grid
 
     def to(self, device: str | torch.device) -> "QuantizedWeight":
-        """The same weight on another device."""
+        """Return the same weight on another device."""
         return QuantizedWeight(
             self.q.to(device), self.scale.to(device), self.zero.to(device), self.grid
         )
 
     def dequantize(self) -> torch.Tensor:
-        """The represented weight, fp32 [N, K]."""
+        """Return the weight that the codes stand for, fp32 [N, K]."""
         n, k = self.q.shape
         groups = self.q.view(n, -1, self.grid.group_size).float()
         return ((groups - self.zero[..., None]) * self.scale[..., None]).view(n, k)
@@ -65,12 +77,19 @@ def quantize(
     shrink: torch.Tensor | None = None,
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> QuantizedWeight:
-    """Round ``weight`` [N, K] to the nearest point of ``grid``.
+    """Round a weight to the nearest points of a grid.
 
-    The range of a group always spans zero, and the codes are clamped, so that neither an
-    all-positive group nor a .5 tie leaves 0..15. ``shrink`` [N, K/group] in (0, 1] narrows the
-    range (1 = min/max). The scale is rounded to ``scale_dtype`` first, because the kernel will
-    see it so. Raises CompressError on a non-finite weight.
+    The range of a group always includes zero, and codes are clamped, so neither a group of positive
+    weights nor a .5 tie leaves 0..15.
+
+    Args:
+        weight: [N, K].
+        grid: How it is rounded.
+        shrink: Share of the min/max range that is kept, [N, K/group] in (0, 1]; None: all of it.
+        scale_dtype: The scale is rounded to it first, because kernels read it so.
+
+    Raises:
+        CompressError: The weight is not finite.
     """
     codes, scale, zero = _round(weight, grid, shrink, scale_dtype)
     return QuantizedWeight(codes.to(torch.uint8).view(weight.shape), scale, zero, grid)
@@ -79,7 +98,7 @@ def quantize(
 def fake_quantize(
     weight: torch.Tensor, grid: Grid, shrink: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``quantize`` and ``dequantize`` without the integer copy: fp32 [N, K] on the grid."""
+    """Return ``quantize(...).dequantize()``, fp32 [N, K], without the integer copy."""
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     rows = max(1, _CACHED // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
@@ -95,7 +114,7 @@ def fake_quantize(
 def _round(
     weight: torch.Tensor, grid: Grid, shrink: torch.Tensor | None, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes as fp32 [N, K/group, group], scale and zero [N, K/group]."""
+    """Return codes as fp32 [N, K/group, group], and scale and zero [N, K/group]."""
     groups = weight.float().reshape(weight.shape[0], -1, grid.group_size)
     low, high = torch.aminmax(groups, dim=-1)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):

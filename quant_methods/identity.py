@@ -91,7 +91,10 @@ class TensorDigests:
                     "is complete and start again"
                 )
 
-        found = self.store.make(KIND, key, build)
+        try:
+            found = self.store.make(KIND, key, build)
+        except OSError:  # no space left: the next start reads the files again
+            return digests or self._compute()
         return digests or json.loads((found / _FILE).read_bytes())
 
     def forget(self) -> None:
@@ -105,7 +108,7 @@ class TensorDigests:
             path = os.path.realpath(file)
             state = os.stat(path)
             parts += [path, repr((state.st_size, state.st_ino, state.st_mtime_ns))]
-            parts.append(repr((state.st_ctime_ns, state.st_dev)))
+            parts.append(repr(state.st_ctime_ns))
             newest = max(newest, state.st_mtime_ns, state.st_ctime_ns)
         return digest(*parts), time.time_ns() - newest > _SETTLED_NS
 

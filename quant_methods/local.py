@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that are on this machine already: nothing here downloads."""
+"""Models that are on this machine already. Nothing here downloads."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from compress_common.errors import CompressError
 def local_folder(
     model: str, revision: str | None = None, download_dir: str | None = None
 ) -> Path | None:
-    """The folder of a model that is on this machine, downloading nothing; None if it is not."""
+    """Return the folder of a model; None if it is not on this machine."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -28,7 +28,7 @@ def local_folder(
 
 
 def text_config(folder: Path) -> Any:
-    """The text model's config; CompressError when transformers cannot read it."""
+    """Return the text model's config; CompressError when ``transformers`` cannot read it."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (ValueError, OSError, KeyError) as error:
@@ -37,7 +37,7 @@ def text_config(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; CompressError when transformers cannot load it."""
+    """Return the tokenizer of a folder; CompressError when ``transformers`` cannot load it."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bit layouts that stock vLLM loads: compressed-tensors ``pack-quantized`` and AWQ GEMM."""
+"""The bit layouts that stock vLLM loads: compressed-tensors ``pack-quantized`` and AWQ GEMM."""
 
 from typing import Literal
 
@@ -37,7 +37,7 @@ def unpack(words: torch.Tensor, packed_dim: Literal[0, 1] = 1) -> torch.Tensor:
 def to_compressed_tensors(
     weight: QuantizedWeight, scale_dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one linear in compressed-tensors' ``pack-quantized`` layout.
+    """Return the tensors of one linear in compressed-tensors' ``pack-quantized`` layout.
 
     ``weight_packed`` int32 [N, K/8], ``weight_scale`` [N, K/g], ``weight_shape`` int64 [2] and,
     when asymmetric, ``weight_zero_point`` int32 [N/8, K/g], packed along N.
@@ -65,10 +65,10 @@ def from_compressed_tensors(tensors: dict[str, torch.Tensor], grid: Grid) -> Qua
 def to_awq(
     weight: QuantizedWeight, scale_dtype: torch.dtype = torch.float16
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one linear in AWQ's GEMM layout.
+    """Return the tensors of one linear in AWQ's GEMM layout.
 
     ``qweight`` int32 [K, N/8], ``scales`` [K/g, N], ``qzeros`` int32 [K/g, N/8]. AWQ has no
-    symmetric form: a symmetric grid is written with every zero point at 8.
+    symmetric form, so a symmetric grid is written with every zero point at 8.
     """
 
     def interleave(codes: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods by name: ours, and third parties' through an entry-point group."""
+"""Methods by name: ours, and those that other packages register as entry points."""
 
 from typing import Any, Final
 
@@ -16,10 +16,10 @@ _REGISTRY: Final = Registry[QuantMethod](
 
 
 def methods() -> dict[str, type[QuantMethod]]:
-    """Every registered method; CompressError when two claim one name."""
+    """Return every registered method; CompressError when two claim one name."""
     return _REGISTRY.classes()
 
 
 def build_method(name: str, settings: dict[str, Any]) -> QuantMethod:
-    """The method with validated settings; CompressError lists every bad key and value at once."""
+    """Return a method with validated settings; CompressError lists every bad key and value."""
     return _REGISTRY.build(name, settings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Round to nearest: the control that every other method has to beat."""
+"""Round to nearest: the baseline that every other method has to beat."""
 
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ class RoundToNearest:
         self.settings = settings
 
     def plan(self, blocks: Blocks, progress: Progress = silent) -> Plan:
+        """Give every linear its grid. Nothing is calibrated."""
         grids = self.settings.grids(blocks.model.config)
         return Plan(
             self.name,

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a checkpoint's weights are, 16-bit and int4: from headers, no tensor is read."""
+"""Bytes of a checkpoint's weights, at 16 bits and as int4, from the headers of its files.
+
+Every figure for the weights' ratio that an engine reports, in its log and its metrics, comes from
+here. No tensor is read.
+"""
 
 from dataclasses import dataclass
 from math import prod
@@ -8,8 +12,8 @@ from typing import Literal
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.grid import Grid
 
-# "checkpoint": as it is written, and as CUDA's kernels hold it. The CPU's hold more per group:
-# torch's int4 GEMM two bfloat16; vLLM's AMX kernel a float32, an int32 and an int8.
+# "checkpoint": as files and CUDA kernels have it. CPU kernels hold more per group: torch's int4
+# GEMM two bfloat16, vLLM's AMX kernel a float32, an int32 and an int8.
 Packing = Literal["checkpoint", "cpu-bf16", "cpu-int8"]
 _CPU_GROUP_BYTES = {"cpu-bf16": 4, "cpu-int8": 9}
 _PACKED = ("weight_packed", "qweight")
@@ -24,8 +28,12 @@ _SHAPE_BYTES = 16  # weight_shape, two int64
 class Sizes:
     """What a model's weights are made of.
 
-    linears: how many are int4. weights: in them. groups: scales in them. zero_points: whether each
-    group has one. rest: elements of everything else, which stays at 16 bits.
+    Attributes:
+        linears: Number of int4 linears.
+        weights: Elements in them.
+        groups: Scales in them.
+        zero_points: Whether each group has a zero point.
+        rest: Elements of everything else, which stays at 16 bits.
     """
 
     linears: int
@@ -36,11 +44,11 @@ class Sizes:
 
     @property
     def original(self) -> int:
-        """Bytes with everything at 16 bits."""
+        """Bytes if everything has 16 bits."""
         return (self.weights + self.rest) * _HALF
 
     def compressed(self, packing: Packing = "checkpoint") -> int:
-        """Bytes with int4 linears, packed as a kernel wants them."""
+        """Return the bytes with int4 linears, packed as a kernel holds them."""
         if packing == "checkpoint":
             extra = self.linears * _SHAPE_BYTES + self.groups * _HALF
             extra += self.groups // 2 if self.zero_points else 0
@@ -50,10 +58,13 @@ class Sizes:
 
 
 def sizes_of(checkpoint: Checkpoint, grids: dict[str, Grid], tied: bool) -> Sizes:
-    """Sizes of a 16-bit checkpoint, or of an int4 one in a format of ours.
+    """Return the sizes of a 16-bit checkpoint, or of an int4 one in one of our formats.
 
-    grids: by linear of a decoder layer, for a 16-bit checkpoint; empty: nothing is quantised.
-    tied: whether the embedding is the head too; a second copy in the file is not counted.
+    Args:
+        checkpoint: What is measured.
+        grids: ``{linear of a decoder layer: grid}`` for a 16-bit checkpoint; empty: nothing is
+            quantized.
+        tied: Whether the embedding is the head too. A second copy in the file is not counted.
     """
     linears = weights = groups = rest = 0
     zero_points = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The maths of channel smoothing, as pure functions on vectors and matrices."""
+"""Channel smoothing as pure functions on vectors and matrices."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,31 +10,35 @@ from quant_methods.grid import Grid, fake_quantize
 
 _FLOOR = 1e-5
 _LIMIT = 1e4
-# Shares of the min/max range tried by the clip search, in percent.
+# Percentages of the min/max range that the clip search tries.
 CLIP_PERCENTS = (100, 93, 86, 79)
 
 
 def smoothing_vector(amax: torch.Tensor, wmax: torch.Tensor, alpha: float) -> torch.Tensor:
-    """``amax^alpha / wmax^(1-alpha)`` per channel, centred to a geometric mean of one.
+    """Return ``amax^alpha / wmax^(1-alpha)`` per channel, with a geometric mean of one.
 
-    ``amax`` [K] is the largest |activation| and ``wmax`` [K] the largest |weight| of a channel.
-    alpha 0 flattens the weights alone, 1 moves all of the activations' range into the weights.
-    The centring changes no rounding (a constant factor passes into every group's scale) and keeps
-    a folded norm in range.
+    The mean keeps a folded norm in range. It changes no rounding, because a constant factor passes
+    into the scale of every group.
+
+    Args:
+        amax: The largest |activation| of each channel, [K].
+        wmax: The largest |weight| of each channel, [K].
+        alpha: 0 flattens the weights alone, 1 moves the whole range of the activations into the
+            weights.
     """
     log = alpha * amax.clamp(min=_FLOOR).log() - (1 - alpha) * wmax.clamp(min=_FLOOR).log()
     return (log - log.mean()).exp().clamp(1 / _LIMIT, _LIMIT)
 
 
 def to_producer(fold: Fold, per_consumer_channel: torch.Tensor) -> torch.Tensor:
-    """Largest value over the query heads that share a producer channel: [K] -> [K / repeat]."""
+    """Return the largest value over the query heads that share a channel: [K] -> [K / repeat]."""
     if fold.repeat == 1:
         return per_consumer_channel
     return per_consumer_channel.view(-1, fold.repeat, fold.head_dim).amax(1).reshape(-1)
 
 
 def to_consumer(fold: Fold, per_producer_channel: torch.Tensor) -> torch.Tensor:
-    """Each producer channel's value, repeated for the query heads it feeds."""
+    """Repeat the value of each producer channel for the query heads that it feeds."""
     if fold.repeat == 1:
         return per_producer_channel
     heads = per_producer_channel.view(-1, 1, fold.head_dim)
@@ -44,12 +48,18 @@ def to_consumer(fold: Fold, per_producer_channel: torch.Tensor) -> torch.Tensor:
 def fold_into_norm(
     weight: torch.Tensor, scale: torch.Tensor, offset: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide a norm by ``scale``; returns the stored weight and the scale it really realises.
+    """Divide a norm by a scale.
 
-    The stored weight is rounded to the norm's dtype, and the returned scale [K] makes up for that
-    rounding exactly, so that only the linear's own rounding changes the function. ``offset`` is 1
-    for norms that multiply by ``1 + weight`` (Gemma): bf16 is coarse near -1, so such a norm is
-    not shrunk below 1/32.
+    Args:
+        weight: Of the norm, [K].
+        scale: [K].
+        offset: 1 for norms that multiply by ``1 + weight`` (Gemma), else 0. bf16 is coarse near -1,
+            so such a norm is not shrunk below 1/32.
+
+    Returns:
+        The weight to store, rounded to the norm's dtype, and the scale that it stands for, [K].
+        The latter includes that rounding exactly, so only the rounding of linears changes the
+        function.
     """
     total = weight.float() + offset
     if offset:
@@ -61,9 +71,12 @@ def fold_into_norm(
 
 
 def clip_percents(weight: torch.Tensor, grid: Grid, mean_square: torch.Tensor) -> torch.Tensor:
-    """Range of each group, in percent, with the least expected output error: uint8 [N, K/g].
+    """Return the percentage of each group's range with the least output error, uint8 [N, K/g].
 
-    ``mean_square`` [K] is the mean of the squared input per channel, which weighs the error.
+    Args:
+        weight: [N, K].
+        grid: How it is rounded.
+        mean_square: Mean of the squared input per channel, [K]. It weighs the error.
     """
     best = torch.full((weight.shape[0], weight.shape[1] // grid.group_size), torch.inf)
     best = best.to(weight.device)
@@ -81,11 +94,18 @@ def clip_percents(weight: torch.Tensor, grid: Grid, mean_square: torch.Tensor) -
 def search_alpha(
     loss: Callable[[float], float], step: float = 0.05, coarse: float = 0.2
 ) -> tuple[float, dict[float, float]]:
-    """Minimise ``loss`` over alpha in 0..1 on a grid of ``step``: the best alpha and the curve.
+    """Minimize a loss over alpha in 0..1 on a grid.
 
-    Starts with the points of a grid of ``coarse`` from 0.4 to 0.8, where alpha is on most models,
-    follows the best one if it is an end, and halves the distance around it down to ``step``.
-    ``coarse = step`` tries all 21 points, as the paper does.
+    The search starts from 0.4 to 0.8, where alpha is for most models. It follows the best point if
+    that is an end, and halves the distance around it.
+
+    Args:
+        loss: The loss of an alpha.
+        step: Distance of the final grid.
+        coarse: Distance of the first grid. ``coarse = step`` tries all points, as the paper does.
+
+    Returns:
+        The best alpha, and ``{alpha: loss}`` of all that were tried.
     """
     last = round(1 / step)
     stride = max(1, round(coarse / step))

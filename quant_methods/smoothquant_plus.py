@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmoothQuant+: one global smoothing strength, then group-wise int4 rounding.
+"""SmoothQuant+: one smoothing strength for the whole model, then group-wise int4 rounding.
 
 Paper: SmoothQuant+: Accurate and Efficient 4-bit Post-Training Weight Quantization for LLM,
 https://arxiv.org/abs/2312.03788
@@ -30,7 +30,7 @@ from quant_methods.smoothing import (
 
 
 class SmoothQuantPlusSettings(GridSettings):
-    """Knobs of the method. The paper: ``folds="norms", clip=False, search="full"``."""
+    """Settings. The paper has ``folds="norms", clip=False, search="full"``."""
 
     alpha: float | None = Field(
         None,
@@ -51,8 +51,13 @@ class SmoothQuantPlusSettings(GridSettings):
 
 @dataclass
 class _Statistics:
-    """Per channel, of one block at full precision: of the first consumer of each fold the input's
-    largest value and mean square, and the largest weight over all consumers."""
+    """What is observed of one block at full precision, by the first consumer of each fold.
+
+    Attributes:
+        amax: The largest |input| per channel, [K].
+        mean_square: Mean of the squared input per channel, [K].
+        wmax: The largest |weight| per channel over all consumers, [K].
+    """
 
     amax: dict[str, torch.Tensor]
     mean_square: dict[str, torch.Tensor]
@@ -60,7 +65,7 @@ class _Statistics:
 
     @classmethod
     def taken(cls, kept: dict[str, torch.Tensor], index: int, device: torch.device) -> Self:
-        """Those of block ``index`` from tensors named ``<index>:<statistic>:<linear>``."""
+        """Return those of one block from tensors named ``<index>:<statistic>:<linear>``."""
         found: dict[str, dict[str, torch.Tensor]] = {"amax": {}, "mean_square": {}, "wmax": {}}
         for key, tensor in kept.items():
             block, _, rest = key.partition(":")
@@ -73,9 +78,9 @@ class _Statistics:
 class SmoothQuantPlus:
     """Fold ``s = amax^alpha / wmax^(1-alpha)`` into norms (and v_proj, up_proj), then round.
 
-    alpha is one number for the whole model, chosen by the top-k KL divergence of the next-token
-    distribution on the calibration text with every block running on the quantised output of the
-    one before. Cost: about 7 passes over half of the calibration text, with rounding.
+    One alpha serves the whole model. It minimizes the top-k KL divergence of the next-token
+    distribution on the calibration text, with every block running on the output of the quantized
+    block before it. That costs about 7 passes over half of the calibration text, with rounding.
     Limits: dense decoders of ``architecture.ARCHITECTURES``; int4 only.
     """
 
@@ -94,6 +99,7 @@ class SmoothQuantPlus:
 
     @torch.no_grad()
     def plan(self, blocks: Blocks, progress: Progress = silent) -> Plan:
+        """Observe the model, search alpha unless it is fixed, and search the clipping."""
         folds = blocks.arch.folds(blocks.model.config)
         self.first_sharing = blocks.arch.first_sharing(blocks.model.config)
         self.grids = self.settings.grids(blocks.model.config)
@@ -131,7 +137,7 @@ class SmoothQuantPlus:
         return wanted and all(name in self.grids for name in changed)
 
     def _observe(self, blocks: Blocks, progress: Progress) -> dict[str, torch.Tensor]:
-        """One full-precision pass: the statistics of each block, and ``final``, its last output."""
+        """Return the statistics of each block at full precision, and ``final``, the last output."""
         kept: dict[str, torch.Tensor] = {}
         hidden, watched = blocks.hidden, tuple(set(self.first_sharing.values()))
         for index in range(len(blocks)):
@@ -151,7 +157,7 @@ class SmoothQuantPlus:
         return kept | {"final": hidden}
 
     def _vectors(self, index: int, alpha: float) -> dict[Fold, torch.Tensor]:
-        """The smoothing vector of each fold of a block, over the producer's channels."""
+        """Return the smoothing vector of each fold of a block, by channel of its producer."""
         seen = self.statistics[index]
         return {
             fold: smoothing_vector(
@@ -163,10 +169,10 @@ class SmoothQuantPlus:
         }
 
     def _propagate(self, blocks: Blocks, alpha: float) -> torch.Tensor:
-        """Last hidden states with every block quantised at ``alpha``.
+        """Return the last hidden states with every block quantized at ``alpha``.
 
-        The block's norms are left alone and the weights divided back after rounding: the same
-        function. An output scale changes no rounding (it passes into the row's scales).
+        Norms are left alone, and weights are divided back after rounding, which is the same
+        function. The scale of an output row passes into its groups' scales and changes no rounding.
         """
         hidden = blocks.hidden
         for index in range(len(blocks)):
@@ -211,7 +217,7 @@ class SmoothQuantPlus:
     def _clip(
         self, plan: Plan, prefix: str, index: int, block: nn.Module
     ) -> dict[str, torch.Tensor]:
-        """The clip search of every quantized linear of a block, by full name."""
+        """Search the clipping of every quantized linear of a block, by full name."""
         percents = {}
         for name in self.grids:
             weight = plan.smoothed(prefix + name, block.get_submodule(name).weight)
@@ -227,7 +233,7 @@ class SmoothQuantPlus:
         vectors: dict[Fold, torch.Tensor],
         norm_offset: float,
     ) -> None:
-        """Enter one block's smoothing vectors into the plan, under full tensor names."""
+        """Put the smoothing vectors of a block into the plan, under full tensor names."""
         for fold, vector in vectors.items():
             if fold.from_norm:
                 norm = block.get_submodule(fold.producer)
@@ -241,7 +247,7 @@ class SmoothQuantPlus:
     def _clip_percents(
         self, index: int, name: str, weight: torch.Tensor, scale: torch.Tensor | None
     ) -> torch.Tensor:
-        """The clip search of a smoothed weight, whose inputs shrank by ``scale``."""
+        """Search the clipping of a smoothed weight, whose inputs became ``scale`` times smaller."""
         mean_square = self.statistics[index].mean_square[self.first_sharing[name]]
         if scale is not None:
             mean_square = mean_square / scale.square()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a quantised checkpoint: shard by shard, resumable, and complete or absent."""
+"""Write a quantized checkpoint shard by shard. It is complete or absent, and a run can resume."""
 
 import json
 import os
@@ -31,14 +31,19 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes a run needs: peak memory beyond the interpreter, and disk."""
+    """Bytes that a run needs.
+
+    Attributes:
+        memory: Peak beyond the interpreter.
+        disk: Of the int4 checkpoint.
+    """
 
     memory: int
     disk: int
 
 
 def estimate(checkpoint: Checkpoint) -> Estimate:
-    """Memory: the 16-bit model plus fp32 working copies of one block; disk: the int4 checkpoint."""
+    """Estimate memory as the 16-bit model and fp32 copies of one block, disk as the int4 files."""
     shapes = checkpoint.shapes()
     total = sum(size for _, size in shapes.values())
     layers = max(int(checkpoint.config.get("num_hidden_layers") or 1), 1)
@@ -55,11 +60,25 @@ def quantize_checkpoint(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Quantise ``source`` into the new folder ``target``; returns the report it also writes.
+    """Quantize a checkpoint into a new folder.
 
-    Work goes to ``.<target>.partial`` beside the target and is renamed at the end, so ``target``
-    is complete or absent. A run with the same request goes on where an interrupted one stopped.
-    Raises CompressError for bad input, an existing target, or a folder that cannot be written.
+    Work goes to ``.<target>.partial`` beside the target and is renamed at the end. A later run with
+    the same request on the same weights goes on where an interrupted one stopped. A refused run
+    leaves nothing.
+
+    Args:
+        source: Folder of a 16-bit checkpoint.
+        target: Folder that must not exist yet.
+        request: How it is quantized.
+        format_name: A key of ``FORMATS``.
+        device: Where decoder blocks are computed.
+        progress: Called as the work advances.
+
+    Returns:
+        The report, which is written to ``report.json`` too.
+
+    Raises:
+        CompressError: Bad input, an existing target, or a folder that cannot be written.
     """
     if format_name not in FORMATS:
         raise CompressError(f"unknown format {format_name!r}; valid: {', '.join(FORMATS)}")
@@ -124,21 +143,21 @@ def _start_or_resume(partial: Path, key: str, chosen: Format) -> None:
 
 
 def _serving_dtype(config: dict[str, Any]) -> torch.dtype:
-    """fp16 stays fp16; everything else is written for bf16."""
+    """Return the dtype to write: fp16 stays fp16, everything else becomes bf16."""
     return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
 
 
 def _shards(checkpoint: Checkpoint) -> Iterator[list[str]]:
-    """Tensor names in checkpoint order, cut into runs of about two gigabytes."""
+    """Cut the tensor names, in checkpoint order, into runs of about two gigabytes."""
     sizes = checkpoint.shapes()
     shard: list[str] = []
-    held = 0
+    size = 0
     for name in checkpoint.files:
-        if held and held + sizes[name][1] > _SHARD_BYTES:
+        if size and size + sizes[name][1] > _SHARD_BYTES:
             yield shard
-            shard, held = [], 0
+            shard, size = [], 0
         shard.append(name)
-        held += sizes[name][1]
+        size += sizes[name][1]
     yield shard
 
 
@@ -151,7 +170,7 @@ def _write_shards(
     device: str,
     progress: Progress,
 ) -> dict[str, str]:
-    """Write every shard that is not there yet; returns ``{tensor: file}``."""
+    """Write every shard that is not there yet. Returns ``{tensor: file}``."""
     shards = list(_shards(checkpoint))
     mode = stat.S_IMODE((folder / "state.json").stat().st_mode)  # as the umask has it
     index: dict[str, str] = {}
@@ -202,7 +221,7 @@ def _write_metadata(
         "method": plan.method,
         "alpha": plan.report.get("alpha"),
         "source": checkpoint.weights_digest,
-        # The values that go into the KV cache are others than the original model's.
+        # Whether the values in the KV cache differ from the original model's.
         "values_scaled": any(name.endswith(f"{QKV[2]}.output") for name in plan.vectors),
     }
     config = checkpoint.config | {

@@ -15,7 +15,7 @@ grids = st.builds(Grid, st.sampled_from(GROUP_SIZES), st.booleans())
 
 @st.composite
 def weights(draw) -> torch.Tensor:
-    """[N, 256] of many magnitudes: centred, all positive, all negative, zero, with outliers."""
+    """[N, 256] of many magnitudes: centered, all positive, all negative, zero, with outliers."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     weight = torch.randn(draw(st.integers(1, 5)), 256, generator=generator)
     weight = weight * 10.0 ** draw(st.integers(-6, 3)) + draw(st.sampled_from([0.0, 1.0, -1.0]))

@@ -20,7 +20,7 @@ GQA = Fold("v_proj", "self_attn.v_proj", ("self_attn.o_proj",), repeat=3, head_d
 
 @given(st.integers(0, 20), st.integers(0, 1000))
 @settings(deadline=None, max_examples=50)
-def test_smoothing_vector_is_positive_centred_and_finite(step: int, seed: int) -> None:
+def test_smoothing_vector_is_positive_centered_and_finite(step: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     amax, wmax = torch.rand(2, 64, generator=generator) * torch.tensor([[100.0], [0.1]])
     amax[0], wmax[1] = 0, 0  # a dead channel

@@ -120,4 +120,4 @@ def test_unsupported_architecture_lists_everything() -> None:
     assert "3 problems" in text
     assert "mixtral" in text
     assert "qwen3" in text
-    assert "already quantised (awq)" in text
+    assert "already quantized (awq)" in text

@@ -147,7 +147,7 @@ def damaged(kind: str, folder: Path) -> None:
     elif kind == "not supported":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    elif kind == "already quantised":
+    elif kind == "already quantized":
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "gptq"}
         (folder / "config.json").write_text(json.dumps(config))
@@ -162,7 +162,7 @@ def damaged(kind: str, folder: Path) -> None:
         "pickled weights are not read",
         "damaged or incomplete",
         "not supported",
-        "already quantised",
+        "already quantized",
     ],
 )
 def test_bad_checkpoints(tiny_model: Callable[..., Path], tmp_path: Path, kind: str) -> None:

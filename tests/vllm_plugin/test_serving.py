@@ -29,7 +29,7 @@ PROMPTS = [
     "The quick brown fox",
     "She opened the door and",
 ]
-EAGER = {"TORCH_COMPILE_DISABLE": "1"}  # the dequantiser's compiled form has tests of its own
+EAGER = {"TORCH_COMPILE_DISABLE": "1"}  # the dequantizer's compiled form has tests of its own
 # Each engine would measure where to change over, and a busy machine may give another number.
 SAME_ROUNDING = {"COMPRESS_INT4_ROWS": "16"}
 QUICK = {"calibration": {"samples": 2, "length": 16}, "alpha": 0.5, "group_size": 32}
@@ -88,7 +88,7 @@ def test_stock_vllm_serves_the_awq_export(demo_model: Path, tmp_path: Path) -> N
 
 @torch.no_grad()
 def reference_nats(folder: Path, request: PlanRequest) -> list[float]:
-    """Prompt nats of the same plan applied to transformers' own model, weights dequantised."""
+    """Prompt nats of the same plan applied to transformers' own model, weights dequantized."""
     checkpoint = Checkpoint(folder)
     plan, _ = obtain_plan(checkpoint, request)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -221,7 +221,7 @@ def test_settings_of_a_written_checkpoint_are_fixed(written: Path) -> None:
         ).create_engine_config()
 
 
-def test_a_quantised_checkpoint_of_another_kind_is_refused(
+def test_a_quantized_checkpoint_of_another_kind_is_refused(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--quantization smoothquant_plus`` (and ``rtn``): on a 16-bit checkpoint or on one we wrote."""
+"""``--quantization smoothquant_plus`` and ``rtn``, for 16-bit checkpoints and those we wrote."""
 
 from typing import Any, ClassVar
 
@@ -20,11 +20,11 @@ from vllm_plugin.quantization.scheme import Int4Scheme
 
 
 class SmoothQuantPlusConfig(CompressedTensorsConfig):
-    """Compressed-tensors' config under the method's name.
+    """The config of compressed-tensors under the name of our method.
 
-    vLLM builds it without arguments for a 16-bit checkpoint; the config edge then calls
-    ``describe`` with the grids that the loader will quantise to. For a checkpoint that
-    ``vllm-compress quantize`` wrote, vLLM builds it from config.json.
+    For a 16-bit checkpoint vLLM builds it without arguments, and the config edge calls ``describe``
+    with the grids that the loader will quantize to. For a checkpoint that ``vllm-compress
+    quantize`` wrote, vLLM builds it from config.json.
     """
 
     method: ClassVar[str] = "smoothquant_plus"
@@ -49,11 +49,15 @@ class SmoothQuantPlusConfig(CompressedTensorsConfig):
 
     @property
     def quantizes_at_load(self) -> bool:
-        """True for a 16-bit checkpoint."""
+        """Whether the loader quantizes a 16-bit checkpoint."""
         return self.config is None
 
     def describe(self, grids: dict[str, Grid]) -> None:
-        """Set the scheme of each linear that the loader will quantise."""
+        """Set the scheme of each linear that the loader will quantize.
+
+        Args:
+            grids: ``{linear of a decoder layer: grid}``. The others stay at 16 bits.
+        """
         config = compressed_tensors_config(grids, {"method": self.method})
         self.target_scheme_map = self._quantization_scheme_map_from_config(config)
         self.ignore = config["ignore"]
@@ -62,7 +66,7 @@ class SmoothQuantPlusConfig(CompressedTensorsConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim our own checkpoints (they carry a marker) unless the user names another method."""
+        """Claim our own checkpoints, which carry a marker, unless the user names another method."""
         marker = hf_quant_cfg.get(MARKER) or {}
         ours = hf_quant_cfg.get("quant_method") == "compressed-tensors" and marker.get("method")
         if ours == cls.method and user_quant in (None, cls.method):
@@ -70,7 +74,7 @@ class SmoothQuantPlusConfig(CompressedTensorsConfig):
         if user_quant == cls.method:
             raise CompressError(
                 f"--quantization {cls.method} needs a 16-bit checkpoint or one written by "
-                f"`vllm-compress quantize --method {cls.method}`; this one is already quantised "
+                f"`vllm-compress quantize --method {cls.method}`; this one is already quantized "
                 f"({ours or hf_quant_cfg.get('quant_method')}); remove the flag to serve it as is"
             )
         return None
@@ -99,7 +103,7 @@ class SmoothQuantPlusConfig(CompressedTensorsConfig):
 
 
 class RoundToNearestConfig(SmoothQuantPlusConfig):
-    """The same serving path for the control method."""
+    """Round to nearest, served in the same way."""
 
     method: ClassVar[str] = "rtn"
     smooths: ClassVar[bool] = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int4 linear layers on CPU, in place of vLLM's CPUWNA16LinearKernel."""
+"""int4 linears on CPU, in place of vLLM's CPUWNA16LinearKernel."""
 
 from typing import Literal
 
@@ -27,10 +27,14 @@ def _has_amx() -> bool:
 
 
 def resolve_activations(requested: str = "auto") -> Literal["bf16", "int8"]:
-    """The type that activations are multiplied in.
+    """Return the type that activations are multiplied in.
 
-    "auto" is "int8" where vLLM would choose it: the CPU has AMX and VLLM_CPU_INT4_W4A8 is on (its
-    default). Raises ValueError for an unknown value, and for "int8" without AMX.
+    Args:
+        requested: "auto" is "int8" where vLLM would choose it: the CPU has AMX and
+            VLLM_CPU_INT4_W4A8 is on, which is its default.
+
+    Raises:
+        ValueError: An unknown value, or "int8" without AMX.
     """
     if requested not in ("auto", "bf16", "int8"):
         raise ValueError(f"{SETTING} is {requested!r}; allowed are 'auto', 'bf16' and 'int8'")
@@ -47,10 +51,11 @@ def resolve_activations(requested: str = "auto") -> Literal["bf16", "int8"]:
 class CpuInt4LinearKernel(MPLinearKernel):
     """int4 weights in compressed-tensors layout times bfloat16 activations [..., K] -> [..., N].
 
-    `activations` "bf16" keeps the weights once, in torch's int4pack layout: few rows use its int4
-    GEMM, many rows a bfloat16 GEMM on weights dequantised for the call. "int8" rounds activations
-    per row to int8 and uses vLLM's AMX kernel, for any number of rows. "auto" see
-    `resolve_activations`; it also falls back to "bf16" for shapes that the AMX kernel lacks.
+    With activations "bf16" the weights are kept once, in torch's int4pack layout. Few rows use
+    torch's int4 GEMM, many rows a bfloat16 GEMM on weights that are dequantized for the call. With
+    "int8" activations are rounded per row to int8, and vLLM's AMX kernel multiplies any number of
+    rows. "auto" is resolved by `resolve_activations`, and becomes "bf16" for shapes that the AMX
+    kernel does not take.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class CpuInt4LinearKernel(MPLinearKernel):
         possible, reason = self.can_implement(c)
         if not possible:
             raise ValueError(reason)
-        # The AMX kernel needs zero points in any case, so they need a name.
+        # The AMX kernel always needs zero points, so they need a name.
         w_zp_param_name = w_zp_param_name or "weight_zero_point"
         super().__init__(c, w_q_param_name, w_s_param_name, w_zp_param_name)
         self.activations = resolve_activations(activations)
@@ -79,12 +84,12 @@ class CpuInt4LinearKernel(MPLinearKernel):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """-1: there is no compute capability on CPU."""
+        """Return -1: CPUs have no compute capability."""
         return -1
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
-        """Whether this layer is supported, else why not."""
+        """Return whether this layer is supported, and if not, why."""
         name = cls.__name__
         k, n = c.partition_weight_shape
         if not current_platform.is_cpu():
@@ -104,7 +109,7 @@ class CpuInt4LinearKernel(MPLinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the loaded parameters of the layer by packed ones; a second call does nothing."""
+        """Replace the loaded parameters of a layer by packed ones. A second call does nothing."""
         words, scales, zero_points = self._get_weight_params(layer)
         if words.dtype != torch.int32:
             return
@@ -124,7 +129,16 @@ class CpuInt4LinearKernel(MPLinearKernel):
     def apply_weights(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x bfloat16 [..., K], any strides; bias bfloat16 [N] or None -> bfloat16 [..., N]."""
+        """Multiply by the weights of a layer.
+
+        Args:
+            layer: After ``process_weights_after_loading``.
+            x: bfloat16 [..., K], any strides.
+            bias: bfloat16 [N], or None.
+
+        Returns:
+            bfloat16 [..., N].
+        """
         weights, scales, zero_points = self._get_weight_params(layer)
         if self.activations == "int8":
             return cpu_w4a8_linear(x, weights, scales, zero_points, bias)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int4 linear layers on CPU as custom ops: few rows, many rows, and where it pays to change over.
+"""int4 linears on CPU as custom ops: for few rows, for many rows, and where to change over.
 
 bfloat16 activations use torch's int4pack layout: codes uint8 [N, K/2] and `scale_zero` bfloat16
-[K/g, N, 2], a weight being (code - 8) * scale + zero. Symmetric weights have zero = 0 and are
-exact. Otherwise zero = (8 - zero point) * scale rounded to bfloat16, which shifts the weights of a
-group together by at most 2^-8 |zero|, so by at most scale / 32.
+[K/g, N, 2]. A weight is (code - 8) * scale + zero. Symmetric weights have zero = 0 and are exact.
+Otherwise zero is (8 - zero point) * scale, rounded to bfloat16. That rounding shifts all weights of
+a group by the same amount, at most 2^-8 |zero|, so at most scale / 32.
 """
 
 import functools
@@ -22,14 +22,14 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 logger = init_logger(f"vllm.{__name__}")
 
-_TILE_BYTES = 8 << 20  # dequantised weights alive at a time: fits a last-level cache
+_TILE_BYTES = 8 << 20  # dequantized weights at a time, so that they fit a last-level cache
 _NEVER = 1 << 62
 ROWS = "COMPRESS_INT4_ROWS"
 
 _crossovers: dict[tuple[int, int, int], int] = {}
 
 
-def _dequantise(
+def _dequantize(
     codes: torch.Tensor, mask: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
 ) -> torch.Tensor:
     return ((codes & mask).float() * scale + zero).bfloat16().contiguous()
@@ -37,26 +37,31 @@ def _dequantise(
 
 @functools.cache
 def _nibbles(half: int, halves: bool) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor]:
-    """Shape of a block as (nibbles, bytes) or the reverse; mask and factor that broadcast to it."""
+    """Return the shape of a block, (nibbles, bytes) or reversed, and its mask and factor."""
     shape = (2, 1) if halves else (2,)
     with torch.inference_mode(False):
-        # The high nibble is used in place, 16 times too large, with 1/16 of its scale: no shift.
+        # The high nibble needs no shift: it is 16 times too large and gets 1/16 of the scale.
         mask = torch.tensor([15, 240], dtype=torch.uint8).view(shape)
         factor = torch.tensor([1.0, 0.0625], dtype=torch.float32).view(shape)
     return (2, half) if halves else (half, 2), mask, factor
 
 
-def _dequantise_rows(
+def _dequantize_rows(
     packed: torch.Tensor,
     scale_zero: torch.Tensor,
     block: int,
     halves: bool,
     run: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
-    """int4pack rows uint8 [n, K/2], scale_zero [K/g, n, 2] -> transposed weights bfloat16 [K, n].
+    """Return the transposed weights of some rows, bfloat16 [K, n].
 
-    int4pack holds, per `block` outputs and input, block/2 bytes. The low nibbles are the first half
-    of the block and the high ones the second (`halves`), or the two are neighbours.
+    Args:
+        packed: int4pack codes, uint8 [n, K/2].
+        scale_zero: [K/g, n, 2].
+        block: Outputs that int4pack interleaves, in block/2 bytes per input.
+        halves: Whether the low nibbles are the first half of a block and the high nibbles the
+            second. Else the two nibbles of a byte are neighbors.
+        run: Computes the weights: `_dequantize`, compiled or not.
     """
     n, k = packed.shape[0], packed.shape[1] * 2
     groups, blocks, half = scale_zero.shape[0], n // block, block // 2
@@ -71,9 +76,9 @@ def _dequantise_rows(
 
 @functools.cache
 def int4pack_layout() -> tuple[int, bool] | None:
-    """(block, halves) of this CPU's int4pack layout (AVX-512, AVX2 and others differ), by trial.
+    """Find (block, halves) of this CPU's int4pack layout by trial: AVX-512, AVX2 and others differ.
 
-    None if it is none of those known to `_dequantise_rows`; then nothing is ever dequantised.
+    None if `_dequantize_rows` knows no such layout. Then nothing is ever dequantized.
     """
     n, k = 208, 64  # has a last block that is smaller than any of the sizes but 16
     random = torch.Generator().manual_seed(0)  # leave vLLM's own random numbers alone
@@ -83,7 +88,7 @@ def int4pack_layout() -> tuple[int, bool] | None:
     for block in (64, 32, 16):
         for halves in (True, False):
             main = n // block * block
-            got = _dequantise_rows(packed[:main], unit[:, :main], block, halves, _dequantise)
+            got = _dequantize_rows(packed[:main], unit[:, :main], block, halves, _dequantize)
             if torch.equal(got.t().to(torch.int32), codes[:main]):
                 return block, halves
     logger.warning("Unknown int4pack layout: large batches will be slow on this CPU")
@@ -91,8 +96,8 @@ def int4pack_layout() -> tuple[int, bool] | None:
 
 
 @functools.cache
-def _compiled_dequantise() -> Callable[..., torch.Tensor]:
-    """`_dequantise` as one fused C++ loop (about ten times faster), or itself if that fails."""
+def _compiled_dequantize() -> Callable[..., torch.Tensor]:
+    """Return `_dequantize` compiled to one C++ loop, ten times faster, or itself if that fails."""
     block, halves = int4pack_layout() or (64, True)
     packed = torch.arange(7 * block * 160).to(torch.uint8).view(7 * block, 160)  # modulo 256
     scale_zero = torch.arange(5 * 7 * block * 2).to(torch.bfloat16).view(5, 7 * block, 2)
@@ -103,31 +108,31 @@ def _compiled_dequantise() -> Callable[..., torch.Tensor]:
             guard.guard_type not in ("GLOBAL_STATE", "TORCH_FUNCTION_STATE") for guard in guards
         ]
 
-    logger.info("Compiling the int4 dequantiser: up to 20 s, 2 s once torch has it in its cache")
+    logger.info("Compiling the int4 dequantizer: up to 20 s, 2 s once torch has it in its cache")
     try:
         options = {"cpp.dynamic_threads": True, "guard_filter_fn": keep}
-        fused = torch.compile(_dequantise, options=options)
+        fused = torch.compile(_dequantize, options=options)
         got, expected = (
-            _dequantise_rows(packed, scale_zero, block, halves, run) for run in (fused, _dequantise)
+            _dequantize_rows(packed, scale_zero, block, halves, run) for run in (fused, _dequantize)
         )
         if torch.equal(got, expected):
             return fused
-        logger.warning("The compiled int4 dequantiser is wrong; using the slower eager one")
+        logger.warning("The compiled int4 dequantizer is wrong; using the slower eager one")
     except Exception as error:  # no C++ compiler, no writable cache, ...: many types
-        logger.warning("Cannot compile the int4 dequantiser, using the slower eager one: %s", error)
-    return _dequantise
+        logger.warning("Cannot compile the int4 dequantizer, using the slower eager one: %s", error)
+    return _dequantize
 
 
 @functools.cache
 def _tiles(n: int, k: int) -> tuple[tuple[int, int, int, bool], ...]:
-    """(start, stop, block, halves) that cover N outputs, each of about _TILE_BYTES or less."""
+    """Return (start, stop, block, halves) of tiles of about _TILE_BYTES that cover N outputs."""
     layout = int4pack_layout()
     if layout is None:
-        raise RuntimeError("int4pack layout unknown: cannot dequantise")
+        raise RuntimeError("int4pack layout unknown: cannot dequantize")
     block, halves = layout
     blocks = n // block
     count = max(1, math.ceil(blocks * block * k * 2 / _TILE_BYTES))
-    # Equal tiles where possible: each new shape may compile the dequantiser once more.
+    # Equal tiles where possible: each new shape may compile the dequantizer once more.
     count = next((c for c in range(count, 2 * count) if blocks % c == 0), count)
     step = max(1, math.ceil(blocks / count)) * block
     end = blocks * block
@@ -137,35 +142,35 @@ def _tiles(n: int, k: int) -> tuple[tuple[int, int, int, bool], ...]:
     return tuple(tiles)
 
 
-def dequantised_tile(
+def dequantized_tile(
     packed: torch.Tensor, scale_zero: torch.Tensor, tile: tuple[int, int, int, bool]
 ) -> torch.Tensor:
-    """Transposed weights bfloat16 [K, stop - start] of one of `_tiles(N, K)`."""
+    """Return the transposed weights, bfloat16 [K, stop - start], of one of `_tiles(N, K)`."""
     start, stop, block, halves = tile
     # The compiled function is specialised on the grad mode, and vLLM loads and runs in two modes.
     with torch.inference_mode(False), torch.no_grad():
-        run = _compiled_dequantise() if stop - start > block else _dequantise
-        return _dequantise_rows(packed[start:stop], scale_zero[:, start:stop], block, halves, run)
+        run = _compiled_dequantize() if stop - start > block else _dequantize
+        return _dequantize_rows(packed[start:stop], scale_zero[:, start:stop], block, halves, run)
 
 
 def linear_int4pack(
     x: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor, group_size: int
 ) -> torch.Tensor:
-    """x bfloat16 [M, K] -> [M, N] by torch's int4 GEMM: float32 weights and sums."""
+    """Multiply x bfloat16 [M, K] by torch's int4 GEMM, with float32 weights and sums: [M, N]."""
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scale_zero)
 
 
-def linear_dequantised(
+def linear_dequantized(
     x: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor
 ) -> torch.Tensor:
-    """x bfloat16 [M, K] -> [M, N] by torch's bfloat16 GEMM on weights rounded to bfloat16."""
+    """Multiply x bfloat16 [M, K] by torch's bfloat16 GEMM, with weights in bfloat16: [M, N]."""
     n, k = packed.shape[0], x.shape[1]
     tiles = _tiles(n, k)
     if len(tiles) == 1:
-        return torch.mm(x, dequantised_tile(packed, scale_zero, tiles[0]))
+        return torch.mm(x, dequantized_tile(packed, scale_zero, tiles[0]))
     out = x.new_empty(x.shape[0], n)
     for tile in tiles:
-        torch.mm(x, dequantised_tile(packed, scale_zero, tile), out=out[:, tile[0] : tile[1]])
+        torch.mm(x, dequantized_tile(packed, scale_zero, tile), out=out[:, tile[0] : tile[1]])
     return out
 
 
@@ -196,8 +201,8 @@ def _measure_crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_siz
     x = torch.ones(64, k, dtype=torch.bfloat16)
     runs: dict[int, Callable[[], torch.Tensor]] = {
         8: lambda: linear_int4pack(x[:8], packed, scale_zero, group_size),
-        16: lambda: linear_dequantised(x[:16], packed, scale_zero),
-        64: lambda: linear_dequantised(x, packed, scale_zero),
+        16: lambda: linear_dequantized(x[:16], packed, scale_zero),
+        64: lambda: linear_dequantized(x, packed, scale_zero),
     }
     best = dict.fromkeys(runs, math.inf)  # seconds of CPU time
     threads = torch.get_num_threads()
@@ -214,12 +219,12 @@ def _measure_crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_siz
         finally:
             torch._C.set_num_threads(threads)  # also sets the default of later threads
 
-    # CPU time of one thread, for wall times are worthless where cores are shared. In its own thread
-    # because the number of OpenMP threads is per thread, and vLLM has bound those of this one.
+    # Measure the CPU time of one thread: wall times mean nothing where cores are shared. Use a new
+    # thread: OpenMP counts threads per thread, and vLLM has bound those of this one.
     worker = threading.Thread(target=measure)
     worker.start()
     worker.join()
-    # int4pack costs best[8] / 2 per 4 rows, a dequantised GEMM fixed + slope * M.
+    # int4pack costs best[8] / 2 for 4 rows, a dequantized GEMM fixed + slope * M for M rows.
     slope = max(0.0, (best[64] - best[16]) / 48)
     gain = best[8] / 8 - slope
     fixed = best[16] - 16 * slope
@@ -239,7 +244,7 @@ def _cpu_int4_linear(
     elif rows.shape[0] <= crossover(packed, scale_zero, group_size):
         out = linear_int4pack(rows, packed, scale_zero, group_size)
     else:
-        out = linear_dequantised(rows, packed, scale_zero)
+        out = linear_dequantized(rows, packed, scale_zero)
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], packed.shape[0])
@@ -255,7 +260,7 @@ def _cpu_int4_linear_fake(
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
-# One opaque op, because the choice depends on M, which is symbolic under torch.compile.
+# One opaque op: the choice depends on M, which is symbolic under torch.compile.
 direct_register_custom_op("cpu_int4_linear", _cpu_int4_linear, fake_impl=_cpu_int4_linear_fake)
 
 
@@ -266,7 +271,7 @@ def cpu_int4_linear(
     bias: torch.Tensor | None,
     group_size: int,
 ) -> torch.Tensor:
-    """x bfloat16 [..., K], any strides -> bfloat16 [..., N]; M, the number of rows, may be 0."""
+    """Multiply x bfloat16 [..., K], of any strides: bfloat16 [..., N]. There may be no rows."""
     return torch.ops.vllm.cpu_int4_linear(x, packed, scale_zero, bias, group_size)
 
 
@@ -277,10 +282,10 @@ def cpu_w4a8_linear(
     zero_points: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Like `cpu_int4_linear`, with activations rounded to int8 per row; for `pack_w4a8` weights."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()  # vLLM's kernel takes unit stride for granted
+    """Multiply like `cpu_int4_linear`, with int8 activations and weights of `pack_w4a8`."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # vLLM's kernel assumes unit stride
     n = scales.shape[0] * scales.shape[2]
-    # vLLM's kernel divides by M. Under torch.compile the test would cost a guard, and vLLM never
+    # vLLM's kernel divides by M. Under torch.compile this test would add a guard, and vLLM never
     # compiles an empty batch.
     if not torch.compiler.is_compiling() and rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], n)

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int4 weights on CPU: from compressed-tensors' layout to those of torch and of vLLM's AMX kernel.
+"""Convert int4 weights from compressed-tensors' layout to those of torch and vLLM's AMX kernel.
 
-Input: codes int32 [N, K/8], scales [N, K/g], zero points int32 [N/8, K/g] or None (then every zero
-point is 8); a weight is (code - zero point) * scale.
+Input: codes int32 [N, K/8], scales [N, K/g], zero points int32 [N/8, K/g], or None if every zero
+point is 8. A weight is (code - zero point) * scale.
 """
 
 import torch
 from vllm import _custom_ops as ops
 
-_CHUNK = 1 << 20  # weights packed at a time: at most 16 bytes of temporaries each, so 16 MiB
+_CHUNK = 1 << 20  # weights packed at a time; each needs up to 16 bytes of temporaries
 # Nibble i of a word of vLLM's W4A8 packer holds output 8 j + _W4A8_ORDER[i].
 _W4A8_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def unpack_codes(words: torch.Tensor) -> torch.Tensor:
-    """Words int32 [rows, cols] with 8 codes each, lowest bits first -> uint8 [rows, 8 cols]."""
+    """Return the codes, uint8 [rows, 8 cols], of words int32 [rows, cols], lowest bits first."""
     spread = words.contiguous().view(torch.uint8).to(torch.int16)
     spread |= spread << 4
     return (spread & 0x0F0F).view(torch.uint8)
 
 
 def unpack_zero_points(words: torch.Tensor) -> torch.Tensor:
-    """Words int32 [N/8, groups], packed along N, lowest bits first -> uint8 [groups, N]."""
+    """Return zero points, uint8 [groups, N], of words int32 [N/8, groups] packed along N."""
     return unpack_codes(words.t().contiguous())
 
 
@@ -33,7 +33,7 @@ def _row_chunks(rows: int, k: int, multiple: int) -> list[tuple[int, int]]:
 def pack_int4(
     words: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compressed-tensors weights -> int4pack codes and `scale_zero` (see `cpu_int4_ops`)."""
+    """Return int4pack codes and `scale_zero` of a weight: see `cpu_int4_ops`."""
     n, k = words.shape[0], words.shape[1] * 8
     packed = torch.empty(n, k // 2, dtype=torch.uint8)
     for start, stop in _row_chunks(n, k, 64):  # int4pack interleaves up to 64 rows
@@ -50,10 +50,11 @@ def pack_int4(
 def pack_w4a8(
     words: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compressed-tensors weights -> vLLM's AMX W4A8 blocks.
+    """Convert a weight to the blocks of vLLM's AMX W4A8 kernel. N must be a multiple of 32.
 
-    Returns weights uint8 [N/32, blocks, bytes], scales float32 and zero points int8, both
-    [N/32, K/g, 32]. N must be a multiple of 32.
+    Returns:
+        Weights uint8 [N/32, blocks, bytes], scales float32 and zero points int8, both
+        [N/32, K/g, 32].
     """
 
     def awq(codes: torch.Tensor) -> torch.Tensor:  # uint8 [n, cols] -> int32 [cols, n/8]
@@ -75,7 +76,7 @@ def pack_w4a8(
             scales[start:stop].t().to(torch.bfloat16).contiguous(),
             ops.CPUQuantAlgo.AWQ,
         )
-        # Blocks of 32 outputs are independent, so chunks only have to be laid one after the other.
+        # Blocks of 32 outputs are independent, so chunks are laid one after the other.
         done = done or tuple(b.new_empty(n // 32, *b.shape[1:]) for b in blocks)
         for whole, part in zip(done, blocks, strict=True):
             whole[start // 32 : stop // 32] = part

@@ -85,7 +85,7 @@ class QuantizingLoader(DefaultModelLoader):
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
         """Load a model. The plan is obtained first, while no memory is taken by the model."""
-        at_load = getattr(vllm_config.quant_config, "quantizes_at_load", False)
+        at_load = _quantizes(vllm_config, model_config)
         if at_load:
             self.plan = self._obtain_plan(vllm_config, model_config)
             _return_free_memory()
@@ -106,7 +106,7 @@ class QuantizingLoader(DefaultModelLoader):
         """
         config = get_current_vllm_config()
         tensors = super().get_all_weights(model_config, model)
-        if not getattr(config.quant_config, "quantizes_at_load", False):
+        if not _quantizes(config, model_config):
             return tensors
         plan = self.plan or self._obtain_plan(config, model_config)
         return QuantizedStream(plan, tensors, model_config.dtype, _device(config))
@@ -133,6 +133,13 @@ def plan_request(vllm_config: VllmConfig) -> PlanRequest:
         str(vllm_config.model_config.quantization),
         vllm_config.parallel_config.tensor_parallel_size,
     )
+
+
+def _quantizes(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
+    """Whether a model is quantized at load. The draft model of an engine is not."""
+    quant_config = vllm_config.quant_config
+    at_load = getattr(quant_config, "quantizes_at_load", False)
+    return at_load and model_config.quantization == getattr(quant_config, "method", None)
 
 
 def _device(vllm_config: VllmConfig) -> torch.device:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compressed-tensors' int4 linear with our kernel on CPU and vLLM's on every other device."""
+"""The int4 linear of compressed-tensors, with our kernel on CPU and vLLM's elsewhere."""
 
 from typing import Any
 
@@ -17,7 +17,12 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class Int4Scheme(CompressedTensorsWNA16):
-    """Parameters and sharding as in the base class; ``activations`` as in ``WeightSettings``."""
+    """Parameters and sharding are those of the base class.
+
+    Args:
+        activations: As in ``WeightSettings``.
+        **kwargs: As in the base class.
+    """
 
     kernel: MPLinearKernel  # the base class sets it in create_weights
 

@@ -3,7 +3,7 @@
 
 Tolerances: rounding to bfloat16 changes a value by at most BF16 = 2^-8 of it, and adding K products
 in float32 by at most K 2^-24 of sum |x| |w|. So an element may be off by that sum times (K 2^-24 +
-BF16 for each rounding: the output; the weights if they are dequantised to bfloat16; the sum with a
+BF16 for each rounding: the output; the weights if they are dequantized to bfloat16; the sum with a
 bias), plus BF16 sum |x| |zero| where zero = (8 - zero point) * scale is rounded. That is the worst
 case, which systematic errors could hide in. But a rounding error is evenly spread, so that its root
 mean square is 2^-7 / sqrt(12) / mantissa, about 0.42 BF16 over mantissas of 1 to 2, and roundings
@@ -177,7 +177,7 @@ def test_against_float64(
     assert kernel.activations == "bf16" and layer.weight_packed.shape == (n, k // 2)
     expected, once, twice = bf16_reference(case, x)
     extra = 0 if symmetric else 1
-    for mode, crossover in (("int4pack", 512), ("dequantised", 0), ("auto", None)):
+    for mode, crossover in (("int4pack", 512), ("dequantized", 0), ("auto", None)):
         if crossover is not None:
             monkeypatch.setitem(cpu_int4_ops._crossovers, (k, n, group_size), crossover)
         else:
@@ -197,13 +197,13 @@ def test_against_float64(
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize(("k", "n", "group_size"), [SHAPES[0], *ODD_SHAPES])
-def test_dequantised_weights_are_exact(k: int, n: int, group_size: int, symmetric: bool) -> None:
+def test_dequantized_weights_are_exact(k: int, n: int, group_size: int, symmetric: bool) -> None:
     """The weights that the bfloat16 GEMM sees are those of the checkpoint, rounded once."""
     case = make_case(k, n, group_size, symmetric)
     _, layer = case.layer("bf16")
     packed, scale_zero = layer.weight_packed.data, layer.weight_scale.data
     tiles = [
-        cpu_int4_ops.dequantised_tile(packed, scale_zero, tile)
+        cpu_int4_ops.dequantized_tile(packed, scale_zero, tile)
         for tile in cpu_int4_ops._tiles(n, k)
     ]
     scale = case.scales.double().repeat_interleave(group_size, 1)
@@ -222,7 +222,7 @@ import torch
 from vllm_plugin.quantization import cpu_int4_ops as ops, cpu_int4_packing as packing
 words = torch.randint(-2**31, 2**31 - 1, (208, 16), dtype=torch.int32)
 packed, scale_zero = packing.pack_int4(words, torch.rand(208, 2).bfloat16() + 1, None)
-tiles = [ops.dequantised_tile(packed, scale_zero, tile) for tile in ops._tiles(208, 128)]
+tiles = [ops.dequantized_tile(packed, scale_zero, tile) for tile in ops._tiles(208, 128)]
 scale = scale_zero[..., 0].t().repeat_interleave(64, 1)
 assert torch.equal(torch.cat(tiles, 1).t(), (packing.unpack_codes(words).bfloat16() - 8) * scale)
 print(torch.backends.cpu.get_cpu_capability(), *ops.int4pack_layout())
@@ -355,7 +355,7 @@ def test_crossover_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The eager dequantiser takes over when torch.compile fails, with the same results."""
+    """The eager dequantizer takes over when torch.compile fails, with the same results."""
 
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no C++ compiler")
@@ -363,11 +363,11 @@ def test_without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     case, x = make_case(576, 192, 64, False), inputs(576)
     _, layer = case.layer("bf16")
     args = x, layer.weight_packed.data, layer.weight_scale.data
-    expected = cpu_int4_ops.linear_dequantised(*args)
+    expected = cpu_int4_ops.linear_dequantized(*args)
     monkeypatch.setattr(torch, "compile", fail)
-    cpu_int4_ops._compiled_dequantise.cache_clear()
+    cpu_int4_ops._compiled_dequantize.cache_clear()
     try:
-        assert torch.equal(cpu_int4_ops.linear_dequantised(*args), expected)
-        assert cpu_int4_ops._compiled_dequantise() is cpu_int4_ops._dequantise
+        assert torch.equal(cpu_int4_ops.linear_dequantized(*args), expected)
+        assert cpu_int4_ops._compiled_dequantize() is cpu_int4_ops._dequantize
     finally:
-        cpu_int4_ops._compiled_dequantise.cache_clear()
+        cpu_int4_ops._compiled_dequantize.cache_clear()
