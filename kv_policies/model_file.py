@@ -19,9 +19,9 @@ class Strict(BaseModel):
 
 
 class ModelFingerprint(Strict):
-    """What must agree for two models to share a file: their shape and architecture.
+    """What must agree for two models to share a file: architecture, shape and weights.
 
-    ``name`` is for people and is not compared.
+    ``name`` is for people and is not compared. ``weights`` is compared where both have it.
     """
 
     name: str
@@ -32,15 +32,19 @@ class ModelFingerprint(Strict):
     num_key_value_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
+    weights: str | None = Field(None, description="SHA-256 of every tensor of the checkpoint")
 
     def differences(self, other: "ModelFingerprint") -> list[str]:
         """Return one line for each field in which the model ``other`` differs from the file's."""
-        return [
+        lines = [
             f"{field} is {getattr(self, field)!r} in the file, {getattr(other, field)!r} in the "
             "model"
             for field in type(self).model_fields
-            if field != "name" and getattr(self, field) != getattr(other, field)
+            if field not in ("name", "weights") and getattr(self, field) != getattr(other, field)
         ]
+        if not lines and self.weights and other.weights and self.weights != other.weights:
+            lines.append("the weights differ: it is another fine-tune or revision")
+        return lines
 
 
 class Calibration(Strict):

@@ -13,15 +13,18 @@ from compress_common.errors import CompressError
 from kv_policies.model_file import ModelFingerprint
 from quant_methods.architecture import QKV
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats import MARKER
+from quant_methods.local import local_folder
 
 
-def fingerprint_of(name: str, config: Any) -> ModelFingerprint:
+def fingerprint_of(name: str, config: Any, weights: str | None = None) -> ModelFingerprint:
     """Read the fingerprint of a decoder.
 
     Args:
         name: for messages: a hub id or a folder.
         config: the text model's. The text part of a multimodal config names no architecture; its
             model_type is used instead.
+        weights: SHA-256 of every tensor, see ``published_weights``; None: not known.
 
     Raises:
         CompressError: the config lacks a size, or gives layers different sizes.
@@ -46,7 +49,7 @@ def fingerprint_of(name: str, config: Any) -> ModelFingerprint:
     }
     architectures = getattr(config, "architectures", None) or [config.model_type]
     try:
-        return ModelFingerprint(name=name, architecture=architectures[0], **sizes)
+        return ModelFingerprint(name=name, architecture=architectures[0], weights=weights, **sizes)
     except ValidationError as error:
         wrong = ", ".join(f"{p['loc'][0]} is {p['input']!r}" for p in error.errors())
         raise CompressError(
@@ -64,6 +67,30 @@ def shapes_per_layer(config: Any) -> list[str]:
     sizes = ("head_dim", "num_key_value_heads", "num_attention_heads")
     layers = config.per_layer_config
     return [name for name in sizes if len({getattr(layer, name, None) for layer in layers}) > 1]
+
+
+def published_weights(name: str, config: Any) -> str | None:
+    """Return the SHA-256 of every 16-bit tensor of a model, which tells a fine-tune from its base.
+
+    An int4 checkpoint that we wrote names the digest of the one it was made from.
+
+    Args:
+        name: A model folder or hub id.
+        config: The text model's.
+
+    Returns:
+        None where it cannot be known: the model is not on this machine, is not safetensors, or
+        others have quantized it.
+    """
+    if quantization := getattr(config, "quantization_config", None):
+        return (dict(quantization).get(MARKER) or {}).get("source")
+    folder = local_folder(name, getattr(config, "_commit_hash", None))
+    if folder is None:
+        return None
+    try:
+        return Checkpoint(folder).weights_digest
+    except CompressError:  # no safetensors there, as with --load-format dummy
+        return None
 
 
 def unknown_kinds(config: Any) -> list[str]:

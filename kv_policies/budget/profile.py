@@ -34,7 +34,7 @@ class Provenance(Calibration):
 class Profile(ModelFile):
     """The share of its tokens that each layer of one model keeps, for one budget.
 
-    Weights are not compared: a profile also serves a fine-tune of its model.
+    It serves the weights that it was measured on, and no fine-tune of them.
 
     Attributes:
         keep: Mean of ``fractions``, exactly.

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine, quantized at load, that sleeps, wakes and reloads its weights.
 
-``reload(model, quantization, steps)`` is the caller's side. A step is ``sleep``, ``wake``, ``disk``
-(``reload_weights``), ``tensors`` (``reload_weights`` with the 16-bit tensors of ``model``) or
-``edit`` (negate the last tensor of the file in place). The answer has ``errors`` by step, and the
-greedy ``tokens`` before the first step and after each.
+``reload(model, quantization, steps)`` is the caller's side. The answer has ``errors`` by step, and
+the greedy ``tokens`` before the first step and after each but ``sleep``. A step is one of
+
+- ``sleep`` (level 2) and ``wake``,
+- ``disk``: ``reload_weights``,
+- ``path``: ``reload_weights`` from an edited copy of the model,
+- ``tensors``: ``reload_weights`` with the 16-bit tensors of the model,
+- ``edit``: negate one tensor of the model's file.
 """
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,10 +60,15 @@ def _main() -> None:
         outputs = llm.generate(PROMPTS, sampling, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    def edit() -> None:
-        state = load_file(weights)
+    def edit(file: Path = weights) -> None:
+        state = load_file(file)
         name = "model.layers.1.mlp.down_proj.weight"
-        save_file(state | {name: -state[name]}, weights, metadata={"format": "pt"})
+        save_file(state | {name: -state[name]}, file, metadata={"format": "pt"})
+
+    def path() -> None:
+        copy = shutil.copytree(weights.parent, weights.parent.with_name("copy"))
+        edit(copy / weights.name)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(copy)})
 
     actions = {
         "sleep": lambda: llm.sleep(2),
@@ -67,6 +77,7 @@ def _main() -> None:
         "tensors": lambda: llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": list(load_file(weights).items())}
         ),
+        "path": path,
         "edit": edit,
     }
     errors: list[str | None] = []

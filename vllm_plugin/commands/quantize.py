@@ -80,7 +80,9 @@ def quantize(
     table.add_row("method", f"{report['method']} ({report['format']})")
     if "alpha" in report:
         table.add_row("alpha", f"{report['alpha']:.2f}")
-    table.add_row("weights", f"{gib(before)} -> {gib(after)} ({after / before:.3f})")
+    table.add_row("weights on disk", f"{gib(before)} -> {gib(after)} ({after / before:.3f})")
+    if left := report["left_at_16_bit"]:
+        table.add_row("left at 16 bits", ", ".join(left))
     out.print(table)
     if curve := report.get("loss_curve"):
         table = Table("alpha", "KL, nats per token", title="search")

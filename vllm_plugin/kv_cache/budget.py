@@ -20,7 +20,12 @@ from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats import MARKER
 from quant_methods.local import local_folder
 from vllm_plugin.compatibility import kv_model_problems
-from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, weights_digest
+from vllm_plugin.kv_fingerprint import (
+    fingerprint_of,
+    full_attention_layers,
+    published_weights,
+    weights_digest,
+)
 from vllm_plugin.settings import KVSettings
 
 _WINDOW: Final = 256  # generated tokens; enough for a choice among them to mean something
@@ -50,7 +55,8 @@ def layouts_of(
     policy = policies().get(settings.policy)  # ``settings.build`` reports an unknown policy
     shares = dict.fromkeys(layers, settings.keep or Fraction(1))
     if settings.profile is not None:
-        profile = load(settings.profile, model, layers)
+        exact = fingerprint_of(name, config, published_weights(name, config))
+        profile = load(settings.profile, exact, layers)
         if settings.keep not in (None, profile.keep):
             raise CompressError(
                 f"keep is {float(settings.keep)}, the profile {settings.profile} was made for "

@@ -41,8 +41,8 @@ class SmoothQuantPlusConfig(CompressedTensorsConfig):
     ) -> None:
         super().__init__(target_scheme_map or {}, ignore or [], quant_format, **kwargs)
         self.activations: Activations = "auto"
-        # Of the weights that the loader quantized; None: it quantized none.
-        self.source_digest: str | None = None
+        # What the loader quantized: digest, model and revision. None: nothing yet.
+        self.source: tuple[str, str, str | None] | None = None
 
     def get_name(self) -> str:  # type: ignore[override]
         return self.method

@@ -115,13 +115,13 @@ class QuantizingLoader(DefaultModelLoader):
         request, quant_config = plan_request(vllm_config), vllm_config.quant_config
         checkpoint = source_of(model_config, self._prepare_weights)
         if request.calibrates:
-            refuse_reload(checkpoint, quant_config)
+            refuse_reload(checkpoint, quant_config, model_config)
         started = time.perf_counter()
         with bar(disable=get_tensor_model_parallel_rank() != 0) as progress:
             plan, stored = obtain_plan(
                 checkpoint, request, device=_device(vllm_config), progress=progress
             )
-        quant_config.source_digest = checkpoint.digest
+        quant_config.source = checkpoint.digest, model_config.model, model_config.revision
         _log(plan, stored, time.perf_counter() - started)
         return plan
 

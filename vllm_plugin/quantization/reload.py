@@ -18,14 +18,22 @@ from compress_common.errors import CompressError
 from quant_methods.checkpoint import Checkpoint
 
 
-def refuse_reload(checkpoint: Checkpoint, quant_config: Any) -> None:
-    """Raise CompressError when an engine reloads other weights than it was quantized from.
+def refuse_reload(checkpoint: Checkpoint, quant_config: Any, model_config: ModelConfig) -> None:
+    """Refuse to reload other weights than an engine was quantized from.
 
     Args:
         checkpoint: What is to be loaded.
-        quant_config: The engine's. ``source_digest`` has what was loaded; None on the first load.
+        quant_config: The engine's. Its ``source`` is what was loaded; None on the first load.
+        model_config: The engine's. vLLM has put the new path into it; a refusal takes it out again.
+
+    Raises:
+        CompressError: The weights are others.
     """
-    if quant_config.source_digest not in (None, checkpoint.digest):
+    if quant_config.source is None:
+        return
+    digest, model, revision = quant_config.source
+    if digest != checkpoint.digest:
+        model_config.model, model_config.revision = model, revision
         raise CompressError(
             f"reload_weights: {checkpoint.folder} has other weights than this engine was quantized "
             "from, and other weights need another calibration; the engine goes on with its present "

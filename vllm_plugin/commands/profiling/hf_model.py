@@ -47,7 +47,7 @@ class HFModel:
         self.config = self._load(AutoConfig)
         self.layers = _layers_to_measure(self.name, self.config)
         decoder = self.config.get_text_config()
-        self.fingerprint = fingerprint_of(self.name, decoder)
+        self.fingerprint = fingerprint_of(self.name, decoder, self.checkpoint.weights_digest)
         check_length(text, decoder)
         # A bad file is refused before the weights are loaded.
         given = text.source != SELF

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A profile serves the weights that it was measured on, at 16 bits and as the int4 we write."""
+
+import json
+import shutil
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from compress_common.errors import CompressError
+from kv_policies.budget.profile import Profile, Provenance
+from quant_methods import identity
+from quant_methods.planning import PlanRequest
+from quant_methods.writing import quantize_checkpoint
+from vllm_plugin.kv_cache.budget import layouts_of
+from vllm_plugin.kv_fingerprint import fingerprint_of, published_weights
+from vllm_plugin.settings import KVSettings
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(identity, "_SETTLED_NS", 0)
+    shutil.copytree(tiny_model("qwen2"), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def served(profile: Path, folder: Path) -> Any:
+    settings = KVSettings(policy="prefix_kv", profile=profile)
+    return layouts_of(settings, 16, str(folder), AutoConfig.from_pretrained(folder))
+
+
+def test_a_profile_is_tied_to_every_tensor(model: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(model)
+    profile = Profile(
+        model=fingerprint_of("model", config, published_weights(str(model), config)),
+        keep=Fraction(1, 2),
+        levels=1,
+        layers=(0, 1),
+        fractions=(Fraction(1, 2), Fraction(1, 2)),
+        provenance=Provenance(tool_version="0", created="", text="", samples=1, sample_tokens=1),
+    )
+    file = tmp_path / "profile.json"
+    file.write_text(profile.text())
+    assert len(served(file, model)) == 2
+    quantize_checkpoint(model, tmp_path / "int4", PlanRequest(method="rtn"))
+    assert len(served(file, tmp_path / "int4")) == 2
+
+    weights = model / "model.safetensors"
+    raw = weights.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        offset = start + header[name]["data_offsets"][0] + 5
+        edited = bytearray(raw)
+        edited[offset] ^= 1
+        weights.write_bytes(edited)
+        with pytest.raises(CompressError, match="the weights differ: it is another fine-tune"):
+            served(file, model)
+    shutil.rmtree(tmp_path / "int4")
+    quantize_checkpoint(model, tmp_path / "int4", PlanRequest(method="rtn"))
+    with pytest.raises(CompressError, match="the weights differ"):
+        served(file, tmp_path / "int4")
