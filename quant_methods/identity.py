@@ -2,6 +2,7 @@
 """What a checkpoint is: the SHA-256 of every tensor, remembered per file as git's index does."""
 
 import json
+import logging
 import os
 import time
 from collections import deque
@@ -21,6 +22,9 @@ _FILE = "digests.json"
 # A file that changed this recently can change again within one tick of its clock, unseen.
 _SETTLED_NS = 2_000_000_000
 _LOOKAHEAD = 2  # tensors that are hashed ahead of the one in use
+_LARGE = 4 << 30  # takes seconds: said in the log
+
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM only shows loggers below its own
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -113,6 +117,9 @@ class TensorDigests:
         return digest(*parts), time.time_ns() - newest > _SETTLED_NS
 
     def _compute(self) -> dict[str, str]:
+        size = sum(file.stat().st_size for file in self.files)
+        if size > _LARGE:
+            logger.info("hashing %.1f GiB of weights once, to know them again", size / 2**30)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "compress-digest") as pool:
             digests: dict[str, str] = {}
             for file in self.files:

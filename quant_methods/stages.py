@@ -45,7 +45,9 @@ class Stages:
         if found := self.store.find(KIND, entry):
             return load_file(found / _FILE)
         result = compute()
-        self._keep(entry, {key: tensor.detach().cpu() for key, tensor in result.items()})
+        self._keep(
+            entry, {key: tensor.detach().cpu().contiguous() for key, tensor in result.items()}
+        )
         return result
 
     def number(self, name: str, compute: Callable[[], float]) -> float:

@@ -386,3 +386,13 @@ def test_a_working_directory_that_is_gone_is_no_error(
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert cache_dir() == temp_dir()
+
+
+def test_removed_entries_are_built_again(store: Store) -> None:
+    store.remove("plan", KEY)  # there is none
+    store.make("plan", KEY, build)
+    store.make("plan", OTHER, build)
+    store.remove("plan", KEY)
+    assert store.find("plan", KEY) is None
+    assert store.find("plan", OTHER) is not None
+    assert store.make("plan", KEY, build) == store.find("plan", KEY)
