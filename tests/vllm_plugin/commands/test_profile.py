@@ -85,7 +85,7 @@ def test_the_file_is_a_profile_of_this_model_alone(
     code, output, errors = profile(folder, "--keep", 0.3, "--text", text, *QUICK, "--plot", "p.png")
     assert code == 0, errors
     file = Path(f"kv-profile-{folder.name}-0.3.json")
-    assert f'"profile": "{file}"' in output
+    assert f"--additional-config.compress.kv.profile {file}" in output
     assert "attention kept" in output
     assert ("2 layers without full attention" in output) == (arch == "gemma3")
     assert Path("p.png").read_bytes().startswith(b"\x89PNG")
