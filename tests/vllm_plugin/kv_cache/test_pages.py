@@ -100,5 +100,9 @@ def test_heads_may_lie_within_tokens(between: int) -> None:
 
 
 def test_quantized_caches_are_refused() -> None:
+    try:
+        cache = Cache(2, 32, 64, torch.bfloat16, "fp8")
+    except NotImplementedError as error:
+        pytest.skip(str(error))  # vLLM has none on this processor
     with pytest.raises(PackedCache):
-        Cache(2, 32, 64, torch.bfloat16, "fp8").pages()
+        cache.pages()
