@@ -104,8 +104,10 @@ class Entry:
             build(made)
             manifest = made / MANIFEST
             manifest.write_text("", encoding="utf-8")
-            # Libraries write files that only their owner can read; the umask decides here.
-            mode = stat.S_IMODE(manifest.stat().st_mode)
+            # Libraries write files that only their owner can read; the umask decides here. A file
+            # that everyone can write is never used, whatever the umask says.
+            mode = stat.S_IMODE(manifest.stat().st_mode) & ~stat.S_IWOTH
+            manifest.chmod(mode)
             for path in made.rglob("*"):
                 if not path.is_symlink():
                     path.chmod(0o700 if path.is_dir() else mode)

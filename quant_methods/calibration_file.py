@@ -22,7 +22,7 @@ def read_tokens(source: str, tokenizer: Any) -> list[int]:
     path = Path(source).expanduser()
     text = _read(path)
     if path.suffix.lower() != ".jsonl":
-        return list(tokenizer(text, verbose=False)["input_ids"])
+        return list(tokenizer(text)["input_ids"])
     ids: list[int] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -60,7 +60,7 @@ def _row_tokens(where: str, line: str, tokenizer: Any) -> list[int]:
     if "messages" not in row:
         if not isinstance(row["text"], str):
             raise CompressError(f"{where}: 'text' must be a string, got {_shown(row['text'])}")
-        return list(tokenizer(row["text"], verbose=False)["input_ids"])
+        return list(tokenizer(row["text"])["input_ids"])
     messages = _messages(where, row["messages"])
     if not getattr(tokenizer, "chat_template", None):
         raise CompressError(
@@ -72,7 +72,7 @@ def _row_tokens(where: str, line: str, tokenizer: Any) -> list[int]:
         reason = str(error).strip().splitlines()[0]
         raise CompressError(f"{where}: the chat template refuses the messages: {reason}") from error
     # The template has written the special tokens.
-    return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+    return list(tokenizer(document, add_special_tokens=False)["input_ids"])
 
 
 def _messages(where: str, given: Any) -> list[dict[str, str]]:

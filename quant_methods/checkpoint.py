@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from compress_common.errors import CompressError
 from compress_common.store import digest
-from quant_methods.identity import TensorDigests
+from quant_methods.identity import TensorDigests, hashed
 
 INDEX = "model.safetensors.index.json"
 # Mistral's own copy of the weights, which its repositories publish beside the Hugging Face files.
@@ -140,6 +140,40 @@ class Checkpoint:
             if opened is None or opened[0] != file:
                 opened = (file, safe_open(file, framework="pt"))
             yield name, opened[1].get_tensor(name)
+
+    def verified_tensors(self) -> dict[str, torch.Tensor]:
+        """Return every tensor, after a comparison with ``tensor_digests``.
+
+        Raises:
+            CompressError: A file was replaced or edited after it was hashed. The digests are
+                forgotten, so that the next start reads every byte.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        expected = self.tensor_digests
+        try:
+            for name, tensor, found in hashed(self.tensors()):
+                if found != expected.get(name):
+                    raise self._changed(f"{name} has other content")
+                tensors[name] = tensor
+        except (SafetensorError, OSError) as error:
+            raise self._changed(str(error)) from error
+        return tensors
+
+    def check_unchanged(self) -> None:
+        """Check that the files still hold what ``tensor_digests`` says.
+
+        Raises:
+            CompressError: They do not.
+        """
+        if TensorDigests(self.files.values()).load() != self.tensor_digests:
+            raise self._changed("its tensors have other content")
+
+    def _changed(self, reason: str) -> CompressError:
+        self.forget_digests()
+        return CompressError(
+            f"{self.folder} changed while it was in use ({reason}); wait until the checkpoint is "
+            "complete and start again"
+        )
 
     @property
     def hf_config(self) -> Any:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -103,21 +104,31 @@ class TensorDigests:
 
     def forget(self) -> None:
         """Remove what is remembered, so that the next ``load`` reads every byte."""
-        self.store.remove(KIND, self._key()[0])
+        with suppress(CompressError):  # a file has vanished: its present state has no digests
+            self.store.remove(KIND, self._key()[0])
 
     def _key(self) -> tuple[str, bool]:
-        """Return the key of the files' present state, and whether all are older than a tick."""
+        """Return the key of the files' present state, and whether all are older than a tick.
+
+        Raises:
+            CompressError: A file has vanished or cannot be looked at.
+        """
         parts, newest = [], 0
         for file in self.files:
             path = os.path.realpath(file)
-            state = os.stat(path)
+            try:
+                state = os.stat(path)
+            except OSError as error:
+                raise CompressError(
+                    f"{file} cannot be read ({error.strerror}); fetch the checkpoint again"
+                ) from error
             parts += [path, repr((state.st_size, state.st_ino, state.st_mtime_ns))]
             parts.append(repr(state.st_ctime_ns))
             newest = max(newest, state.st_mtime_ns, state.st_ctime_ns)
         return digest(*parts), time.time_ns() - newest > _SETTLED_NS
 
     def _compute(self) -> dict[str, str]:
-        size = sum(file.stat().st_size for file in self.files)
+        size = sum(file.stat().st_size for file in self.files if file.is_file())
         if size > _LARGE:
             logger.info("hashing %.1f GiB of weights once, to know them again", size / 2**30)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "compress-digest") as pool:

@@ -166,7 +166,7 @@ def _load_model(checkpoint: Checkpoint) -> Any:
             f"transformers has no language model for {type(config).__name__} of "
             f"{checkpoint.folder}; int4 needs the Hugging Face config (--config-format hf)"
         ) from error
-    state = dict(checkpoint.tensors())
+    state = checkpoint.verified_tensors()
     return kind.from_pretrained(None, config=config, state_dict=state, dtype="auto").eval()
 
 

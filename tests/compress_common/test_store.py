@@ -102,7 +102,7 @@ def test_finding_in_an_empty_cache_writes_nothing(store: Store, temporary: Path)
     assert not store.root.exists() and not any(temporary.iterdir())
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077])
 def test_files_honor_the_umask_and_folders_are_private(store: Store, umask: int) -> None:
     def private(folder: Path) -> None:  # as safetensors writes
         build(folder)
@@ -114,7 +114,7 @@ def test_files_honor_the_umask_and_folders_are_private(store: Store, umask: int)
     finally:
         os.umask(before)
     for path in (store.root, store.root / "plan", made, *made.rglob("*")):
-        want = 0o700 if path.is_dir() else 0o666 & ~umask
+        want = 0o700 if path.is_dir() else 0o666 & ~umask & ~stat.S_IWOTH
         assert stat.S_IMODE(path.stat().st_mode) == want, path
 
 

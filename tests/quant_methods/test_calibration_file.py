@@ -55,6 +55,23 @@ def test_a_bad_line_is_named(tokenizer: Any, tmp_path: Path, line: bytes, error:
     assert "\n" not in str(caught.value)
 
 
+def test_tokenizers_need_no_options_of_transformers(tokenizer: Any, tmp_path: Path) -> None:
+    """vLLM's MistralTokenizer takes ``add_special_tokens`` and no ``verbose``."""
+
+    class Strict:
+        eos_token_id, chat_template = tokenizer.eos_token_id, tokenizer.chat_template
+        apply_chat_template = tokenizer.apply_chat_template
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+            return tokenizer(text, add_special_tokens=add_special_tokens)
+
+    (tmp_path / "a.txt").write_text("Hello there")
+    (tmp_path / "a.jsonl").write_bytes(row({"text": "Hello"}) + b"\n" + messages("there"))
+    for file in ("a.txt", "a.jsonl"):
+        expected = read_tokens(str(tmp_path / file), tokenizer)
+        assert read_tokens(str(tmp_path / file), Strict()) == expected != []
+
+
 def test_files_that_are_none(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(CompressError, match="is a folder, not a file"):
         read_tokens(str(tmp_path), tokenizer)

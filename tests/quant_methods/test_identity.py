@@ -161,6 +161,46 @@ def test_an_edited_checkpoint_gets_its_own_codes(copy: Path, rounding: str) -> N
     assert (served.dequantize() - weight).norm() / weight.norm() < 0.2
 
 
+@pytest.mark.parametrize("vanished", [False, True])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_a_checkpoint_replaced_during_calibration_is_refused(
+    copy: Path, tmp_path: Path, rounding: str, vanished: bool
+) -> None:
+    """Its codes must not be stored as the plan of the weights that were hashed."""
+    request = PlanRequest(
+        settings={"group_size": 32, "alpha": 0.5, "clip": False, "rounding": rounding},
+        calibration={"samples": 2, "length": 16},
+    )
+    checkpoint, file = Checkpoint(copy), copy / "model.safetensors"
+    assert checkpoint.digest
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"].neg_()
+    save_file(tensors, copy / "new", metadata={"format": "pt"})
+    os.replace(copy / "new", file)
+    if vanished:
+        file.unlink()
+    with pytest.raises(CompressError, match="changed while it was in use"):
+        obtain_plan(checkpoint, request)
+    kept = {path.parent.name for path in (tmp_path / "cache").glob("*/*") if path.is_dir()}
+    assert kept == {"tensor-digests"}
+
+
+def test_a_change_after_hashing_is_noticed(copy: Path) -> None:
+    checkpoint, file = Checkpoint(copy), copy / "model.safetensors"
+    checkpoint.check_unchanged()
+    flip(file, file.stat().st_size - 1)
+    with pytest.raises(CompressError, match="changed while it was in use"):
+        checkpoint.check_unchanged()
+
+
+def test_a_vanished_file_is_a_plain_error(copy: Path) -> None:
+    checkpoint = Checkpoint(copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CompressError, match="model.safetensors cannot be read"):
+        checkpoint.digest  # noqa: B018
+    checkpoint.forget_digests()
+
+
 @pytest.mark.parametrize("damage", ["other", "missing", "extra"])
 def test_the_stream_that_is_loaded_is_checked(copy: Path, damage: str) -> None:
     checkpoint = Checkpoint(copy)

@@ -40,6 +40,10 @@ class HFModel:
     """
 
     def __init__(self, model: str, text: CalibrationSettings) -> None:
+        given = text.source != SELF
+        if given:
+            path = Path(text.source).expanduser()
+            text = text.model_copy(update={"source": str(path)})
         self.text = text
         folder = resolve(model)
         self.name = folder.resolve().name if Path(model).expanduser().is_dir() else model
@@ -50,8 +54,8 @@ class HFModel:
         self.fingerprint = fingerprint_of(self.name, decoder, self.checkpoint.weights_digest)
         check_length(text, decoder)
         # A bad file is refused before the weights are loaded.
-        given = text.source != SELF
         self._tokens = file_tokens(text, self.checkpoint.tokenizer) if given else None
+        self._text_digest = hashlib.sha256(path.read_bytes()).hexdigest() if given else None
 
     def network(self, progress: Progress, **options: Any) -> Any:
         """Load the model in the checkpoint's dtype, on the CPU.
@@ -61,10 +65,13 @@ class HFModel:
             **options: For ``from_pretrained``.
 
         Raises:
-            CompressError: transformers cannot load it.
+            CompressError: transformers cannot load it, or the files have changed since they were
+                hashed.
         """
         progress("load model", 0, 1)
-        return self._load(AutoModelForCausalLM, dtype="auto", **options).eval()
+        network = self._load(AutoModelForCausalLM, dtype="auto", **options).eval()
+        self.checkpoint.check_unchanged()
+        return network
 
     def tokens(self, network: Any, progress: Progress) -> torch.Tensor:
         """Return the calibration text as token ids, int64 [samples, length].
@@ -83,12 +90,13 @@ class HFModel:
         """Return the fields of a ``Calibration`` that is made now, without ``samples``."""
         text = self.text
         own = text.source == SELF
-        file = Path(text.source)
         return {
             "tool_version": version("vllm-compress-plugin"),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "text": f"sampled by the model itself, seed {text.seed}" if own else file.name,
-            "text_sha256": None if own else hashlib.sha256(file.read_bytes()).hexdigest(),
+            "text": f"sampled by the model itself, seed {text.seed}"
+            if own
+            else Path(text.source).name,
+            "text_sha256": self._text_digest,
             "sample_tokens": text.length,
         }
 
