@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``--quantization smoothquant_plus`` and ``rtn``, for 16-bit checkpoints and those we wrote."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
@@ -17,6 +17,9 @@ from quant_methods.formats import MARKER, compressed_tensors_config
 from quant_methods.grid import Grid
 from vllm_plugin.quantization.cpu_int4 import Activations
 from vllm_plugin.quantization.scheme import Int4Scheme
+
+if TYPE_CHECKING:
+    from vllm_plugin.quantization.reload import Source
 
 
 class SmoothQuantPlusConfig(CompressedTensorsConfig):
@@ -41,8 +44,7 @@ class SmoothQuantPlusConfig(CompressedTensorsConfig):
     ) -> None:
         super().__init__(target_scheme_map or {}, ignore or [], quant_format, **kwargs)
         self.activations: Activations = "auto"
-        # What the loader quantized: digest, model and revision. None: nothing yet.
-        self.source: tuple[str, str, str | None] | None = None
+        self.source: Source | None = None  # what the loader quantized; None: nothing yet
 
     def get_name(self) -> str:  # type: ignore[override]
         return self.method

@@ -31,7 +31,7 @@ from quant_methods.packing import to_compressed_tensors
 from quant_methods.plan import Plan
 from quant_methods.planning import PlanRequest, obtain_plan
 from vllm_plugin.progress import bar
-from vllm_plugin.quantization.reload import refuse_reload, refuse_tensors
+from vllm_plugin.quantization.reload import Source, guard_weights, present_kept, refuse_reload
 from vllm_plugin.quantization.source import source_of
 from vllm_plugin.settings import WeightSettings, parse_settings
 
@@ -58,9 +58,11 @@ class QuantizedStream:
         device: torch.device,
     ) -> None:
         self.plan, self.tensors, self.dtype, self.device = plan, tensors, dtype, device
+        self.started = False  # whether a tensor was handed on
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in self.plan.transform(self.tensors, self.dtype, device=self.device):
+            self.started = True
             if isinstance(value, QuantizedWeight):
                 for part, tensor in to_compressed_tensors(value, self.dtype).items():
                     yield f"{name}.{part}", tensor
@@ -93,7 +95,7 @@ class QuantizingLoader(DefaultModelLoader):
         self.plan = None
         _return_free_memory()
         if at_load:
-            refuse_tensors(model, model_config, QuantizedStream)
+            guard_weights(model, model_config, vllm_config.quant_config, QuantizedStream)
         return model
 
     def get_all_weights(  # type: ignore[override]
@@ -113,15 +115,16 @@ class QuantizingLoader(DefaultModelLoader):
 
     def _obtain_plan(self, vllm_config: VllmConfig, model_config: ModelConfig) -> Plan:
         request, quant_config = plan_request(vllm_config), vllm_config.quant_config
-        checkpoint = source_of(model_config, self._prepare_weights)
-        if request.calibrates:
-            refuse_reload(checkpoint, quant_config, model_config)
-        started = time.perf_counter()
-        with bar(disable=get_tensor_model_parallel_rank() != 0) as progress:
-            plan, stored = obtain_plan(
-                checkpoint, request, device=_device(vllm_config), progress=progress
-            )
-        quant_config.source = checkpoint.digest, model_config.model, model_config.revision
+        with present_kept(quant_config, model_config):
+            checkpoint = source_of(model_config, self._prepare_weights)
+            if request.calibrates:
+                refuse_reload(checkpoint, quant_config.source)
+            started = time.perf_counter()
+            with bar(disable=get_tensor_model_parallel_rank() != 0) as progress:
+                plan, stored = obtain_plan(
+                    checkpoint, request, device=_device(vllm_config), progress=progress
+                )
+        quant_config.source = Source.now(checkpoint.digest, model_config)
         _log(plan, stored, time.perf_counter() - started)
         return plan
 
