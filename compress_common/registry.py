@@ -59,7 +59,7 @@ class Registry(Generic[T]):
             try:
                 kind = entry.load()
                 name = kind.name
-            except (ImportError, AttributeError) as error:
+            except (ImportError, AttributeError, TypeError) as error:
                 raise CompressError(
                     f"{source} gives no {self.noun}: {error}; repair or uninstall it"
                 ) from error

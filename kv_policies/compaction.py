@@ -99,11 +99,12 @@ def workspace(policy: KVPolicy, heads: Heads) -> Workspace:
     one = heads.size * heads.itemsize
     needs = policy.capabilities.needs
     read = one * (1 + ("values" in needs))
-    # Scores are sorted: 64 bytes. Then tokens are moved: what is read, and three copies of it.
+    # Scores are sorted: 64 bytes. Then tokens are moved: what is read, three copies of it, and the
+    # int64 indices of the kept tokens.
     scored = [kind.transient(heads) for kind in (policy, window_policy(policy))]
     return Workspace(
         Transient(
-            per_token=max(read + max(x.per_token for x in scored) + 64, 4 * one),
+            per_token=max(read + max(x.per_token for x in scored) + 64, 4 * one + 32),
             per_row=max(x.per_row for x in scored) + QUERIES * heads.group * (one + 16),
             fixed=max(x.fixed for x in scored),
         ),
@@ -173,10 +174,11 @@ def _compact(part: Part, layer: Layer, policy: KVPolicy, query: torch.Tensor, sc
         if "values" in needs:
             values = _zeroed(layer.pages.values(part.blocks, scored), part)
         seen_here = observed if observed is None or not per_head else observed[:, scored]
-        context = Context(layer.index, part.lengths, part.tokens, seen_here, keys, values)
+        seen_keys = keys if "keys" in needs else None
+        context = Context(layer.index, part.lengths, part.tokens, seen_here, seen_keys, values)
         choosable, kept, most, *_ = part.choice
         chosen = select(policy.score(context), choosable, kept, most)
-        del context, values
+        del context, seen_keys, values
         for heads in [scored] if per_head else slices:
             if keys is None:
                 keys = layer.pages.keys(part.blocks, heads)

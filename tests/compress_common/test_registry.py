@@ -76,7 +76,9 @@ def test_two_classes_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         registry.classes()
 
 
-@pytest.mark.parametrize("target", [ImportError("no module 'x'"), object()])
+@pytest.mark.parametrize(
+    "target", [ImportError("no module 'x'"), TypeError("unexpected keyword 'y'"), object()]
+)
 def test_an_entry_point_that_cannot_be_used_is_refused(
     monkeypatch: pytest.MonkeyPatch, target: Any
 ) -> None:

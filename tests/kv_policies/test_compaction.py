@@ -193,6 +193,33 @@ class LargestValue(QueryFreePolicy):
         return context.values.abs().sum(-1).amax(1, keepdim=True)
 
 
+class MostAttended(QueryFreePolicy):
+    """A policy of somebody else's, that asks for what it observed and nothing else."""
+
+    name = "most_attended"
+    capabilities = Capabilities(frozenset({"queries"}), False, False, paper="https://")
+
+    def first_query(self, stop: int) -> int:
+        return 0
+
+    def observe(
+        self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        return torch.ones(keys.shape[:3])
+
+    def score(self, context: Context) -> torch.Tensor:
+        assert context.observed is not None
+        assert context.keys is None and context.values is None  # not asked for
+        return context.observed
+
+
+@pytest.mark.parametrize("limit", [0, LIMIT])
+def test_a_policy_is_given_no_keys_that_it_did_not_ask_for(limit: int) -> None:
+    """However the work is cut: its queries were observed against keys."""
+    policy = MostAttended(MostAttended.settings_type())
+    Engine(policy, TokenLayout(BLOCK, Fraction(1, 2)), limit).step(list(LENGTHS))
+
+
 @pytest.mark.parametrize("limit", [0, LIMIT])
 def test_a_policy_may_score_by_values_of_all_heads(limit: int) -> None:
     layout = TokenLayout(BLOCK, Fraction(1, 2))

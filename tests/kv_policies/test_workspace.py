@@ -75,6 +75,7 @@ def prompts(lengths: list[int], chunk: int = 0) -> tuple[Step, torch.Tensor]:
         (torch.bfloat16, [2500]),
         (torch.float16, [2500]),
         (torch.bfloat16, [1500, 400, 900, 1000]),
+        (torch.float32, [2500]),
     ],
 )
 def test_a_policy_takes_no_more_than_it_states(
@@ -82,12 +83,13 @@ def test_a_policy_takes_no_more_than_it_states(
 ) -> None:
     """Whatever is kept. The limit is small, so that work has to be cut to fit."""
     policy = build_policy(name, {"queries": 300} if name == "prefix_kv" else {})
-    stated = workspace(policy, HEADS)
+    heads = HEADS._replace(itemsize=dtype.itemsize)
+    stated = workspace(policy, heads)
     limit = stated.bytes(1, 1, 1) + MIB // 2
     space, layout = replace(stated, limit=limit), TokenLayout(BLOCK, Fraction(9, 10))
     step, table = prompts(lengths)
     pages = Pages(table.numel(), dtype)
-    layer = Layer("layer", 0, pages, HEADS, policy, space, Observations())
+    layer = Layer("layer", 0, pages, heads, policy, space, Observations())
     query = torch.randn(int(step.q.sum()), HEADS.kv * HEADS.group, HEADS.size).to(dtype)
     work = plan_step(layout, policy, table, step, space)
     assert work is not None

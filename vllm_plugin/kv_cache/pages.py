@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from kv_policies.compaction import ALL
+
 Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-ALL = slice(None)  # heads
 
 
 class PackedCache(ValueError):

@@ -117,7 +117,16 @@ class CompressedWorker(PlatformWorker):
                 kind = latent_cache_type(spec.dtype, self.device)
                 features, queries = heads.kv * heads.size, heads.kv * heads.group
                 needed.append(kind.peak(form, features, heads.size, longest, queries))
+            else:
+                raise self._not_compressed(name)
         return max(needed)
+
+    def _not_compressed(self, name: str) -> CompressError:
+        """Why a layer cannot be served: its blocks would be freed, but not compacted."""
+        return CompressError(
+            f"{name}: the policy {self.policy.name!r} neither scores tokens nor keeps latents; "
+            "choose another policy"
+        )
 
     def _heads(self, name: str, spec: CompressedSpec) -> Heads:
         """The heads of a layer on this rank."""
@@ -164,6 +173,14 @@ class CompressedWorker(PlatformWorker):
                 f"{builder.kv_cache_spec.block_size}; set --block-size to that"
             )
         builder.batch = self.batch
+        if isinstance(self.policy, KVPolicy):
+            spaces = [workspace(self.policy, self._heads(name, spec)) for name in group.layer_names]
+            # Layers of a group share one plan.
+            longest = self.model_config.max_model_len
+            builder.policy = self.policy
+            builder.space = max(
+                spaces, key=lambda space: space.bytes(1, longest, spec.num_kv_heads)
+            )
         for name in group.layer_names:
             layer = self.vllm_config.compilation_config.static_forward_context[name]
             impl, index = layer.impl, extract_layer_index(name)
@@ -171,20 +188,21 @@ class CompressedWorker(PlatformWorker):
             impl.pages = Pages.of_layer(layer, spec.num_kv_heads, spec.block_size, spec.head_size)
             if isinstance(self.policy, KVPolicy):
                 heads = self._heads(name, spec)
-                builder.policy, builder.space = self.policy, workspace(self.policy, heads)
                 impl.chosen = Layer(
                     name,
                     index,
                     impl.pages,
                     heads,
                     self.policy,
-                    builder.space,
+                    workspace(self.policy, heads),
                     self.batch.observations,
                 )
             elif bases is not None:
                 form = builder.form = self._form(bases, name, spec)
                 rope = rope_of(self.model_runner.get_model(), name)
                 impl.latents = latent_cache(bases, index, form, impl.pages, rope, layer.kv_cache)
+            elif spec.layout.share != 1:
+                raise self._not_compressed(name)
 
     @cached_property
     def _bases(self) -> Bases | None:
