@@ -6,6 +6,7 @@ denoise, so a worker that does calls ``reserve`` to keep the memory for its own 
 cache.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,20 +19,26 @@ from compress_common.errors import CompressError
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
 
 
-def reserve(worker: Any, available: int, needed: int, purpose: str) -> int:
+def reserve(worker: Any, measure: Callable[[], int], needed: int, purpose: str, flags: str) -> int:
     """Return the bytes that are left for a worker's KV cache.
 
     Args:
         worker: The vLLM worker, on CPU or GPU, with its model loaded and no cache allocated yet.
-        available: Bytes that vLLM's own ``determine_available_memory`` returned.
+        measure: vLLM's own ``determine_available_memory``.
         needed: The most bytes that a step of ours takes at once on this rank.
         purpose: What needs them, for the log.
+        flags: What lowers ``needed``, for the message.
 
     Raises:
         CompressError: If the cache and the step do not fit in memory together.
     """
+    # Asked first: a startup plan of vLLM sets the same field, to a size that was measured before
+    # and does not know of us.
     fixed = worker.cache_config.kv_cache_memory_bytes
-    left = left_for_cache(available, needed, purpose, fixed, _free() if fixed else 0)
+    available = measure()
+    if not needed:
+        return available
+    left = left_for_cache(available, needed, purpose, flags, fixed, _free() if fixed else 0)
     if fixed:
         logger.info(
             "%s takes up to %s GiB beside the KV cache, which has a fixed size of %s GiB",
@@ -49,13 +56,16 @@ def reserve(worker: Any, available: int, needed: int, purpose: str) -> int:
     return left
 
 
-def left_for_cache(available: int, needed: int, purpose: str, fixed: int | None, free: int) -> int:
+def left_for_cache(
+    available: int, needed: int, purpose: str, flags: str, fixed: int | None, free: int
+) -> int:
     """Return the bytes for a KV cache.
 
     Args:
         available: Bytes that vLLM would give to the cache.
         needed: Bytes to keep out of it.
         purpose: What needs them, for the message.
+        flags: What lowers ``needed``, for the message.
         fixed: Bytes of the cache if an operator has fixed them. Such a cache keeps its size, so
             ``needed`` must fit beside it.
         free: Bytes of memory that are free before the cache is allocated. Read only with ``fixed``.
@@ -68,14 +78,14 @@ def left_for_cache(available: int, needed: int, purpose: str, fixed: int | None,
             raise CompressError(
                 f"a KV cache of {format_gib(fixed)} GiB and {format_gib(needed)} GiB for {purpose} "
                 f"do not fit in the {format_gib(free)} GiB of memory that are free; lower "
-                "--kv-cache-memory-bytes (VLLM_CPU_KVCACHE_SPACE on CPU)"
+                f"--kv-cache-memory-bytes (VLLM_CPU_KVCACHE_SPACE on CPU) or {flags}"
             )
         return available
     if needed >= available:
         raise CompressError(
             f"{purpose} needs {format_gib(needed)} GiB of memory, of the {format_gib(available)} "
             "GiB that the weights leave; raise --gpu-memory-utilization (which also counts on "
-            "CPU), or lower --max-num-batched-tokens or --max-model-len"
+            f"CPU), or lower {flags}"
         )
     return available - needed
 

@@ -65,7 +65,13 @@ class DiffusionWorker(PlatformWorker):
             length=-(-model.max_model_len // block) * block,
             watches=bool(policy_of(self.vllm_config).tracks),
         )
-        return reserve(self, super().determine_available_memory(), needed, "a denoising step")
+        return reserve(
+            self,
+            super().determine_available_memory,
+            needed,
+            "a denoising step",
+            "--max-num-batched-tokens or --max-model-len",
+        )
 
     @property
     def _memory(self) -> StepMemory:

@@ -98,9 +98,8 @@ class CompressedWorker(PlatformWorker):
 
     def determine_available_memory(self) -> int:
         """What vLLM leaves for the cache, less what compaction takes beside it."""
-        available = super().determine_available_memory()
-        needed = self._transient()
-        return reserve(self, available, needed, "KV compaction") if needed else available
+        measure = super().determine_available_memory
+        return reserve(self, measure, self._transient(), "KV compaction", "--max-model-len")
 
     def _transient(self) -> int:
         """The most bytes that compaction takes at a time, over all layers."""
