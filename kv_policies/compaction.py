@@ -113,6 +113,19 @@ def workspace(policy: KVPolicy, heads: Heads) -> Workspace:
     )
 
 
+def observed_bytes(policy: KVPolicy, heads: Heads, tokens: int) -> int:
+    """Memory that ``Observations`` take for one layer of a prompt that is not complete.
+
+    Args:
+        policy: What observes.
+        heads: Of the layer, on this rank.
+        tokens: Of the prompt, in whole blocks.
+    """
+    if not policy.capabilities.needs_queries:
+        return 0
+    return 4 * tokens * (heads.kv if policy.capabilities.per_head else 1)
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer to compact.

@@ -18,6 +18,7 @@ from kv_policies.compaction import (
     Observations,
     compact,
     describe_windows,
+    observed_bytes,
     window_policy,
     workspace,
 )
@@ -231,3 +232,14 @@ def test_a_policy_may_score_by_values_of_all_heads(limit: int) -> None:
     best = sorted(size.sort(descending=True, stable=True).indices[:20].tolist())
     for head in range(KV_HEADS):
         assert engine.contents(0, head) == [*best, *range(full, 43)]
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_observations_take_what_is_stated(name: str) -> None:
+    """Of a prompt that lacks only the last token, which is in a block that is begun."""
+    engine = Engine(name, TokenLayout(BLOCK, Fraction(1, 2)))
+    engine.step([LENGTHS[0] - 1, 0, 0])
+    stated = observed_bytes(engine.layer.policy, SHAPE, -(-LENGTHS[0] // BLOCK) * BLOCK)
+    kept = [seen for layers in engine.observations._sums.values() for seen in layers.values()]
+    assert sum(seen.untyped_storage().nbytes() for seen in kept) == stated
+    assert bool(stated) is (name in ("prefix_kv", "snap_kv"))

@@ -45,6 +45,8 @@ class Batch:
         for request_id in scheduled.finished_req_ids:
             self._opted_out.discard(request_id)
             self.observations.forget(request_id)
+        for request_id in scheduled.preempted_req_ids or ():
+            self.observations.forget(request_id)  # it will start anew
         for request in scheduled.scheduled_new_reqs:
             if opts_out(request.sampling_params):
                 self._opted_out.add(request.req_id)

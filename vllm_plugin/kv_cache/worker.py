@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 from compress_common.errors import CompressError, joined
 from kv_policies.base import KVPolicy, LatentPolicy
-from kv_policies.compaction import Layer, describe_windows, workspace
+from kv_policies.compaction import Layer, describe_windows, observed_bytes, workspace
 from kv_policies.latents.bases import Bases
 from kv_policies.latents.format import LatentFormat
 from kv_policies.layout.latents import LatentLayout
@@ -102,15 +102,18 @@ class CompressedWorker(PlatformWorker):
         return reserve(self, measure, self._transient(), "KV compaction", "--max-model-len")
 
     def _transient(self) -> int:
-        """The most bytes that compaction takes at a time, over all layers."""
+        """The most bytes that compaction takes: in one layer, and for observations in all."""
         longest, bases = self.model_config.max_model_len, self._bases
-        needed = [0]
+        block_size = self.cache_config.block_size
+        prompt, prompts = -(-longest // block_size) * block_size, self._partial_prompts
+        needed, observed = [0], 0
         for name, spec in self._compressed.items():
             if spec.layout.share == 1:
                 continue  # nothing is ever compacted
             heads = self._heads(name, spec)
             if isinstance(self.policy, KVPolicy):
                 needed.append(workspace(self.policy, heads).peak(longest))
+                observed += prompts * observed_bytes(self.policy, heads, prompt)
             elif bases is not None:
                 form = self._form(bases, name, spec)
                 kind = latent_cache_type(spec.dtype, self.device)
@@ -118,7 +121,18 @@ class CompressedWorker(PlatformWorker):
                 needed.append(kind.peak(form, features, heads.size, longest, queries))
             else:
                 raise self._not_compressed(name)
-        return max(needed)
+        return max(needed) + observed
+
+    @property
+    def _partial_prompts(self) -> int:
+        """The most prompts that are not complete after a step.
+
+        The scheduler gives the first what is left of a step's tokens, unless it may take only so
+        many. The others get a share too then.
+        """
+        scheduler = self.vllm_config.scheduler_config
+        each = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
+        return min(scheduler.max_num_seqs, -(-scheduler.max_num_batched_tokens // each))
 
     def _not_compressed(self, name: str) -> CompressError:
         """Why a layer cannot be served: its blocks would be freed, but not compacted."""
