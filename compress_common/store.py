@@ -4,7 +4,6 @@
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -111,8 +110,8 @@ class Store:
         """
         for entry in self._entries(kind, key):
             if entry.exists():
-                with suppress(OSError), entry.locked():
-                    shutil.rmtree(entry.folder)
+                with suppress(OSError):
+                    entry.remove()
 
     def _entries(self, kind: str, key: str) -> list[Entry]:
         """Where an entry may be, best place first."""

@@ -75,19 +75,45 @@ class Entry:
             if reason := refusal(folder):
                 raise PermissionError(f"{folder} {reason}")
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        lock = os.open(self.folder.with_name(f"{self.key}.lock"), flags, 0o600)
-        try:
-            # A network share may give every new file to another user, such as nobody.
-            if (owner := os.fstat(lock).st_uid) not in trusted():
-                raise PermissionError(f"files in {self.root / self.kind} belong to uid {owner}")
+        while True:
+            lock = os.open(self._lock, flags, 0o600)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("waiting for another process that builds %s", self.folder)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)  # also unlocks
+                # A network share may give every new file to another user, such as nobody.
+                if (owner := os.fstat(lock).st_uid) not in trusted():
+                    raise PermissionError(f"files in {self.root / self.kind} belong to uid {owner}")
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    logger.info("waiting for another process that builds %s", self.folder)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if not self._locks(lock):
+                    continue
+                yield
+                return
+            finally:
+                os.close(lock)  # also unlocks
+
+    @property
+    def _lock(self) -> Path:
+        return self.folder.with_name(f"{self.key}.lock")
+
+    def _locks(self, lock: int) -> bool:
+        """Whether an open file still is the lock file: ``remove`` may have taken it away."""
+        try:
+            return os.path.samestat(os.fstat(lock), os.lstat(self._lock))
+        except FileNotFoundError:
+            return False
+
+    def remove(self) -> None:
+        """Remove the entry and its lock file.
+
+        Raises:
+            OSError: The entry cannot be removed.
+        """
+        with self.locked():
+            if self.exists():  # or another process has removed it meanwhile
+                shutil.rmtree(self.folder)
+            self._lock.unlink()
 
     def build(self, build: Callable[[Path], None]) -> None:
         """Replace the entry by what ``build`` writes into the empty folder it is given.

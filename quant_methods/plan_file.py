@@ -4,13 +4,16 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from compress_common.errors import CompressError
+from compress_common.store import digest
 from quant_methods.grid import Grid, QuantizedWeight
+from quant_methods.identity import tensor_digest
 from quant_methods.packing import pack, unpack
 from quant_methods.plan import Plan
 
@@ -19,19 +22,33 @@ SCHEMA_VERSION = 2
 
 def save_plan(plan: Plan, path: Path) -> None:
     """Write a plan to a new file."""
+    header = _header(plan) | {"report": plan.report}
+    save_file(_tensors(plan), path, metadata={"plan": json.dumps(header)})
+
+
+def plan_digest(plan: Plan) -> str:
+    """Return the hex SHA-256 of all that decides the int4 tensors. Two plans of one request can
+    differ: another device, or other sampled text, gives other vectors."""
+    digests = {key: tensor_digest(tensor) for key, tensor in _tensors(plan).items()}
+    return digest(json.dumps([_header(plan), digests], sort_keys=True))
+
+
+def _header(plan: Plan) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA_VERSION,
+        "method": plan.method,
+        "grids": {name: asdict(grid) for name, grid in plan.grids.items()},
+        "sources": plan.sources,
+    }
+
+
+def _tensors(plan: Plan) -> dict[str, torch.Tensor]:
     # q, k and v share one vector in memory, which safetensors does not store.
     tensors = {f"vector:{name}": vector.clone() for name, vector in plan.vectors.items()}
     tensors |= {f"shrink:{name}": percents for name, percents in plan.shrinks.items()}
     for name, weight in plan.codes.items():
         tensors |= codes_to_tensors(name, weight)
-    header = {
-        "schema": SCHEMA_VERSION,
-        "method": plan.method,
-        "grids": {name: asdict(grid) for name, grid in plan.grids.items()},
-        "report": plan.report,
-        "sources": plan.sources,
-    }
-    save_file(tensors, path, metadata={"plan": json.dumps(header)})
+    return tensors
 
 
 def load_plan(path: Path) -> Plan:

@@ -102,10 +102,11 @@ def obtain_plan(
     if problem := decoder_problem(checkpoint.files, prefix, config.num_hidden_layers):
         raise CompressError(f"{checkpoint.folder} cannot be quantized: {problem}")
     store, key = Store(), request.key(checkpoint)
+    stages = Stages(key, store)
     made: list[Plan] = []
 
     def build(folder: Path) -> None:
-        plan = _calibrate(checkpoint, request, Stages(key, store), device, progress)
+        plan = _calibrate(checkpoint, request, stages, device, progress)
         plan.sources = checkpoint.tensor_digests
         save_plan(plan, folder / _FILE)
         made.append(plan)
@@ -121,6 +122,8 @@ def obtain_plan(
             f"cannot write the plan to {store.root}: {error.strerror or error}; set "
             "VLLM_COMPRESS_CACHE to a writable folder with free space"
         ) from error
+    if made:  # the plan is in the store: its parts are not needed any more
+        stages.clear()
     plan = made[0] if made else load_plan(folder / _FILE)
     plan.evict = evict
     return plan, not made
@@ -150,7 +153,6 @@ def _calibrate(
         plan.report["calibration"] = request.calibration.model_dump() | {"tokens": tokens.numel()}
         del model, blocks
         gc.collect()
-    stages.clear()
     plan.report["settings"] = method.settings.model_dump()
     plan.report["left_at_16_bit"] = [n for n in LINEARS if n not in plan.layer_grids()]
     return plan

@@ -22,6 +22,7 @@ from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats import FORMATS, Format
 from quant_methods.grid import QuantizedWeight
 from quant_methods.plan import Plan
+from quant_methods.plan_file import plan_digest
 from quant_methods.planning import PlanRequest, obtain_plan
 
 _SHARD_BYTES = 2 << 30  # of source weights
@@ -94,8 +95,8 @@ def quantize_checkpoint(
         partial.mkdir(parents=True, exist_ok=True)
         with FileLock(partial / ".lock", timeout=0), _kept_if_useful(partial):
             _check_space(partial, estimate(checkpoint).disk)
-            _start_or_resume(partial, request.key(checkpoint), chosen)
             plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)
+            _start_or_resume(partial, request.key(checkpoint), plan, chosen)
             dtype = _serving_dtype(checkpoint.config)
             index = _write_shards(checkpoint, plan, chosen, dtype, partial, device, progress)
             report = _write_metadata(checkpoint, plan, chosen, dtype, index, partial)
@@ -132,10 +133,13 @@ def _check_space(folder: Path, need: int) -> None:
         )
 
 
-def _start_or_resume(partial: Path, key: str, chosen: Format) -> None:
-    """Keep finished shards of the same weights and request; drop all others."""
+def _start_or_resume(partial: Path, key: str, plan: Plan, chosen: Format) -> None:
+    """Keep finished shards of the same weights, request and plan; drop all others.
+
+    The stored plan may be lost between two runs, and the next calibration can give another.
+    """
     state = partial / "state.json"
-    now = json.dumps({"plan": key, "format": chosen.name})
+    now = json.dumps({"request": key, "plan": plan_digest(plan), "format": chosen.name})
     if not state.is_file() or state.read_text(encoding="utf-8") != now:
         for old in partial.glob("*.safetensors"):
             old.unlink()

@@ -5,7 +5,7 @@
 ``model_config.hf_text_config``.
 """
 
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -15,6 +15,9 @@ from quant_methods.architecture import QKV
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats import MARKER
 from quant_methods.local import local_folder
+
+_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
+_HEX_DIGITS: Final = 64  # of a SHA-256
 
 
 def fingerprint_of(name: str, config: Any, weights: str | None = None) -> ModelFingerprint:
@@ -79,18 +82,27 @@ def published_weights(name: str, config: Any) -> str | None:
         config: The text model's.
 
     Returns:
-        None where it cannot be known: the model is not on this machine, is not safetensors, or
-        others have quantized it.
+        None where there is nothing to compare with: the model is not on this machine yet (the
+        worker asks again once it is), others have quantized it, or its folder has no weights
+        (``--load-format dummy``).
+
+    Raises:
+        CompressError: Weights are there, but not as complete safetensors. A fine-tune would go
+            unnoticed, so they are refused.
     """
     if quantization := getattr(config, "quantization_config", None):
-        return (dict(quantization).get(MARKER) or {}).get("source")
+        source = (dict(quantization).get(MARKER) or {}).get("source") or ""
+        return source if len(source) == _HEX_DIGITS else None  # earlier ones: of parts of files
     folder = local_folder(name, getattr(config, "_commit_hash", None))
-    if folder is None:
+    if folder is None or not any(file.suffix in _WEIGHTS for file in folder.iterdir()):
         return None
     try:
         return Checkpoint(folder).weights_digest
-    except CompressError:  # no safetensors there, as with --load-format dummy
-        return None
+    except CompressError as error:
+        raise CompressError(
+            f"the profile or bases cannot be checked against these weights ({error}); serve the "
+            "checkpoint as safetensors, as it was published, or choose another policy"
+        ) from error
 
 
 def unknown_kinds(config: Any) -> list[str]:

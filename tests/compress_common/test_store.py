@@ -11,12 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from compress_common.cache import cache_dir, temp_dir
 from compress_common.errors import CompressError
 from compress_common.store import Store, digest
+from compress_common.store_entry import Entry
 
 KEY, OTHER = digest("one"), digest("two")
 NOBODY = 65534
@@ -396,3 +398,27 @@ def test_removed_entries_are_built_again(store: Store) -> None:
     assert store.find("plan", KEY) is None
     assert store.find("plan", OTHER) is not None
     assert store.make("plan", KEY, build) == store.find("plan", KEY)
+
+
+def test_a_removed_entry_leaves_no_lock_file(store: Store) -> None:
+    store.make("plan", KEY, build)
+    store.remove("plan", KEY)
+    assert not list((store.root / "plan").iterdir())
+
+
+def test_a_lock_file_that_is_removed_while_another_waits(store: Store) -> None:
+    """The one that waits must not build under a lock that nobody else can see."""
+    entry = Entry(store.root, "plan", KEY)
+    lock, seen = entry.folder.with_name(f"{KEY}.lock"), []
+
+    def look(folder: Path) -> None:
+        seen.append(lock.exists())
+        build(folder)
+
+    with entry.locked():
+        thread = Thread(target=store.make, args=("plan", KEY, look))
+        thread.start()
+        time.sleep(0.3)
+        lock.unlink()
+    thread.join(10)
+    assert seen == [True] and store.find("plan", KEY)

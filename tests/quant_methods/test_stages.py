@@ -2,11 +2,13 @@
 """An interrupted calibration goes on where it stopped, and ends with the same plan."""
 
 from collections.abc import Callable
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
 import torch
 
+from compress_common.errors import CompressError
 from compress_common.store import digest
 from quant_methods import planning
 from quant_methods.checkpoint import Checkpoint
@@ -68,8 +70,26 @@ def test_the_plan_equals_that_of_a_whole_run(
     monkeypatch.setattr(SmoothQuantPlus, "_propagate", lambda *args: pytest.fail("searched again"))
     resumed, stored = obtain_plan(checkpoint, REQUEST)
     assert not stored and same(whole, resumed)
-    left = [path for path in (tmp_path / "parts" / "calibration-stage").iterdir() if path.is_dir()]
+    left = list((tmp_path / "parts" / "calibration-stage").iterdir())
     assert not left  # a finished plan needs none of them
+
+
+def test_stages_stay_until_the_plan_is_stored(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path))
+    checkpoint, stages = Checkpoint(tiny_model("qwen2")), tmp_path / "calibration-stage"
+
+    def full(*args: object) -> None:
+        raise OSError(ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(CompressError, match="No space left"):
+        patch.setattr(planning, "save_plan", full)
+        obtain_plan(checkpoint, REQUEST)
+    assert any(path.is_dir() for path in stages.iterdir())
+    monkeypatch.setattr(SmoothQuantPlus, "_observe", lambda *args: pytest.fail("observed again"))
+    obtain_plan(checkpoint, REQUEST)
+    assert not list(stages.iterdir())
 
 
 def test_stages_of_other_work_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from quant_methods.calibration import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint, resolve
 from quant_methods.grid import Grid
 from quant_methods.packing import from_awq, from_compressed_tensors
+from quant_methods.plan_file import plan_digest
 from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.writing import estimate, quantize_checkpoint
 
@@ -97,6 +98,36 @@ def test_an_interrupted_run_goes_on(
         first, second = load_file(file), load_file(target / file.name)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_shards_of_a_plan_that_is_lost_are_not_kept(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is deleted between the runs, and the same request gives another plan."""
+    source, target, whole = tiny_model("qwen2"), tmp_path / "out", tmp_path / "whole"
+    monkeypatch.setattr(writing, "_SHARD_BYTES", 200_000)
+    save, saved = writing.save_file, []
+
+    def save_three(*args: object, **kwargs: object) -> None:
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(args)
+        save(*args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writing, "save_file", save_three)
+        quantize_checkpoint(source, target, request_for())
+    first, _ = obtain_plan(Checkpoint(source), request_for())
+    shutil.rmtree(tmp_path / "cache")
+    sampled = planning.sampled_tokens
+    monkeypatch.setattr(planning, "sampled_tokens", lambda *args: (sampled(*args) + 1) % 1000)
+    second, stored = obtain_plan(Checkpoint(source), request_for())
+    assert not stored and plan_digest(first) != plan_digest(second)
+    assert plan_digest(obtain_plan(Checkpoint(source), request_for())[0]) == plan_digest(second)
+    quantize_checkpoint(source, target, request_for())
+    quantize_checkpoint(source, whole, request_for())
+    for file in whole.glob("*.safetensors"):
+        assert file.read_bytes() == (target / file.name).read_bytes()
 
 
 def test_another_request_does_not_reuse_shards(

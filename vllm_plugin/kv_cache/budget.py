@@ -15,21 +15,15 @@ from kv_policies.layout.base import Layout
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.registry import policies
-from quant_methods.architecture import architecture_of
-from quant_methods.checkpoint import Checkpoint
-from quant_methods.formats import MARKER
-from quant_methods.local import local_folder
 from vllm_plugin.compatibility import kv_model_problems
 from vllm_plugin.kv_fingerprint import (
     fingerprint_of,
     full_attention_layers,
     published_weights,
-    weights_digest,
 )
 from vllm_plugin.settings import KVSettings
 
 _WINDOW: Final = 256  # generated tokens; enough for a choice among them to mean something
-_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
 
 
 def layouts_of(
@@ -99,38 +93,7 @@ def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
             "another policy"
         )
     model, layers = fingerprint_of(name, config), full_attention_layers(config)
-    return Bases.load(policy.settings.bases, model, layers, _digest(name, config))
-
-
-def _digest(name: str, config: Any) -> str | None:
-    """Compute the digest of the weights that the bases must have been fitted to.
-
-    Returns:
-        For int4 weights that this package wrote, the digest of what they were made from. None
-        where there is nothing to compare with: the model is not on this machine yet (the worker
-        asks again once it is), its weights are others' int4, or the folder has none
-        (``--load-format dummy``).
-
-    Raises:
-        CompressError: weights are there, but not as safetensors with one tensor per projection.
-            Bases of a fine-tune would then go unnoticed, so they are refused.
-    """
-    if written := getattr(config, "quantization_config", None):
-        source = (dict(written).get(MARKER) or {}).get("source", "")
-        return source if len(source) == 64 else None  # earlier ones are of parts of the files
-    folder = local_folder(name)
-    if folder is None:
-        return None
-    if not any(file.suffix in _WEIGHTS for file in folder.iterdir()):
-        return None
-    try:
-        arch = architecture_of(config)
-        return weights_digest(Checkpoint(folder), arch.layers_prefix, config.num_hidden_layers)
-    except CompressError as error:
-        raise CompressError(
-            f"bases cannot be checked against these weights ({error}); serve the checkpoint as "
-            "safetensors, as it was published, or choose another policy"
-        ) from error
+    return Bases.load(policy.settings.bases, model, layers, published_weights(name, config))
 
 
 def _latent_layouts(

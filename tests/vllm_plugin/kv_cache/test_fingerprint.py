@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import AutoConfig
 from compress_common.errors import CompressError
 from kv_policies.budget.profile import Profile, Provenance
 from quant_methods import identity
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.local import local_folder
 from quant_methods.planning import PlanRequest
 from quant_methods.writing import quantize_checkpoint
 from vllm_plugin.kv_cache.budget import layouts_of
@@ -65,3 +68,45 @@ def test_a_profile_is_tied_to_every_tensor(model: Path, tmp_path: Path) -> None:
     quantize_checkpoint(model, tmp_path / "int4", PlanRequest(method="rtn"))
     with pytest.raises(CompressError, match="the weights differ"):
         served(file, tmp_path / "int4")
+
+
+def test_only_a_model_without_weights_has_no_digest(model: Path) -> None:
+    config, weights = AutoConfig.from_pretrained(model), model / "model.safetensors"
+    raw = weights.read_bytes()
+    for file, content in (("model.safetensors", raw[:-9]), ("pytorch_model.bin", b"pickle")):
+        weights.unlink()
+        (model / file).write_bytes(content)
+        with pytest.raises(CompressError, match="cannot be checked against these weights"):
+            published_weights(str(model), config)
+    (model / "pytorch_model.bin").unlink()
+    assert published_weights(str(model), config) is None
+
+
+@pytest.mark.parametrize(("length", "known"), [(64, True), (16, False), (0, False)])
+def test_only_whole_digests_of_int4_weights_count(model: Path, length: int, known: bool) -> None:
+    config = AutoConfig.from_pretrained(model)
+    config.quantization_config = {"vllm_compress": {"source": "a" * length}}
+    assert published_weights(str(model), config) == ("a" * length if known else None)
+
+
+def test_the_revision_that_is_served_is_hashed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub cache has two revisions of a model; ``main`` is not the one that is served."""
+    repository = tmp_path / "hub" / "models--some--model"
+    for commit in ("1" * 40, "2" * 40):
+        shutil.copytree(model, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1" * 40)
+    served_file = repository / "snapshots" / ("2" * 40) / "model.safetensors"
+    raw = bytearray(served_file.read_bytes())
+    raw[-1] ^= 1
+    served_file.write_bytes(raw)
+    config = AutoConfig.from_pretrained(model)
+    config._commit_hash = "2" * 40
+    monkeypatch.setattr(
+        "vllm_plugin.kv_fingerprint.local_folder",
+        partial(local_folder, download_dir=str(tmp_path / "hub")),
+    )
+    want = Checkpoint(served_file.parent).weights_digest
+    assert published_weights("some/model", config) == want != published_weights(str(model), config)
