@@ -35,7 +35,7 @@ def resolve(model: str, revision: str | None = None, download_dir: str | None = 
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise CompressError(f"model folder {model} does not exist; give a folder or a hub id")
     from huggingface_hub import snapshot_download
 

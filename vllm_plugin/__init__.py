@@ -10,6 +10,8 @@ logger = logging.getLogger("vllm.vllm_plugin")  # under vLLM's own, or it is not
 
 _registered = False
 _disabled: str | None = None
+# The quantization methods of vLLM before any of ours was registered; None: none of ours was.
+_vllm_methods: tuple[str, ...] | None = None
 
 
 def register() -> None:
@@ -40,7 +42,10 @@ def why_disabled() -> str | None:
 
 def _register_all() -> None:
     # All imports come first: when one fails, nothing is registered.
-    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        register_quantization_config,
+    )
     from vllm.model_executor.model_loader import register_model_loader
 
     from vllm_plugin import config_edge, diffusion
@@ -48,6 +53,8 @@ def _register_all() -> None:
     from vllm_plugin.quantization.config import CONFIGS
     from vllm_plugin.quantization.loader import LOAD_FORMAT, QuantizingLoader
 
+    global _vllm_methods
+    _vllm_methods = tuple(QUANTIZATION_METHODS)
     for config in CONFIGS:
         register_quantization_config(config.method)(config)
     register_model_loader(LOAD_FORMAT)(QuantizingLoader)
@@ -62,7 +69,7 @@ def _disable(reason: str) -> None:
     try:
         from vllm_plugin import guard
 
-        guard.install(reason)
+        guard.install(reason, _vllm_methods)
     except Exception as error:
         logger.warning("vllm-compress-plugin cannot refuse what asks for it: %s", error)
 

@@ -77,6 +77,15 @@ def main() -> None:
         _fail(joined(explain(error, "option", [])), debug)
     except (CompressError, RuntimeError) as error:
         _fail(error, debug)
+    except ImportError as error:
+        # Another folder or package hides one of ours, or vLLM's internals moved.
+        problem = CompressError(
+            f"{type(error).__name__}: {error}; a package is missing, hidden by another of its "
+            "name, or of another version (--debug shows which)"
+        )
+        if debug:
+            raise
+        _fail(problem, debug)
     except _ClickException as error:
         _fail(usage_problem(error), debug, error.exit_code)
     if code == _INTERRUPTED:

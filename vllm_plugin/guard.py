@@ -4,6 +4,7 @@
 Imports nothing of ours but ``exits``: it also serves when another folder hides our packages.
 """
 
+from collections.abc import Collection
 from functools import wraps
 from typing import Any
 
@@ -15,11 +16,13 @@ SECTION = "compress"
 METHODS = ("smoothquant_plus", "rtn")
 
 
-def install(reason: str) -> None:
+def install(reason: str, methods: Collection[str] | None = None) -> None:
     """Wrap ``EngineArgs.create_engine_config``: refuse what names us, leave the rest to vLLM.
 
     Args:
         reason: why the plugin cannot run, and what to do about it.
+        methods: vLLM's own quantization methods, where some of ours were registered before the
+            plugin failed; None: vLLM knows only its own.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -27,7 +30,7 @@ def install(reason: str) -> None:
 
     @wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if asked := what_asks(self):
+        if asked := what_asks(self, methods):
             error = RuntimeError(f"{asked} needs vllm-compress-plugin, which is disabled: {reason}")
             end_command(error)
             raise error
@@ -36,13 +39,21 @@ def install(reason: str) -> None:
     EngineArgs.create_engine_config = create_engine_config
 
 
-def what_asks(args: Any) -> str | None:
-    """The engine argument that asks for this plugin; None if no argument does."""
+def what_asks(args: Any, methods: Collection[str] | None = None) -> str | None:
+    """Find the engine argument that asks for this plugin.
+
+    Args:
+        args: the engine arguments.
+        methods: as for ``install``.
+
+    Returns:
+        The argument as text; None if no argument asks.
+    """
     additional = getattr(args, "additional_config", None)
     if isinstance(additional, dict) and additional.get(SECTION):
         return f"--additional-config {SECTION}"
     method = getattr(args, "quantization", None)
-    if method in METHODS and method not in _known_to_vllm():
+    if method in METHODS and method not in (_known_to_vllm() if methods is None else methods):
         return f"--quantization {method}"
     return None
 

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import yaml
@@ -17,7 +17,7 @@ import yaml
 from compress_common.errors import CompressError
 from quant_methods.checkpoint import resolve
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # gpt2 has no owner
 
 
 def prefetch(file: Path) -> Path | None:
@@ -27,8 +27,8 @@ def prefetch(file: Path) -> Path | None:
         file: YAML with the flags, without their dashes.
 
     Returns:
-        The model's folder. None if the model is neither a folder nor the id of a repository, but a
-        bucket or a GGUF file of a repository: vLLM fetches those itself.
+        The model's folder. None if the model is a file, a bucket or a GGUF file of a repository:
+        vLLM fetches those itself.
 
     Raises:
         CompressError: The file names no model, or there is no such model, or this user cannot read
@@ -42,30 +42,59 @@ def prefetch(file: Path) -> Path | None:
         raise CompressError(f"{file} has no `model`; add a folder or a hub id")
     flags = {name.replace("_", "-"): value for name, value in flags.items()}
     model = flags["model"]
-    if not Path(model).is_dir() and not _HUB_ID.fullmatch(model):
-        return None
-    folder = resolve(model, flags.get("revision"), flags.get("download-dir"))
     user = os.getuid()
-    if closed := unreadable(folder, user, {os.getgid(), *os.getgroups()}):
+    try:
+        is_path = model.startswith(("/", "."))
+        if Path(model).is_file() or not (
+            is_path or Path(model).is_dir() or _HUB_ID.fullmatch(model)
+        ):
+            return None
+        folder = resolve(model, flags.get("revision"), flags.get("download-dir"))
+        closed = unreadable(folder, user, {os.getgid(), *os.getgroups()})
+    except OSError as error:  # a folder above it is closed
+        raise CompressError(f"{model}: user {user} cannot read it: {error.strerror}") from error
+    if closed:
         raise CompressError(
-            f"{folder}: user {user} cannot read {len(closed)} files, such as {closed[0].name}; "
-            f"as their owner run: chmod -R a+rX {folder}"
+            f"{folder}: user {user} cannot read {len(closed)} files or folders, such as "
+            f"{closed[0].name}; as their owner run: chmod -R a+rX {folder}"
         )
     return folder
 
 
 def unreadable(folder: Path, user: int, groups: Iterable[int]) -> list[Path]:
-    """List files of a folder that a user's mode bits do not let it read; none for root."""
+    """List what a user's mode bits do not let it read in a folder; nothing for root.
+
+    Args:
+        folder: Named alone if it is closed itself. The same holds for folders in it.
+        user: Id of the user.
+        groups: Ids of the user's groups.
+
+    Returns:
+        Files and folders, and links that lead nowhere.
+    """
     groups = set(groups)
+    if not user:
+        return []
+    if not _is_open(folder, user, groups):
+        return [folder]
     closed = []
-    for file in sorted(folder.rglob("*")) if user else ():
-        status = file.stat()
-        own = status.st_uid == user
-        shared = status.st_gid in groups
-        bit = stat.S_IRUSR if own else stat.S_IRGRP if shared else stat.S_IROTH
-        if not status.st_mode & bit:
-            closed.append(file)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            closed += unreadable(path, user, groups)
+        elif not _is_open(path, user, groups):
+            closed.append(path)
     return closed
+
+
+def _is_open(path: Path, user: int, groups: Collection[int]) -> bool:
+    """Whether a user can read a file, or list and enter a folder, by its mode bits."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    wanted = 0o5 if stat.S_ISDIR(status.st_mode) else 0o4
+    shift = 6 if status.st_uid == user else 3 if status.st_gid in groups else 0
+    return status.st_mode >> shift & wanted == wanted
 
 
 if __name__ == "__main__":

@@ -28,10 +28,22 @@ def bar(*, disable: bool = False) -> Iterator["Progress"]:
     """
     from transformers.utils import logging as hf_logging
 
-    hf_logging.disable_progress_bar()  # it would draw over ours
-    if disable or not sys.stderr.isatty():
-        yield lines(disable=disable)
-        return
+    theirs = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # it would draw over ours, and write returns into a log
+    try:
+        if disable or not sys.stderr.isatty():
+            yield lines(disable=disable)
+        else:
+            with _drawn() as progress:
+                yield progress
+    finally:
+        if theirs:
+            hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def _drawn() -> Iterator["Progress"]:
+    """Draw a bar on a terminal."""
     from tqdm import tqdm  # not above, as `vllm-compress --help` is to be quick
 
     with tqdm(total=1, leave=False, bar_format="{desc} {bar} {n}/{total}") as shown:

@@ -45,6 +45,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm._custom_ops:int4_scaled_mm_cpu": ("x", "w", "w_zeros", "w_scales", "bias"),
     f"{_LOADER}.load_model": ("vllm_config", "model_config", "prefix"),
     f"{_LOADER}.get_all_weights": ("model_config", "model"),
+    "vllm.model_executor.model_loader.reload:finalize_layerwise_reload": (),
     # kv_cache/
     f"{_MANAGER}.remove_skipped_blocks": (
         *("request_id", "processed_computed_tokens", "num_prompt_tokens"),
@@ -67,6 +68,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm._custom_ops:rotary_embedding": (
         *("positions", "query", "key", "head_size", "cos_sin_cache", "is_neox"),
     ),
+    "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": (),
     "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": (),
     "vllm.v1.worker.gpu_worker:Worker.initialize_from_config": ("kv_cache_config",),
     "vllm.v1.worker.gpu_worker:Worker.execute_model": ("scheduler_output",),

@@ -13,6 +13,7 @@ Two ways to switch it on:
 
 import json
 from argparse import Namespace
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
@@ -24,6 +25,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
+from vllm_plugin import why_disabled
 from vllm_plugin.request_check import RequestCheck
 
 _REQUESTS: dict[str, Any] = {
@@ -47,7 +49,9 @@ class StreamCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or scope["method"] != "POST" or path not in _REQUESTS:
+        posted = scope["type"] == "http" and scope["method"] == "POST" and path in _REQUESTS
+        state = getattr(scope.get("app"), "state", None)
+        if not posted or not (checks := checks_of(state)):
             await self._app(scope, receive, send)
             return
         body = bytearray()
@@ -57,30 +61,36 @@ class StreamCheck:
             if message["type"] == "http.request":
                 body.extend(message.get("body", b""))
                 if not message.get("more_body"):
-                    refuse_stream(path, bytes(body), scope["app"].state)
+                    refuse_stream(path, bytes(body), state, checks)
                     body.clear()
             return message
 
         await self._app(scope, checked, send)
 
 
-def refuse_stream(path: str, body: bytes, state: State) -> None:
+def checks_of(state: State | None) -> list[type[RequestCheck]]:
+    """Return the request checks of the served model; none where vLLM has set up no model."""
+    config = getattr(getattr(state, "vllm_config", None), "model_config", None)
+    return [
+        check
+        for check in getattr(config, "logits_processors", None) or ()
+        if isinstance(check, type) and issubclass(check, RequestCheck)
+    ]
+
+
+def refuse_stream(path: str, body: bytes, state: Any, checks: Iterable[type[RequestCheck]]) -> None:
     """Refuse a streaming request that the engine would refuse once the answer has begun.
 
     Args:
         path: Route of the request.
         body: The whole body. What vLLM cannot parse is left to vLLM.
         state: State of vLLM's application.
+        checks: The request checks of the served model.
 
     Raises:
         HTTPException: Status 400. FastAPI hands it on when it is raised while a body is read.
     """
-    checks = [
-        check
-        for check in state.vllm_config.model_config.logits_processors or ()
-        if isinstance(check, type) and issubclass(check, RequestCheck)
-    ]
-    if not checks or b'"stream"' not in body:
+    if b'"stream"' not in body:
         return
     try:
         params = _parameters(path, json.loads(body), state)
@@ -112,7 +122,8 @@ class StreamCheckPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        app.add_middleware(StreamCheck)
+        if why_disabled() is None:
+            app.add_middleware(StreamCheck)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace

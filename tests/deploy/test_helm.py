@@ -107,7 +107,9 @@ def test_routes_lead_to_services(build: Build) -> None:
 def test_values_reach_the_pods(build: Build) -> None:
     objects = build("helm/several")
     small, large = (each["spec"]["template"]["spec"] for each in of_kind(objects, "Deployment"))
-    assert {"name": "HF_HUB_OFFLINE", "value": "1"} in small["containers"][0]["env"]
+    for container in (*small["containers"], *small["initContainers"]):
+        assert {"name": "HF_HUB_OFFLINE", "value": "1"} in container["env"]
+    assert "HF_HUB_OFFLINE" not in str(large)
     assert large["containers"][0]["resources"]["limits"] == {
         "memory": "96Gi",
         "nvidia.com/gpu": "4",

@@ -54,6 +54,30 @@ def test_the_guard_knows_our_names() -> None:
     assert set(METHODS) == {config.method for config in CONFIGS}
 
 
+def test_a_plugin_that_failed_half_way_refuses_its_methods(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.layers import quantization
+
+    from vllm_plugin.kv_cache import manager
+
+    def fail() -> None:
+        raise AttributeError("a seam moved")
+
+    stock = getattr(EngineArgs.create_engine_config, "__wrapped__", EngineArgs.create_engine_config)
+    methods = [name for name in quantization.QUANTIZATION_METHODS if name not in METHODS]
+    monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", methods)
+    monkeypatch.setattr(EngineArgs, "create_engine_config", stock)
+    monkeypatch.setattr(manager, "register", fail)
+    for name, value in {"_registered": False, "_disabled": None, "_vllm_methods": None}.items():
+        monkeypatch.setattr(vllm_plugin, name, value)
+    vllm_plugin.register()
+    assert "smoothquant_plus" in methods  # registered before the failure
+    assert vllm_plugin.why_disabled() == "AttributeError: a seam moved"
+    with pytest.raises(RuntimeError, match="--quantization smoothquant_plus needs .* a seam moved"):
+        EngineArgs(model=str(demo_model), quantization="smoothquant_plus").create_engine_config()
+
+
 @pytest.mark.parametrize(
     ("model", "engine", "expected"),
     [

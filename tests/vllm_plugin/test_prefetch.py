@@ -22,7 +22,7 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert prefetch(config(tmp_path, f"model: {tmp_path}/m\nmax-model-len: 8\n")) == tmp_path / "m"
 
 
-@pytest.mark.parametrize("model", ["s3://bucket/m", "gpt2", "unsloth/Qwen3-0.6B-GGUF:Q4_K_M"])
+@pytest.mark.parametrize("model", ["s3://bucket/m", "unsloth/Qwen3-0.6B-GGUF:Q4_K_M"])
 def test_what_only_vllm_can_fetch_is_left_to_it(model: str, tmp_path: Path) -> None:
     assert prefetch(config(tmp_path, f"model: {model}\n")) is None
 
@@ -34,6 +34,9 @@ def test_what_only_vllm_can_fetch_is_left_to_it(model: str, tmp_path: Path) -> N
         ("[1]\n", "has no `model`"),
         ("model: [\n", "serve.yaml: while parsing"),
         ("model: nobody/nothing\n", "nor available from the hub"),
+        ("model: nothing-without-an-owner\n", "nor available from the hub"),
+        ("model: /cache/absent\n", "model folder /cache/absent does not exist"),
+        ("model: ./no/such/folder\n", "model folder ./no/such/folder does not exist"),
     ],
 )
 def test_one_line_says_what_is_wrong(text: str, expected: str, tmp_path: Path) -> None:
@@ -54,6 +57,27 @@ def test_files_that_the_user_cannot_read_are_found(tmp_path: Path) -> None:
     assert names(owner + 1, {group + 1}) == ["private", "shared"]
     assert names(owner + 1, {group}) == ["private"]
     assert names(0, set()) == []
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o744, 0o711])
+def test_a_folder_that_the_user_cannot_enter_or_list_is_found(tmp_path: Path, mode: int) -> None:
+    owner, group = tmp_path.stat().st_uid, tmp_path.stat().st_gid
+    tmp_path.chmod(0o755)
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    inner.chmod(mode)
+    (inner / "file").touch(mode=0o644)
+    assert unreadable(tmp_path, owner + 1, {group + 1}) == [inner]
+    assert unreadable(inner, owner + 1, {group + 1}) == [inner]
+    assert unreadable(tmp_path, owner or 1, {group}) == ([] if owner else [inner])
+    inner.chmod(0o755)
+    assert unreadable(tmp_path, owner + 1, {group + 1}) == []
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    assert unreadable(tmp_path, 12345, {12345}) == [tmp_path / "model.safetensors"]
 
 
 def test_the_command_ends_with_one_line(tmp_path: Path) -> None:

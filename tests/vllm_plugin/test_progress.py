@@ -41,6 +41,24 @@ def test_a_rank_without_progress_is_silent(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("disable", [False, True])
+def test_bars_of_transformers_return_after_a_step(disable: bool) -> None:
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.enable_progress_bar()
+    with pytest.raises(RuntimeError), bar(disable=disable):
+        assert not hf_logging.is_progress_bar_enabled()
+        raise RuntimeError
+    assert hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # by the user
+    try:
+        with bar(disable=disable):
+            pass
+        assert not hf_logging.is_progress_bar_enabled()
+    finally:
+        hf_logging.enable_progress_bar()
+
+
 def test_a_pipe_gets_no_carriage_return() -> None:
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True)
     assert done.stderr == b"error: no space left\n"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys of a request that were meant for the plugin, and keys that belong to somebody else."""
 
+import asyncio
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,7 @@ from fastapi import FastAPI
 from vllm import SamplingParams
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
+import vllm_plugin
 from vllm_plugin.kv_cache import requests
 from vllm_plugin.request_check import misspelt
 from vllm_plugin.stream_check import StreamCheck, StreamCheckPlugin
@@ -80,3 +82,27 @@ def test_the_endpoint_plugin_is_vllms_and_declared() -> None:
     plugin.attach_router(app)
     assert [each.cls for each in app.user_middleware] == [StreamCheck]
     assert [route.path for route in app.routes] == before
+
+
+def test_a_disabled_plugin_attaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_plugin, "_disabled", "it was tested with another vLLM")
+    app = FastAPI()
+    StreamCheckPlugin().attach_router(app)
+    assert app.user_middleware == []
+
+
+def test_an_app_without_checks_gets_the_request_as_it_came() -> None:
+    """vLLM keeps no config in an application without a model."""
+    got: list[object] = []
+
+    async def app(scope: object, receive: object, send: object) -> None:
+        got.append(receive)
+
+    async def receive() -> dict[str, object]:
+        raise AssertionError("read in the name of nobody")
+
+    async def send(message: object) -> None: ...
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "app": FastAPI()}
+    asyncio.run(StreamCheck(app)(scope, receive, send))  # type: ignore[arg-type]
+    assert got == [receive]

@@ -117,11 +117,12 @@ def _allowed() -> tuple[bool, str]:
 def _loaded() -> tuple[bool, str]:
     try:
         load_general_plugins()
+        # Asked first: vLLM does not know the methods of a disabled plugin, and would say only that.
+        if reason := why_disabled():
+            return False, f"disabled: {reason}"
         known = all(get_quantization_config(kind.method) is kind for kind in CONFIGS)
     except Exception as error:  # whatever a plugin raises ends the engine too
         return False, f"vLLM has not loaded it: {error}"
-    if reason := why_disabled():
-        return False, f"disabled: {reason}"
     wrapped = hasattr(EngineArgs.create_engine_config, "__wrapped__")
     methods = ", ".join(kind.method for kind in CONFIGS)
     return known and wrapped, f"{methods} {'registered' if known and wrapped else 'missing'}"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which models are served by denoising, with which settings, and what rules that out."""
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -85,7 +86,8 @@ def choose_engine_args(args: EngineArgs) -> None:
     if current_platform.is_cpu() and args.block_size is None:
         args.block_size = _CPU_BLOCK
     args.enforce_eager = True  # the number of rows changes between layers
-    args.attention_config.use_non_causal = True
+    # A copy, as the caller can use the same object for another engine.
+    args.attention_config = replace(args.attention_config, use_non_causal=True)
     # Greedy, as the published model is decoded. A generation_config.json sets defaults that no
     # client asked for; None removes such a default.
     neutral: dict[str, Any] = {name: None for name in UNSUPPORTED} | {"temperature": 0.0}

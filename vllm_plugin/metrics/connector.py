@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
@@ -27,6 +28,8 @@ from vllm_plugin.metrics.prometheus import CompressMetrics, publish
 from vllm_plugin.metrics.stats import CompressStats
 from vllm_plugin.self_check import log_table
 from vllm_plugin.settings import parse_settings
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
 
 
 class StatsConnector(KVConnectorBase_V1, SupportsHMA):
@@ -198,5 +201,12 @@ def report(config: VllmConfig) -> None:
     children = chosen.kv_connector_extra_config.get("connectors", ())
     names = {chosen.kv_connector, *(child.get("kv_connector") for child in children)}
     if StatsConnector.__name__ not in names:
-        publish(config)
-        log_table(config, parse_settings(config.additional_config))
+        try:
+            publish(config)
+            log_table(config, parse_settings(config.additional_config))
+        except Exception as error:  # figures must not end an engine that could serve
+            logger.warning(
+                "The figures of vllm-compress-plugin are missing from /metrics: %s: %s",
+                type(error).__name__,
+                error,
+            )

@@ -41,6 +41,11 @@
 {{- if $gpus -}}{{- $_ := set $server.resources.limits "nvidia.com/gpu" (toString $gpus) -}}{{- end -}}
 {{- $_ := mergeOverwrite $server.resources (default dict .model.resources) -}}
 {{- $_ := set $server "env" (concat $server.env (default list $more.env) (default list .model.env)) -}}
+{{- /* The model is fetched with the server's settings: HF_ENDPOINT, a proxy, another HF_HOME. */ -}}
+{{- with .model.env -}}
+  {{- $more := . -}}
+  {{- range $pod.initContainers -}}{{- $_ := set . "env" (concat .env $more) -}}{{- end -}}
+{{- end -}}
 {{- $image := printf "%s:%s" .root.Values.image.repository .root.Values.image.tag -}}
 {{- with .root.Values.image.digest -}}{{- $image = printf "%s@%s" $image . -}}{{- end -}}
 {{- range concat $pod.containers $pod.initContainers -}}

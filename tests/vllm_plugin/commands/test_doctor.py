@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers import quantization
 
 import vllm_plugin
 from quant_methods.planning import PlanRequest
@@ -28,6 +29,7 @@ from vllm_plugin.commands.checks import (
     ranges,
 )
 from vllm_plugin.commands.doctor import show
+from vllm_plugin.guard import METHODS
 from vllm_plugin.seams import broken_seams
 
 SNAP = {"policy": "snap_kv", "keep": 0.25}
@@ -54,10 +56,44 @@ def test_this_installation_is_well() -> None:
 
 
 def test_a_disabled_plugin_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where registration fails before it has told vLLM of anything."""
     installation()  # loads the plugin
-    monkeypatch.setattr(vllm_plugin, "_disabled", "ImportError: a folder hides kv_policies")
+    theirs = {
+        name: kind
+        for name, kind in quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.items()
+        if name not in METHODS
+    }
+    names = [name for name in quantization.QUANTIZATION_METHODS if name not in METHODS]
+    monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", theirs)
+    monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", names)
+    stock = EngineArgs.create_engine_config
+    monkeypatch.setattr(EngineArgs, "create_engine_config", stock)  # as it is after the test
+    monkeypatch.setitem(sys.modules, "vllm_plugin.kv_cache.manager", None)
+    monkeypatch.delattr("vllm_plugin.kv_cache.manager")
+    monkeypatch.setattr(vllm_plugin, "_registered", False)
+    monkeypatch.setattr(vllm_plugin, "_disabled", None)
+    monkeypatch.setattr(vllm_plugin, "_vllm_methods", None)
+    vllm_plugin.register()
     (found,) = (check for check in installation() if check.name == "plugin loaded")
-    assert not found.ok and found.found == "disabled: ImportError: a folder hides kv_policies"
+    assert not found.ok and "disabled: ModuleNotFoundError: " in found.found
+
+
+def test_a_package_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
+    """A folder of the user's hides kv_policies. In a process of its own: here it is imported."""
+    (tmp_path / "kv_policies").mkdir()
+    (tmp_path / "kv_policies" / "__init__.py").touch()
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    script = "from vllm_plugin.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "doctor"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ModuleNotFoundError: No module named")
 
 
 def test_a_seam_that_moved_is_named() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.config import VllmConfig
+from vllm.config import AttentionConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.sampling_params import StructuredOutputsParams
@@ -18,7 +18,7 @@ from compress_common.errors import CompressError
 from tests.support.llada import random_llada
 from vllm_plugin.diffusion.requests import DiffusionRequestCheck, check
 from vllm_plugin.diffusion.settings import DiffusionSettings
-from vllm_plugin.diffusion.support import SCHEDULER, WORKER
+from vllm_plugin.diffusion.support import SCHEDULER, WORKER, choose_engine_args
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,13 @@ PUBLISHED = {
     "use_cache": False,
     "weight_tying": False,
 }
+
+
+def test_the_callers_attention_config_is_left_alone(model: Path) -> None:
+    given = AttentionConfig()
+    args = EngineArgs(model=str(model), attention_config=given)
+    choose_engine_args(args)
+    assert args.attention_config.use_non_causal and not given.use_non_causal
 
 
 def test_published_config_is_read_without_remote_code(model: Path, tmp_path: Path) -> None:

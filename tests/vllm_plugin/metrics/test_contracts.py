@@ -18,6 +18,7 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 import vllm_plugin
 from tests.support.llada import random_llada
+from vllm_plugin.metrics import connector
 from vllm_plugin.metrics.catalogue import METRICS
 from vllm_plugin.metrics.connector import StatsConnector
 from vllm_plugin.metrics.prometheus import CompressMetrics, publish
@@ -112,6 +113,22 @@ def test_beside_a_users_own_connector_the_weights_are_reported_and_described(
     assert 0.4 < size["compressed"] / size["original"] < 0.5
     (info,) = [f for f in REGISTRY.collect() if f.name == "vllm_compress_info"]
     assert [sample.labels["method"] for sample in info.samples] == ["smoothquant_plus"]
+
+
+def test_figures_that_fail_beside_a_users_own_connector_end_no_engine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(config: VllmConfig) -> None:
+        raise OSError("the prometheus directory is full")
+
+    monkeypatch.setattr(connector, "publish", fail)
+    own = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    config = VllmConfig(kv_transfer_config=own)
+    with caplog.at_level("WARNING", "vllm.vllm_plugin.metrics.connector"):
+        connector.report(config)
+    assert config.kv_transfer_config is own
+    (warning,) = [each for each in caplog.records if "missing from /metrics" in each.message]
+    assert "OSError: the prometheus directory is full" in warning.message
 
 
 def test_each_managed_engine_has_series_of_its_own(demo_model: Path) -> None:
