@@ -47,6 +47,7 @@ def test_one_line_says_what_is_wrong(text: str, expected: str, tmp_path: Path) -
 
 def test_files_that_the_user_cannot_read_are_found(tmp_path: Path) -> None:
     owner, group = tmp_path.stat().st_uid, tmp_path.stat().st_gid
+    tmp_path.chmod(0o755)
     for name, mode in (("open", 0o644), ("shared", 0o640), ("private", 0o600)):
         (tmp_path / name).touch(mode=mode)
         (tmp_path / name).chmod(mode)

@@ -20,6 +20,7 @@ from vllm.model_executor.layers import quantization
 import vllm_plugin
 from quant_methods.planning import PlanRequest
 from quant_methods.writing import quantize_checkpoint
+from tests.support.generate import ROOT
 from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
 from vllm_plugin.cli import main
 from vllm_plugin.commands.checks import (
@@ -82,12 +83,13 @@ def test_a_package_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
     """A folder of the user's hides kv_policies. In a process of its own: here it is imported."""
     (tmp_path / "kv_policies").mkdir()
     (tmp_path / "kv_policies" / "__init__.py").touch()
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
     script = "from vllm_plugin.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", script, "doctor"],
         capture_output=True,
         text=True,
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": path},
         timeout=300,
     )
