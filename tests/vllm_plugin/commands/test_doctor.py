@@ -82,7 +82,8 @@ def test_a_disabled_plugin_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_package_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
     """A folder of the user's hides kv_policies. In a process of its own: here it is imported."""
     (tmp_path / "kv_policies").mkdir()
-    (tmp_path / "kv_policies" / "__init__.py").touch()
+    broken = "raise ImportError('a folder of the user')"
+    (tmp_path / "kv_policies" / "__init__.py").write_text(broken)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     script = "from vllm_plugin.cli import main; main()"
     done = subprocess.run(
@@ -95,7 +96,7 @@ def test_a_package_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ModuleNotFoundError: No module named")
+    assert done.stderr.splitlines()[-1].startswith("error: ImportError: a folder of the user; ")
 
 
 def test_a_seam_that_moved_is_named() -> None:
