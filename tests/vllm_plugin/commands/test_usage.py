@@ -63,6 +63,19 @@ def test_a_traceback_is_shown_on_request(run: Callable, monkeypatch: pytest.Monk
         cli.main()
 
 
+def test_a_module_that_cannot_be_imported_is_one_line(
+    run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where vLLM moved one, or a folder of the user hides a package of ours."""
+    monkeypatch.setitem(sys.modules, "quant_methods.registry", None)
+    code, out, err = run("methods")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ModuleNotFoundError: import of quant_methods.registry halted")
+    assert err.count("\n") == 1
+    with pytest.raises(ImportError):
+        run("methods", "--debug")
+
+
 def test_without_a_command_the_help_is_shown(run: Callable) -> None:
     code, out, err = run()
     assert (code, err) == (2, "")
