@@ -14,7 +14,7 @@ speed    Tokens per second of int4 over bf16, 1.1B random Llama (TinyLlama's sha
 memory   The same model.
   weight_bytes_ratio             bytes of the written tensors, int4 over bf16, embeddings included
   resident_ratio                 growth of anonymous memory by loading, without KV cache
-  Extra: resident_ratio_at_load (the bf16 checkpoint, quantised while loading).
+  Extra: resident_ratio_at_load (the bf16 checkpoint, quantized while loading).
 load     Demo model, `--quantization smoothquant_plus` with default settings, against stock bf16.
   calibrate_pack_cpu_s           more processor seconds for a start with an empty plan cache
   second_start_extra_s           more wall seconds for a start with a warm one

@@ -46,13 +46,13 @@ def speed(options: Options, result: Result) -> None:
         engines = {
             name: stack.enter_context(
                 Engine(
-                    int4 if quantised else model,
+                    int4 if quantized else model,
                     skip_tokenizer_init=True,
                     preloaded=options.smoke,
                     **arguments,
                 )
             )
-            for name, (quantised, arguments) in CONTENDERS.items()
+            for name, (quantized, arguments) in CONTENDERS.items()
         }
         started = {name: engine.started for name, engine in engines.items()}
         result.details["speed_engines"] = started

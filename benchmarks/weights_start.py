@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What int4 weights hold in memory, and what quantising costs when a server starts."""
+"""What int4 weights hold in memory, and what quantizing costs when a server starts."""
 
 import tempfile
 from pathlib import Path

@@ -57,7 +57,7 @@ def test_written_checkpoint_is_ours(from_written: dict) -> None:
     assert "Paris" in from_written["texts"][0]
 
 
-def test_quantising_at_load_gives_the_same_text(demo_model: Path, from_written: dict) -> None:
+def test_quantizing_at_load_gives_the_same_text(demo_model: Path, from_written: dict) -> None:
     raw = generate(demo_model, PROMPTS, quantization="smoothquant_plus", env=SAME_ROUNDING)
     assert raw["tokens"] == from_written["tokens"]
 
