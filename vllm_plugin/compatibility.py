@@ -12,7 +12,9 @@ config does not show. No import of vLLM: ``plan`` does without it.
 from collections.abc import Mapping
 from typing import Any
 
+from compress_common.errors import CompressError
 from quant_methods.architecture import ARCHITECTURES
+from vllm_plugin.diffusion.config import ARCHITECTURE, MODEL_TYPE
 from vllm_plugin.kv_fingerprint import full_attention_layers, shapes_per_layer, unknown_kinds
 
 MLA = "multi-head latent attention (MLA) keeps one latent per token, for which no policy is made"
@@ -35,6 +37,17 @@ _RECURRENT = ("mamba_", "ssm_", "linear_attn_", "conv_L_cache", "state_size", "f
 _ROTATIONS = ("default", "llama3")
 # Keys of a multimodal or otherwise wrapped config under which the text model's lies.
 _WRAPPED = ("text_config", "llm_config", "language_config", "thinker_config")
+# Other diffusion models, with the reason why they are not served.
+_BLOCK_CAUSAL = (
+    "is block-causal: tokens before the active block never change, so a refresh policy has nothing "
+    "to decide"
+)
+_OTHER_DIFFUSION = {
+    "llada2_moe": _BLOCK_CAUSAL,
+    "diffusion_gemma": _BLOCK_CAUSAL,
+    "Dream": "shifts its logits by one position, which is not built",
+    "llada_moe": "is a mixture of experts, which is not built",
+}
 
 
 def kv_model_problems(
@@ -84,6 +97,23 @@ def weight_model_problems(config: Mapping[str, Any]) -> list[str]:
     if wrapped := [key for key in _WRAPPED if config.get(key)]:
         return [WRAPPED.format(wrapped[0])]
     return []
+
+
+def refuse_diffusion(model_type: str | None) -> None:
+    """Refuse ``compress.diffusion`` for a model that does not denoise.
+
+    Args:
+        model_type: of the whole model, from its config.
+
+    Raises:
+        CompressError: says why this model is not served by denoising.
+    """
+    if model_type != MODEL_TYPE:
+        why = _OTHER_DIFFUSION.get(str(model_type), "does not denoise a canvas")
+        raise CompressError(
+            f"compress.diffusion is set, but this model ({model_type}) {why}; remove the section, "
+            f"or serve a model of type {MODEL_TYPE} ({ARCHITECTURE})"
+        )
 
 
 def drop_wide_window(config: Any, max_model_len: int) -> bool:

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 from compress_common.errors import CompressError, joined, nearest
 from quant_methods.architecture import architecture_of
-from vllm_plugin.compatibility import weight_model_problems
+from vllm_plugin.compatibility import refuse_diffusion, weight_model_problems
 from vllm_plugin.diffusion import support as diffusion
 from vllm_plugin.exits import end_command
 from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
@@ -28,7 +28,13 @@ from vllm_plugin.quantization.config import CONFIGS, SmoothQuantPlusConfig
 from vllm_plugin.quantization.loader import LOAD_FORMAT
 from vllm_plugin.quantization.source import source_problem
 from vllm_plugin.self_check import log_nothing
-from vllm_plugin.settings import KEY, Settings, WeightSettings, parse_settings
+from vllm_plugin.settings import (
+    KEY,
+    Settings,
+    WeightSettings,
+    no_method_problem,
+    parse_settings,
+)
 
 # The load formats of vLLM that read safetensors.
 _LOAD_FORMATS = ("auto", "hf", "safetensors")
@@ -76,7 +82,7 @@ def _configured(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfi
     if settings.kv is not None:
         choose_engine_args(args)
     if settings.diffusion is not None:
-        diffusion.refuse_other(diffusion.model_type_of(args), settings.diffusion)
+        refuse_diffusion(diffusion.model_type_of(args))
     given, worker = vars(args).copy(), args.worker_cls
     config = create()
     if diffusion.denoises(config):
@@ -87,9 +93,8 @@ def _configured(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfi
         worker = args.worker_cls
         config = create()
         diffusion.apply_diffusion(config, settings.diffusion)
-    else:
-        model_type = getattr(config.model_config.hf_config, "model_type", None)
-        diffusion.refuse_other(model_type, settings.diffusion)
+    elif settings.diffusion is not None:
+        refuse_diffusion(getattr(config.model_config.hf_config, "model_type", None))
     compressed = apply_settings(config, settings, worker)
     if (
         not compressed
@@ -147,11 +152,7 @@ def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto")
     if isinstance(config.quant_config, SmoothQuantPlusConfig):
         _apply_weights(config, config.quant_config, settings.weights or WeightSettings())
     elif settings.weights is not None:
-        raise CompressError(
-            f"{KEY}.weights is set, but no weight method of this plugin is chosen (--quantization "
-            f"is {config.model_config.quantization}); add --quantization smoothquant_plus or "
-            "remove the section"
-        )
+        raise no_method_problem(config.model_config.quantization)
     quantized = isinstance(config.quant_config, SmoothQuantPlusConfig)
     compressed = settings.kv is not None or quantized or diffusion.denoises(config)
     if compressed:
@@ -166,11 +167,8 @@ def _apply_weights(
     problems = []
     if quant_config.quantizes_at_load:
         problems += _problems_at_load(config, quant_config, settings)
-    elif fixed := settings.model_fields_set - {"activations"}:
-        problems.append(
-            f"{KEY}.weights.{', '.join(sorted(fixed))}: the checkpoint is quantized already, and "
-            "these settings were fixed when it was written; remove them"
-        )
+    else:
+        problems += settings.fixed_problems()
     if config.lora_config is not None and quant_config.smooths:
         problems.append(
             f"--enable-lora: {quant_config.method} scales the inputs of linears, and adapters "

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``compress`` section of ``--additional-config``, validated here and only here."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress_common.errors import CompressError, explain, joined
+from dllm_denoising.registry import policies as diffusion_policies
 from kv_policies.base import Policy
 from kv_policies.budget.profile import Share
 from kv_policies.registry import KV_POLICIES, build_policy, policies
@@ -47,6 +48,28 @@ class WeightSettings(BaseModel):
         )
         request.build()
         return request
+
+    def fixed_problems(self) -> list[str]:
+        """Refuse settings that an int4 checkpoint has from when it was written."""
+        if fixed := sorted(self.model_fields_set - {"activations"}):
+            problem = (
+                f"{KEY}.weights.{', '.join(fixed)}: the checkpoint is quantized already, and these "
+                "settings were fixed when it was written; remove them"
+            )
+            return [problem]
+        return []
+
+
+def no_method_problem(quantization: str | None) -> CompressError:
+    """Return the error of ``compress.weights`` without a weight method that it could apply to.
+
+    Args:
+        quantization: the method in effect, which is none of this plugin's.
+    """
+    return CompressError(
+        f"{KEY}.weights is set, but no weight method of this plugin is chosen (--quantization is "
+        f"{quantization}); add --quantization smoothquant_plus or remove the section"
+    )
 
 
 class KVSettings(BaseModel):
@@ -159,29 +182,28 @@ def parse_settings(additional_config: Any) -> Settings:
 def _misplaced(given: dict[str, Any]) -> list[str]:
     """List sections that were meant for this plugin, but are misspelt or in another place.
 
-    Other plugins keep sections here too. A name that is only similar to ours is therefore left
-    alone, unless its content looks like ours.
+    Other plugins keep sections here too, also under real words such as ``compressor`` and
+    ``weights``. Such a section is therefore left alone, unless its content looks like ours.
     """
     if not given.keys() - {KEY}:
         return []
-    kinds: Iterable[Any] = ()
-    with suppress(CompressError):  # a broken package matters when a method is asked for
-        kinds = methods().values()
-    settings = {
-        "weights": _fields(WeightSettings, (kind.settings_type for kind in kinds)),
-        "kv": set(KVSettings.model_fields),
-        "diffusion": set(DiffusionSettings.model_fields),
+    sections = {
+        "weights": _fields(WeightSettings, methods),
+        "kv": _fields(KVSettings, policies),
+        "diffusion": _fields(DiffusionSettings, diffusion_policies),
     }
-    every = set(settings).union(*settings.values())
+    every = set(sections).union(*sections.values())
     problems = []
-    for key, value in given.items():
+    for key, content in given.items():
         if key == KEY:
             continue
-        name, content = str(key), value if isinstance(value, dict) else {}
-        alike = SequenceMatcher(None, name.lower(), KEY).ratio()
-        if alike > 0.85 or (alike > 0.6 and every & content.keys()):
+        name = str(key)
+        word = name.lower()
+        alike = SequenceMatcher(None, word, KEY).ratio()
+        typo = alike > 0.85 and (word == KEY or KEY not in word)  # not compressor, decompress
+        if typo or (alike > 0.6 and _looks_like_ours(content, every)):
             problems.append(f"--additional-config has {name!r}; did you mean {KEY!r}?")
-        elif settings.get(name, set()) & content.keys():
+        elif name in sections and _looks_like_ours(content, sections[name]):
             problems.append(
                 f"--additional-config has {name!r} at its top level; put it into {KEY!r}: "
                 f'{{"{KEY}": {{"{name}": ...}}}}'
@@ -189,5 +211,20 @@ def _misplaced(given: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _fields(base: type[BaseModel], others: Iterable[type[BaseModel]]) -> set[str]:
-    return set(base.model_fields).union(*(other.model_fields for other in others))
+def _looks_like_ours(content: Any, known: set[str]) -> bool:
+    """Whether a section names a policy of ours, or has settings of ours alone."""
+    if not isinstance(content, dict):
+        return False
+    with suppress(CompressError):
+        if content.get("policy") in [*policies(), *diffusion_policies()]:
+            return True
+    settings = content.keys() - {"policy"}  # a key that others use, for policies of theirs
+    return bool(settings) and settings <= known
+
+
+def _fields(base: type[BaseModel], classes: Callable[[], Mapping[str, Any]]) -> set[str]:
+    """The settings of a section and of every class that it can name."""
+    fields = set(base.model_fields)
+    with suppress(CompressError):  # a broken package matters when a class is asked for
+        fields.update(*(kind.settings_type.model_fields for kind in classes().values()))
+    return fields

@@ -56,6 +56,14 @@ SECTIONS: dict[str, tuple[dict[str, Any], dict[str, str | None]]] = {
         WEIGHTS,
     ),
     "latents": ({"additional_config": {"compress": {"kv": CSKV}}}, LATENTS),
+    "weights without a method": (
+        {"additional_config": {"compress": {"weights": {"alhpa": 0.5}}}},
+        {"llama": "no weight method of this plugin is chosen"},
+    ),
+    "diffusion": (
+        {"additional_config": {"compress": {"diffusion": {"policy": "elastic"}}}},
+        {"llama": "(llama) does not denoise a canvas"},
+    ),
 }
 CASES = [(name, family) for name, (_, said) in SECTIONS.items() for family in said]
 

@@ -11,6 +11,7 @@ import torch
 from compress_common.errors import CompressError, joined, nearest
 from kv_policies.layout.base import Layout
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats import MARKER
 from quant_methods.local import local_folder, text_config
 from quant_methods.registry import methods
 from quant_methods.sizes import Packing
@@ -26,9 +27,9 @@ from vllm_plugin.capacity import (
     weight_footprint,
 )
 from vllm_plugin.commands.common import Problems
-from vllm_plugin.compatibility import drop_wide_window, model_length
+from vllm_plugin.compatibility import drop_wide_window, model_length, refuse_diffusion
 from vllm_plugin.kv_cache.budget import layouts_of
-from vllm_plugin.settings import Settings, parse_settings
+from vllm_plugin.settings import Settings, no_method_problem, parse_settings
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def compare(
     config = problems.collect(lambda: text_config(folder)) if folder else None
     weights = layouts = each = None
     if folder is not None and config is not None and settings is not None:
+        if settings.diffusion is not None:
+            problems.collect(lambda: refuse_diffusion(Checkpoint(folder).config.get("model_type")))
         weights = problems.collect(lambda: _weights(folder, quantization, settings, packing))
         if settings.kv is not None:
             drop_wide_window(config, load.context)  # as the config edge does
@@ -182,6 +185,12 @@ def _weights(
             f"--quantization {quantization!r} is not a method of this plugin{hint} "
             f"(valid: {', '.join(sorted(methods()))})"
         )
+    written = Checkpoint(folder).config.get("quantization_config") or {}
+    if settings.weights is not None and MARKER in written:
+        if fixed := settings.weights.fixed_problems():
+            raise joined(fixed)
+    elif settings.weights is not None and quantization is None:
+        raise no_method_problem(written.get("quant_method"))
     found = weight_footprint(folder, quantization, settings.weights, packing=packing)
     if found is None:
         raise CompressError(

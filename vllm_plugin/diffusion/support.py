@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 
 from compress_common.errors import CompressError, joined
 from dllm_denoising.base import CachePolicy
-from vllm_plugin.diffusion.config import ARCHITECTURE, MODEL_TYPE, LLaDAConfig, config_problems
+from vllm_plugin.diffusion.config import MODEL_TYPE, LLaDAConfig, config_problems
 from vllm_plugin.diffusion.requests import UNSUPPORTED, check_requests
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.settings import parse_settings
@@ -22,18 +22,6 @@ logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
 WORKER = "vllm_plugin.diffusion.worker.DiffusionWorker"
 SCHEDULER = "vllm_plugin.diffusion.scheduler.DiffusionScheduler"
 _CPU_BLOCK = 32
-
-# Other diffusion models, with the reason why they are not served.
-_BLOCK_CAUSAL = (
-    "is block-causal: tokens before the active block never change, so a refresh policy has nothing "
-    "to decide"
-)
-_OTHERS = {
-    "llada2_moe": _BLOCK_CAUSAL,
-    "diffusion_gemma": _BLOCK_CAUSAL,
-    "Dream": "shifts its logits by one position, which is not built",
-    "llada_moe": "is a mixture of experts, which is not built",
-}
 
 
 def denoises(config: VllmConfig) -> bool:
@@ -126,16 +114,6 @@ def _tell_unused_defaults(model: ModelConfig) -> None:
             "Sampling defaults of generation_config.json that a diffusion model does not support "
             "are not used: %s",
             ", ".join(unused),
-        )
-
-
-def refuse_other(model_type: str | None, settings: DiffusionSettings | None) -> None:
-    """Raise CompressError where ``compress.diffusion`` is set for a model that does not denoise."""
-    if settings is not None and model_type != MODEL_TYPE:
-        why = _OTHERS.get(str(model_type), "does not denoise a canvas")
-        raise CompressError(
-            f"compress.diffusion is set, but this model ({model_type}) {why}; remove the section, "
-            f"or serve a model of type {MODEL_TYPE} ({ARCHITECTURE})"
         )
 
 
