@@ -57,7 +57,7 @@ SECTIONS: dict[str, tuple[dict[str, Any], dict[str, str | None]]] = {
     ),
     "latents": ({"additional_config": {"compress": {"kv": CSKV}}}, LATENTS),
     "weights without a method": (
-        {"additional_config": {"compress": {"weights": {"alhpa": 0.5}}}},
+        {"additional_config": {"compress": {"weights": {"alfa": 0.5}}}},
         {"llama": "no weight method of this plugin is chosen"},
     ),
     "diffusion": (
