@@ -106,17 +106,34 @@ class LatentCache:
             scale: Factor on q.k in the softmax.
             output: As ``query``; the rows of the requests' tokens are written.
         """
-        rows, queries = reading.tokens.shape
         # What is read is what ``attend_bytes`` counts.
         tokens = reading.blocks.shape[1] * self.form.tokens
         tokens += reading.raw.shape[1] * self._block_size
-        most = max(
-            1,
-            LIMIT // self.attend_bytes(self.form, query.shape[2], tokens, query.shape[1] * queries),
-        )
-        for first in range(0, rows, most):
-            part = reading if most >= rows else reading.part(slice(first, first + most))
+        _, heads, size = query.shape
+        room = LIMIT - self.attend_fixed(self.form, size, heads * size // self._features)
+
+        def needed(queries: int) -> int:
+            return self.attend_bytes(self.form, self._features, size, tokens, heads * queries)
+
+        # Requests first: each pass over queries of a request reads all of its latents.
+        queries = reading.tokens.shape[1]
+        most = max(1, room // needed(queries))
+        if needed(queries) > room:
+            each = needed(2) - needed(1)
+            queries = max(1, min(queries, 1 + (room - needed(1)) // each))
+        for part in reading.parts(most, queries):
             self._attend(part, pages, query, scale, output)
+
+    @staticmethod
+    def attend_fixed(form: LatentFormat, size: int, group: int) -> int:
+        """Memory that ``attend`` takes whatever the number of requests.
+
+        Args:
+            form: How latents lie in a block.
+            size: Channels of a head.
+            group: Query heads per KV head.
+        """
+        return 0
 
     @staticmethod
     def packing_bytes(form: LatentFormat, features: int) -> int:
@@ -127,17 +144,21 @@ class LatentCache:
         return 32 * features + 12 * (form.key_rank + form.value_rank)
 
     @staticmethod
-    def attend_bytes(form: LatentFormat, size: int, tokens: int, queries: int) -> int:
+    def attend_bytes(
+        form: LatentFormat, features: int, size: int, tokens: int, queries: int
+    ) -> int:
         """Memory that ``attend`` takes for one request.
 
         Args:
             form: How latents lie in a block.
+            features: KV heads times channels of a head.
             size: Channels of a head.
             tokens: Latents and raw tokens that the request has.
             queries: Its query tokens, times query heads.
         """
         ranks = form.key_rank + form.value_rank
-        return tokens * (16 * ranks + 16 * queries + 16) + (1 << 22)
+        of_queries = queries * (4 * features + 16 * size)
+        return tokens * (16 * ranks + 16 * queries + 16) + of_queries + (1 << 22)
 
     @classmethod
     def peak(cls, form: LatentFormat, features: int, size: int, tokens: int, queries: int) -> int:
@@ -148,13 +169,15 @@ class LatentCache:
             features: KV heads times channels of a head.
             size: Channels of a head.
             tokens: Of the longest request that may come.
-            queries: Query heads, times query tokens of a request that decodes.
+            queries: Query heads. Where there are many query tokens, they are cut to fit.
         """
         encoded = 2 * -(-form.bytes(4) // form.tokens)
         piece = features * cls.packing_bytes(form, features)  # a piece is never that many tokens
         return max(
             LIMIT + tokens * encoded + piece,
-            LIMIT + cls.attend_bytes(form, size, tokens, queries),
+            LIMIT
+            + cls.attend_fixed(form, size, queries * size // features)
+            + cls.attend_bytes(form, features, size, tokens, queries),
         )
 
     def _attend(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step reads of latents, and what it turns into latents: block numbers, for all layers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -86,19 +87,41 @@ class Reading:
         }
         return {name: tensor.int() for name, tensor in tensors.items()}
 
-    def part(self, rows: slice) -> "Reading":
-        """The reading of some of the requests."""
-        held = Held(
-            self.held.first[rows], self.held.count[rows], self.held.per_block, self.held.longest
-        )
-        return Reading(
-            self.tokens[rows],
-            self.seen[rows],
-            self.raw[rows],
-            self.blocks[rows],
-            held,
-            self.whole,
-        )
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int], list["Reading"]]:
+        return {}
+
+    def parts(self, rows: int, queries: int) -> list["Reading"]:
+        """The reading in parts. Made once for all layers that cut it alike.
+
+        Args:
+            rows: Requests of a part.
+            queries: Query tokens of each.
+        """
+        if rows >= len(self.tokens) and queries >= self.tokens.shape[1]:
+            return [self]
+        if (rows, queries) not in self._parts:
+            self._parts[rows, queries] = [
+                part
+                for row in range(0, len(self.tokens), rows)
+                for part in self._some(slice(row, row + rows), queries)
+            ]
+        return self._parts[rows, queries]
+
+    def _some(self, rows: slice, queries: int) -> Iterator["Reading"]:
+        """Parts of some requests, which share what they hold."""
+        first, count = self.held.first[rows], self.held.count[rows]
+        held = Held(first, count, self.held.per_block, self.held.longest)
+        for query in range(0, self.tokens.shape[1], queries):
+            some = rows, slice(query, query + queries)
+            yield Reading(
+                self.tokens[some].contiguous(),
+                self.seen[some].contiguous(),
+                self.raw[rows],
+                self.blocks[rows],
+                held,
+                self.whole,
+            )
 
 
 class _Aged(NamedTuple):

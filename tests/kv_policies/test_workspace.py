@@ -147,6 +147,20 @@ def test_latents_take_no_more_than_they_state(
     peak = peak_bytes(lambda: cache.attend(reading, pages, query, 1.0, output))
     assert 0 < peak <= stated
 
+    # A resumed request comes with many queries.
+    n, q = n[:1], 0 * n[:1] + 64
+    step = Step(n, n, q, 0 * q, step.ids[:1])
+    table = torch.cat((table[:1], torch.zeros(1, 4, dtype=torch.int64)), 1)
+    view, _ = LiveView(layout).update(step, table, torch.from_numpy(step.end))
+    reading = LatentView(layout).update(step, table, view)
+    assert reading is not None
+    query = torch.randn(64, queries, HEADS.size).to(dtype)
+    output = torch.empty_like(query)
+    peak = peak_bytes(lambda: cache.attend(reading, pages, query, 1.0, output))
+    assert 0 < peak <= stated
+    whole = peak_bytes(lambda: cache._attend(reading, pages, query, 1.0, output))
+    assert whole > stated  # if it was not cut
+
 
 @given(
     st.lists(st.integers(1, 500), min_size=1, max_size=9),

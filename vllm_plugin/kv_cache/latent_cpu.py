@@ -62,7 +62,9 @@ class CPULatentCache(LatentCache):
         )
 
     @staticmethod
-    def attend_bytes(form: LatentFormat, size: int, tokens: int, queries: int) -> int:
+    def attend_bytes(
+        form: LatentFormat, features: int, size: int, tokens: int, queries: int
+    ) -> int:
         """Queries in float32, and a partial sum for each block of latents."""
         blocks = 1 + tokens // form.tokens
         return 4 * queries * (size + blocks * (form.value_rank + 3))

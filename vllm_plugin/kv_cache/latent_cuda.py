@@ -10,7 +10,7 @@ from kv_policies.latents.attention import Decoder
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.plan import Reading
-from vllm_plugin.kv_cache.latent_triton import latent_decode
+from vllm_plugin.kv_cache.latent_triton import latent_decode, resident
 
 
 class TritonLatentCache(LatentCache):
@@ -62,7 +62,21 @@ class TritonLatentCache(LatentCache):
         output[index] = out
 
     @staticmethod
-    def attend_bytes(form: LatentFormat, size: int, tokens: int, queries: int) -> int:
-        """Partial sums, one per split of the context, which has four tiles of 16 tokens or more."""
-        splits = 1 + tokens // 64
-        return queries * (4 * splits * (size + form.value_rank + 8) + 4 * size)
+    def attend_bytes(
+        form: LatentFormat, features: int, size: int, tokens: int, queries: int
+    ) -> int:
+        """One partial sum per query and head, the query, and the result."""
+        return queries * (_partial_bytes(form, size) + 8 * size)
+
+    @staticmethod
+    def attend_fixed(form: LatentFormat, size: int, group: int) -> int:
+        """The partial sums of splits: a context is split only to fill the device."""
+        return resident(_device()) * group * _partial_bytes(form, size)
+
+
+def _partial_bytes(form: LatentFormat, size: int) -> int:
+    return 4 * (size + form.value_rank + 8)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

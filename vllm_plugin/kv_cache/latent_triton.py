@@ -140,11 +140,15 @@ def _padded(size: int) -> int:
 
 
 def _splits(programs: int, tiles: int, device: torch.device) -> int:
-    """Two programs per processor, of at least four tiles each, from what the host knows."""
-    processors = 1
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(2 * processors // max(1, programs), tiles // 4))
+    """Enough to fill the device, of at least four tiles each, from what the host knows."""
+    return max(1, min(resident(device) // max(1, programs), tiles // 4))
+
+
+def resident(device: torch.device) -> int:
+    """Programs that fill a device: two per processor."""
+    if device.type != "cuda":
+        return 2
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
