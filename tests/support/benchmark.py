@@ -13,7 +13,7 @@ from tests.support.generate import ROOT
 def smoke(name: str, contract: set[str], out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The closing line of ``benchmarks.NAME --smoke``, checked, and the details of ``--out``."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--json", "--smoke", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=550)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1100)
     assert done.returncode == 0, done.stderr[-4000:]
     line = json.loads(done.stdout.splitlines()[-1])
     assert line.keys() >= contract

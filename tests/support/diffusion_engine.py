@@ -46,7 +46,7 @@ ENGINE = {
 
 
 def run(
-    model: Path, cases: list[dict[str, Any]], timeout: float = 400, v2: bool = False
+    model: Path, cases: list[dict[str, Any]], timeout: float = 800, v2: bool = False
 ) -> list[dict[str, Any]]:
     """The answers, one per case; EngineFailed when an engine does not start or dies.
 

@@ -28,7 +28,7 @@ def generate(
     *,
     max_tokens: int = 24,
     env: dict[str, str] | None = None,
-    timeout: float = 300,
+    timeout: float = 600,
     **engine_args: Any,
 ) -> dict[str, Any]:
     """Greedy ``texts`` and ``tokens`` of ``prompts`` from ``LLM(model, **engine_args)``.

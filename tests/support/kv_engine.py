@@ -43,7 +43,7 @@ def _fastest() -> dict[str, Any]:
 
 
 def run(
-    model: Path | str, cases: list[dict[str, Any]], timeout: float = 550
+    model: Path | str, cases: list[dict[str, Any]], timeout: float = 1100
 ) -> list[dict[str, Any]]:
     """The answers, one per case; EngineFailed when an engine does not start or dies."""
     # One thread: small models gain nothing from two, and lose much when others run beside.
