@@ -53,17 +53,27 @@ class Part:
 
 @dataclass
 class Result:
-    """Figures by key. ``values`` becomes the closing JSON line, ``details`` the rest of --out."""
+    """Figures by key. ``values`` becomes the closing JSON line, ``details`` the rest of --out.
+
+    ``lines``: a file that gets each figure as a JSON line as soon as it is measured.
+    """
 
     values: dict[str, float | None] = field(default_factory=dict)
     whys: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    lines: Path | None = None
 
     def put(self, key: str, value: float, **details: Any) -> None:
         """One figure, with whatever helps to judge it."""
         self.values[key] = value
         if details:
             self.details[key] = details
+        self._write(key=key, value=value, **details)
+
+    def note(self, key: str, value: Any) -> None:
+        """What explains figures: how an engine was started, samples of several contenders."""
+        self.details[key] = value
+        self._write(note=key, value=value)
 
     def median(self, key: str, samples: Sequence[float]) -> None:
         """The median of one sample per round; the spread goes into the details."""
@@ -77,10 +87,17 @@ class Result:
         """A key that cannot be measured here."""
         self.values[key] = None
         self.whys[f"{key}_why"] = why
+        self._write(key=key, value=None, why=why)
 
     def flat(self) -> dict[str, Any]:
         """The object of the closing line."""
         return self.values | self.whys
+
+    def _write(self, **line: Any) -> None:
+        """Append to ``lines`` at once, so that a benchmark that is killed loses nothing."""
+        if self.lines is not None:
+            with self.lines.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:
@@ -160,7 +177,12 @@ def machine() -> dict[str, Any]:
 
 
 def _source() -> str | None:
-    """The commit that is measured, with ``-dirty`` when files differ from it."""
+    """The commit that is measured, with ``-dirty`` when files differ from it.
+
+    COMPRESS_COMMIT names it where the files were copied without their history.
+    """
+    if given := os.environ.get("COMPRESS_COMMIT"):
+        return given
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     with suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
@@ -175,6 +197,7 @@ def main(doc: str, parts: dict[str, Part], arguments: Sequence[str] | None = Non
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--smoke", action="store_true", help="same path, tiny, no figures")
     parser.add_argument("--out", type=Path, help="file for the full result")
+    parser.add_argument("--lines", type=Path, help="file that gets each figure when it is measured")
     parser.add_argument("--rounds", type=int, help="alternations, 5 by default (1 with --smoke)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -192,7 +215,7 @@ def main(doc: str, parts: dict[str, Part], arguments: Sequence[str] | None = Non
         why = f"part {name!r} was not asked for (--part)"
         if not given.part or name in given.part:
             log.print(f"[bold]{name}[/bold]: {', '.join(part.keys)}", highlight=False)
-            why = "the part ended without it"
+            why, result.lines = "the part ended without it", given.lines
             try:
                 part.run(options, result)
             except Exception as error:
@@ -202,6 +225,7 @@ def main(doc: str, parts: dict[str, Part], arguments: Sequence[str] | None = Non
         for key in part.keys:
             if key not in result.values:
                 result.missing(key, why)
+        result.lines = None
 
     if given.out:
         full = {

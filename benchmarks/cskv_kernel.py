@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernel of cskv beside vLLM's Triton attention over raw keys and values. Needs a GPU.
+"""The CUDA kernel of cskv beside vLLM's attention over raw keys and values. Needs a GPU.
 
 One layer of Llama-3.1-8B's shape at ratio 0.8: 32 heads of 128 over 8 KV heads, latents of 208 and
 200 numbers, blocks of 32 tokens, the last 32 tokens raw, one query token a request.
@@ -27,6 +27,8 @@ def kernel(options: Options, result: Result) -> None:
     result.details["device"] = torch.cuda.get_device_name()
     for requests, tokens in SHAPES[:1] if options.smoke else SHAPES:
         raw = _milliseconds(_raw(requests, tokens))
+        flash = _milliseconds(_flash(requests, tokens))
+        result.put(f"flash_ratio_b{requests}_{tokens}", raw / flash, raw_ms=raw, flash_ms=flash)
         for bits in (16, 4):
             run, used = _latents(requests, tokens, bits)
             spent = _milliseconds(run)
@@ -90,6 +92,50 @@ def _raw(requests: int, tokens: int) -> Any:
         softmax_segm_output=sums,
         softmax_segm_max=tops,
         softmax_segm_expsum=totals,
+    )
+
+
+def _flash(requests: int, tokens: int) -> Any:
+    """vLLM's FlashAttention, called as its backend calls it."""
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    columns = tokens // BLOCK
+    cache = _random(2, requests * columns, BLOCK, KV_HEADS, WIDTH)
+    table = torch.randperm(cache.shape[1], device="cuda").int().view(requests, columns)
+    query = _random(requests, HEADS, WIDTH)
+    out = torch.empty_like(query)
+    starts = torch.arange(requests + 1, device="cuda", dtype=torch.int32)
+    lengths = torch.full((requests,), tokens, device="cuda", dtype=torch.int32)
+    schedule = get_scheduler_metadata(
+        batch_size=requests,
+        max_seqlen_q=1,
+        max_seqlen_k=tokens,
+        num_heads_q=HEADS,
+        num_heads_kv=KV_HEADS,
+        headdim=WIDTH,
+        cache_seqlens=lengths,
+        qkv_dtype=torch.bfloat16,
+        cu_seqlens_q=starts,
+        page_size=BLOCK,
+        causal=True,
+        window_size=(-1, -1),
+        num_splits=0,
+    )
+    return lambda: flash_attn_varlen_func(
+        q=query,
+        k=cache[0],
+        v=cache[1],
+        out=out,
+        cu_seqlens_q=starts,
+        max_seqlen_q=1,
+        seqused_k=lengths,
+        max_seqlen_k=tokens,
+        softmax_scale=WIDTH**-0.5,
+        causal=True,
+        block_table=table,
+        scheduler_metadata=schedule,
+        fa_version=get_flash_attn_version(head_size=WIDTH),
     )
 
 

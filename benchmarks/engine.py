@@ -99,7 +99,11 @@ class Engine:
                 return self._connection.recv()
         except EOFError:
             pass
-        raise EngineFailed(Path(self._log.name).read_text(errors="replace")[-4000:])
+        raise EngineFailed(self.log()[-4000:])
+
+    def log(self) -> str:
+        """What the engine has printed so far."""
+        return Path(self._log.name).read_text(errors="replace")
 
     def close(self) -> None:
         """End the engine's process. A second call does nothing."""

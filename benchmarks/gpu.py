@@ -1,215 +1,117 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of 8B models on a GPU, with random weights: no download, and no figure of quality.
+"""What runs on a GPU and how fast, with random weights: no download, and no figure of quality.
 
-    .venv/bin/python -m benchmarks.gpu [--part kernel|decode|denoise] [--json] [--out FILE]
+    .venv/bin/python -m benchmarks.gpu [--part NAME ...] [--json] [--out FILE] [--lines FILE]
 
-kernel  one layer of Llama-3.1-8B's attention, for B requests of N tokens, cskv at ratio 0.8:
-        kernel_ratio_bB_N, time of vLLM's Triton attention over raw keys and values over that of
-        ours over latents; kernel_bandwidth_share_bB_N and kernel_flops_share_bB_N, what ours reads
-        and computes per second over what a copy and a product of 8,192 x 8,192 do. With _int4 too.
-decode  decode_ratio_bB_2000[_int4]: new tokens per second of B requests that go from 1,950 to
-        2,000 tokens, cskv at ratio 0.8 over stock vLLM with its Triton attention, on 16 layers of
-        Llama-3.1-8B. vLLM captures stock's step as one CUDA graph, ours in pieces.
-denoise P_ratio_bB: tokens per second of B requests of 128 tokens, canvas of 128 (32 for B = 8),
-        2 tokens a step, on LLaDA-8B's shape, over recomputing everything. elastic_probe is elastic
-        that never refreshes, so what watching attention costs beside never. With random weights
-        attention does not drift as a trained model's does, so elastic itself is not measured.
+`tools/gpu_check.py` runs all parts in this order, each with a time limit.
 
-Limits. Needs an NVIDIA GPU with 80 GB. Stock vLLM is faster with FlashAttention than with Triton.
+stack     attention_error: FlashAttention over a paged cache against float64, relative.
+identity  keep1_same_as_stock: share of requests with stock's tokens, also with Triton attention.
+          snap_kv_same_as_stock is below 1, or nothing is compressed. P_freed_blocks,
+          P_leaked_blocks: blocks given back by requests that go on, and blocks lost at the end.
+syncs     P_syncs: places of ours in a step that wait for the device.
+decode    P_decode_ratio_bB: new tokens per second of B requests over stock vLLM with full decode
+          graphs; P_prefill_ratio: of one prompt of 8,192 tokens. Llama-3.1-8B's shape, bfloat16.
+int4      the same with int4 weights under both.
+kernel    one layer of Llama-3.1-8B's attention, for B requests of N tokens, cskv at ratio 0.8:
+          kernel_ratio_bB_N, time of vLLM's Triton attention over raw keys and values over that of
+          ours over latents; kernel_bandwidth_share_bB_N and kernel_flops_share_bB_N, what ours
+          reads and computes per second over what a copy and a product of 8,192 x 8,192 do.
+          flash_ratio_bB_N: Triton's time over FlashAttention's. With _int4 too.
+latents   cskv_decode_ratio_bB, cskv_4bit_decode_ratio_bB over stock, cskv at ratio 0.8.
+pool      snap_kv_requests_ratio, snap_kv_tokens_ratio: requests at once and tokens per second over
+          stock in a pool for 8 full requests of 8,192 tokens, keep 0.25.
+denoise   P_ratio_bB: tokens per second of B requests of 128 tokens, canvas of 128 (32 for B = 8),
+          2 tokens a step, on LLaDA-8B's shape, over recomputing everything. elastic_probe is
+          elastic that never refreshes, so what watching attention costs beside never. With random
+          weights attention does not drift as a trained model's does: elastic is not measured.
+defaults  keep1_default_decode_ratio_bB: both with torch.compile, as `vllm serve` starts them.
+
+Limits. On a device with less than 120 GB the 8B shapes have 16 layers instead of 32.
 """
 
-import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from fractions import Fraction
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Options, Part, Result, alternate, cache_folder, main
+import torch
+
+from benchmarks.common import Options, Part, Result, main
 from benchmarks.cskv_kernel import kernel
-from benchmarks.diffusion_speed import DiffusionEngine
-from benchmarks.engine import Engine, in_process
-from benchmarks.kv_engine import KVEngine, policy, save_made_up_bases
+from benchmarks.gpu_engines import decode, defaults, denoise, identity, int4, latents, pool, syncs
 
-BATCHES = (8, 64)
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "bfloat16",
-}
-LLADA = {
-    "architectures": ["LLaDAModelLM"],
-    "model_type": "llada",
-    "d_model": 4096,
-    "n_layers": 32,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "mlp_hidden_size": 12288,
-    "vocab_size": 126464,
-    "embedding_size": 126464,
-    "mask_token_id": 126336,
-    "eos_token_id": 126081,
-    "pad_token_id": 126081,
-    "max_sequence_length": 4096,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "bfloat16",
-}
-STOCK = {"attention_backend": "TRITON_ATTN"}
-ENGINE: dict[str, Any] = {
-    "load_format": "dummy",
-    "skip_tokenizer_init": True,
-    "gpu_memory_utilization": 0.1,
-}
+_BLOCK, _HEADS, _KV_HEADS, _SIZE = 16, 32, 8, 128
 
 
-def decode(options: Options, result: Result) -> None:
-    """Fill decode_ratio_*."""
-    model = _folder("llama-8b-16", LLAMA)
-    bases = model / "kv.safetensors"
-    if not bases.is_file():
-        in_process(_make_bases, model, bases)
-    starts = {
-        "full": partial(KVEngine, plugin=False, **STOCK),
-        "cskv": partial(KVEngine, **policy("cskv", bases=str(bases))),
-        "cskv_int4": partial(KVEngine, **policy("cskv", bases=str(bases), bits=4)),
-    }
-    more = {
-        "enforce_eager": options.smoke,
-        "block_size": 32,
-        "max_model_len": 2048,
-        "enable_prefix_caching": True,
-        "max_num_batched_tokens": 8192,
-        "kv_cache_memory_bytes": 9 << 30,
-    }
-    with ExitStack() as stack:
-        engines = _together(stack, starts, model, **more)
-        for batch in BATCHES:
-            request = {"batch": batch, "prompt": 1950, "tokens": 50, "seed": options.seed}
-            speed = alternate(
-                list(engines),
-                options.rounds,
-                lambda name, ask=request: engines[name].ask("decode", **ask),
-                f"decode {batch}",
-            )
-            result.details[f"tokens_per_s_b{batch}"] = speed
-            for name, suffix in {"cskv": "", "cskv_int4": "_int4"}.items():
-                result.ratio(f"decode_ratio_b{batch}_2000{suffix}", speed[name], speed["full"])
+def stack(options: Options, result: Result) -> None:
+    """Fill attention_error, of one new token each after contexts of unequal length."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("FlashAttention needs an NVIDIA GPU")
+    import triton
+    import vllm
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    result.note(
+        "stack",
+        {
+            "device": torch.cuda.get_device_name(),
+            "bytes": torch.cuda.get_device_properties(0).total_memory,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "vllm": vllm.__version__,
+            "flash_attention": get_flash_attn_version(head_size=_SIZE),
+        },
+    )
+    torch.manual_seed(options.seed)
+    result.put("attention_error", _flash_error([7, 130, 1000, 2048]))
 
 
-def denoise(options: Options, result: Result) -> None:
-    """Fill P_ratio_bB."""
-    model = _folder("llada-8b", LLADA)
-    sections: dict[str, dict[str, Any]] = {
-        "fixed_period": {},
-        "dual_cache": {"block_length": 32},
-        "elastic": {"gamma": 0.0},
-    }
-    starts = {
-        name: partial(
-            DiffusionEngine,
-            additional_config={
-                "compress": {"diffusion": {"policy": name, "tokens_per_step": 2, **section}}
-            },
-            **STOCK,
+def _flash_error(lengths: list[int]) -> float:
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    draw: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    columns, requests = -(-max(lengths) // _BLOCK), len(lengths)
+    cache = torch.randn(2, requests * columns, _BLOCK, _KV_HEADS, _SIZE, **draw)
+    keys, values = cache
+    table = torch.randperm(requests * columns, device="cuda").int().view(requests, columns)
+    query = torch.randn(requests, _HEADS, _SIZE, **draw)
+    found = flash_attn_varlen_func(
+        q=query,
+        k=keys,
+        v=values,
+        cu_seqlens_q=torch.arange(requests + 1, device="cuda", dtype=torch.int32),
+        max_seqlen_q=1,
+        seqused_k=torch.tensor(lengths, device="cuda", dtype=torch.int32),
+        max_seqlen_k=max(lengths),
+        softmax_scale=_SIZE**-0.5,
+        causal=True,
+        block_table=table,
+        fa_version=get_flash_attn_version(head_size=_SIZE),
+    )
+    error = norm = 0.0
+    for row, length in enumerate(lengths):
+        k, v = (
+            side[table[row].long()].flatten(0, 1)[:length].double().repeat_interleave(4, 1)
+            for side in (keys, values)
         )
-        for name, section in sections.items()
-    }
-    asks = {
-        "full": ("fixed_period", {"compress_period": 1}),
-        "fixed_period": ("fixed_period", {}),
-        "never": ("fixed_period", {"compress_period": 1000}),
-        "dual_cache": ("dual_cache", {}),
-        "elastic_probe": ("elastic", {}),
-    }
-    with ExitStack() as stack:
-        more = {"max_num_batched_tokens": 4096, "kv_cache_memory_bytes": 2 << 30}
-        engines = _together(stack, starts, model, max_model_len=512, **more)
-        for batch, canvas in ((1, 128), (8, 32)):
-
-            def measure(name: str, batch: int = batch, canvas: int = canvas) -> float:
-                served, extra = asks[name]
-                shapes = [(128, canvas)] * batch
-                seen = engines[served].ask("denoise", shapes=shapes, seed=options.seed, extra=extra)
-                return seen["tokens_per_s"]
-
-            rates = alternate(list(asks), options.rounds, measure, f"denoise {batch}")
-            result.details[f"tokens_per_s_b{batch}"] = rates
-            for name in asks:
-                result.ratio(f"{name}_ratio_b{batch}", rates[name], rates["full"])
-
-
-def _together(
-    stack: ExitStack, starts: dict[str, Any], model: Path, **arguments: Any
-) -> dict[str, Engine]:
-    """Start engines side by side: a GPU machine has the cores, and each takes half a minute."""
-    with ThreadPoolExecutor() as pool:
-        begun = {
-            name: pool.submit(start, model, **(ENGINE | arguments))
-            for name, start in starts.items()
-        }
-        return {name: stack.enter_context(one.result()) for name, one in begun.items()}
-
-
-def _folder(name: str, config: dict[str, Any]) -> Path:
-    """A model's config; the weights are made up when it is loaded."""
-    folder = cache_folder() / f"{name}-r1"
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
-
-
-def _make_bases(model: Path, target: Path) -> None:
-    """Random bases of ratio 0.8, and as many random weights as name them."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoConfig
-
-    from kv_policies.latents.bases_header import SIDES, total_rank
-    from kv_policies.latents.low_rank import Factor
-    from vllm_plugin.kv_fingerprint import full_attention_layers
-
-    config = AutoConfig.from_pretrained(model)
-    layers, hidden = full_attention_layers(config), config.hidden_size
-    features = config.num_key_value_heads * hidden // config.num_attention_heads
-    weights = {
-        f"model.layers.{layer}.self_attn.{side[0]}_proj.weight": torch.randn(
-            features, hidden
-        ).bfloat16()
-        for layer in (0, len(layers) - 1)
-        for side in SIDES
-    }
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    ratio = Fraction(4, 5)
-    total = total_rank(ratio, features)
-    ranks = {"key": total // 2, "value": total - total // 2}
-    factors = {
-        (layer, side): Factor(
-            torch.randn(features, ranks[side]) / features**0.5,
-            torch.randn(ranks[side], features) / ranks[side] ** 0.5,
-            torch.randn(features),
-        )
-        for layer in layers
-        for side in SIDES
-    }
-    save_made_up_bases(model, ratio, factors, target)
+        weights = (torch.einsum("hd,nhd->hn", query[row].double(), k) * _SIZE**-0.5).softmax(-1)
+        want = torch.einsum("hn,nhd->hd", weights, v)
+        error += float((found[row] - want).square().sum())
+        norm += float(want.square().sum())
+    return (error / norm) ** 0.5
 
 
 PARTS = {
+    "stack": Part(("attention_error",), stack),
+    "identity": Part(("keep1_same_as_stock", "snap_kv_same_as_stock"), identity),
+    "syncs": Part(("snap_kv_syncs",), syncs),
+    "decode": Part(("keep1_decode_ratio_b1", "snap_kv_decode_ratio_b1"), decode),
+    "int4": Part(("keep1_int4_decode_ratio_b1", "snap_kv_int4_decode_ratio_b1"), int4),
     "kernel": Part(("kernel_ratio_b8_2048", "kernel_ratio_b8_2048_int4"), kernel),
-    "decode": Part(("decode_ratio_b8_2000", "decode_ratio_b8_2000_int4"), decode),
+    "latents": Part(("cskv_decode_ratio_b8", "cskv_4bit_decode_ratio_b8"), latents),
+    "pool": Part(("snap_kv_requests_ratio", "snap_kv_tokens_ratio"), pool),
     "denoise": Part(("fixed_period_ratio_b1", "never_ratio_b1"), denoise),
+    "defaults": Part(("keep1_default_decode_ratio_b1",), defaults),
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine's side of the KV benchmarks: what the scheduler, the builders and the sampler do."""
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,7 +57,8 @@ class KVChild(Child):
     """One engine and what the KV benchmarks ask of it."""
 
     def started(self) -> dict[str, Any]:
-        """Adds the KV cache: ``blocks`` of the pool, its bytes, and its groups."""
+        """Adds the KV cache: ``blocks`` of the pool, its bytes, and its groups, the attention
+        backend of each, and the CUDA graphs that vLLM settled on."""
         cache = self._scheduler.kv_cache_config
         groups = [
             {
@@ -71,6 +73,8 @@ class KVChild(Child):
             "blocks": cache.num_blocks,
             "pool_bytes": self.llm.collective_rpc(_cache_bytes)[0],
             "groups": groups,
+            "backends": self.llm.collective_rpc(_backends)[0],
+            "graphs": str(self.engine.vllm_config.compilation_config.cudagraph_mode),
         }
 
     def run(self, lengths: Sequence[int], tokens: int, seed: int) -> dict[str, Any]:
@@ -143,6 +147,17 @@ class KVChild(Child):
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         return [o.outputs[0].text for o in self.llm.generate(inputs, sampling, use_tqdm=False)]
 
+    def texts(self, lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
+        """The greedy continuation of a random prompt of each length, served together."""
+        draw = random.Random(seed)
+        prompts = [[draw.randrange(self.vocabulary) for _ in range(size)] for size in lengths]
+        sampling = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
     def forced_nats(self, windows: list[list[int]], context: int) -> list[list[float]]:
         """Negative log-likelihood of each token after the first ``context``, measured in decode.
 
@@ -184,6 +199,11 @@ def _cache_bytes(worker: Any) -> int:
     """What is really allocated: layers of several groups share storage."""
     storages = [cache.untyped_storage() for cache in worker.model_runner.kv_caches]
     return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+
+
+def _backends(worker: Any) -> list[str]:
+    groups = worker.model_runner.attn_groups
+    return [group.backend.__name__ for of_cache in groups for group in of_cache]
 
 
 def _builders(worker: Any) -> list[Any]:

@@ -131,7 +131,7 @@ def _made(command: str, model: Path, suffix: str, *options: str) -> Path:
             text=True,
         )
         if told.returncode or not target.is_file():
-            raise NotMeasured(f"vllm-compress {command}: {_last_line(told.stdout)}")
+            raise NotMeasured(f"vllm-compress {command}: {last_line(told.stdout)}")
     return target
 
 
@@ -215,10 +215,10 @@ def reported(failed: dict[str, str], name: str) -> Iterator[None]:
     try:
         yield
     except (EngineFailed, NotMeasured) as error:
-        failed[name] = _last_line(str(error))
+        failed[name] = last_line(str(error))
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     """The last line that names an error, else the last one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
     errors = [line for line in lines if "Error" in line.partition(":")[0]]

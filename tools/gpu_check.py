@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check on a GPU what the CPU tests cannot show, most valuable first, in about ten minutes.
+
+    .venv/bin/python tools/gpu_check.py [--dry-run] [--part NAME ...] [--seconds 600] [--out FILE]
+
+Each part of `benchmarks.gpu` runs in a process of its own with a time limit, and writes each figure
+to a file of JSON lines as soon as it is measured: a part that hangs or breaks costs only itself.
+`--dry-run` runs every part shrunk, on a CPU too, where parts that need a GPU say so. The exit
+status is 1 when a part failed or ran out of time.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Seconds that a part may take. A start of engines is about 30 of them. ``tests`` are the project's.
+LIMITS = {
+    "stack": 60,
+    "identity": 120,
+    "decode": 150,
+    "int4": 120,
+    "tests": 60,
+    "kernel": 75,
+    "pool": 100,
+    "syncs": 60,
+    "latents": 100,
+    "denoise": 110,
+    "defaults": 120,
+}
+# What issue and README ask of a GPU: (the least, what a figure should be).
+TARGETS = {
+    "keep1_same_as_stock": 1.0,
+    "keep1_decode_ratio_b1": 0.98,
+    "keep1_decode_ratio_b8": 0.98,
+    "keep1_decode_ratio_b64": 0.98,
+    "snap_kv_int4_decode_ratio_b1": 0.97,
+    "snap_kv_requests_ratio": 2.5,
+    "snap_kv_tokens_ratio": 1.8,
+}
+TESTS = ("tests/vllm_plugin/kv_cache/test_latent_triton.py",)
+
+
+def run_part(name: str, seconds: float, lines: Path, dry: bool, rounds: int) -> dict[str, Any]:
+    """Run one part and kill it, with all that it started, when its time is over.
+
+    Args:
+        name: A key of ``LIMITS``.
+        seconds: Its limit.
+        lines: The file that the part appends its figures to.
+        dry: Whether to run it shrunk.
+        rounds: Alternations of contenders.
+
+    Returns:
+        The name, how it ended and the seconds it took.
+    """
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--lines", str(lines)]
+    command += ["--smoke"] if dry else ["--rounds", str(rounds)]
+    if name == "tests":
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+    begin = time.monotonic()
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, start_new_session=True
+    )
+    try:
+        ended = "ok" if process.wait(seconds) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        ended = "out of time"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return {"part": name, "ended": ended, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """All figures of the file as lines of text, with their targets."""
+    rows = []
+    for record in records:
+        if "key" in record:
+            value, target = record["value"], TARGETS.get(record["key"])
+            shown = record.get("why", "-") if value is None else f"{value:.4g}"
+            met = ""
+            if target is not None:
+                met = "met" if value is not None and value >= target else "missed"
+                met = f"  (target {target}: {met})"
+            rows.append(f"  {record['key']:<40} {shown}{met}")
+        elif "part" in record:
+            rows.append(f"{record['part']}: {record['ended']} in {record['seconds']} s")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    """Run the parts in order; print the table; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dry-run", action="store_true", help="every part shrunk, on a CPU too")
+    parser.add_argument("--part", action="append", choices=list(LIMITS), help="may be repeated")
+    parser.add_argument("--seconds", type=float, default=600, help="of all parts together")
+    parser.add_argument("--rounds", type=int, default=3, help="alternations of contenders")
+    parser.add_argument("--out", type=Path, help="file of JSON lines; appended to")
+    given = parser.parse_args()
+    today = datetime.datetime.now(datetime.UTC).date()
+    lines = given.out or ROOT / "benchmarks/results" / f"gpu-{today}.jsonl"
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    until, failed = time.monotonic() + given.seconds, False
+    for name in given.part or LIMITS:
+        limit = LIMITS[name] * (10 if given.dry_run else 1)
+        left = limit if given.dry_run else min(limit, until - time.monotonic())
+        if left < 10:
+            ended = {"part": name, "ended": "not run, no time was left", "seconds": 0}
+        else:
+            ended = run_part(name, left, lines.resolve(), given.dry_run, given.rounds)
+        failed |= ended["ended"] != "ok"
+        with lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(ended) + "\n")
+        print(ended, flush=True)
+    records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    print(table(records), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
