@@ -49,23 +49,20 @@ TARGETS = {
 TESTS = ("tests/vllm_plugin/kv_cache/test_latent_triton.py",)
 
 
-def run_part(name: str, seconds: float, lines: Path, dry: bool, rounds: int) -> dict[str, Any]:
-    """Run one part and kill it, with all that it started, when its time is over.
+def command(name: str, lines: Path, dry: bool, rounds: int) -> list[str]:
+    """Return the command of a part. It appends its figures to ``lines``."""
+    if name == "tests":
+        return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+    part = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--lines", str(lines)]
+    return [*part, "--smoke"] if dry else [*part, "--rounds", str(rounds)]
 
-    Args:
-        name: A key of ``LIMITS``.
-        seconds: Its limit.
-        lines: The file that the part appends its figures to.
-        dry: Whether to run it shrunk.
-        rounds: Alternations of contenders.
+
+def run_part(name: str, command: list[str], seconds: float) -> dict[str, Any]:
+    """Run one part and kill it, with all that it started, when its time is over.
 
     Returns:
         The name, how it ended and the seconds it took.
     """
-    command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--lines", str(lines)]
-    command += ["--smoke"] if dry else ["--rounds", str(rounds)]
-    if name == "tests":
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
     begin = time.monotonic()
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
@@ -118,7 +115,8 @@ def main() -> int:
         if left < 10:
             ended = {"part": name, "ended": "not run, no time was left", "seconds": 0}
         else:
-            ended = run_part(name, left, lines.resolve(), given.dry_run, given.rounds)
+            wanted = command(name, lines.resolve(), given.dry_run, given.rounds)
+            ended = run_part(name, wanted, left)
         failed |= ended["ended"] != "ok"
         with lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(ended) + "\n")
