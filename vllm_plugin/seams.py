@@ -58,11 +58,20 @@ SEAMS: dict[str, tuple[str, ...]] = {
     f"{_MANAGER}.find_longest_cache_hit": (
         *("block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec"),
     ),
+    "vllm.v1.attention.backend:AttentionBackend.validate_configuration": (
+        *("head_size", "dtype", "kv_cache_dtype", "block_size", "use_mla", "has_sink"),
+    ),
+    "vllm.v1.attention.backends.registry:register_backend": ("backend", "class_path"),
+    "vllm.v1.attention.selector:get_attn_spec_kind": (
+        *("use_mla", "has_sliding_window", "attn_type"),
+    ),
     "vllm.v1.attention.backend:AttentionMetadataBuilder.build": (
         *("common_prefix_len", "common_attn_metadata"),
     ),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": _UPDATE,
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward": _FORWARD,
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.do_kv_cache_update": _UPDATE,
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward": _FORWARD,
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update": _UPDATE,
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward": _FORWARD,
     "vllm._custom_ops:rotary_embedding": (

@@ -75,13 +75,15 @@ def ask_child(
 
 
 def kernel() -> dict[str, Any]:
-    """In a child: the attention that our layers are built on, by name where vLLM would choose.
+    """In a child: the attention that our layers are built on, by name where vLLM would not choose
+    it.
 
     Two engines say the same only with the same kernel.
     """
     from vllm.platforms import current_platform
 
-    return {} if current_platform.is_cpu() else {"attention_backend": "TRITON_ATTN"}
+    blackwell = current_platform.is_cuda() and current_platform.is_device_capability_family(100)
+    return {"attention_backend": "FLASH_ATTN"} if blackwell else {}
 
 
 def answer(content: Any) -> None:

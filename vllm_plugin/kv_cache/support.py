@@ -8,11 +8,11 @@ import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from compress_common.errors import CompressError, joined
 from vllm_plugin.compatibility import ENCODER, MLA, STATE, drop_wide_window, kv_model_problems
+from vllm_plugin.kv_cache.backends import choose_backend, name_cpu_backend
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_cache.latent import latent_problems, rope_of
 from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck
@@ -21,13 +21,6 @@ from vllm_plugin.settings import KVSettings
 
 _CPU_BLOCK = 32
 WORKER = "vllm_plugin.kv_cache.worker.CompressedWorker"
-# The name under which vLLM finds our attention backend, and its class. On a CPU, vLLM looks for
-# CPU_ATTN only.
-BACKEND = (
-    (AttentionBackendEnum.CPU_ATTN, "vllm_plugin.kv_cache.cpu.CPUBackend")
-    if current_platform.is_cpu()
-    else (AttentionBackendEnum.CUSTOM, "vllm_plugin.kv_cache.triton.TritonBackend")
-)
 
 
 def choose_engine_args(args: EngineArgs) -> None:
@@ -38,14 +31,11 @@ def choose_engine_args(args: EngineArgs) -> None:
     """
     if current_platform.is_cpu() and args.block_size is None:
         args.block_size = _CPU_BLOCK
-    if args.attention_backend is None and args.attention_config.backend is None:
-        # Named also where there is only one backend. vLLM caches its choice by name, so that an
-        # engine that ran in this process before would otherwise choose for this one.
-        args.attention_backend = BACKEND[0]
+    name_cpu_backend(args)
 
 
 def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
-    """Set our worker class and the check of requests.
+    """Set our worker class, the attention backend of compressed layers and the check of requests.
 
     Args:
         config: vLLM's own, of this engine.
@@ -64,7 +54,7 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
         problems += latent_problems(config)
     steps: list[Callable[[], object]] = [settings.build]
     if not model_problems:
-        steps.append(lambda: _layouts(settings, config))
+        steps += lambda: choose_backend(config), lambda: _layouts(settings, config)
     for step in steps:
         try:
             step()
@@ -145,8 +135,6 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
         f"--worker-cls {chosen_worker}: KV compression brings its own; remove the flag": (
             chosen_worker not in ("auto", WORKER)
         ),
-        f"--attention-backend {config.attention_config.backend}: KV compression needs "
-        f"its own; remove the flag": config.attention_config.backend != BACKEND[0],
         "the second model runner was never tested on a CPU; unset VLLM_USE_V2_MODEL_RUNNER": (
             current_platform.is_cpu() and config.use_v2_model_runner
         ),

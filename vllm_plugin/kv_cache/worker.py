@@ -12,7 +12,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_realtime
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
@@ -23,13 +22,13 @@ from kv_policies.latents.bases import Bases
 from kv_policies.latents.format import LatentFormat
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.workspace import Heads
-from vllm_plugin.kv_cache.backend import CompressedBuilder
+from vllm_plugin.kv_cache.backends import put_ours_behind
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.budget import bases_of, layouts_of
 from vllm_plugin.kv_cache.latent import latent_cache, latent_cache_type, rope_of
 from vllm_plugin.kv_cache.pages import Pages
 from vllm_plugin.kv_cache.spec import CompressedSpec
-from vllm_plugin.kv_cache.support import BACKEND, layer_problems
+from vllm_plugin.kv_cache.support import layer_problems
 from vllm_plugin.settings import parse_settings
 from vllm_plugin.transient import reserve
 
@@ -47,7 +46,7 @@ class CompressedWorker(PlatformWorker):
     batch: Batch | None = None
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        register_backend(*BACKEND)
+        self._backend = put_ours_behind(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -175,10 +174,10 @@ class CompressedWorker(PlatformWorker):
         """Give a group's builder and layers the batch, the policy, and their blocks."""
         assert self.batch is not None
         spec, builder = group.kv_cache_spec, group.get_metadata_builder()
-        if not isinstance(builder, CompressedBuilder):
+        if ".".join(group.backend.full_cls_name()) != self._backend:
             raise CompressError(
-                f"layers would be served by {type(builder).__name__}, which does not compress: an "
-                "engine without compress.kv ran in this process before; start a new process"
+                f"layers would be served by {group.backend.__name__}, not by {self._backend}: an "
+                "engine with other settings ran in this process before; start a new process"
             )
         if builder.kv_cache_spec.block_size != spec.layout.block_size:
             raise CompressError(

@@ -11,6 +11,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -24,6 +25,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from kv_policies.layout.tokens import TokenLayout
 from vllm_plugin.kv_cache.cpu import CPUBackend
+from vllm_plugin.kv_cache.flash import FlashBackend
 from vllm_plugin.kv_cache.manager import CompressedManager, register
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.triton import TritonBackend
@@ -104,11 +106,12 @@ def test_metadata_fields() -> None:
     ("ours", "theirs", "impl"),
     [
         (CPUBackend, CPUAttentionBackend, CPUAttentionBackendImpl),
+        (FlashBackend, FlashAttentionBackend, FlashAttentionImpl),
         (TritonBackend, TritonAttentionBackend, TritonAttentionImpl),
     ],
 )
 def test_backends(ours: type, theirs: type, impl: type) -> None:
-    """kv_cache/cpu.py, kv_cache/triton.py: the cache is written before forward is called"""
+    """kv_cache/cpu.py, flash.py, triton.py: the cache is written before forward is called"""
     assert theirs.forward_includes_kv_cache_update is False
     assert issubclass(ours.get_impl_cls(), impl)
     assert issubclass(ours.get_builder_cls(), theirs.get_builder_cls())

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of vLLM's attention backends the compressed layers run over.
+
+A compressed layer runs our classes over one of vLLM's backends (``flash.py``, ``triton.py``,
+``cpu.py``). On CUDA, vLLM's own checks choose among those in ``CHOICES``, by device, head size and
+type of numbers. Only layers with full attention are meant: sliding-window layers of the same model
+keep the backend that vLLM chooses for them.
+
+The choice is made at the config edge, where it can be refused, and is written to
+``attention_config.backend_per_kind``. The worker then puts our class behind it.
+"""
+
+from typing import Final
+
+import vllm.envs as envs
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.kv_cache_interface import KVCacheSpecKind
+
+from compress_common.errors import CompressError
+
+_FULL: Final = KVCacheSpecKind.FULL_ATTENTION.value
+_CPU: Final = "vllm_plugin.kv_cache.cpu.CPUBackend"
+# What vLLM's backends are on CUDA, best first, and our class for each. FLASHINFER, vLLM's choice on
+# Blackwell, is not among them: it plans from lengths on the host that count freed tokens.
+CHOICES: Final = {
+    AttentionBackendEnum.FLASH_ATTN: "vllm_plugin.kv_cache.flash.FlashBackend",
+    AttentionBackendEnum.TRITON_ATTN: "vllm_plugin.kv_cache.triton.TritonBackend",
+}
+_NAMES: Final = " or ".join(choice.name for choice in CHOICES)
+
+
+def name_cpu_backend(args: EngineArgs) -> None:
+    """On a CPU, name the only backend that there is, where the user named none.
+
+    vLLM caches its choice by name, so that an engine that ran in this process before would
+    otherwise choose for this one.
+    """
+    unset = args.attention_backend is None and args.attention_config.backend is None
+    if current_platform.is_cpu() and unset:
+        args.attention_backend = AttentionBackendEnum.CPU_ATTN
+
+
+def choose_backend(config: VllmConfig) -> None:
+    """Write the backend of compressed layers to an engine's config.
+
+    Raises:
+        CompressError: The backend that the user named is not in ``CHOICES``, or cannot serve this
+            model on this device; or none can.
+    """
+    if current_platform.is_cuda():
+        capability = current_platform.get_device_capability()
+        assert capability is not None
+        attention = config.attention_config
+        attention.backend_per_kind |= {_FULL: chosen(config, capability)}
+    elif (named := config.attention_config.backend) is not AttentionBackendEnum.CPU_ATTN:
+        raise CompressError(
+            f"--attention-backend {named and named.name}: on a CPU there is only CPU_ATTN; remove "
+            "the flag"
+        )
+
+
+def chosen(config: VllmConfig, capability: DeviceCapability) -> AttentionBackendEnum:
+    """The backend of compressed layers on a CUDA device; see ``choose_backend``.
+
+    Args:
+        config: vLLM's own, of this engine.
+        capability: Of the device.
+    """
+    attention = config.attention_config
+    named = attention.backend_per_kind.get(_FULL, attention.backend)
+    if named is not None and named not in CHOICES:
+        raise CompressError(
+            f"--attention-backend {named.name}: KV compression runs over {_NAMES}; name one of "
+            "these, or remove the flag"
+        )
+    wanted = CHOICES if named is None else (named,)
+    reasons = {backend: _reasons(backend, config, capability) for backend in wanted}
+    for backend, against in reasons.items():
+        if not against:
+            return backend
+    said = "; ".join(f"{name.name}: {', '.join(against)}" for name, against in reasons.items())
+    raise CompressError(
+        f"compressed layers need the attention backend {_NAMES}, and vLLM cannot use "
+        f"{'it' if named else 'them'} here ({said}); remove "
+        f"{'--attention-backend' if named else 'compress.kv'}"
+    )
+
+
+def _reasons(
+    backend: AttentionBackendEnum, config: VllmConfig, capability: DeviceCapability
+) -> list[str]:
+    """Why vLLM cannot use a backend, by its own check; empty where it can."""
+    model, cache = config.model_config, config.cache_config
+    wanted = AttentionSelectorConfig(
+        head_size=model.get_head_size(),
+        dtype=model.dtype,
+        kv_cache_dtype=cache.cache_dtype,
+        block_size=cache.block_size if cache.user_specified_block_size else None,
+        use_mm_prefix=model.is_mm_prefix_lm,
+        use_batch_invariant=envs.VLLM_BATCH_INVARIANT,
+    )
+    try:
+        with set_current_vllm_config(config):  # which version of FlashAttention, for instance
+            return backend.get_class().validate_configuration(
+                device_capability=capability, **wanted._asdict()
+            )
+    except (ImportError, OSError) as error:
+        return [f"{type(error).__name__}: {error}"]
+
+
+def put_ours_behind(config: VllmConfig) -> str:
+    """Make vLLM find our class for compressed layers, in a worker before it loads the model.
+
+    Returns:
+        The class, as ``module.name``.
+    """
+    if current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CPU_ATTN, _CPU)
+        return _CPU
+    return put_behind_custom(config)
+
+
+def put_behind_custom(config: VllmConfig) -> str:
+    """``put_ours_behind`` on CUDA: FLASH_ATTN and TRITON_ATTN stay vLLM's own."""
+    per_kind = config.attention_config.backend_per_kind
+    ours = CHOICES.get(per_kind[_FULL])
+    if ours is not None:  # else an earlier worker has changed this config already
+        register_backend(AttentionBackendEnum.CUSTOM, ours)
+        per_kind[_FULL] = AttentionBackendEnum.CUSTOM
+    return AttentionBackendEnum.CUSTOM.get_path()
