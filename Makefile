@@ -16,6 +16,8 @@ QUANT ?= smoothquant_plus
 CHECKED := --middleware vllm_plugin.stream_check.StreamCheck
 # Passed through to `vllm serve` or pytest, for instance ARGS="--max-num-seqs 8".
 ARGS ?=
+# Processes of `make test`. Each runs one engine at a time, which takes up to 2 GB.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-slow lint format clean
@@ -43,7 +45,7 @@ else
 endif
 
 test: setup  ## run the fast tests
-	@$(ACTIVATE) $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(ACTIVATE) $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: setup  ## run the slow tests: servers, whole models
 	@$(ACTIVATE) $(BIN)/python -m pytest -m slow $(ARGS)

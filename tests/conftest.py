@@ -20,6 +20,11 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: one thread each, and no server bound to the core of another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 # name -> (config class in transformers, what differs from SHARED). Each entry has something that a
