@@ -15,9 +15,13 @@ from compress_common.errors import CompressError, joined
 from vllm_plugin.commands.common import (
     SELF,
     AsJson,
+    CalibrationText,
+    Device,
     Model,
+    Plot,
     check_writable,
     out,
+    print_written,
     serve_command,
     whole_file,
 )
@@ -38,9 +42,7 @@ def calibrate_kv(
         str, typer.Option(help="share of each key and value that is saved: 0 or more, below 1")
     ],
     method: Annotated[str, typer.Option(help="KV policy: cskv")] = "cskv",
-    text: Annotated[
-        str, typer.Option(help="'self' (the model samples it), or a .txt or .jsonl file")
-    ] = SELF,
+    text: CalibrationText = SELF,
     samples: Annotated[
         int, typer.Option(help="texts: more are steadier; the last quarter is held out")
     ] = 24,
@@ -59,8 +61,8 @@ def calibrate_kv(
         Path | None,
         typer.Option("--out", help="the file (default: kv-bases-MODEL-RATIO.safetensors)"),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="also draw it: a .png, .svg or .pdf")] = None,
-    device: Annotated[str, typer.Option(help="where the model runs: cpu, cuda")] = "cpu",
+    plot: Plot = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Fit low-rank bases of keys and values, for the policy `cskv`.
@@ -108,11 +110,7 @@ def calibrate_kv(
         print(json.dumps(content))
     else:
         _print_table(bases, report)
-        for path in (target, plot):
-            if path:
-                out.print(f"written: {path}", highlight=False, soft_wrap=True)
-        command = serve_command(model, policy=method, bases=target)
-        out.print(f"serve it: {command}", markup=False, highlight=False, soft_wrap=True)
+        print_written(serve_command(model, policy=method, bases=target), target, plot)
 
 
 def _checked(ratio: str, method: str, objective: str) -> tuple[Fraction, "Objective"]:

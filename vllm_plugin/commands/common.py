@@ -32,6 +32,11 @@ Policy = Annotated[str | None, typer.Option(help="KV policy: see `vllm-compress 
 Keep = Annotated[str | None, typer.Option(help="share of the KV cache that stays, in (0, 1]")]
 ProfileFile = Annotated[Path | None, typer.Option(help="per-layer shares, in place of --keep")]
 BasesFile = Annotated[Path | None, typer.Option(help="low-rank bases, for cskv")]
+CalibrationText = Annotated[
+    str, typer.Option(help="'self' (the model samples it), or a .txt or .jsonl file")
+]
+Plot = Annotated[Path | None, typer.Option(help="also draw it: a .png, .svg or .pdf")]
+Device = Annotated[str, typer.Option(help="where the model runs: cpu, cuda")]
 AdditionalConfig = Annotated[
     str, typer.Option(help="as for `vllm serve`: a JSON object with a section 'compress'")
 ]
@@ -118,6 +123,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise CompressError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def print_written(command: str, *paths: Path | None) -> None:
+    """Print which files were written, and the command that serves with them. None is skipped."""
+    for path in paths:
+        if path:
+            out.print(f"written: {path}", highlight=False, soft_wrap=True)
+    out.print(f"serve it: {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def gib(size: float) -> str:

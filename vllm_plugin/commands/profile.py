@@ -11,9 +11,13 @@ from rich.table import Table
 from vllm_plugin.commands.common import (
     SELF,
     AsJson,
+    CalibrationText,
+    Device,
     Model,
+    Plot,
     check_writable,
     out,
+    print_written,
     serve_command,
     whole_file,
 )
@@ -28,9 +32,7 @@ if TYPE_CHECKING:
 def profile(
     model: Model,
     keep: Annotated[str, typer.Option(help="share of the KV cache that stays, above 0, up to 1")],
-    text: Annotated[
-        str, typer.Option(help="'self' (the model samples it), or a .txt or .jsonl file")
-    ] = SELF,
+    text: CalibrationText = SELF,
     samples: Annotated[int, typer.Option(help="texts: more are steadier")] = 4,
     length: Annotated[
         int, typer.Option(help="tokens per text; about as many as your prompts have is best")
@@ -43,8 +45,8 @@ def profile(
         Path | None,
         typer.Option("--out", help="the file (default: kv-profile-MODEL-KEEP.json)"),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="also draw it: a .png, .svg or .pdf")] = None,
-    device: Annotated[str, typer.Option(help="where the model runs: cpu, cuda")] = "cpu",
+    plot: Plot = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Measure which share of the KV cache each layer needs, for `prefix_kv` and other policies.
@@ -85,11 +87,7 @@ def profile(
         _print_json(made, target, plot)
     else:
         _print_table(made, attention)
-        for path in (target, plot):
-            if path:
-                out.print(f"written: {path}", highlight=False, soft_wrap=True)
-        command = serve_command(model, policy="snap_kv", profile=target)
-        out.print(f"serve it: {command}", markup=False, highlight=False, soft_wrap=True)
+        print_written(serve_command(model, policy="snap_kv", profile=target), target, plot)
 
 
 def _print_json(made: "Profile", target: Path, plot: Path | None) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-compress calibrate-kv``: what it fits, what it writes, what it refuses."""
+"""``vllm-compress calibrate-kv``: what it fits and what it writes."""
 
 import json
-import sys
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from kv_policies.latents.bases_header import SIDES
 from kv_policies.latents.low_rank import relative_error
 from quant_methods.calibration import CalibrationSettings, calibration_tokens
 from quant_methods.checkpoint import Checkpoint
-from tests.support.generate import ROOT
-from vllm_plugin import cli
 from vllm_plugin.commands.profiling.kv_bases import make_bases, weights_digest
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 
@@ -27,27 +25,8 @@ QUICK = ("--samples", "8", "--length", "64")
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text((ROOT / "LICENSE").read_text(encoding="utf-8"))
-    return file
-
-
-@pytest.fixture
-def calibrate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Callable[..., tuple[int, str, str]]:
-    """``calibrate(arguments)``: exit code, output and errors of the command in ``tmp_path``."""
-    monkeypatch.chdir(tmp_path)
-
-    def calibrate(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vllm-compress", "calibrate-kv", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return calibrate
+def calibrate(run: Callable) -> Callable[..., tuple[int, str, str]]:
+    return partial(run, "calibrate-kv")
 
 
 def states_of(folder: Path, tokens: torch.Tensor) -> dict[tuple[int, str], torch.Tensor]:
@@ -164,93 +143,6 @@ def test_own_text_and_no_saving(calibrate: Callable, tiny_model: Callable[..., P
     made = Bases.load("own")
     assert made.header.calibration.text == "sampled by the model itself, seed 0"
     assert made.ranks(0) == (64, 64) and made.header.layers[0].key_error == 0
-
-
-def test_an_interrupted_write_leaves_the_old_file(
-    calibrate: Callable,
-    tiny_model: Callable[..., Path],
-    text: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def half(self: Bases, path: Path) -> None:
-        path.write_text("{")
-        raise KeyboardInterrupt
-
-    Path("old").write_text("old")
-    monkeypatch.setattr(Bases, "save", half)
-    code, _, errors = calibrate(
-        tiny_model("llama"), "--ratio", 0.5, *QUICK, "--text", text, "--out", "old"
-    )
-    assert code == 130
-    assert "interrupted" in errors
-    assert Path("old").read_text() == "old"
-    assert sorted(Path().iterdir()) == [Path("old"), Path("text.txt")]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (("--ratio", "1"), "a number in [0, 1), got 1"),
-        (("--ratio", "much"), "a number in [0, 1), got much"),
-        (("--method", "snap_kv"), "allowed: cskv"),
-        (("--objective", "beauty"), "allowed: reconstruction, attention"),
-        (("--samples", "3"), "3 samples are too few"),
-        (("--samples", "0"), "option.samples"),
-        (("--samples", "4", "--length", "16"), "48 tokens cannot tell 64 features apart"),
-        (("--length", "4000"), "exceeds the model's 2048 positions"),
-        (("--text", "missing.txt"), "missing.txt is not a file"),
-        (("--samples", "400"), "25600 are needed"),
-        (("--out", "missing/bases"), "writable folder"),
-        (("--plot", "plot.xyz"), "unknown kind of file"),
-        (("--device", "abacus"), "device 'abacus' cannot be used"),
-    ],
-)
-def test_bad_options_are_one_line(
-    calibrate: Callable,
-    tiny_model: Callable[..., Path],
-    text: Path,
-    arguments: tuple[str, ...],
-    expected: str,
-) -> None:
-    given = (tiny_model("llama"), "--ratio", "0.5", "--text", text, *QUICK, *arguments)
-    code, output, errors = calibrate(*given)
-    assert code == 1
-    [line] = [line for line in errors.splitlines() if "error: " in line]
-    assert expected in line
-    assert not output
-    assert sorted(Path().iterdir()) == [Path("text.txt")]
-
-
-def test_all_bad_options_are_listed(calibrate: Callable) -> None:
-    wrong = ("--ratio", "2", "--method", "prefix_kv", "--objective", "beauty")
-    code, _, errors = calibrate("/no/such/model", *wrong)
-    assert code == 1
-    assert "3 problems" in errors
-    code, _, errors = calibrate(
-        "/no/such/model", "--ratio", "0.5", "--out", "a/b", "--plot", "c/d.png"
-    )
-    assert "2 problems" in errors and "a/b" in errors and "c/d.png" in errors
-    code, _, errors = calibrate("/no/such/model", "--ratio", "0.5")
-    assert code == 1
-    assert "does not exist" in errors
-
-
-@pytest.mark.parametrize(
-    ("arch", "config", "expected"),
-    [
-        ("mistral", {"sliding_window": 64}, "no layer with full attention"),
-        ("llama", {"kv_lora_rank": 16}, "multi-head latent attention"),
-        ("llama", {"is_encoder_decoder": True}, "encoder-decoder"),
-        ("llama", {"num_kv_shared_layers": 1}, "share the KV cache"),
-        ("llama", {"attn_logit_softcapping": 50.0}, "caps its attention scores"),
-    ],
-)
-def test_unfit_models_are_refused(
-    tiny_model: Callable[..., Path], arch: str, config: dict, expected: str
-) -> None:
-    folder = tiny_model(arch, **config)
-    with pytest.raises(CompressError, match=expected):
-        make_bases(str(folder), Fraction(1, 2), CalibrationSettings())
 
 
 def test_unknown_architectures_are_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line as users run it, in processes of its own."""
+"""``quantize``, ``methods`` and ``eval`` as users run them."""
 
 import io
 import json
@@ -14,50 +14,52 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from compress_common.errors import CompressError
+from vllm_plugin import cli
+
+COMMAND = (sys.executable, "-m", "vllm_plugin.cli")
 QUICK = ("--samples", "2", "--length", "16", "--group-size", "64")
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    environment = os.environ | {"VLLM_COMPRESS_CACHE": str(tmp_path / "cache"), "COLUMNS": "200"}
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "vllm_plugin.cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=300,
-        )
-
-    return run
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
 
 
-def test_quantize_prints_a_table_and_json(
-    run: Callable, tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
-    source = tiny_model("llama")
-    done = run("quantize", source, "--out", tmp_path / "a", *QUICK)
+def test_quantize_prints_a_table(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """As users run it, in a process of its own."""
+    done = subprocess.run(
+        [*COMMAND, "quantize", tiny_model("llama"), "--out", tmp_path / "a", *QUICK],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert "needs about" in done.stderr
     assert "smoothquant_plus (compressed-tensors)" in done.stdout
     assert "KL, nats per token" in done.stdout
-    done = run("quantize", source, "--out", tmp_path / "b", *QUICK, "--set", "alpha=0.5", "--json")
-    report = json.loads(done.stdout)
+
+
+def test_quantize_prints_json(run: Callable, tiny_model: Callable[..., Path]) -> None:
+    arguments = ("--out", "int4", *QUICK, "--set", "alpha=0.5", "--json")
+    code, output, errors = run("quantize", tiny_model("llama"), *arguments)
+    assert code == 0, errors
+    report = json.loads(output)
     assert report["alpha"] == 0.5
     assert report["settings"]["group_size"] == 64
 
 
 def test_methods_and_help(run: Callable) -> None:
-    rows = json.loads(run("methods", "--json").stdout)
+    rows = json.loads(run("methods", "--json")[1])
     assert rows["weights"]["smoothquant_plus"]["at_load"]
     assert rows["weights"]["smoothquant_plus"]["settings"]["alpha"]["default"] is None
     assert rows["kv"]["prefix_kv"]["needs_profile"]
     assert rows["kv"]["snap_kv"]["settings"]["window"]["default"] == 16
-    table = run("methods").stdout
+    _, table, _ = run("methods")
     assert "alpha" in table
     assert "snap_kv" in table
-    help_text = run("quantize", "--help").stdout
+    _, help_text, _ = run("quantize", "--help")
     assert "Example" in help_text
     assert "--calibration" in help_text
 
@@ -76,37 +78,27 @@ def test_methods_and_help(run: Callable) -> None:
     ],
 )
 def test_bad_options_are_one_message(
-    run: Callable,
-    tiny_model: Callable[..., Path],
-    tmp_path: Path,
-    arguments: tuple[str, ...],
-    expected: str,
+    run: Callable, tiny_model: Callable[..., Path], arguments: tuple[str, ...], expected: str
 ) -> None:
-    done = run("quantize", tiny_model("llama"), "--out", tmp_path / "out", *arguments)
-    assert done.returncode != 0
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    code, output, errors = run("quantize", tiny_model("llama"), "--out", "out", *arguments)
+    assert code != 0
+    assert expected in errors
+    assert "Traceback" not in errors + output
+    assert not Path("out").exists()
 
 
-def test_debug_shows_the_traceback(run: Callable, tmp_path: Path) -> None:
-    done = run("quantize", tmp_path / "missing", "--out", tmp_path / "out", "--debug")
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr
+def test_debug_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So that Python shows the traceback."""
+    line = ["quantize", str(tmp_path / "missing"), "--out", str(tmp_path / "out"), "--debug"]
+    monkeypatch.setattr(sys, "argv", ["vllm-compress", *line])
+    with pytest.raises(CompressError, match="does not exist"):
+        cli.main()
 
 
 def test_interrupt_leaves_no_target(demo_model: Path, tmp_path: Path) -> None:
+    """While it writes; `rtn` needs no calibration before that."""
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "vllm_plugin.cli",
-            "quantize",
-            demo_model,
-            "--out",
-            tmp_path / "out",
-        ],
-        env=os.environ | {"VLLM_COMPRESS_CACHE": str(tmp_path / "cache")},
+        [*COMMAND, "quantize", demo_model, "--method", "rtn", "--out", tmp_path / "out"],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -123,25 +115,22 @@ def test_interrupt_leaves_no_target(demo_model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_eval_compares_models(
-    run: Callable, tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
-    model = tiny_model("llama")
-    text = tmp_path / "text.txt"
+def test_eval_compares_models(run: Callable, tiny_model: Callable[..., Path]) -> None:
+    model, text = tiny_model("llama"), Path("text.txt")
     text.write_text("The light of the sun is white. " * 40)
     engine = {"enforce_eager": True, "gpu_memory_utilization": 0.2}
     engine["kv_cache_memory_bytes"] = 1 << 27
-    done = run(
+    code, output, errors = run(
         *("eval", model, f"{model}@rtn", "--text", text, "--windows", 2, "--length", 32),
         *("--batch", 2, "--engine-args", json.dumps(engine), "--json"),
     )
-    assert done.returncode == 0, done.stderr
-    first, second = json.loads(done.stdout)
+    assert code == 0, errors
+    first, second = json.loads(output)
     assert first["nats_difference"] == 0
     assert second["standard_error"] > 0
     assert second["nats"] == pytest.approx(first["nats"] + second["nats_difference"])
-    short = run("eval", model, "--text", text, "--windows", 2000)
-    assert "give a longer text" in short.stderr
+    _, _, errors = run("eval", model, "--text", text, "--windows", 2000)
+    assert "give a longer text" in errors
 
 
 def test_eval_names_models_at_80_columns() -> None:

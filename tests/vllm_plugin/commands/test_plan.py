@@ -14,7 +14,6 @@ import pytest
 from tests.support.generate import SINGLE_PROCESS, answer, ask_child
 from tests.support.kv_engine import ENGINE
 from tests.support.kv_prompts import text_prompts
-from vllm_plugin.cli import main
 
 PROMPT, CONTEXT = 1575, 1800  # seven eighths of it are prompt, as the self-check assumes
 # Bytes do not depend on how well it is calibrated.
@@ -25,17 +24,12 @@ SECTION = {
 
 
 @pytest.fixture
-def plan(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str]]:
+def plan(run: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str]]:
     """Run the command; its exit code and all that it printed."""
 
-    def plan(*arguments: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["vllm-compress", "plan", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out + printed.err
+    def plan(*arguments: object) -> tuple[int, str]:
+        code, output, errors = run("plan", *arguments)
+        return code, output + errors
 
     return plan
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-compress profile``: what it measures, what it writes, what it refuses."""
+"""``vllm-compress profile``: what it measures and what it writes."""
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,39 +13,17 @@ import torch
 import transformers
 
 from compress_common.errors import CompressError
-from kv_policies.budget.profile import Profile, load
+from kv_policies.budget.profile import load
 from quant_methods import planning
-from quant_methods.calibration import CalibrationSettings
-from vllm_plugin import cli
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, attention_of, register
-from vllm_plugin.commands.profiling.kv_profile import make_profile
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 
 QUICK = ("--samples", "2", "--length", "48")
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text("The light of the sun is white, and made of all colours. " * 40)
-    return file
-
-
-@pytest.fixture
-def profile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Callable[..., tuple[int, str, str]]:
-    """``profile(arguments)``: exit code, output and errors of the command, run in ``tmp_path``."""
-    monkeypatch.chdir(tmp_path)
-
-    def profile(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vllm-compress", "profile", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return profile
+def profile(run: Callable) -> Callable[..., tuple[int, str, str]]:
+    return partial(run, "profile")
 
 
 @pytest.mark.parametrize(
@@ -136,75 +114,6 @@ def test_own_text(
     assert code == 0, errors
 
 
-def test_an_interrupted_write_leaves_the_old_file(
-    profile: Callable,
-    tiny_model: Callable[..., Path],
-    text: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def half(self: Profile, path: Path) -> None:
-        path.write_text("{")
-        raise KeyboardInterrupt
-
-    Path("old.json").write_text("old")
-    monkeypatch.setattr(Profile, "save", half)
-    arguments = ("--keep", 0.5, *QUICK, "--text", text, "--out", "old.json")
-    code, _, errors = profile(tiny_model("llama"), *arguments)
-    assert code == 130
-    assert "interrupted" in errors
-    assert Path("old.json").read_text() == "old"
-    assert sorted(Path().iterdir()) == [Path("old.json"), Path("text.txt")]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (("--keep", "0"), "must be in (0, 1], got 0"),
-        (("--keep", "1.5"), "must be in (0, 1], got 1.5"),
-        (("--keep", "much"), "must be a number"),
-        (("--keep", "0.01"), "raise the length to at least 100"),
-        (("--samples", "0"), "option.samples"),
-        (("--length", "4000"), "exceeds the model's 2048 positions"),
-        (("--text", "missing.txt"), "missing.txt is not a file"),
-        (("--text", "text.txt", "--samples", "400"), "19200 are needed"),
-        (("--levels", "3"), "2 layers cannot be cut into 3 levels"),
-        (("--out", "missing/profile.json"), "writable folder"),
-        (("--plot", "plot.xyz"), "unknown kind of file"),
-        (("--device", "abacus"), "device 'abacus' cannot be used"),
-    ],
-)
-def test_bad_options_are_one_line(
-    profile: Callable,
-    tiny_model: Callable[..., Path],
-    text: Path,
-    arguments: tuple[str, ...],
-    expected: str,
-) -> None:
-    code, output, errors = profile(tiny_model("llama"), "--keep", "0.5", *QUICK, *arguments)
-    assert code == 1
-    [line] = [line for line in errors.splitlines() if "error: " in line]
-    assert expected in line
-    assert not output
-    assert sorted(Path().iterdir()) == [Path("text.txt")]
-
-
-@pytest.mark.parametrize(
-    ("arch", "config", "expected"),
-    [
-        ("mistral", {"sliding_window": 64}, "no layer with full attention"),
-        ("llama", {"kv_lora_rank": 16}, "multi-head latent attention"),
-        ("llama", {"is_encoder_decoder": True}, "encoder-decoder"),
-        ("llama", {"num_kv_shared_layers": 1}, "share the KV cache"),
-    ],
-)
-def test_unfit_models_are_refused(
-    tiny_model: Callable[..., Path], arch: str, config: dict, expected: str
-) -> None:
-    folder = tiny_model(arch, **config)
-    with pytest.raises(CompressError, match=expected):
-        make_profile(str(folder), Fraction(1, 2), CalibrationSettings())
-
-
 def test_other_attention_is_refused() -> None:
     sizes = {"num_hidden_layers": 2, "vocab_size": 64, "head_dim": 16}
     sizes |= {"hidden_size": 32, "intermediate_size": 32}
@@ -217,18 +126,6 @@ def test_other_attention_is_refused() -> None:
         )
         with pytest.raises(CompressError, match=found):
             attention_of(network, torch.zeros(1, 2, dtype=torch.int64), (1,))
-
-
-def test_missing_model_and_missing_matplotlib(
-    profile: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, _, errors = profile("/no/such/model", "--keep", 0.5)
-    assert code == 1
-    assert "does not exist" in errors
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, _, errors = profile("/no/such/model", "--keep", 0.5, "--plot", "p.png")
-    assert code == 1
-    assert "pip install 'vllm-compress-plugin[plot]'" in errors
 
 
 def test_config_without_architectures_or_head_dim() -> None:
