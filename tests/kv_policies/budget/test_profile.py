@@ -9,18 +9,9 @@ import pytest
 
 from compress_common.errors import CompressError
 from kv_policies.budget.profile import Profile, Provenance, load
-from kv_policies.model_file import ModelFingerprint
+from tests.support.kv_files import fingerprint
 
-MODEL = ModelFingerprint(
-    name="tiny",
-    architecture="LlamaForCausalLM",
-    num_hidden_layers=6,
-    hidden_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=100,
-)
+MODEL = fingerprint(num_hidden_layers=6)
 FRACTIONS = tuple(Fraction(n, 1000) for n in (700, 300, 100, 150, 50, 200))
 
 
@@ -107,13 +98,13 @@ def test_cut_keeps_the_budget() -> None:
 def test_another_model_is_refused_with_every_difference(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     profile().save(path)
-    renamed = MODEL.model_copy(update={"name": "/models/my-tiny"})
+    renamed = fingerprint(num_hidden_layers=6, name="/models/my-tiny")
     assert load(path, renamed).model.name == "tiny"
-    other = MODEL.model_copy(update={"num_hidden_layers": 8, "head_dim": 32, "name": "big"})
+    other = fingerprint(num_hidden_layers=8, head_dim=32, name="big")
     with pytest.raises(CompressError) as caught:
         load(path, other)
     text = str(caught.value)
-    assert "2 problems" in text and "num_hidden_layers is 6" in text and "head_dim is 16" in text
+    assert "2 problems" in text and "num_hidden_layers is 6" in text and "head_dim is 8" in text
     assert "vllm-compress profile big" in text
     with pytest.raises(CompressError, match="layers 0-5, the engine compresses 0-1, 5"):
         load(path, MODEL, layers=[0, 1, 5])

@@ -21,18 +21,10 @@ from kv_policies.latents.bases_header import (
     total_rank,
 )
 from kv_policies.latents.low_rank import Factor
-from kv_policies.model_file import Calibration, ModelFingerprint
+from kv_policies.model_file import Calibration
+from tests.support.kv_files import fingerprint
 
-MODEL = ModelFingerprint(
-    name="tiny",
-    architecture="LlamaForCausalLM",
-    num_hidden_layers=3,
-    hidden_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=100,
-)
+MODEL = fingerprint()
 CALIBRATION = Calibration(
     tool_version="0.1.0", created="2026-01-01T00:00:00Z", text="t", samples=3, sample_tokens=9
 )
@@ -141,8 +133,8 @@ def test_those_who_serve_may_read_it(file: Path, tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused_with_every_difference(file: Path) -> None:
-    assert Bases.load(file, MODEL.model_copy(update={"name": "/models/tiny"})).layers == (0, 1, 2)
-    other = MODEL.model_copy(update={"num_hidden_layers": 8, "head_dim": 32, "name": "big"})
+    assert Bases.load(file, fingerprint(name="/models/tiny")).layers == (0, 1, 2)
+    other = fingerprint(num_hidden_layers=8, head_dim=32, name="big")
     with pytest.raises(CompressError) as caught:
         Bases.load(file, other)
     text = str(caught.value)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Raw tokens and latents together are all tokens, each once, in blocks of the request's own."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
@@ -10,40 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_common.errors import CompressError
-from kv_policies.latents.format import LatentFormat
-from kv_policies.latents.plan import LatentView, fresh_blocks, plan_packing
+from kv_policies.latents.plan import LatentView, fresh_blocks
 from kv_policies.layout.latents import LatentBlocks, LatentLayout
 from kv_policies.layout.view import LiveView
-from tests.support.layout_sim import Sim, live, step_of
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> tuple[LatentLayout, int]:
-    """A layout, and the tokens of which latents are written at once."""
-    block_size = draw(st.integers(2, 8))
-    unit = block_size * draw(st.integers(1, 3))
-    written = draw(st.sampled_from([size for size in range(1, unit + 1) if unit % size == 0]))
-    tokens = -(-(block_size + draw(st.integers(1, 40))) // written) * written
-    layout = LatentLayout(
-        block_size,
-        tokens,
-        unit,
-        window=unit * draw(st.integers(0, 3)),
-        min_prompt=block_size * draw(st.integers(0, 6)),
-        recent=block_size * draw(st.integers(0, 2)),
-    )
-    return layout, written
-
-
-@dataclass(frozen=True)
-class Unit(LatentFormat):
-    """A format that writes any number of tokens at once."""
-
-    size: int = 1
-
-    @property
-    def unit(self) -> int:
-        return self.size
+from tests.kv_policies.layout.sims import latent_layouts
+from tests.support.layout_sim import step_of
 
 
 def latent_blocks(layout: LatentLayout, n: list[int], c: list[int]) -> LatentBlocks:
@@ -95,76 +64,6 @@ def test_bad_arguments_are_listed_at_once() -> None:
     assert "5 problems" in str(caught.value)
 
 
-class LatentSim(Sim[LatentLayout]):
-    """Latents of a token are told from its raw content by name only."""
-
-    written: int
-
-    def attend(self, c: int, q: int) -> None:
-        table, step = torch.tensor([self.table]), step_of((self.n, c, q))
-        view, seen_ = LiveView(self.layout).update(step, table, torch.tensor([c + q]))
-        seen = int(seen_)
-        found: list[object] = []
-        reading = LatentView(self.layout).update(step, table, view)
-        if reading is not None:
-            held = reading.held
-            rows = (x[0].tolist() for x in (reading.blocks, held.first, held.count))
-            for block, first, count in zip(*rows, strict=True):
-                assert self.blocks[block][:count] == [("latent", first + i) for i in range(count)]
-                found += range(first, first + count)
-            assert held.longest == len(found)
-        bs = self.layout.block_size
-        blocks = view[0, : -(-seen // bs)].tolist()
-        raw = [token for block in blocks for token in self.blocks[block][:bs]][:seen]
-        assert all(kind == "raw" for kind, _ in raw)  # type: ignore[misc]
-        found += [position for _, position in raw]  # type: ignore[misc]
-        assert sorted(found) == list(range(c + q))  # type: ignore[type-var]
-        # Nothing is held but what is read, and what the step's end will free.
-        live = len(raw) // bs + (len(raw) % bs > 0) + (len(reading.blocks[0]) if reading else 0)
-        freed = sum(stop - first for first, stop in self.layout.freed(self.n, c))
-        assert live == -(-(c + q) // bs) - freed
-
-    def compact(self, c: int, q: int) -> None:
-        table, step = torch.tensor([self.table]), step_of((self.n, c, q))
-        form = Unit(1, 1, 16, self.layout.tokens, self.written)
-        packings = plan_packing(self.layout, form, table, step)
-        ending = list(self.layout.segments(self.n, c + q, after=c))
-        if packings is None:
-            assert not ending
-            return
-        (segment,), (packing,) = ending, packings.parts
-        fresh = {self.table[column] for column in range(*segment.destination)}
-        assert set(packing.fresh.tolist()) == fresh and len(packing.fresh) == len(fresh)
-        bs, size = self.layout.block_size, self.written
-        raw = packing.blocks.flatten().tolist()
-        source = [token for block in raw for token in self.blocks[block]]
-        first = int(packing.first[0])
-        assert (packing.first - first).tolist() == list(range(0, len(source), self.layout.unit))
-        assert source == [("raw", first + i) for i in range((segment.stop - segment.start) * bs)]
-        (tally,) = packings.tallies
-        assert tally.tokens == len(source) and tally.kept == len(fresh) * bs
-        for block in fresh:
-            self.blocks[block] = ["nothing"] * self.layout.tokens
-        rows = zip(packing.destination.tolist(), packing.slot.tolist(), strict=True)
-        for unit, (block, slot) in enumerate(rows):
-            assert block == self.own(self.table.index(block))
-            place = slice(slot * size, (slot + 1) * size)
-            assert self.blocks[block][place] == ["nothing"] * size
-            self.blocks[block][place] = [
-                ("latent", first + i) for i in range(unit * size, (unit + 1) * size)
-            ]
-
-
-@given(layouts(), st.integers(1, 70), st.integers(0, 2), st.data())
-@settings(deadline=None, max_examples=100)
-def test_every_interleaving_reads_every_token_once(
-    given_layout: tuple[LatentLayout, int], n: int, lag: int, data: st.DataObject
-) -> None:
-    sim = LatentSim(given_layout[0], n, lag)
-    sim.written = given_layout[1]
-    live(sim, data)
-
-
 REQUESTS = st.lists(
     st.tuples(st.integers(0, 90), st.integers(0, 250), st.integers(0, 130), st.booleans()),
     min_size=1,
@@ -172,7 +71,7 @@ REQUESTS = st.lists(
 )
 
 
-@given(layouts(), st.lists(REQUESTS, min_size=1, max_size=3))
+@given(latent_layouts(), st.lists(REQUESTS, min_size=1, max_size=3))
 @settings(deadline=None, max_examples=150)
 def test_a_batch_is_what_its_requests_are_alone(
     given_layout: tuple[LatentLayout, int], steps: list[list[tuple[int, int, int, bool]]]
@@ -216,15 +115,3 @@ def test_blocks_that_are_begun_are_cleared_of_requests_that_opted_out_too() -> N
     step = step_of((0, 8, 3), (0, 0, 0))
     blocks = fresh_blocks(LatentLayout(8, 16, 16), step, torch.arange(20).view(2, 10))
     assert blocks is not None and blocks.tolist() == [1]
-
-
-@given(layouts(), st.integers(1, 120), st.integers(1, 300))
-@settings(deadline=None)
-def test_the_full_blocks_of_a_prompt_tell_how_far_a_hit_may_reach(
-    given_layout: tuple[LatentLayout, int], n: int, longest: int
-) -> None:
-    layout = given_layout[0]
-    full = n // layout.block_size * layout.block_size
-    assert layout.cacheable(full, min(longest, n - 1)) <= layout.cacheable(n, n - 1)
-    if layout.first_destination(n) is None:
-        assert layout.cacheable(full, n - 1) == n - 1

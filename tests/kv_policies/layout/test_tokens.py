@@ -12,21 +12,8 @@ from kv_policies.layout.base import Segment
 from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.layout.view import LiveView
-from tests.support.layout_sim import Sim, live, live_columns, step_of
-
-KEEPS = st.fractions(min_value=Fraction(1, 60), max_value=1, max_denominator=60)
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> TokenLayout:
-    block_size = draw(st.integers(2, 8))
-    return TokenLayout(
-        block_size,
-        draw(KEEPS),
-        window=block_size * draw(st.integers(0, 5)),
-        min_blocks=draw(st.integers(1, 3)),
-        min_prompt=block_size * draw(st.integers(0, 6)),
-    )
+from tests.kv_policies.layout.sims import token_layouts
+from tests.support.layout_sim import live_columns, step_of
 
 
 def plain(layout: TokenLayout, n: int, c: int) -> list[Segment]:
@@ -98,18 +85,7 @@ def test_bad_arguments_are_listed_at_once() -> None:
         TokenLayout(1, Fraction(1))
 
 
-@given(layouts(), st.integers(1, 120), st.integers(1, 300))
-@settings(deadline=None)
-def test_the_full_blocks_of_a_prompt_tell_how_far_a_hit_may_reach(
-    layout: TokenLayout, n: int, longest: int
-) -> None:
-    full = n // layout.block_size * layout.block_size
-    assert layout.cacheable(full, min(longest, n - 1)) <= layout.cacheable(n, n - 1)
-    if layout.first_destination(n) is None:
-        assert layout.cacheable(full, n - 1) == n - 1
-
-
-@given(layouts(), st.integers(1, 120), st.integers(0, 300))
+@given(token_layouts(), st.integers(1, 120), st.integers(0, 300))
 @settings(deadline=None)
 def test_segments_are_disjoint_ordered_and_of_exact_size(
     layout: TokenLayout, n: int, c: int
@@ -132,7 +108,7 @@ def test_segments_are_disjoint_ordered_and_of_exact_size(
         assert not layout.freed(n, c)
 
 
-@given(layouts(), st.integers(1, 120), st.lists(st.integers(1, 60), min_size=1, max_size=12))
+@given(token_layouts(), st.integers(1, 120), st.lists(st.integers(1, 60), min_size=1, max_size=12))
 @settings(deadline=None)
 def test_any_chunking_ends_the_same_segments(
     layout: TokenLayout, n: int, chunks: list[int]
@@ -158,7 +134,7 @@ ROWS = st.lists(
 )
 
 
-@given(layouts(), st.lists(ROWS, min_size=1, max_size=4))
+@given(token_layouts(), st.lists(ROWS, min_size=1, max_size=4))
 @settings(deadline=None, max_examples=150)
 def test_a_batch_is_what_its_requests_are_alone(
     layout: TokenLayout, steps: list[list[tuple[int, int, int, bool]]]
@@ -222,59 +198,3 @@ def test_layouts_that_end_no_window_do_not_answer_for_those_that_do() -> None:
     step: Step = step_of((128, 128 + 63, 1))
     assert step.ending(keeps) is None
     assert step.ending(ends) is not None
-
-
-class TokenSim(Sim[TokenLayout]):
-    """Tokens are chosen by a number that each has."""
-
-    def attend(self, c: int, q: int) -> None:
-        view, seen = LiveView(self.layout).update(
-            step_of((self.n, c, q)), torch.tensor([self.table]), torch.tensor([c + q])
-        )
-        tokens = [token for block in view[0].tolist() for token in self.blocks[block]]
-        assert tokens[: int(seen)] == self.expected(c, q)
-
-    def expected(self, c: int, q: int) -> list[object]:
-        """What step [c, c + q) must see, from the rules in words: kept tokens, then raw ones."""
-        bs, lay = self.layout.block_size, self.layout
-        bounds = [(0, self.n // bs, self.n, self.n >= lay.min_prompt)]
-        at = -(-self.n // bs)
-        while lay.window and at * bs + lay.window <= c:
-            size = lay.window // bs
-            bounds.append((at, at + size, (at + size) * bs, True))
-            at += size
-        seen: list[object] = []
-        done = 0
-        for start, stop, ends, compacts in bounds:
-            if ends > c or lay.kept(stop - start) == stop - start or not compacts:
-                continue
-            seen += [("raw", p) for p in range(done, start * bs)]
-            seen += self.chosen(start, stop, lay.kept(stop - start))
-            done = stop * bs
-        return seen + [("raw", p) for p in range(done, c + q)]
-
-    def chosen(self, start: int, stop: int, kept: int) -> list[object]:
-        bs = self.layout.block_size
-        order = sorted(range(start * bs, stop * bs), key=lambda p: (p * 7919) % 101)
-        return [("raw", p) for p in sorted(order[: kept * bs])]
-
-    def compact(self, c: int, q: int) -> None:
-        bs = self.layout.block_size
-        for segment in self.layout.segments(self.n, c + q, after=c):
-            source = [
-                token
-                for column in range(segment.start, segment.stop)
-                for token in self.blocks[self.table[column]]
-            ]
-            kept = self.chosen(segment.start, segment.stop, segment.kept)
-            assert source == [("raw", p) for p in range(segment.start * bs, segment.stop * bs)]
-            for i, column in enumerate(range(*segment.destination)):
-                self.blocks[self.own(column)] = kept[i * bs : (i + 1) * bs]
-
-
-@given(layouts(), st.integers(1, 70), st.integers(0, 2), st.data())
-@settings(deadline=None, max_examples=100)
-def test_every_interleaving_reads_the_right_tokens(
-    layout: TokenLayout, n: int, lag: int, data: st.DataObject
-) -> None:
-    live(TokenSim(layout, n, lag), data)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two layouts drawn at random, and simulations of engines that use them."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from hypothesis import strategies as st
+
+from kv_policies.latents.format import LatentFormat
+from kv_policies.latents.plan import LatentView, plan_packing
+from kv_policies.layout.latents import LatentLayout
+from kv_policies.layout.tokens import TokenLayout
+from kv_policies.layout.view import LiveView
+from tests.support.layout_sim import Sim, step_of
+
+KEEPS = st.fractions(min_value=Fraction(1, 60), max_value=1, max_denominator=60)
+
+
+@st.composite
+def token_layouts(draw: st.DrawFn) -> TokenLayout:
+    block_size = draw(st.integers(2, 8))
+    return TokenLayout(
+        block_size,
+        draw(KEEPS),
+        window=block_size * draw(st.integers(0, 5)),
+        min_blocks=draw(st.integers(1, 3)),
+        min_prompt=block_size * draw(st.integers(0, 6)),
+    )
+
+
+@st.composite
+def latent_layouts(draw: st.DrawFn) -> tuple[LatentLayout, int]:
+    """A layout, and the tokens of which latents are written at once."""
+    block_size = draw(st.integers(2, 8))
+    unit = block_size * draw(st.integers(1, 3))
+    written = draw(st.sampled_from([size for size in range(1, unit + 1) if unit % size == 0]))
+    tokens = -(-(block_size + draw(st.integers(1, 40))) // written) * written
+    layout = LatentLayout(
+        block_size,
+        tokens,
+        unit,
+        window=unit * draw(st.integers(0, 3)),
+        min_prompt=block_size * draw(st.integers(0, 6)),
+        recent=block_size * draw(st.integers(0, 2)),
+    )
+    return layout, written
+
+
+class TokenSim(Sim[TokenLayout]):
+    """Tokens are chosen by a number that each has."""
+
+    def attend(self, c: int, q: int) -> None:
+        view, seen = LiveView(self.layout).update(
+            step_of((self.n, c, q)), torch.tensor([self.table]), torch.tensor([c + q])
+        )
+        tokens = [token for block in view[0].tolist() for token in self.blocks[block]]
+        assert tokens[: int(seen)] == self.expected(c, q)
+
+    def expected(self, c: int, q: int) -> list[object]:
+        """What step [c, c + q) must see, from the rules in words: kept tokens, then raw ones."""
+        bs, lay = self.layout.block_size, self.layout
+        bounds = [(0, self.n // bs, self.n, self.n >= lay.min_prompt)]
+        at = -(-self.n // bs)
+        while lay.window and at * bs + lay.window <= c:
+            size = lay.window // bs
+            bounds.append((at, at + size, (at + size) * bs, True))
+            at += size
+        seen: list[object] = []
+        done = 0
+        for start, stop, ends, compacts in bounds:
+            if ends > c or lay.kept(stop - start) == stop - start or not compacts:
+                continue
+            seen += [("raw", p) for p in range(done, start * bs)]
+            seen += self.chosen(start, stop, lay.kept(stop - start))
+            done = stop * bs
+        return seen + [("raw", p) for p in range(done, c + q)]
+
+    def chosen(self, start: int, stop: int, kept: int) -> list[object]:
+        bs = self.layout.block_size
+        order = sorted(range(start * bs, stop * bs), key=lambda p: (p * 7919) % 101)
+        return [("raw", p) for p in sorted(order[: kept * bs])]
+
+    def compact(self, c: int, q: int) -> None:
+        bs = self.layout.block_size
+        for segment in self.layout.segments(self.n, c + q, after=c):
+            source = [
+                token
+                for column in range(segment.start, segment.stop)
+                for token in self.blocks[self.table[column]]
+            ]
+            kept = self.chosen(segment.start, segment.stop, segment.kept)
+            assert source == [("raw", p) for p in range(segment.start * bs, segment.stop * bs)]
+            for i, column in enumerate(range(*segment.destination)):
+                self.blocks[self.own(column)] = kept[i * bs : (i + 1) * bs]
+
+
+@dataclass(frozen=True)
+class Unit(LatentFormat):
+    """A format that writes any number of tokens at once."""
+
+    size: int = 1
+
+    @property
+    def unit(self) -> int:
+        return self.size
+
+
+class LatentSim(Sim[LatentLayout]):
+    """Latents of a token are told from its raw content by name only."""
+
+    written: int
+
+    def attend(self, c: int, q: int) -> None:
+        table, step = torch.tensor([self.table]), step_of((self.n, c, q))
+        view, seen_ = LiveView(self.layout).update(step, table, torch.tensor([c + q]))
+        seen = int(seen_)
+        found: list[object] = []
+        reading = LatentView(self.layout).update(step, table, view)
+        if reading is not None:
+            held = reading.held
+            rows = (x[0].tolist() for x in (reading.blocks, held.first, held.count))
+            for block, first, count in zip(*rows, strict=True):
+                assert self.blocks[block][:count] == [("latent", first + i) for i in range(count)]
+                found += range(first, first + count)
+            assert held.longest == len(found)
+        bs = self.layout.block_size
+        blocks = view[0, : -(-seen // bs)].tolist()
+        raw = [token for block in blocks for token in self.blocks[block][:bs]][:seen]
+        assert all(kind == "raw" for kind, _ in raw)  # type: ignore[misc]
+        found += [position for _, position in raw]  # type: ignore[misc]
+        assert sorted(found) == list(range(c + q))  # type: ignore[type-var]
+        # Nothing is held but what is read, and what the step's end will free.
+        live = len(raw) // bs + (len(raw) % bs > 0) + (len(reading.blocks[0]) if reading else 0)
+        freed = sum(stop - first for first, stop in self.layout.freed(self.n, c))
+        assert live == -(-(c + q) // bs) - freed
+
+    def compact(self, c: int, q: int) -> None:
+        table, step = torch.tensor([self.table]), step_of((self.n, c, q))
+        form = Unit(1, 1, 16, self.layout.tokens, self.written)
+        packings = plan_packing(self.layout, form, table, step)
+        ending = list(self.layout.segments(self.n, c + q, after=c))
+        if packings is None:
+            assert not ending
+            return
+        (segment,), (packing,) = ending, packings.parts
+        fresh = {self.table[column] for column in range(*segment.destination)}
+        assert set(packing.fresh.tolist()) == fresh and len(packing.fresh) == len(fresh)
+        bs, size = self.layout.block_size, self.written
+        raw = packing.blocks.flatten().tolist()
+        source = [token for block in raw for token in self.blocks[block]]
+        first = int(packing.first[0])
+        assert (packing.first - first).tolist() == list(range(0, len(source), self.layout.unit))
+        assert source == [("raw", first + i) for i in range((segment.stop - segment.start) * bs)]
+        (tally,) = packings.tallies
+        assert tally.tokens == len(source) and tally.kept == len(fresh) * bs
+        for block in fresh:
+            self.blocks[block] = ["nothing"] * self.layout.tokens
+        rows = zip(packing.destination.tolist(), packing.slot.tolist(), strict=True)
+        for unit, (block, slot) in enumerate(rows):
+            assert block == self.own(self.table.index(block))
+            place = slice(slot * size, (slot + 1) * size)
+            assert self.blocks[block][place] == ["nothing"] * size
+            self.blocks[block][place] = [
+                ("latent", first + i) for i in range(unit * size, (unit + 1) * size)
+            ]
+
+
+@st.composite
+def token_sims(draw: st.DrawFn) -> TokenSim:
+    return TokenSim(draw(token_layouts()), n=draw(st.integers(1, 70)), lag=draw(st.integers(0, 2)))
+
+
+@st.composite
+def latent_sims(draw: st.DrawFn) -> LatentSim:
+    layout, written = draw(latent_layouts())
+    sim = LatentSim(layout, n=draw(st.integers(1, 70)), lag=draw(st.integers(0, 2)))
+    sim.written = written
+    return sim
