@@ -5,6 +5,7 @@
 parts that fit a ``Workspace``: some requests, some KV heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -164,11 +165,31 @@ def compact(work: Work, layer: Layer, query: torch.Tensor, scale: float) -> None
         _compact(part, layer, window_policy(layer.policy), query, scale)
 
 
-def _compact(part: Part, layer: Layer, policy: KVPolicy, query: torch.Tensor, scale: float) -> None:
+def compact_windows(windows: Sequence[Part], layers: Sequence[Layer]) -> None:
+    """Compact decode windows of some layers, at any time before their blocks are read again.
+
+    Args:
+        windows: The same for all layers: see ``Work``.
+        layers: Of one layout.
+    """
+    for layer in layers:
+        policy = window_policy(layer.policy)
+        for part in windows:
+            _compact(part, layer, policy)
+
+
+def _compact(
+    part: Part,
+    layer: Layer,
+    policy: KVPolicy,
+    query: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> None:
     slices = layer.space.heads(len(part.present), part.tokens, layer.heads.kv)
     per_head, needs = policy.capabilities.per_head, policy.capabilities.needs
     observed = keys = None
     if part.queries is not None:
+        assert query is not None
         seen = []
         for heads in slices:
             keys = _zeroed(layer.pages.keys(part.blocks, heads), part)

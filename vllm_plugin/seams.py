@@ -81,6 +81,17 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec": (),
     "vllm.v1.worker.gpu_worker:Worker.initialize_from_config": ("kv_cache_config",),
     "vllm.v1.worker.gpu_worker:Worker.execute_model": ("scheduler_output",),
+    # Which steps replay a CUDA graph: runner_v1, runner_v2.
+    "vllm.v1.worker.gpu_worker:Worker._make_model_runner": (),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": (
+        *("scheduler_output", "dummy_run"),
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._determine_batch_execution_and_padding": (
+        *("num_tokens", "num_reqs", "num_scheduled_tokens_np", "max_num_scheduled_tokens"),
+    ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.get_cudagraph_support": (
+        *("vllm_config", "kv_cache_spec"),
+    ),
     # diffusion/
     f"{_SCHEDULER}.schedule": ("throttle_prefills",),
     f"{_SCHEDULER}.update_from_output": ("scheduler_output", "model_runner_output"),

@@ -135,6 +135,11 @@ class KVSettings(BaseModel):
         policy = policies().get(self.policy)
         return policy is not None and policy.capabilities.content == "latents"
 
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether this engine's blocks come to hold latents: at keep 1 they never do."""
+        return self.latents and self.keep != 1
+
     def build(self) -> Policy:
         """The policy with its own settings; CompressError lists what is wrong with them."""
         return build_policy(self.policy, dict(self.model_extra or {}))

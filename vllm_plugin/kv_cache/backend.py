@@ -3,9 +3,16 @@
 
 ``CompressedBuilder`` and ``CompressedImpl`` are mixed in front of a backend's own builder and
 implementation, which do everything else.
+
+A CUDA graph of a decode step holds each layer's forward and nothing of the builder, which runs
+before each replay. So what the kernel reads is always in the same memory, and what forward does
+besides is not part of a decode step: prompts are compacted there, because that needs their queries,
+and a step that computes a prompt replays no decode graph (``runner_v1``, ``runner_v2``). Decode
+windows are compacted after the forward pass of all layers (``Batch.finish``).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +28,7 @@ from kv_policies.layout.view import LiveView
 from kv_policies.plan import Work, plan_step
 from kv_policies.workspace import Workspace
 from vllm_plugin.kv_cache.batch import Batch
+from vllm_plugin.settings import parse_settings
 
 _PARTS = "vllm_compress_parts"
 
@@ -35,7 +43,7 @@ class Part:
     Attributes:
         tokens: The step's tokens that take part, int64; None for all.
         metadata: What the backend's builder made of the live blocks.
-        work: What is compacted after attention.
+        work: What is compacted after attention, inside the forward pass.
         reading: The requests whose attention is over latents too. Its result takes the place of
             the kernel's, which is not asked where these are all requests.
     """
@@ -49,50 +57,60 @@ class Part:
 class CompressedBuilder:
     """Gives the backend's builder the live blocks only, and plans what is to be compacted.
 
-    The worker sets ``batch``, and ``policy`` and ``space`` where tokens are chosen or ``form``
-    where kept blocks are latents. Without them, as in profiling, nothing is compressed.
+    The worker sets ``batch``, and ``policy``, ``space`` and ``layers`` where tokens are chosen or
+    ``form`` and ``latents`` where kept blocks are latents. Without them, as in profiling, nothing
+    is compressed.
     """
 
     # A group of an equal spec would otherwise get this group's metadata with the raw table.
     supports_update_block_table = False
 
     kv_cache_spec: Any
+    vllm_config: Any
+    layer_names: list[str]
     batch: Batch | None = None
     policy: KVPolicy | None = None
     space: Workspace
+    layers: Sequence[Layer] = ()
     form: LatentFormat | None = None
-    fresh: torch.Tensor | None = None  # blocks to clear before this step writes
+    latents: Sequence[LatentCache] = ()
     _live: LiveView | None = None
     _latents: LatentView
 
     @classmethod
-    def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
-        # Compaction is Python in forward, and a last prompt chunk of one token has a decode's
-        # shape: a full graph would be replayed and skip it.
-        return AttentionCGSupport.NEVER
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Decode steps of chosen tokens, in one graph; none where latents are read.
+
+        The shapes of what ``LatentCache.attend`` reads change from step to step.
+        """
+        theirs = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
+        settings = parse_settings(vllm_config.additional_config).kv
+        ours = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        if settings is not None and settings.keeps_latents:
+            ours = AttentionCGSupport.NEVER
+        return min(theirs, ours, key=lambda support: support.value)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any
     ) -> Any:
         build = super().build  # type: ignore[misc]
-        if self.batch is None or (step := self.batch.current(common_attn_metadata)) is None:
+        if self.batch is None:
             return build(common_prefix_len, common_attn_metadata, *args)
-        layout = self.kv_cache_spec.layout
+        layout, step = self.kv_cache_spec.layout, self.batch.current(common_attn_metadata)
         if self._live is None:
             self._live, self._latents = LiveView(layout), LatentView(layout)
-        if self.form is not None:
-            self.fresh = fresh_blocks(layout, step, common_attn_metadata.block_table_tensor)
+        self._clear(step, common_attn_metadata.block_table_tensor)
         parts, tallies = [], []
         for tokens, passed in step.passes(layout):
-            metadata = common_attn_metadata
+            metadata, how = common_attn_metadata, args
             live, latents = self._live, self._latents
             if tokens is not None:  # rare: what is kept from step to step is of whole steps
-                metadata = _restricted(metadata, step, passed, tokens)
+                metadata, how = _restricted(metadata, step, passed, tokens), (True,)
                 live, latents = LiveView(layout), LatentView(layout)
             table = metadata.block_table_tensor
             work = self._work(passed, table)
             tallies += work.tallies if work else []
-            rows = self.vllm_config.scheduler_config.max_num_seqs  # type: ignore[attr-defined]
+            rows = self.vllm_config.scheduler_config.max_num_seqs
             view, seen = live.update(passed, table, metadata.seq_lens, rows)
             reading = None
             if self.form is not None:
@@ -100,12 +118,39 @@ class CompressedBuilder:
             metadata = metadata.replace(
                 block_table_tensor=view, seq_lens=seen, _num_computed_tokens_cache=None
             )
-            part_metadata = build(common_prefix_len, metadata, *args)
+            # Passes are built fast: FlashAttention keeps one schedule for all that is built.
+            part_metadata = build(common_prefix_len, metadata, *how)
+            work = self._in_forward(work, whole=tokens is None)
             parts.append(Part(tokens, part_metadata, work, reading))
         if tallies:
-            self.batch.activity.plan(tallies, len(self.layer_names))  # type: ignore[attr-defined]
+            self.batch.activity.plan(tallies, len(self.layer_names))
         setattr(parts[0].metadata, _PARTS, parts)
         return parts[0].metadata
+
+    def _clear(self, step: Step, table: torch.Tensor) -> None:
+        """Clear blocks that this step begins to fill, before its forward pass."""
+        assert self.batch is not None
+        if self.form is None or not self.batch.active:
+            return
+        if (fresh := fresh_blocks(self.kv_cache_spec.layout, step, table)) is not None:
+            for latents in self.latents:
+                latents.clear(fresh)
+
+    def _in_forward(self, work: Work | Packings | None, whole: bool) -> Work | Packings | None:
+        """What is left for the forward pass, once windows are put off until after it.
+
+        Args:
+            work: All that a pass has to do.
+            whole: Whether the step has no other pass, which would read what this one compacts.
+        """
+        assert self.batch is not None
+        if isinstance(work, Work) and whole:
+            if work.windows:
+                self.batch.put_off(work.windows, self.layers)
+            work = replace(work, windows=[]) if work.prompts else None
+        if work is not None:
+            self.batch.expect(len(self.layer_names))
+        return work
 
     def _work(self, step: Step, table: torch.Tensor) -> Work | Packings | None:
         layout = self.kv_cache_spec.layout
@@ -145,20 +190,13 @@ def _restricted(
 class CompressedImpl:
     """Runs the backend's attention on the live blocks, then what the step has to do.
 
-    The worker sets ``pages``, ``batch``, ``builder``, and ``chosen`` or ``latents``.
+    The worker sets ``pages``, ``batch``, and ``chosen`` or ``latents``.
     """
 
     pages: Pages
     batch: Batch
-    builder: CompressedBuilder
     chosen: Layer
     latents: LatentCache | None = None
-
-    def do_kv_cache_update(self, *args: Any, **kwargs: Any) -> None:
-        """The backend's own, into blocks that hold nobody's latents any more."""
-        if self.latents is not None and self.batch.active and self.builder.fresh is not None:
-            self.latents.clear(self.builder.fresh)
-        super().do_kv_cache_update(*args, **kwargs)  # type: ignore[misc]
 
     def forward(
         self,
@@ -193,7 +231,7 @@ class CompressedImpl:
                 assert self.latents is not None
                 self.latents.attend(part.reading, self.pages, query, scale, output)
             if part.work is not None:
-                with self.batch.activity.timed():
+                with self.batch.working():
                     if isinstance(part.work, Packings):
                         assert self.latents is not None
                         self.latents.pack(part.work.parts, self.pages)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the worker knows of the step it runs, on the host: shared by all groups of layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,9 +9,10 @@ import numpy as np
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from kv_policies.compaction import Observations
+from kv_policies.compaction import Layer, Observations, compact_windows
 from kv_policies.layout.base import IntArray
 from kv_policies.layout.step import Step
+from kv_policies.plan import Part
 from vllm_plugin.kv_cache.activity import Activity
 from vllm_plugin.kv_cache.requests import opts_out
 
@@ -22,7 +23,8 @@ class Batch:
     """Prompt lengths and opt-outs of the requests in a step, from either model runner.
 
     vLLM does not give prompt lengths to attention. The worker does, through this object, which each
-    metadata builder has. Outside ``step`` (profiling, warm-up) there is no current step.
+    metadata builder has. Outside ``step``, as when graphs are captured, the current step is one of
+    rows that pad the batch, so that the same memory is used.
 
     Args:
         runner: The worker's model runner.
@@ -38,6 +40,8 @@ class Batch:
         self._opted_out: set[str] = set()
         self.active = False
         self._current: Step | None = None
+        self._expected = 0
+        self._windows: list[tuple[Sequence[Part], Sequence[Layer]]] = []
 
     @contextmanager
     def step(self, scheduled: SchedulerOutput) -> Iterator[None]:
@@ -50,21 +54,61 @@ class Batch:
         for request in scheduled.scheduled_new_reqs:
             if opts_out(request.sampling_params):
                 self._opted_out.add(request.req_id)
-        self.active, self._current = True, None
+        self.active, self._current, self._expected = True, None, 0
+        self._windows.clear()
         try:
             yield
         finally:
             self.active = False
 
-    def current(self, metadata: CommonAttentionMetadata) -> Step | None:
+    def current(self, metadata: CommonAttentionMetadata) -> Step:
         """The current step, which all groups share."""
-        if self.active and self._current is None:
+        if not self.active:
+            none = np.zeros(metadata.num_reqs, np.int64)
+            return Step(none, none, none + 1, none, [])
+        if self._current is None:
             n, c, ids = self._read(metadata)
             starts = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
             if self._opted_out:
                 n[: len(ids)][[name in self._opted_out for name in ids]] = 0
             self._current = Step(n, c, starts[1:] - starts[:-1], starts[:-1], ids)
-        return self._current if self.active else None
+        return self._current
+
+    def expect(self, layers: int) -> None:
+        """Layers that have something to compact inside this step's forward pass."""
+        self._expected += layers
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """One layer does it, in the block."""
+        with self.activity.timed():
+            yield
+        self._expected -= 1
+
+    def put_off(self, windows: Sequence[Part], layers: Sequence[Layer]) -> None:
+        """Decode windows of a group of layers, for ``finish``."""
+        self._windows.append((windows, layers))
+
+    def finish(self) -> None:
+        """Compact decode windows, after the forward pass of all layers and on its stream.
+
+        Raises:
+            RuntimeError: Prompts were not compacted, because the forward pass was a graph. Their
+                blocks would be freed all the same.
+        """
+        if self._expected:
+            raise RuntimeError(
+                "a prompt was not compacted in the step that ended it, in "
+                f"{self._expected} layers: vLLM replayed a CUDA graph there; serve with "
+                "--compilation-config.cudagraph_mode NONE, and report this with your version of "
+                "vLLM"
+            )
+        if not self._windows:
+            return
+        with self.activity.timed():
+            for windows, layers in self._windows:
+                compact_windows(windows, layers)
+        self._windows.clear()
 
     def _v1(self, metadata: CommonAttentionMetadata) -> _Read:
         batch = self._runner.input_batch
@@ -72,6 +116,7 @@ class Batch:
         n = batch.num_prompt_tokens_cpu_tensor.numpy()[rows].astype(np.int64)
         n[batch.num_reqs :] = 0
         c = batch.num_computed_tokens_cpu_tensor.numpy()[rows].astype(np.int64)
+        c[batch.num_reqs :] = 0
         return n, c, list(batch.req_ids)
 
     def _v2(self, metadata: CommonAttentionMetadata) -> _Read:

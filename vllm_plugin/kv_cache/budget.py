@@ -43,7 +43,7 @@ def layouts_of(
     """
     if problems := kv_model_problems(config, latents=settings.latents):
         raise joined(problems)
-    if settings.latents and settings.keep != 1:
+    if settings.keeps_latents:
         return _latent_layouts(settings, block_size, name, config)
     model, layers = fingerprint_of(name, config), full_attention_layers(config)
     policy = policies().get(settings.policy)  # ``settings.build`` reports an unknown policy

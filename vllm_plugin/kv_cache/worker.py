@@ -5,6 +5,7 @@ from collections import Counter
 from functools import cached_property
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
@@ -12,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_realtime
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
+from vllm.utils.gpu_sync_debug import with_gpu_sync_check
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
@@ -193,10 +195,11 @@ class CompressedWorker(PlatformWorker):
             builder.space = max(
                 spaces, key=lambda space: space.bytes(1, longest, spec.num_kv_heads)
             )
+        builder.layers, builder.latents = [], []
         for name in group.layer_names:
             layer = self.vllm_config.compilation_config.static_forward_context[name]
             impl, index = layer.impl, extract_layer_index(name)
-            impl.batch, impl.builder = self.batch, builder
+            impl.batch = self.batch
             impl.pages = Pages.of_layer(layer, spec.num_kv_heads, spec.block_size, spec.head_size)
             if isinstance(self.policy, KVPolicy):
                 heads = self._heads(name, spec)
@@ -209,23 +212,40 @@ class CompressedWorker(PlatformWorker):
                     workspace(self.policy, heads),
                     self.batch.observations,
                 )
+                builder.layers.append(impl.chosen)
             elif bases is not None:
                 form = builder.form = self._form(bases, name, spec)
                 rope = rope_of(self.model_runner.get_model(), name)
                 impl.latents = latent_cache(bases, index, form, impl.pages, rope, layer.kv_cache)
+                builder.latents.append(impl.latents)
             elif spec.layout.share != 1:
                 raise self._not_compressed(name)
 
     @cached_property
     def _bases(self) -> Bases | None:
         """The bases of latents; None where tokens are chosen, or nothing is compressed."""
-        if not self.settings.latents or self.settings.keep == 1:
+        if not self.settings.keeps_latents:
             return None
         model = self.model_config
         return bases_of(self.settings, model.model, model.hf_text_config)
 
+    @torch.inference_mode()
+    @with_gpu_sync_check
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """One step; metadata is built and layers run inside it."""
+        """One step; metadata is built and layers run inside it, then decode windows are compacted.
+
+        The next step runs on the same stream.
+        """
         assert self.batch is not None
         with self.batch.step(scheduler_output):
-            return super().execute_model(scheduler_output)
+            output = super().execute_model(scheduler_output)
+            self.batch.finish()
+        return output
+
+    def _make_model_runner(self) -> Any:
+        """On a GPU, vLLM's runner, except that it replays no decode graph where a prompt ends."""
+        if self.use_v2_model_runner:
+            from vllm_plugin.kv_cache.runner_v2 import CompressedRunnerV2 as Runner
+        else:
+            from vllm_plugin.kv_cache.runner_v1 import CompressedRunnerV1 as Runner
+        return Runner(self.vllm_config, self.device)

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full CUDA graphs of decode steps, without a GPU: which steps are replayed, and from which memory.
+
+A replayed graph runs no Python. So it must find live blocks and lengths where they were when it was
+captured, and must never stand for a step that ends a prompt.
+"""
+
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Second
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner as First
+
+from kv_policies.compaction import Layer, workspace
+from kv_policies.layout.tokens import TokenLayout
+from kv_policies.policies.key_diff import KeyDiff
+from kv_policies.workspace import Heads
+from tests.vllm_plugin.kv_cache.test_refusals import configure
+from vllm_plugin.kv_cache.backend import CompressedBuilder
+from vllm_plugin.kv_cache.batch import Batch
+from vllm_plugin.kv_cache.cpu import CPUBuilder
+from vllm_plugin.kv_cache.flash import FlashBuilder
+from vllm_plugin.kv_cache.pages import Pages
+from vllm_plugin.kv_cache.runner_v1 import CompressedRunnerV1
+from vllm_plugin.kv_cache.runner_v2 import CompressedRunnerV2
+from vllm_plugin.kv_cache.spec import CompressedSpec
+from vllm_plugin.kv_cache.triton import TritonBuilder
+
+FULL, PIECEWISE, NONE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE
+MODES = {CUDAGraphMode.FULL_DECODE_ONLY: NONE, CUDAGraphMode.FULL_AND_PIECEWISE: PIECEWISE}
+# Requests as (prompt tokens, computed tokens, tokens of the step). The step's graph under stock
+# vLLM and under ours; "mixed" is what steps get that are no decodes.
+STEPS = {
+    "decodes": ([(8, 8, 1), (40, 300, 1)], FULL, FULL),
+    "the last token of a prompt": ([(8, 7, 1), (40, 300, 1)], FULL, "mixed"),
+    "one token inside a prompt": ([(8, 3, 1)], FULL, "mixed"),
+    "a chunk beside a decode": ([(8, 4, 4), (40, 300, 1)], "mixed", "mixed"),
+}
+
+
+@pytest.fixture(scope="module")
+def configured(demo_model: Path) -> VllmConfig:
+    """An engine's config that captures graphs, which a CPU's does not."""
+    config = configure(demo_model, max_num_seqs=4)
+    config.compilation_config.cudagraph_capture_sizes = [1, 2, 4, 8]
+    config.compilation_config.max_cudagraph_capture_size = 8
+    return config
+
+
+def bare(kind: type, **fields: Any) -> Any:
+    """An object of vLLM's with some fields, as ``__init__`` needs a device."""
+    made = object.__new__(kind)
+    vars(made).update(fields)
+    return made
+
+
+def scheduled(requests: list[tuple[int, int, int]]) -> SchedulerOutput:
+    output = SchedulerOutput.make_empty()
+    output.num_scheduled_tokens = {str(at): q for at, (_, _, q) in enumerate(requests)}
+    output.total_num_scheduled_tokens = sum(output.num_scheduled_tokens.values())
+    return output
+
+
+def second_mode(
+    kind: type, config: VllmConfig, mode: CUDAGraphMode, requests: list[tuple[int, int, int]]
+) -> CUDAGraphMode:
+    """The graph that Model Runner V2 replays, by its own dispatch."""
+    n, c, _ = np.array(requests).T
+    states = SimpleNamespace(
+        req_id_to_index={str(at): at for at in range(len(requests))},
+        prefill_len=SimpleNamespace(np=n),
+        num_computed_prefill_tokens=np.minimum(n, c),
+    )
+    fields = {"decode_query_len": 1, "use_pp": False}
+    fields |= {"adaptive_verification": None, "pcp_manager": None}
+    runner = bare(kind, req_states=states, **fields)
+    output = scheduled(requests)
+    _, uniform = runner.gather_batch_req_state(output, False)
+    manager = bare(
+        CudaGraphManager,
+        vllm_config=config,
+        compilation_config=config.compilation_config,
+        cudagraph_mode=mode,
+        max_num_reqs=config.scheduler_config.max_num_seqs,
+        decode_query_len=1,
+        varlen_decode=False,
+        ubatch_runner=None,
+        lora_capture_cases=[0],
+        _lora_dispatch_map={},
+        _graphs_captured=True,
+        _candidates={},
+        _capture_descs={},
+    )
+    manager._init_candidates()
+    tokens = output.total_num_scheduled_tokens
+    return manager.dispatch(len(requests), tokens, uniform, 0).cg_mode
+
+
+def first_mode(
+    kind: type, config: VllmConfig, mode: CUDAGraphMode, requests: list[tuple[int, int, int]]
+) -> CUDAGraphMode:
+    """The graph that the first model runner replays, by its own dispatch."""
+    n, c, q = np.array(requests).T
+    dispatcher = bare(
+        CudagraphDispatcher,
+        vllm_config=config,
+        compilation_config=config.compilation_config,
+        uniform_decode_query_len=1,
+        cudagraph_keys={PIECEWISE: set(), FULL: set()},
+        keys_initialized=False,
+        specialize_lora_count=False,
+    )
+    dispatcher.initialize_cudagraph_keys(mode)
+    batch = SimpleNamespace(
+        num_reqs=len(requests),
+        num_computed_tokens_cpu=c,
+        num_prompt_tokens=n,
+        lora_id_to_lora_request={},
+    )
+    runner = bare(
+        kind,
+        vllm_config=config,
+        model_config=config.model_config,
+        input_batch=batch,
+        cudagraph_dispatcher=dispatcher,
+        uniform_decode_query_len=1,
+    )
+    found, *_ = runner._determine_batch_execution_and_padding(
+        num_tokens=int(q.sum()),
+        num_reqs=len(requests),
+        num_scheduled_tokens_np=q,
+        max_num_scheduled_tokens=int(q.max()),
+    )
+    return found
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+@pytest.mark.parametrize(
+    ("run", "stock", "ours"),
+    [
+        pytest.param(second_mode, Second, CompressedRunnerV2, id="V2"),
+        pytest.param(first_mode, First, CompressedRunnerV1, id="V1"),
+    ],
+)
+def test_no_decode_graph_stands_for_a_prompt(
+    configured: VllmConfig, run: Any, stock: type, ours: type, mode: CUDAGraphMode, step: str
+) -> None:
+    requests, *expected = STEPS[step]
+    found = [run(kind, configured, mode, requests) for kind in (stock, ours)]
+    assert found == [MODES[mode] if want == "mixed" else want for want in expected]
+
+
+SPEC = FullAttentionSpec(block_size=32, num_kv_heads=3, head_size=64, dtype=torch.bfloat16)
+LAYOUT = TokenLayout(32, Fraction(1, 2), window=64)
+WIDTH = 16  # columns of a block table
+
+
+def table(rows: int) -> torch.Tensor:
+    """Block ``100 * row + column``."""
+    blocks = 100 * torch.arange(rows, dtype=torch.int32)[:, None]
+    return blocks + torch.arange(WIDTH, dtype=torch.int32)
+
+
+def metadata(requests: list[tuple[int, int, int]], padded: int) -> CommonAttentionMetadata:
+    """What vLLM gives to builders, with rows of no tokens up to ``padded``."""
+    idle = [(0, 0, 0)] * (padded - len(requests))
+    _, c, q = torch.tensor(requests + idle).int().T
+    starts = torch.cat((torch.zeros(1), q.cumsum(0))).int()
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=(c + q).int(),
+        num_reqs=padded,
+        num_actual_tokens=int(q.sum()),
+        max_query_len=int(q.max()),
+        max_seq_len=int((c + q).max()),
+        block_table_tensor=table(padded),
+        slot_mapping=torch.zeros(int(q.sum()), dtype=torch.int64),
+        req_idx=np.arange(len(requests)),
+    )
+
+
+def equipped(kind: type, config: VllmConfig) -> Any:
+    """A builder of one layer with its own blocks, as ``CompressedWorker`` makes it."""
+    builder = kind(CompressedSpec.of(SPEC, LAYOUT), ["layer"], config, torch.device("cpu"))
+    states = SimpleNamespace(prompt_len=SimpleNamespace(np=None), num_computed_tokens_np=None)
+    states.index_to_req_id = {at: str(at) for at in range(4)}
+    builder.batch = Batch(SimpleNamespace(req_states=states), v2=True, layers=1)
+    builder.policy = KeyDiff(KeyDiff.settings_type())
+    heads = Heads(3, 3, 64, 2, "cpu")
+    builder.space = workspace(builder.policy, heads)
+    cache = torch.zeros(400, 3, 32, 128, dtype=torch.bfloat16)
+
+    def write(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        cache[slots // 32, :, slots % 32] = torch.cat((key, value), -1)
+
+    pages = Pages.of(cache, 3, 32, 64, write)
+    layer = Layer("layer", 0, pages, heads, builder.policy, builder.space, None)  # type: ignore
+    builder.layers = [layer]
+    return builder
+
+
+def run_step(builder: Any, requests: list[tuple[int, int, int]], padded: int = 4) -> Any:
+    """What is built inside a step of the worker; what is put off is done behind it."""
+    n, c, _ = np.array(requests).T
+    states = builder.batch._runner.req_states
+    states.prompt_len.np, states.num_computed_tokens_np = n, c
+    with builder.batch.step(SchedulerOutput.make_empty()):
+        built = builder.build(0, metadata(requests, padded))
+        builder.batch.finish()
+    return built
+
+
+@pytest.mark.parametrize("kind", [TritonBuilder, FlashBuilder])
+def test_what_a_graph_reads_stays_where_it_was_captured(kind: type, configured: VllmConfig) -> None:
+    builder = equipped(kind, configured)
+    # vLLM captures the largest graph first, of dummy requests, outside of any step.
+    captured = {
+        rows: builder.build_for_cudagraph_capture(metadata([(0, 0, 1)] * rows, rows))
+        for rows in (4, 2, 1)
+    }
+    decodes = [(256, 256, 1), (256, 330, 1), (64, 400, 1)]
+    for requests, padded in [
+        (decodes, 4),
+        ([(n, c + 1, 1) for n, c, _ in decodes], 4),  # nothing moved
+        ([(256, 352, 1)], 1),  # others have left, another row has come up
+        ([(40, 500, 1), (256, 400, 1)], 2),
+    ]:
+        built = run_step(builder, requests, padded)
+        for name in ("block_table", "seq_lens"):
+            ours, graphs = getattr(built, name), getattr(captured[padded], name)
+            assert ours.data_ptr() == graphs.data_ptr()
+            assert (ours.shape, ours.stride()) == (graphs.shape, graphs.stride())
+        for row in range(padded):
+            n, c, q = requests[row] if row < len(requests) else (0, 0, 0)
+            phase = LAYOUT.phase(np.array([n]), np.array([c]))
+            seen = c + q - int(LAYOUT.hidden(phase)[0])
+            assert built.seq_lens[row] == seen
+            live = LAYOUT.columns(phase, WIDTH)[0][: -(-seen // 32)]
+            assert built.block_table[row, : len(live)].tolist() == (100 * row + live).tolist()
+
+
+def test_windows_are_compacted_after_the_forward_pass(configured: VllmConfig) -> None:
+    """And nothing else than attention is left in the forward pass of a decode step."""
+    builder = equipped(TritonBuilder, configured)
+    pages = builder.layers[0].pages
+    pages.blocks.copy_(torch.randn(pages.blocks.shape))
+    before = pages.blocks.clone()
+    window = [(256, 319, 1)]  # ends here, in columns 8 and 9; one of them is freed
+    built = run_step(builder, window)
+    assert [part.work for part in built.vllm_compress_parts] == [None]
+    changed = (pages.blocks != before).any(1).nonzero().flatten().tolist()
+    assert changed == [9]
+    done = builder.batch.activity.take()
+    assert done.segments == {"window": 1} and done.seconds > 0
+
+
+def test_a_prompt_that_a_graph_skipped_ends_the_engine(configured: VllmConfig) -> None:
+    """Its blocks would be freed, and what was to be kept of them lost."""
+    builder = equipped(TritonBuilder, configured)
+    with pytest.raises(RuntimeError, match="not compacted .* in 1 layers: .*cudagraph_mode NONE"):
+        run_step(builder, [(256, 255, 1)])
+    run_step(builder, [(256, 256, 1)])  # the next step starts anew
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv", "expected"),
+    [
+        (TritonBuilder, {"policy": "snap_kv", "keep": 0.25}, "UNIFORM_SINGLE_TOKEN_DECODE"),
+        (FlashBuilder, {"policy": "recent", "keep": 0.25}, "UNIFORM_SINGLE_TOKEN_DECODE"),
+        (FlashBuilder, {"policy": "cskv", "keep": 1}, "UNIFORM_SINGLE_TOKEN_DECODE"),
+        (FlashBuilder, {"policy": "cskv", "bases": "kv"}, "NEVER"),
+        (TritonBuilder, {"policy": "cskv", "bases": "kv"}, "NEVER"),
+        (CPUBuilder, {"policy": "snap_kv", "keep": 0.25}, "NEVER"),
+    ],
+)
+def test_graphs_of_each_policy(
+    kind: type[CompressedBuilder], kv: dict[str, Any], expected: str
+) -> None:
+    """vLLM takes the least of all layers, so what is asked of a model must not differ by group."""
+    config = SimpleNamespace(additional_config={"compress": {"kv": kv}})
+    support: AttentionCGSupport = kind.get_cudagraph_support(config, None)
+    assert support.name == expected
