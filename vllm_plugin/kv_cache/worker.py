@@ -232,10 +232,7 @@ class CompressedWorker(PlatformWorker):
     @torch.inference_mode()
     @with_gpu_sync_check
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """One step; metadata is built and layers run inside it, then decode windows are compacted.
-
-        The next step runs on the same stream.
-        """
+        """One step; metadata is built and layers run inside it. The next uses the same stream."""
         assert self.batch is not None
         with self.batch.step(scheduler_output):
             output = super().execute_model(scheduler_output)
