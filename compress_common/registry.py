@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds classes by name: built-in ones, and those that other packages name as entry points."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from compress_common.errors import CompressError, explain, joined, nearest
 
@@ -27,6 +28,7 @@ class Named(Protocol):
 
 
 T = TypeVar("T", bound=Named)
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -69,27 +71,52 @@ class Registry(Generic[T]):
                 )
         return found
 
-    def refuse_unknown(self, settings: dict[str, Any], own: Iterable[str], name: str) -> None:
-        """Refuse keys that neither a section nor the class that it names has.
+    def validate(
+        self, settings: Any, section: Callable[[Any], S], own: Collection[str], name: str
+    ) -> S:
+        """Validate a section that also takes the settings of the class that it names.
 
-        When no class has the name, the settings of every class count as valid: the name is the
+        When no class has the name, the settings of every class count as known: the name is the
         problem then.
 
         Args:
             settings: What the user gave.
+            section: Validates what is left without unknown keys.
             own: Keys of the section itself.
             name: Name of the class.
 
+        Returns:
+            What ``section`` returned.
+
         Raises:
-            ValueError: A key is unknown. The text lists all unknown and all valid keys.
+            ValidationError: All problems: unknown keys, with the nearest known one, wrong values of
+                the section's keys and, where a key is unknown, of the class's.
         """
-        known = self.classes()
+        if not isinstance(settings, dict):
+            return section(settings)
+        classes = self.classes()
         valid = list(own)
-        for kind in [known[name]] if name in known else known.values():
+        for kind in [classes[name]] if name in classes else classes.values():
             valid += kind.settings_type.model_fields
         unknown = [f"unknown setting {k!r}{nearest(k, valid)}" for k in settings if k not in valid]
-        if unknown:
-            raise ValueError(f"{'; '.join(unknown)} (valid: {', '.join(dict.fromkeys(valid))})")
+        if not unknown:
+            return section(settings)
+        problems = [f"{'; '.join(unknown)} (valid: {', '.join(dict.fromkeys(valid))})"]
+        known = {key: value for key, value in settings.items() if key in valid}
+        found: list[Any] = []
+        try:
+            section(known)
+        except ValidationError as error:
+            found = error.errors(include_url=False)
+        if name in classes:
+            try:
+                self.build(name, {k: v for k, v in known.items() if k not in own})
+            except CompressError as error:
+                problems += error.problems
+        for text in problems:
+            kind_of = PydanticCustomError("value_error", "{text}", {"text": text})
+            found.append(InitErrorDetails(type=kind_of, loc=(), input=settings))
+        raise ValidationError.from_exception_data(self.noun, found)
 
     def build(self, name: str, settings: dict[str, Any]) -> T:
         """Return an instance of a class.

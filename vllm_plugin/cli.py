@@ -28,6 +28,7 @@ from vllm_plugin.commands.ray_serve import ray_serve
 NAME = "vllm-compress"
 _USAGE = 2  # what the parser's errors exit with
 _INTERRUPTED = 130  # what typer returns after Ctrl-C
+_RESUMES = {"quantize"}
 # Recent typer has its own copy of click, older typer imports click. Either way this is the base of
 # what the parser raises.
 _ClickException: type[Any] = typer.BadParameter.__mro__[2]
@@ -89,7 +90,9 @@ def main() -> None:
     except _ClickException as error:
         _fail(usage_problem(error), debug, error.exit_code)
     if code == _INTERRUPTED:
-        err.print("interrupted; run the same command again to continue", style="red")
+        resumes = _RESUMES.intersection(arguments[:1])
+        then = "run the same command again to continue" if resumes else "nothing was written"
+        err.print(f"interrupted; {then}", style="red")
     sys.exit(code)
 
 

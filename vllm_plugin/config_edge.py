@@ -7,7 +7,9 @@ left unset: load format, block size, worker class. Without that section, and for
 nothing of ours, it returns vLLM's config unchanged.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from vllm_plugin.settings import (
 _LOAD_FORMATS = ("auto", "hf", "safetensors")
 _OURS = tuple(config.method for config in CONFIGS)
 _MARK = "vllm_compress_edge"
+_FLAG = "--additional-config"
 
 
 def install() -> None:
@@ -77,8 +80,7 @@ def _configured(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfi
     Raises:
         CompressError: lists every problem found.
     """
-    settings = parse_settings(args.additional_config)
-    _check_names(args, settings)
+    settings = _settings(args)
     if settings.kv is not None:
         choose_engine_args(args)
     if settings.diffusion is not None:
@@ -105,23 +107,71 @@ def _configured(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfi
     return config
 
 
-def _check_names(args: EngineArgs, settings: Settings) -> None:
-    """Refuse wrong names for which vLLM would print a traceback, where this plugin is asked for."""
+def _settings(args: EngineArgs) -> Settings:
+    """Validate the ``compress`` section, and names for which vLLM would print a traceback.
+
+    Raises:
+        CompressError: lists every problem found.
+    """
+    problems, settings = _mixed_forms(sys.argv), Settings()
+    given = args.additional_config
+    section = given.get(KEY) if isinstance(given, dict) else None
+    try:
+        settings = parse_settings(given)
+    except CompressError as error:
+        problems += error.problems
+        # The settings of a weight method are validated later, so do it here for one whole list.
+        weights = section.get("weights") if isinstance(section, dict) else None
+        if args.quantization in _OURS and isinstance(weights, dict):
+            with suppress(ValidationError):  # among the problems already
+                problems += _method_problems(WeightSettings(**weights), str(args.quantization))
+    problems += _name_problems(args, bool(section))
+    if problems:
+        raise joined(problems)
+    return settings
+
+
+def _method_problems(settings: WeightSettings, method: str) -> list[str]:
+    try:
+        settings.request(method, tensor_parallel=1)
+    except CompressError as error:
+        return error.problems
+    return []
+
+
+def _mixed_forms(arguments: Sequence[str]) -> list[str]:
+    """Refuse JSON beside dotted flags: vLLM would leave the JSON out without a word."""
+    flags = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
+    dotted = any(flag.startswith(f"{_FLAG}.") for flag in flags)
+    if not dotted or _FLAG not in flags or not any(KEY in argument for argument in arguments):
+        return []
+    problem = (
+        f"{_FLAG} is given as JSON and with dotted flags, and vLLM ignores the JSON then; write "
+        "all of it in one way"
+    )
+    return [problem]
+
+
+def _name_problems(args: EngineArgs, configured: bool) -> list[str]:
     problems = []
     method = args.quantization
     unknown = isinstance(method, str) and method not in QUANTIZATION_METHODS
     if unknown and (hint := nearest(str(method), _OURS)):
         problems.append(f"--quantization {method!r} is unknown{hint}")
-    if method in _OURS or settings.model_fields_set:
+    if method in _OURS or configured:
+        path = Path(args.model)
         if args.model != args.model.strip():
             problems.append(f"the model {args.model!r} has spaces around its name; remove them")
-        elif Path(args.model).is_file():
+        elif args.model.startswith(("/", "./", "../")) and not path.exists():
+            problems.append(
+                f"the model folder {args.model!r} does not exist; give a folder or a hub id"
+            )
+        elif path.is_file():
             problems.append(
                 f"the model {args.model!r} is a file; give the folder or hub id of a 16-bit "
                 "checkpoint in safetensors"
             )
-    if problems:
-        raise joined(problems)
+    return problems
 
 
 def _refusal_in(error: Exception) -> CompressError | None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long steps report progress: a bar on a terminal, else a line now and then."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -59,14 +60,14 @@ def _drawn() -> Iterator["Progress"]:
 def lines(
     *, disable: bool = False, now: Callable[[], float] = time.monotonic, period: float = PERIOD
 ) -> "Progress":
-    """Return a progress function that prints at most one line on stderr in each period.
+    """Return a progress function that prints the first line at once, then one in each period.
 
     Args:
         disable: print nothing.
         now: the clock, in seconds.
-        period: seconds from one line to the next, and from the start to the first.
+        period: least seconds from one line to the next.
     """
-    last = now()
+    last = -math.inf
 
     def progress(step: str, done: int, total: int) -> None:
         nonlocal last

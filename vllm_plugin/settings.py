@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -32,7 +32,9 @@ class WeightSettings(BaseModel):
         description="CPU only. bf16: only the weights are 4-bit. int8: activations are rounded to "
         "8 bits per token as well (AMX). auto: int8 where vLLM's int4 kernel does so, else bf16",
     )
-    calibration: CalibrationSettings = CalibrationSettings()
+    calibration: CalibrationSettings = Field(
+        CalibrationSettings(), description="the text that methods are calibrated on"
+    )
 
     def request(self, method: str, tensor_parallel: int) -> PlanRequest:
         """Build the request to quant_methods; CompressError where a setting is not valid."""
@@ -105,14 +107,12 @@ class KVSettings(BaseModel):
         1, ge=1, description="least number of blocks that a compacted prompt or window keeps"
     )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _known_keys(cls, values: Any) -> Any:
+    def _known_keys(cls, values: Any, section: Callable[[Any], Self]) -> Self:
         """Refuse unknown keys here, where those of the section and of the policy are both known."""
-        if isinstance(values, dict):
-            name = str(values.get("policy"))
-            KV_POLICIES.refuse_unknown(values, cls.model_fields, name)
-        return values
+        name = str(values.get("policy")) if isinstance(values, dict) else ""
+        return KV_POLICIES.validate(values, section, cls.model_fields, name)
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> "KVSettings":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What users see of the config edge: refusals, the table at start, and figures that are missing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def test_a_plugin_that_failed_half_way_refuses_its_methods(
         ("{}/model.gguf", {"additional_config": SNAP}, "is a file; give the folder"),
         ("{}/model.gguf", {"quantization": "rtn"}, "is a file; give the folder"),
         ("{}", {"additional_config": {"kv": SNAP["compress"]["kv"]}}, "put it into 'compress'"),
+        ("{}/absent", {"quantization": "rtn"}, "absent' does not exist; give a folder or a hub id"),
     ],
 )
 def test_a_wrong_name_is_one_line(
@@ -98,6 +100,31 @@ def test_a_wrong_name_is_one_line(
     with pytest.raises(CompressError) as caught:
         args.create_engine_config()
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_json_beside_dotted_flags_is_refused(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM drops the JSON without a word, and with it what was to be compressed."""
+    dotted = ["--additional-config.compress.weights.group_size", "64"]
+    arguments = ["vllm", "serve", "m", f"--additional_config={json.dumps(SNAP)}", *dotted]
+    monkeypatch.setattr(sys, "argv", arguments)
+    config = {"compress": {"weights": {"group_size": 64}}}
+    with pytest.raises(CompressError, match="as JSON and with dotted flags"):
+        configure(demo_model, quantization="rtn", additional_config=config)
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", "m", *dotted])
+    configure(demo_model, quantization="rtn", additional_config=config)
+
+
+def test_all_problems_of_all_sections_are_listed(demo_model: Path) -> None:
+    section = {"kv": {"polcy": "snap_kv", "keep": 25}, "weights": {"groupsize": 64}}
+    with pytest.raises(CompressError) as caught:
+        configure(demo_model, quantization="smothquant_plus", additional_config={KEY: section})
+    assert "unknown" in str(caught.value) and "smoothquant_plus'" in str(caught.value)
+    with pytest.raises(CompressError) as caught:
+        configure(demo_model, quantization="smoothquant_plus", additional_config={KEY: section})
+    for part in ("'polcy'; did you mean 'policy'?", "compress.kv.keep", "'groupsize'; did you"):
+        assert part in str(caught.value), part
 
 
 def test_a_refusal_ends_the_vllm_command_and_is_raised_elsewhere(

@@ -27,7 +27,7 @@ def test_a_log_gets_one_line_in_each_period(capsys: pytest.CaptureFixture[str]) 
         progress("calibrate", int(seconds), 100)
     printed = capsys.readouterr()
     assert printed.out == ""
-    expected = [f"vllm-compress: calibrate {done}/100" for done in (30, 60, 90)]
+    expected = [f"vllm-compress: calibrate {done}/100" for done in (0, 30, 60, 90)]
     assert printed.err.splitlines() == expected
 
 
@@ -61,7 +61,7 @@ def test_bars_of_transformers_return_after_a_step(disable: bool) -> None:
 
 def test_a_pipe_gets_no_carriage_return() -> None:
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True)
-    assert done.stderr == b"error: no space left\n"
+    assert done.stderr == b"vllm-compress: calibrate 0/1000\nerror: no space left\n"
 
 
 def test_on_a_terminal_an_error_starts_on_a_line_of_its_own() -> None:

@@ -9,6 +9,7 @@ from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from typing import Literal
 
+import torch
 import vllm
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -21,10 +22,12 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.scalar_type import scalar_types
+from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.v1.attention.selector import get_attn_backend
 
 from quant_methods.architecture import GATE_UP, QKV, ROW_PARALLEL, linear_shapes
 from vllm_plugin import SUPPORTED_VLLM, why_disabled
+from vllm_plugin.commands.common import gib
 from vllm_plugin.kv_cache.latent_cpu_build import latent_reader
 from vllm_plugin.quantization.config import CONFIGS, SmoothQuantPlusConfig
 from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
@@ -70,7 +73,7 @@ def installation() -> list[Check]:
         Check("plugin loaded", *_loaded()),
         Check("seams", not broken, "; ".join(broken) or f"{len(SEAMS)} as expected"),
         *(Check(f"extra {name}", True, found) for name, found in _extras()),
-        Check("device", *_device()),
+        _device(),
     ]
 
 
@@ -83,6 +86,7 @@ def model_checks(args: EngineArgs) -> list[Check]:
         return [Check("engine arguments", False, str(error))]
     return [
         Check("engine arguments", True, f"accepted, {config.model_config.architecture}"),
+        *_memory(config),
         Check("block size", True, f"{config.cache_config.block_size} tokens"),
         _guarded("attention", lambda: _attention(config)),
         *(_guarded(f"kernel of {kind}", choose) for kind, choose in _kernels(config)),
@@ -146,12 +150,37 @@ def _extras() -> Iterator[tuple[str, str]]:
         yield wanted, f"absent, optional: lacks {', '.join(names)}" if names else "present"
 
 
-def _device() -> tuple[bool, str]:
+def _device() -> Check:
     if current_platform.is_cpu():
-        return True, f"{platform.machine()} CPU, int4 with {resolve_activations()} activations"
-    name = current_platform.device_name
+        kind, vectors = platform.machine(), torch.backends.cpu.get_cpu_capability()
+        found = f"{kind} CPU, {vectors}, int4 with {resolve_activations()} activations"
+        slow = kind == "x86_64" and vectors != "AVX512"
+        if slow:
+            found += (
+                "; without AVX-512, calibration and prompts in bfloat16 take about ten times as "
+                "long: --dtype float32 serves faster where memory allows"
+            )
+        return Check("device", True, found, slow=slow)
+    name = str(current_platform.device_name)
     supported = current_platform.is_cuda()
-    return supported, str(name) if supported else f"{name}: runs on CPU and CUDA only"
+    return Check("device", supported, name if supported else f"{name}: runs on CPU and CUDA only")
+
+
+def _memory(config: VllmConfig) -> Iterator[Check]:
+    """Whether a CPU engine finds as much free memory as it asks for before it loads anything."""
+    cache = config.cache_config
+    if not current_platform.is_cpu() or cache.kv_cache_memory_bytes is not None:
+        return
+    memory = get_memory_node_info(get_visible_memory_node()[0])
+    share = cache.gpu_memory_utilization
+    enough = share * memory.total_memory <= memory.available_memory
+    found = f"{gib(memory.available_memory)} of {gib(memory.total_memory)} are free"
+    if not enough:
+        found += (
+            f", less than --gpu-memory-utilization {share}: vLLM would not start; lower it, or set "
+            "VLLM_CPU_KVCACHE_SPACE to the GiB that the KV cache may take"
+        )
+    yield Check("memory", enough, found)
 
 
 def _guarded(name: str, step: Callable[[], str]) -> Check:

@@ -16,6 +16,7 @@ def list_methods(as_json: AsJson = False) -> None:
     from dllm_denoising.settings import Decoding
     from kv_policies.registry import policies
     from quant_methods.registry import methods
+    from vllm_plugin.settings import KVSettings, WeightSettings
 
     weights: dict[str, dict[str, Any]] = {
         name: {
@@ -46,10 +47,18 @@ def list_methods(as_json: AsJson = False) -> None:
         }
         for name, kind in sorted(diffusion_policies().items())
     }
+    common = {
+        "weights": _settings(WeightSettings),
+        "kv": _settings(KVSettings, "policy"),
+        "diffusion": _settings(Decoding),
+    }
     if as_json:
-        print(json.dumps({"weights": weights, "kv": kv, "diffusion": diffusion}, default=str))
+        found = {"weights": weights, "kv": kv, "diffusion": diffusion, "common": common}
+        print(json.dumps(found, default=str))
         return
     _print("[bold underline]weights[/]  vllm serve MODEL --quantization NAME")
+    _print("  of every method, in compress.weights:")
+    _print_settings(common["weights"], '"{}": {}')
     for name, row in weights.items():
         where = "while loading and offline" if row["at_load"] else "offline only"
         _print(f"[bold]{name}[/]  {row['paper']}")
@@ -60,6 +69,8 @@ def list_methods(as_json: AsJson = False) -> None:
         _print_settings(row["settings"], "--set {}={}")
     example = serve_command("MODEL", policy="NAME", keep=0.25)
     _print(f"\n[bold underline]KV cache[/]  {example}")
+    _print("  of every policy:")
+    _print_settings(common["kv"], '"{}": {}')
     for name, row in kv.items():
         _print(f"[bold]{name}[/]  {row['paper']}")
         if row["content"] == "latents":
@@ -76,7 +87,7 @@ def list_methods(as_json: AsJson = False) -> None:
     example = json.dumps({"compress": {"diffusion": {"policy": "NAME", "threshold": 0.9}}})
     _print(f"\n[bold underline]Diffusion[/]  vllm serve MODEL --additional-config '{example}'")
     _print("  of every policy:")
-    _print_settings(_settings(Decoding), '"{}": {}')
+    _print_settings(common["diffusion"], '"{}": {}')
     for name, row in diffusion.items():
         _print(f"[bold]{name}[/]  {row['paper']}")
         if row["blocks_only"]:
@@ -84,13 +95,14 @@ def list_methods(as_json: AsJson = False) -> None:
         _print_settings(row["settings"], '"{}": {}')
 
 
-def _settings(kind: type[BaseModel]) -> dict[str, dict[str, Any]]:
+def _settings(kind: type[BaseModel], *without: str) -> dict[str, dict[str, Any]]:
     return {
         key: {
             "default": field.get_default(call_default_factory=True),
             "description": field.description,
         }
         for key, field in kind.model_fields.items()
+        if key not in without
     }
 
 

@@ -120,7 +120,7 @@ def plan(
         aside = found.activation_memory
         print(json.dumps(asdict(load) | {"activation_memory": aside} | content))
     else:
-        _print(model, load, found, warning)
+        _print(model, load, found, packing, warning)
 
 
 def _too_long(context: int, model_length: int | None) -> str | None:
@@ -132,35 +132,43 @@ def _too_long(context: int, model_length: int | None) -> str | None:
     )
 
 
-def _print(model: str, load: "Load", found: "Comparison", warning: str | None) -> None:
+def _print(
+    model: str, load: "Load", found: "Comparison", packing: str, warning: str | None
+) -> None:
     without, compressed = found.without, found.compressed
     table = Table()
-    for heading in ("", "without", "with", "factor"):
+    changed, quantized = without != compressed, without.weights != compressed.weights
+    headings = ("", "without", "with", "factor") if changed else ("", "without compression")
+    for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
 
     def row(name: str, field: str, form: Callable[[int], str]) -> None:
         before, after = getattr(without, field), getattr(compressed, field)
         factor = f"{after / before:.2f}" if before else "-"
-        table.add_row(name, form(before), form(after), factor)
+        table.add_row(name, *(form(before), form(after), factor)[: len(headings) - 1])
 
-    row("weights", "weights", gib)
+    row(f"weights (int4 as {packing})" if quantized else "weights", "weights", gib)
     row("KV bytes per token of a long prompt", "kv_bytes_per_token", "{:,}".format)
     row("memory left for KV", "kv_memory", gib)
-    row(f"blocks of {load.block_size} tokens", "blocks", "{:,}".format)
-    row("bytes per block", "block_bytes", "{:,}".format)
+    if without.block_bytes == compressed.block_bytes:  # else blocks are of fewer layers each
+        row(f"blocks of {load.block_size} tokens", "blocks", "{:,}".format)
+        row("bytes per block", "block_bytes", "{:,}".format)
     row("KV of a request at its peak", "peak_bytes", mib)
     row("KV of a request that decodes, at most", "decoding_bytes", mib)
     row("requests at once, all decoding", "requests", "{:,}".format)
     row("requests at once, one of them in prefill", "requests_one_in_prefill", "{:,}".format)
     title = f"{model}: requests of {load.prompt:,} tokens of prompt, {load.context:,} in all"
     out.print(title, highlight=False, soft_wrap=True)
+    if warning:
+        out.print(f"Warning: {warning}.", style="yellow", highlight=False, soft_wrap=True)
     out.print(table)
-    notes = [f"Warning: {warning}."] if warning else []
     aside = gib(found.activation_memory)
-    notes += [
+    notes = [
         "A prompt needs all its blocks while it is computed (the peak); then it keeps its share.",
         f"Set aside for activations and graphs: {aside}; vLLM measures it when it starts.",
     ]
+    if not changed:
+        notes.append("Nothing is compressed: give --policy and --keep, or --quantization.")
     if compressed.requests > _MAX_NUM_SEQS:
         notes.append("vLLM also limits requests at once by --max-num-seqs: raise it to that.")
     if not compressed.requests_one_in_prefill:

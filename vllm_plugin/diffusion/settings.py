@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``compress.diffusion``: how a diffusion model is served, and what a request can change."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
@@ -23,13 +24,11 @@ class DiffusionSettings(Decoding):
         DEFAULT_POLICY, description="when the cache is recomputed: see `vllm-compress methods`"
     )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _known_keys(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            name = str(values.get("policy", DEFAULT_POLICY))
-            POLICIES.refuse_unknown(values, cls.model_fields, name)
-        return values
+    def _known_keys(cls, values: Any, section: Callable[[Any], Self]) -> Self:
+        name = str(values.get("policy", DEFAULT_POLICY)) if isinstance(values, dict) else ""
+        return POLICIES.validate(values, section, cls.model_fields, name)
 
     @model_validator(mode="after")
     def _fits_the_policy(self) -> "DiffusionSettings":

@@ -188,7 +188,8 @@ def crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_size: int) -
             int(fixed) if fixed else _measure_crossover(packed, scale_zero, group_size)
         )
         m = _crossovers[key]
-        logger.info("int4 linear K=%d N=%d g=%d: int4pack GEMM up to M=%d", k, n, group_size, m)
+        most = "any M" if m == _NEVER else f"M up to {m}"
+        logger.info("int4 linear K=%d N=%d g=%d: int4pack GEMM for %s", k, n, group_size, most)
     return _crossovers[key]
 
 

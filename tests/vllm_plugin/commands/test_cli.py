@@ -110,7 +110,7 @@ def test_interrupt_leaves_no_target(demo_model: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted" in stderr
+    assert "interrupted; run the same command again to continue" in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "out").exists()
 

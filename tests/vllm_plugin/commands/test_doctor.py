@@ -3,6 +3,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +54,28 @@ def test_this_installation_is_well() -> None:
     assert found["vLLM"].found.startswith("0.32.")
     assert found["plugin"].found.endswith("vllm_plugin:register")
     assert "smoothquant_plus" in found["plugin loaded"].found
+
+
+def test_a_processor_without_avx512_is_slow() -> None:
+    fast = torch.backends.cpu.get_cpu_capability() == "AVX512" or platform.machine() != "x86_64"
+    [device] = [check for check in installation() if check.name == "device"]
+    assert device.status == ("ok" if fast else "slow")
+    assert fast or "--dtype float32" in device.found
+
+
+def test_memory_that_is_not_free_is_a_problem(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM says so after two minutes, in the middle of a long log."""
+    args = {"model": str(demo_model), "max_model_len": 256}
+    status = {c.name: c for c in model_checks(EngineArgs(**args))}
+    assert "memory" not in status  # VLLM_CPU_KVCACHE_SPACE says what the cache takes
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    for share, expected in ((0.01, "ok"), (1.0, "problem")):
+        engine = EngineArgs(**args, gpu_memory_utilization=share)
+        [memory] = [c for c in model_checks(engine) if c.name == "memory"]
+        assert memory.status == expected
+        assert ("set VLLM_CPU_KVCACHE_SPACE" in memory.found) == (expected == "problem")
 
 
 def test_a_disabled_plugin_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,12 @@ def test_a_context_above_the_model_is_warned_of(plan: Callable, demo_model: Path
     assert json.loads(text.splitlines()[0])["context"] == 9000
 
 
+def test_without_compression_there_is_nothing_to_compare(plan: Callable, demo_model: Path) -> None:
+    _, text = plan(demo_model, "--gpu-memory", "4GiB", "--context", "4k")
+    assert "Nothing is compressed: give --policy" in text
+    assert "factor" not in text
+
+
 def test_memory_of_a_request_is_in_bytes(plan: Callable, demo_model: Path) -> None:
     """Blocks of different sizes cannot be compared."""
     options = ("--context", "4096", "--prompt", "4000", "--policy", "recent", "--keep", ".25")
