@@ -117,13 +117,13 @@ def test_json_beside_dotted_flags_is_refused(
 
 
 def test_all_problems_of_all_sections_are_listed(demo_model: Path) -> None:
-    section = {"kv": {"polcy": "snap_kv", "keep": 25}, "weights": {"groupsize": 64}}
+    section = {"kv": {"polici": "snap_kv", "keep": 25}, "weights": {"groupsize": 64}}
     with pytest.raises(CompressError) as caught:
         configure(demo_model, quantization="smothquant_plus", additional_config={KEY: section})
     assert "unknown" in str(caught.value) and "smoothquant_plus'" in str(caught.value)
     with pytest.raises(CompressError) as caught:
         configure(demo_model, quantization="smoothquant_plus", additional_config={KEY: section})
-    for part in ("'polcy'; did you mean 'policy'?", "compress.kv.keep", "'groupsize'; did you"):
+    for part in ("'polici'; did you mean 'policy'?", "compress.kv.keep", "'groupsize'; did you"):
         assert part in str(caught.value), part
 
 

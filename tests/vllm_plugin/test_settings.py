@@ -57,14 +57,14 @@ def test_sections_of_others_are_left_alone(given: Any) -> None:
 
 def test_unknown_keys_do_not_hide_other_problems() -> None:
     section = {
-        "kv": {"polcy": 1, "policy": "snap_kv", "keep": 25, "window": "wide", "levels": 9},
+        "kv": {"polici": 1, "policy": "snap_kv", "keep": 25, "window": "wide", "levels": 9},
         "diffusion": {"policy": "elastic", "gama": 1, "gamma": "x", "threshold": 7},
     }
     with pytest.raises(CompressError) as caught:
         parse_settings({"compress": section})
     told = str(caught.value)
     for part in (
-        "unknown setting 'polcy'; did you mean 'policy'?",
+        "unknown setting 'polici'; did you mean 'policy'?",
         "compress.kv.keep",
         "compress.kv.levels",
         "snap_kv.window",
