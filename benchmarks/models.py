@@ -85,8 +85,8 @@ def _build(size: Size, seed: int, folder: Path) -> None:
 
 
 def _quantize(model: Path, target: Path) -> None:
+    from quant_methods.formats.writing import quantize_checkpoint
     from quant_methods.planning import PlanRequest
-    from quant_methods.writing import quantize_checkpoint
 
     request = PlanRequest(method="rtn", settings={"group_size": 128})
     quantize_checkpoint(model, target, request)

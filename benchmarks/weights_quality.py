@@ -138,7 +138,7 @@ def _tokens(model: Path, text: Path, sizes: Sizes, seed: int, folder: Path) -> l
     """Evaluation windows; writes calibration.txt and windows.json, its windows, for the peers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from quant_methods.calibration import SELF, CalibrationSettings, calibration_tokens
+    from quant_methods.calibration.text import SELF, CalibrationSettings, calibration_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
@@ -160,8 +160,8 @@ def _tokens(model: Path, text: Path, sizes: Sizes, seed: int, folder: Path) -> l
 
 def _write_best(model: Path, folder: Path, settings: dict[str, Any]) -> Path:
     """The checkpoint of ``nats_best``, for vLLM's own kernel: the peers are served by it too."""
+    from quant_methods.formats.writing import quantize_checkpoint
     from quant_methods.planning import PlanRequest
-    from quant_methods.writing import quantize_checkpoint
 
     os.environ["VLLM_COMPRESS_CACHE"] = str(folder)  # in a child process: the plan is shared
     calibration = settings["calibration"]
@@ -172,6 +172,6 @@ def _write_best(model: Path, folder: Path, settings: dict[str, Any]) -> Path:
 
 
 def _plans(folder: Path) -> list[dict[str, Any]]:
-    from quant_methods.plan_file import load_plan
+    from quant_methods.formats.plan_file import load_plan
 
     return [load_plan(path).report for path in sorted(folder.glob("*/*.safetensors"))]

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import ROW_PARALLEL, UNITS, linear_shapes
-from quant_methods.blocks import Blocks
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.formats.plan import Plan
 from quant_methods.grid import GROUP_SIZES, Grid, pick_group_size
-from quant_methods.plan import Plan
 
 _PACKED_OUTPUTS = 8  # zero points are packed along the output channels, eight to a word
 _KERNEL_OUTPUTS = 16  # the CPU kernels take whole tiles of output channels

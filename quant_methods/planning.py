@@ -16,8 +16,9 @@ from compress_common.errors import CompressError
 from compress_common.store import Store, digest
 from quant_methods.architecture import LINEARS, architecture_of
 from quant_methods.base import Progress, QuantMethod, silent
-from quant_methods.blocks import Blocks
-from quant_methods.calibration import (
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.stages import Stages
+from quant_methods.calibration.text import (
     SELF,
     CalibrationSettings,
     check_length,
@@ -26,12 +27,11 @@ from quant_methods.calibration import (
     start_token,
 )
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.gptq import compensate
+from quant_methods.formats.plan import Plan, decoder_problem
+from quant_methods.formats.plan_file import SCHEMA_VERSION, load_plan, save_plan
 from quant_methods.identity import tensor_digest
-from quant_methods.plan import Plan, decoder_problem
-from quant_methods.plan_file import SCHEMA_VERSION, load_plan, save_plan
 from quant_methods.registry import build_method
-from quant_methods.stages import Stages
+from quant_methods.roundings.gptq import compensate
 
 KIND = "plan"
 TEXT_KIND = "calibration-text"

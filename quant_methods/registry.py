@@ -5,8 +5,8 @@ from typing import Any, Final
 
 from compress_common.registry import Registry
 from quant_methods.base import QuantMethod
-from quant_methods.rtn import RoundToNearest
-from quant_methods.smoothquant_plus import SmoothQuantPlus
+from quant_methods.methods.rtn import RoundToNearest
+from quant_methods.methods.smoothquant_plus import SmoothQuantPlus
 
 _REGISTRY: Final = Registry[QuantMethod](
     noun="method",

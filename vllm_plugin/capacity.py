@@ -20,10 +20,10 @@ from compress_common.errors import CompressError, joined
 from kv_policies.layout.base import Layout
 from quant_methods.architecture import architecture_of
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.formats import MARKER
+from quant_methods.formats.checkpoint_formats import MARKER
+from quant_methods.formats.sizes import Packing, sizes_of
 from quant_methods.local import local_folder, text_config
 from quant_methods.registry import methods
-from quant_methods.sizes import Packing, sizes_of
 from vllm_plugin.compatibility import weight_model_problems
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, unknown_kinds
 from vllm_plugin.settings import WeightSettings

@@ -13,7 +13,7 @@ from compress_common.errors import CompressError
 from kv_policies.model_file import ModelFingerprint
 from quant_methods.architecture import QKV
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.formats import MARKER
+from quant_methods.formats.checkpoint_formats import MARKER
 from quant_methods.local import local_folder
 
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")

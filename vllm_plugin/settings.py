@@ -14,7 +14,7 @@ from dllm_denoising.registry import policies as diffusion_policies
 from kv_policies.base import Policy
 from kv_policies.budget.profile import Share
 from kv_policies.registry import KV_POLICIES, build_policy, policies
-from quant_methods.calibration import CalibrationSettings
+from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.planning import PlanRequest
 from quant_methods.registry import methods
 from vllm_plugin.diffusion.settings import DiffusionSettings

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from compress_common.errors import CompressError
 from quant_methods import identity
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import QuantizedWeight
 from quant_methods.identity import TensorDigests, hashed, tensor_digest
 from quant_methods.planning import PlanRequest, obtain_plan
-from quant_methods.writing import quantize_checkpoint
 
 RTN = PlanRequest(method="rtn", settings={"group_size": 32})
 
@@ -226,7 +226,7 @@ def test_the_stream_that_is_loaded_is_checked(copy: Path, damage: str) -> None:
 def test_shards_of_other_weights_are_not_kept(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quant_methods import writing
+    from quant_methods.formats import writing
 
     monkeypatch.setattr(writing, "_SHARD_BYTES", 200_000)
     save, saved = writing.save_file, []

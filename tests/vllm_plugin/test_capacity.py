@@ -18,11 +18,11 @@ from compress_common.errors import CompressError
 from kv_policies.layout.base import Layout
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
-from quant_methods.calibration import CalibrationSettings
+from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.local import local_folder
 from quant_methods.planning import PlanRequest
-from quant_methods.writing import quantize_checkpoint
 from vllm_plugin.capacity import (
     block_bytes,
     groups_of,

@@ -164,8 +164,8 @@ def test_a_refusal_inside_a_pydantic_error_is_ours(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """vLLM asks our quantization config while it validates its own."""
+    from quant_methods.formats.writing import quantize_checkpoint
     from quant_methods.planning import PlanRequest
-    from quant_methods.writing import quantize_checkpoint
 
     request = PlanRequest(method="rtn", settings={"group_size": 32})
     quantize_checkpoint(tiny_model("llama"), tmp_path / "int4", request)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quant_methods.calibration import CalibrationSettings
+from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import QuantizedWeight
 from quant_methods.planning import PlanRequest, obtain_plan
-from quant_methods.writing import quantize_checkpoint
 from tests.conftest import TINY_MODELS
 from tests.support.generate import EngineFailed, generate
 from vllm_plugin.settings import WeightSettings

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from compress_common.errors import CompressError, joined
 
-# quant_methods.calibration.SELF, which would import torch. A test compares them.
+# quant_methods.calibration.text.SELF, which would import torch. A test compares them.
 SELF: Final = "self"
 
 _KV: Final = "compress.kv"  # the section of --additional-config

@@ -11,10 +11,10 @@ import torch
 from compress_common.errors import CompressError, joined, nearest
 from kv_policies.layout.base import Layout
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.formats import MARKER
+from quant_methods.formats.checkpoint_formats import MARKER
+from quant_methods.formats.sizes import Packing
 from quant_methods.local import local_folder, text_config
 from quant_methods.registry import methods
-from quant_methods.sizes import Packing
 from vllm_plugin.capacity import (
     Footprint,
     Group,

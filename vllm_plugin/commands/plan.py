@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vllm_plugin.commands.deployment import Comparison, Load
 
 _MAX_NUM_SEQS = 256  # vLLM's smallest default
-# quant_methods.sizes.Packing, which would import torch. A test compares them.
+# quant_methods.formats.sizes.Packing, which would import torch. A test compares them.
 Packing = Literal["checkpoint", "cpu-bf16", "cpu-int8"]
 
 

@@ -62,7 +62,7 @@ def profile(
     Example: vllm-compress profile meta-llama/Llama-3.1-8B-Instruct --keep 0.25
     """
     from kv_policies.budget.levels import exact
-    from quant_methods.calibration import CalibrationSettings
+    from quant_methods.calibration.text import CalibrationSettings
     from vllm_plugin.commands.profiling.kv_profile import make_profile
     from vllm_plugin.commands.profiling.profile_plot import canvas, draw
 

@@ -44,10 +44,10 @@ def quantize(
 
     Example: vllm-compress quantize meta-llama/Llama-3.1-8B-Instruct --out llama-int4
     """
-    from quant_methods.calibration import CalibrationSettings
+    from quant_methods.calibration.text import CalibrationSettings
     from quant_methods.checkpoint import Checkpoint, resolve
+    from quant_methods.formats.writing import estimate, quantize_checkpoint
     from quant_methods.planning import PlanRequest
-    from quant_methods.writing import estimate, quantize_checkpoint
 
     options: dict[str, Any] = {
         "group_size": group_size,

@@ -16,7 +16,7 @@ from kv_policies.latents.bases import Bases
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.rope import Rope
-from quant_methods.formats import MARKER
+from quant_methods.formats.checkpoint_formats import MARKER
 from vllm_plugin.kv_cache import latent_cpu_build
 from vllm_plugin.kv_cache.latent_cpu import CPULatentCache
 from vllm_plugin.kv_cache.pages import Pages

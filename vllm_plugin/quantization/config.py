@@ -13,7 +13,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import LINEARS
-from quant_methods.formats import MARKER, compressed_tensors_config
+from quant_methods.formats.checkpoint_formats import MARKER, compressed_tensors_config
 from quant_methods.grid import Grid
 from vllm_plugin.quantization.cpu_int4 import Activations
 from vllm_plugin.quantization.scheme import Int4Scheme

@@ -26,9 +26,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from quant_methods.checkpoint import hugging_face_files
+from quant_methods.formats.packing import to_compressed_tensors
+from quant_methods.formats.plan import Plan
 from quant_methods.grid import QuantizedWeight
-from quant_methods.packing import to_compressed_tensors
-from quant_methods.plan import Plan
 from quant_methods.planning import PlanRequest, obtain_plan
 from vllm_plugin.progress import bar
 from vllm_plugin.quantization.reload import Source, guard_weights, present_kept, refuse_reload

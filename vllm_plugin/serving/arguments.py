@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_common.errors import CompressError, joined, nearest
-from quant_methods.calibration import SELF
+from quant_methods.calibration.text import SELF
 from quant_methods.registry import methods
 from vllm_plugin.settings import KEY, parse_settings
 

@@ -16,7 +16,7 @@ from compress_common.errors import CompressError
 from kv_policies.latents.bases import Bases
 from kv_policies.latents.bases_header import SIDES
 from kv_policies.latents.low_rank import relative_error
-from quant_methods.calibration import CalibrationSettings, calibration_tokens
+from quant_methods.calibration.text import CalibrationSettings, calibration_tokens
 from quant_methods.checkpoint import Checkpoint
 from vllm_plugin.commands.profiling.kv_bases import make_bases, weights_digest
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers

@@ -19,8 +19,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import quantization
 
 import vllm_plugin
+from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.planning import PlanRequest
-from quant_methods.writing import quantize_checkpoint
 from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
 from vllm_plugin.cli import main
 from vllm_plugin.commands.checks import (

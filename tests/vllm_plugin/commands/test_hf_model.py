@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from compress_common.errors import CompressError
 from quant_methods.base import silent
-from quant_methods.calibration import CalibrationSettings
+from quant_methods.calibration.text import CalibrationSettings
 from vllm_plugin.commands.profiling.hf_model import HFModel
 
 LENGTHS = {"samples": 2, "length": 16}

@@ -98,14 +98,14 @@ def test_help_imports_nothing_large() -> None:
 
 
 def test_what_signatures_repeat_is_what_the_packages_say() -> None:
-    from quant_methods import formats, sizes
-    from quant_methods.calibration import SELF
+    from quant_methods.calibration.text import SELF
+    from quant_methods.formats import checkpoint_formats, sizes
     from vllm_plugin.commands import common, plan, quantize
 
     assert common.SELF == SELF
     assert get_args(plan.Packing) == get_args(sizes.Packing)
     listed = inspect.getsource(quantize.quantize)
-    assert f"checkpoint format: {', '.join(formats.FORMATS)}" in listed
+    assert f"checkpoint format: {', '.join(checkpoint_formats.FORMATS)}" in listed
 
 
 def test_a_first_profile_takes_minutes() -> None:

@@ -16,9 +16,9 @@ from compress_common.errors import CompressError
 from kv_policies.budget.profile import Profile, Provenance
 from quant_methods import identity
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.local import local_folder
 from quant_methods.planning import PlanRequest
-from quant_methods.writing import quantize_checkpoint
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_fingerprint import fingerprint_of, published_weights
 from vllm_plugin.settings import KVSettings

@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import vllm_plugin
 from compress_common.errors import CompressError
-from quant_methods.formats import MARKER
+from quant_methods.formats.checkpoint_formats import MARKER
 from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
 from vllm_plugin.kv_cache.budget import bases_of
 from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck, check

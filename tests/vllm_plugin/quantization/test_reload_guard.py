@@ -15,8 +15,8 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from compress_common.errors import CompressError
+from quant_methods.formats.plan import Plan
 from quant_methods.identity import tensor_digest
-from quant_methods.plan import Plan
 from vllm_plugin.quantization.loader import QuantizedStream
 from vllm_plugin.quantization.reload import Source, guard_weights, present_kept
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress_common.errors import CompressError, joined
 from quant_methods.base import Progress
-from quant_methods.calibration import SELF, CalibrationSettings, check_length, file_tokens
+from quant_methods.calibration.text import SELF, CalibrationSettings, check_length, file_tokens
 from quant_methods.checkpoint import Checkpoint, resolve
 from quant_methods.planning import stored_tokens
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, not_reached

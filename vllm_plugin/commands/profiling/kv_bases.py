@@ -21,8 +21,8 @@ from kv_policies.latents.low_rank import Factor
 from kv_policies.model_file import Calibration
 from quant_methods.architecture import QKV, architecture_of
 from quant_methods.base import Progress, silent
-from quant_methods.blocks import Blocks
-from quant_methods.calibration import CalibrationSettings
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.text import CalibrationSettings
 from vllm_plugin.commands.profiling.block_factors import BlockFactor, weights_of
 from vllm_plugin.commands.profiling.hf_model import HFModel, usable
 from vllm_plugin.kv_fingerprint import weights_digest

@@ -15,11 +15,11 @@ from torch import nn
 
 from quant_methods.architecture import Fold
 from quant_methods.base import Capabilities, GridSettings, Progress, silent
-from quant_methods.blocks import Blocks
-from quant_methods.divergence import NextTokenReference
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.divergence import NextTokenReference
+from quant_methods.formats.plan import Plan
 from quant_methods.grid import fake_quantize
-from quant_methods.plan import Plan
-from quant_methods.smoothing import (
+from quant_methods.transforms.smoothing import (
     clip_percents,
     fold_into_norm,
     search_alpha,

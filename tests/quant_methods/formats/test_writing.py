@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from compress_common.errors import CompressError
-from quant_methods import planning, writing
-from quant_methods.calibration import CalibrationSettings
+from quant_methods import planning
+from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint, resolve
+from quant_methods.formats import writing
+from quant_methods.formats.packing import from_awq, from_compressed_tensors
+from quant_methods.formats.plan_file import plan_digest
+from quant_methods.formats.writing import estimate, quantize_checkpoint
 from quant_methods.grid import Grid
-from quant_methods.packing import from_awq, from_compressed_tensors
-from quant_methods.plan_file import plan_digest
 from quant_methods.planning import PlanRequest, obtain_plan
-from quant_methods.writing import estimate, quantize_checkpoint
 
 QUICK = CalibrationSettings(samples=2, length=16)
 

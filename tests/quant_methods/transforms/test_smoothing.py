@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from quant_methods.architecture import Fold
 from quant_methods.grid import Grid, fake_quantize
-from quant_methods.smoothing import (
+from quant_methods.transforms.smoothing import (
     clip_percents,
     fold_into_norm,
     search_alpha,

@@ -19,10 +19,10 @@ from compress_common.errors import CompressError
 from quant_methods.architecture import QKV, architecture_of
 from quant_methods.base import Progress, silent
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.formats import FORMATS, Format
+from quant_methods.formats.checkpoint_formats import FORMATS, Format
+from quant_methods.formats.plan import Plan
+from quant_methods.formats.plan_file import plan_digest
 from quant_methods.grid import QuantizedWeight
-from quant_methods.plan import Plan
-from quant_methods.plan_file import plan_digest
 from quant_methods.planning import PlanRequest, obtain_plan
 
 _SHARD_BYTES = 2 << 30  # of source weights

@@ -4,8 +4,7 @@ from typing import Literal
 import pytest
 import torch
 
-from quant_methods.grid import Grid, quantize
-from quant_methods.packing import (
+from quant_methods.formats.packing import (
     from_awq,
     from_compressed_tensors,
     pack,
@@ -13,6 +12,7 @@ from quant_methods.packing import (
     to_compressed_tensors,
     unpack,
 )
+from quant_methods.grid import Grid, quantize
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import Architecture
-from quant_methods.stages import Stages
+from quant_methods.calibration.stages import Stages
 
 
 class Blocks:

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_common.errors import CompressError
-from quant_methods.calibration import CalibrationSettings
+from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.gptq import gptq_quantize
 from quant_methods.grid import Grid, quantize
 from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.roundings.gptq import gptq_quantize
 
 
 def correlated(seed: int, k: int = 128) -> tuple[torch.Tensor, torch.Tensor]:

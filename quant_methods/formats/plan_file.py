@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from compress_common.errors import CompressError
 from compress_common.store import digest
+from quant_methods.formats.packing import pack, unpack
+from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid, QuantizedWeight
 from quant_methods.identity import tensor_digest
-from quant_methods.packing import pack, unpack
-from quant_methods.plan import Plan
 
 SCHEMA_VERSION = 2
 

@@ -12,8 +12,8 @@ import torch
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import LINEARS
+from quant_methods.formats.packing import to_awq, to_compressed_tensors
 from quant_methods.grid import Grid, QuantizedWeight
-from quant_methods.packing import to_awq, to_compressed_tensors
 
 # Marks a quantization_config as ours. Stock loaders ignore the key.
 MARKER = "vllm_compress"

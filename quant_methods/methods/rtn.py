@@ -4,8 +4,8 @@
 from typing import ClassVar
 
 from quant_methods.base import Capabilities, GridSettings, Progress, silent
-from quant_methods.blocks import Blocks
-from quant_methods.plan import Plan
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.formats.plan import Plan
 
 
 class RoundToNearest:

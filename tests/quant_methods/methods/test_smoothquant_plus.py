@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import architecture_of, linear_shapes
-from quant_methods.blocks import Blocks
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.formats.plan import Plan
+from quant_methods.formats.plan_file import load_plan, save_plan
 from quant_methods.grid import QuantizedWeight
 from quant_methods.identity import tensor_digest
-from quant_methods.plan import Plan
-from quant_methods.plan_file import load_plan, save_plan
 from quant_methods.registry import build_method
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")

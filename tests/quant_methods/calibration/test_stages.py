@@ -11,11 +11,11 @@ import torch
 from compress_common.errors import CompressError
 from compress_common.store import digest
 from quant_methods import planning
+from quant_methods.calibration.stages import Stages
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.plan import Plan
+from quant_methods.formats.plan import Plan
+from quant_methods.methods.smoothquant_plus import SmoothQuantPlus
 from quant_methods.planning import PlanRequest, obtain_plan
-from quant_methods.smoothquant_plus import SmoothQuantPlus
-from quant_methods.stages import Stages
 
 REQUEST = PlanRequest(
     settings={"group_size": 32, "folds": "all", "rounding": "gptq"},

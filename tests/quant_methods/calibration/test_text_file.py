@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from compress_common.errors import CompressError
-from quant_methods.calibration import CalibrationSettings, file_tokens
-from quant_methods.calibration_file import read_tokens
+from quant_methods.calibration.text import CalibrationSettings, file_tokens
+from quant_methods.calibration.text_file import read_tokens
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 

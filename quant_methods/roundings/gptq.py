@@ -11,10 +11,10 @@ import torch
 
 from compress_common.errors import CompressError
 from quant_methods.base import Progress, silent
-from quant_methods.blocks import Blocks
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.formats.plan import Plan
+from quant_methods.formats.plan_file import codes_from_tensors, codes_to_tensors
 from quant_methods.grid import LEVELS, Grid, QuantizedWeight, quantize
-from quant_methods.plan import Plan
-from quant_methods.plan_file import codes_from_tensors, codes_to_tensors
 
 _BLOCK = 128  # columns whose errors are applied to the rest of the matrix at once
 _DAMP = 0.01

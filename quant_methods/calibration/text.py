@@ -9,7 +9,7 @@ from torch import nn
 
 from compress_common.errors import CompressError
 from quant_methods.base import Progress, silent
-from quant_methods.calibration_file import read_tokens
+from quant_methods.calibration.text_file import read_tokens
 
 SELF = "self"
 
