@@ -15,10 +15,29 @@ O_PROJ = "self_attn.o_proj"
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 DOWN = "mlp.down_proj"
 LINEARS = (*QKV, O_PROJ, *GATE_UP, DOWN)
-# vLLM fuses the linears of a unit into one, so they are quantized together or not at all.
-UNITS = (QKV, (O_PROJ,), GATE_UP, (DOWN,))
 # Tensor parallelism cuts these along input channels, and the others along output channels.
 ROW_PARALLEL = (O_PROJ, DOWN)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Linears that vLLM fuses into one. They have one grid, or all stay at 16 bits.
+
+    Attributes:
+        name: Short name of the unit, unique in a decoder layer.
+        linears: Its linears, relative to the layer.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+
+
+UNITS = (
+    Unit("qkv", QKV),
+    Unit("o", (O_PROJ,)),
+    Unit("gate_up", GATE_UP),
+    Unit("down", (DOWN,)),
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,16 @@ class Architecture:
             Fold("up_proj", GATE_UP[1], (DOWN,)),
         )
 
+    def units(self, config: Any) -> dict[str, tuple[str, ...]]:
+        """Return ``{unit: linears}`` of all layers, by full name: ``model.layers.3.gate_up``."""
+        return {
+            f"{self.layers_prefix}.{index}.{unit.name}": tuple(
+                f"{self.layers_prefix}.{index}.{linear}" for linear in unit.linears
+            )
+            for index in range(config.num_hidden_layers)
+            for unit in UNITS
+        }
+
     def first_sharing(self, config: Any) -> dict[str, str]:
         """Return ``{linear: the first linear with the same input}``. Only that one is observed."""
         return {c: fold.consumers[0] for fold in self.folds(config) for c in fold.consumers}
@@ -117,6 +146,16 @@ def architecture_of(config: Any) -> Architecture:
     if problems:
         raise joined(problems)
     return ARCHITECTURES[kind]
+
+
+def split_units(units: dict[str, tuple[str, ...]], grids: dict[str, Any]) -> list[str]:
+    """Return the units whose linears do not share one grid, which vLLM cannot load.
+
+    Args:
+        units: ``{unit: linears}``, as ``Architecture.units`` returns it.
+        grids: ``{linear: grid}`` by full name. A linear without one stays at 16 bits.
+    """
+    return [u for u, linears in units.items() if len({grids.get(name) for name in linears}) > 1]
 
 
 def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:

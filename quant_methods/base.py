@@ -7,12 +7,13 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import ROW_PARALLEL, UNITS, linear_shapes
+from quant_methods.allocators.allocation import SIXTEEN, read_allocation
+from quant_methods.architecture import ROW_PARALLEL, UNITS, Unit, architecture_of, linear_shapes
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
-from quant_methods.grid import GROUP_SIZES, Grid, pick_group_size
+from quant_methods.grid import GROUP_SIZES, PER_CHANNEL, Grid, pick_group_size
 
-_PACKED_OUTPUTS = 8  # zero points are packed along the output channels, eight to a word
+_WORD_BITS = 32  # zero points are packed along the output channels, in whole words
 _KERNEL_OUTPUTS = 16  # the CPU kernels take whole tiles of output channels
 
 
@@ -21,17 +22,33 @@ class GridSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    bits: int = Field(
+        4,
+        ge=2,
+        le=8,
+        description="bits of a weight; on a CPU vLLM serves 4, and 8 as w8a8",
+    )
     group_size: Literal[32, 64, 128] = Field(
         128, description="input channels per scale; the largest of 128, 64, 32 up to this that fits"
     )
     symmetric: bool = Field(
         False, description="no zero points: slightly smaller, 0.03 to 0.1 nats worse"
     )
+    eight_bit: Literal["w8a8", "w8a16"] = Field(
+        "w8a8",
+        description="how units of 8 bits are stored: w8a8 (int8 with one scale per channel, "
+        "activations rounded to int8 per token; CPU and CUDA) or w8a16 (groups; CUDA only)",
+    )
+    allocation: str | None = Field(
+        None,
+        description="file with the bits of each unit, {unit: bits}; 16 leaves a unit as it is. "
+        "Units that it does not name have `bits`",
+    )
     rounding: Literal["nearest", "gptq"] = Field(
         "nearest",
         description="gptq: later columns compensate the rounding error of each column; better with "
         "enough calibration text (8,000 tokens), takes minutes and stores codes as large as the "
-        "int4 model",
+        "quantized model",
     )
     uniform: bool = Field(
         False, description="one group size for all linears, as the AWQ format needs"
@@ -40,27 +57,49 @@ class GridSettings(BaseModel):
         1, ge=1, description="ranks that o_proj and down_proj are cut for: no group is cut in two"
     )
 
-    def grids(self, config: Any) -> dict[str, Grid]:
-        """Choose the grid of each linear of a decoder layer.
+    def identity(self) -> dict[str, Any]:
+        """Return all that decides a plan: the settings, with the content of files that they name.
 
-        A linear is left out, and so stays at 16 bits, when no group size divides its input or its
-        codes do not pack. Linears that vLLM fuses are left out together.
+        Raises:
+            CompressError: A file cannot be read.
+        """
+        content = self.model_dump()
+        if self.allocation is not None:
+            content["allocation"] = read_allocation(self.allocation).model_dump()
+        return content
+
+    def grids(self, config: Any) -> dict[str, Grid]:
+        """Choose the grid of each linear of a decoder.
+
+        A linear is left out, and so stays at 16 bits, when no group size divides its input, when
+        its codes do not pack, or when the allocation says so. Linears that vLLM fuses are left out
+        together.
 
         Args:
             config: The text model's ``transformers`` config.
 
         Returns:
-            ``{linear: grid}``. ``architecture.LINEARS`` has the names.
+            ``{linear: grid}`` by full name.
 
         Raises:
-            CompressError: Nothing can be quantized, or the ranks do not divide a linear.
+            CompressError: Nothing can be quantized, the ranks do not divide a linear, or the
+                allocation does not suit.
         """
-        shapes = linear_shapes(config)
-        sizes: dict[str, int] = {}
-        for unit in UNITS:
-            if (size := self._group_size(unit, shapes)) is not None:
-                sizes |= dict.fromkeys(unit, size)
+        arch = architecture_of(config)
+        units, shapes = arch.units(config), linear_shapes(config)
+        bits = dict.fromkeys(units, self.bits)
+        if self.allocation is not None:
+            bits |= read_allocation(self.allocation).checked(units)
+        kinds = {unit.name: unit for unit in UNITS}
+        sizes = {
+            unit: self._group_size(kinds[unit.rpartition(".")[2]], shapes, count)
+            for unit, count in bits.items()
+            if count != SIXTEEN
+        }
+        fit = {unit: size for unit, size in sizes.items() if size is not None}
         if not sizes:
+            raise CompressError("the allocation leaves every unit at 16 bits: nothing to quantize")
+        if not fit:
             inputs = sorted({inputs for _, inputs in shapes.values()})
             raise CompressError(
                 f"no linear can be quantized: none of the group sizes {GROUP_SIZES} up to "
@@ -68,23 +107,33 @@ class GridSettings(BaseModel):
                 "ranks; serve the model at 16 bits"
             )
         if self.uniform:
-            sizes = dict.fromkeys(sizes, min(sizes.values()))
-        return {name: Grid(size, self.symmetric) for name, size in sizes.items()}
+            fit = dict.fromkeys(fit, min(fit.values()))
+        return {
+            linear: self.grid(bits[unit], size)
+            for unit, size in fit.items()
+            for linear in units[unit]
+        }
 
-    def _group_size(self, unit: tuple[str, ...], shapes: dict[str, tuple[int, int]]) -> int | None:
+    def grid(self, bits: int, group_size: int) -> Grid:
+        """Return the grid of a level of ``bits`` bits whose groups have ``group_size`` channels."""
+        if bits == 8 and self.eight_bit == "w8a8":
+            return Grid(PER_CHANNEL, symmetric=True, bits=8, activations="int8")
+        return Grid(group_size, self.symmetric, bits)
+
+    def _group_size(self, unit: Unit, shapes: dict[str, tuple[int, int]], bits: int) -> int | None:
         """Return the group size that the linears of a unit share; None: they stay at 16 bits."""
-        ranks, inputs = self.tensor_parallel, shapes[unit[0]][1]
-        outputs = [shapes[name][0] for name in unit]
-        if unit[0] in ROW_PARALLEL:
+        ranks, inputs = self.tensor_parallel, shapes[unit.linears[0]][1]
+        outputs = [shapes[name][0] for name in unit.linears]
+        if unit.linears[0] in ROW_PARALLEL:
             if inputs % ranks:
                 raise CompressError(
-                    f"{unit[0]} has {inputs} input channels, which {ranks} ranks do not divide; "
-                    "change the tensor parallel size"
+                    f"{unit.linears[0]} has {inputs} input channels, which {ranks} ranks do not "
+                    "divide; change the tensor parallel size"
                 )
             inputs //= ranks
         else:  # vLLM repeats key and value heads that are fewer than the ranks
             outputs = [size if size % ranks else size // ranks for size in outputs]
-        if sum(outputs) % _KERNEL_OUTPUTS or any(size % _PACKED_OUTPUTS for size in outputs):
+        if sum(outputs) % _KERNEL_OUTPUTS or any(size * bits % _WORD_BITS for size in outputs):
             return None
         return pick_group_size(inputs, self.group_size)
 
@@ -98,12 +147,14 @@ class Capabilities:
         at_load: Whether an engine can run it while it loads a 16-bit checkpoint.
         formats: Checkpoint formats that hold its result.
         paper: Address of the paper, or "".
+        smooths: Whether it rescales weights. LoRA adapters of the original model then do not fit.
     """
 
     calibrates: bool
     at_load: bool
     formats: tuple[str, ...]
     paper: str
+    smooths: bool = True
 
 
 class Progress(Protocol):
@@ -117,7 +168,7 @@ def silent(step: str, done: int, total: int) -> None:
 
 
 class QuantMethod(Protocol):
-    """Turns a model and calibration tokens into a Plan. All methods share the rounding itself."""
+    """Turns a model and calibration tokens into a Plan."""
 
     name: ClassVar[str]
     revision: ClassVar[int]  # raised when the same settings would give another plan than before

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group-wise int4 rounding of a weight matrix: pure functions in fp32.
+"""Group-wise rounding of a weight matrix to 2 to 8 bits: pure functions in fp32.
 
 A weight is ``[N, K]``: output by input channels. Each row is cut along K into groups of
 ``group_size`` channels. A group has one scale and, when asymmetric, one zero point.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from compress_common.errors import CompressError
 
-LEVELS = 16
 GROUP_SIZES = (128, 64, 32)
+PER_CHANNEL = -1  # a group size: one scale for a whole row, as compressed-tensors and GPTQ write it
+# How a served linear rounds its inputs, with one scale per token. "none": they stay at 16 bits.
+Activations = Literal["none", "int8", "fp8"]
 # Weights that are rounded at a time, so that their fp32 temporaries stay in a core's cache.
 _CACHED = 1 << 18
 # The scale of a group of zeros. Any positive number dequantizes it to zero.
@@ -24,12 +27,43 @@ class Grid:
     """How one linear is rounded.
 
     Attributes:
-        group_size: Input channels that share a scale.
+        group_size: Input channels that share a scale; ``PER_CHANNEL``: all of a row.
         symmetric: Whether groups have no zero point.
+        bits: Of a code, 2 to 8.
+        activations: How the served linear rounds its inputs.
     """
 
     group_size: int
     symmetric: bool = False
+    bits: int = 4
+    activations: Activations = "none"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"a grid has 2 to 8 bits, not {self.bits}")
+
+    @property
+    def levels(self) -> int:
+        """Number of codes: 16 with 4 bits."""
+        return 1 << self.bits
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric grid: 8 with 4 bits."""
+        return self.levels // 2
+
+    def groups(self, in_features: int) -> int:
+        """Return the number of groups of a row."""
+        return 1 if self.group_size == PER_CHANNEL else in_features // self.group_size
+
+    def width(self, in_features: int) -> int:
+        """Return the number of input channels of a group."""
+        return in_features if self.group_size == PER_CHANNEL else self.group_size
+
+    def stored_bits(self, in_features: int) -> float:
+        """Return the bits that a weight takes in a checkpoint, scale and zero point included."""
+        overhead = 16 + (0 if self.symmetric else self.bits)
+        return self.bits + overhead / self.width(in_features)
 
 
 @dataclass(frozen=True)
@@ -37,9 +71,9 @@ class QuantizedWeight:
     """The weight ``(q - zero) * scale``.
 
     Attributes:
-        q: Codes in 0..15, uint8 [N, K].
+        q: Codes in 0..2^bits - 1, uint8 [N, K].
         scale: fp32 [N, K/group].
-        zero: Zero points in 0..15, fp32 [N, K/group].
+        zero: Zero points in 0..2^bits - 1, fp32 [N, K/group].
         grid: How it was rounded.
     """
 
@@ -57,7 +91,7 @@ class QuantizedWeight:
     def dequantize(self) -> torch.Tensor:
         """Return the weight that the codes stand for, fp32 [N, K]."""
         n, k = self.q.shape
-        groups = self.q.view(n, -1, self.grid.group_size).float()
+        groups = self.q.view(n, self.scale.shape[1], -1).float()
         return ((groups - self.zero[..., None]) * self.scale[..., None]).view(n, k)
 
 
@@ -80,7 +114,7 @@ def quantize(
     """Round a weight to the nearest points of a grid.
 
     The range of a group always includes zero, and codes are clamped, so neither a group of positive
-    weights nor a .5 tie leaves 0..15.
+    weights nor a .5 tie leaves 0..2^bits - 1.
 
     Args:
         weight: [N, K].
@@ -115,21 +149,21 @@ def _round(
     weight: torch.Tensor, grid: Grid, shrink: torch.Tensor | None, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return codes as fp32 [N, K/group, group], and scale and zero [N, K/group]."""
-    groups = weight.float().reshape(weight.shape[0], -1, grid.group_size)
+    groups = weight.float().reshape(len(weight), grid.groups(weight.shape[1]), -1)
     low, high = torch.aminmax(groups, dim=-1)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
         raise CompressError("a weight holds NaN or infinity; the checkpoint is damaged")
     if grid.symmetric:
-        scale = torch.maximum(-low / (LEVELS // 2), high / (LEVELS // 2 - 1))
+        scale = torch.maximum(-low / grid.middle, high / (grid.middle - 1))
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / (LEVELS - 1)
+        scale = (high - low) / (grid.levels - 1)
     if shrink is not None:
         low, scale = low * shrink, scale * shrink
     scale = scale.clamp_(min=_SCALE_FLOOR).to(scale_dtype).float()
     if grid.symmetric:
-        zero = torch.full_like(scale, LEVELS // 2)
+        zero = torch.full_like(scale, grid.middle)
     else:
-        zero = (-low / scale).round_().clamp_(0, LEVELS - 1)
-    codes = groups.div(scale[..., None]).round_().add_(zero[..., None]).clamp_(0, LEVELS - 1)
+        zero = (-low / scale).round_().clamp_(0, grid.levels - 1)
+    codes = groups.div(scale[..., None]).round_().add_(zero[..., None]).clamp_(0, grid.levels - 1)
     return codes, scale, zero

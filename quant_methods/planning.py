@@ -68,7 +68,7 @@ class PlanRequest(BaseModel):
             "schema": SCHEMA_VERSION,
             "method": self.method,
             "revision": method.revision,
-            "settings": method.settings.model_dump(),
+            "settings": method.settings.identity(),
         }
         if self.calibrates:
             content |= _text_identity(checkpoint, self.calibration)
@@ -154,7 +154,8 @@ def _calibrate(
         del model, blocks
         gc.collect()
     plan.report["settings"] = method.settings.model_dump()
-    plan.report["left_at_16_bit"] = [n for n in LINEARS if n not in plan.layer_grids()]
+    quantized = {name.split(".", 3)[3] for name in plan.grids}
+    plan.report["left_at_16_bit"] = [name for name in LINEARS if name not in quantized]
     return plan
 
 

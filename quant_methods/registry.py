@@ -3,6 +3,7 @@
 
 from typing import Any, Final
 
+from compress_common.errors import CompressError
 from compress_common.registry import Registry
 from quant_methods.base import QuantMethod
 from quant_methods.methods.rtn import RoundToNearest
@@ -18,6 +19,17 @@ _REGISTRY: Final = Registry[QuantMethod](
 def methods() -> dict[str, type[QuantMethod]]:
     """Return every registered method; CompressError when two claim one name."""
     return _REGISTRY.classes()
+
+
+def served_methods() -> tuple[type[QuantMethod], ...]:
+    """Return the methods that an engine knows: all, or ours where another package is broken.
+
+    Such a package is an error for who names a method, not for an engine that uses none.
+    """
+    try:
+        return tuple(methods().values())
+    except CompressError:
+        return _REGISTRY.built_in
 
 
 def build_method(name: str, settings: dict[str, Any]) -> QuantMethod:

@@ -26,7 +26,7 @@ from vllm_plugin.diffusion import support as diffusion
 from vllm_plugin.exits import end_command
 from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
 from vllm_plugin.metrics.connector import report
-from vllm_plugin.quantization.config import CONFIGS, SmoothQuantPlusConfig
+from vllm_plugin.quantization.config import CONFIGS, MethodConfig
 from vllm_plugin.quantization.loader import LOAD_FORMAT
 from vllm_plugin.quantization.source import source_problem
 from vllm_plugin.self_check import log_nothing
@@ -199,11 +199,11 @@ def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto")
     """
     if settings.kv is not None:
         apply_kv(config, settings.kv, worker)
-    if isinstance(config.quant_config, SmoothQuantPlusConfig):
+    if isinstance(config.quant_config, MethodConfig):
         _apply_weights(config, config.quant_config, settings.weights or WeightSettings())
     elif settings.weights is not None:
         raise no_method_problem(config.model_config.quantization)
-    quantized = isinstance(config.quant_config, SmoothQuantPlusConfig)
+    quantized = isinstance(config.quant_config, MethodConfig)
     compressed = settings.kv is not None or quantized or diffusion.denoises(config)
     if compressed:
         report(config)
@@ -211,7 +211,7 @@ def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto")
 
 
 def _apply_weights(
-    config: VllmConfig, quant_config: SmoothQuantPlusConfig, settings: WeightSettings
+    config: VllmConfig, quant_config: MethodConfig, settings: WeightSettings
 ) -> None:
     quant_config.activations = settings.activations
     problems = []
@@ -219,7 +219,7 @@ def _apply_weights(
         problems += _problems_at_load(config, quant_config, settings)
     else:
         problems += settings.fixed_problems()
-    if config.lora_config is not None and quant_config.smooths:
+    if config.lora_config is not None and quant_config.capabilities.smooths:
         problems.append(
             f"--enable-lora: {quant_config.method} scales the inputs of linears, and adapters "
             "expect unscaled inputs; remove the flag, or serve with --quantization rtn"
@@ -231,16 +231,22 @@ def _apply_weights(
 
 
 def _problems_at_load(
-    config: VllmConfig, quant_config: SmoothQuantPlusConfig, settings: WeightSettings
+    config: VllmConfig, quant_config: MethodConfig, settings: WeightSettings
 ) -> list[str]:
     """List what keeps a 16-bit checkpoint from being quantized at load."""
     hf_config = config.model_config.hf_text_config
     parallel = config.parallel_config
     problems = weight_model_problems(config.model_config.hf_config.to_dict())
+    if not quant_config.capabilities.at_load:
+        problems.append(
+            f"--quantization {quant_config.method} takes too long to run while an engine starts; "
+            f"write a checkpoint with `vllm-compress quantize --method {quant_config.method}` and "
+            "serve that without the flag"
+        )
     try:
         architecture_of(hf_config)
         request = settings.request(quant_config.method, parallel.tensor_parallel_size)
-        quant_config.describe(request.build().settings.grids(hf_config))
+        quant_config.describe(request.build().settings.grids(hf_config), hf_config)
     except CompressError as error:
         problems += error.problems
     if problem := source_problem(config.model_config):

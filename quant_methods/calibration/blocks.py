@@ -84,6 +84,10 @@ class Blocks:
         assert self._tokens is not None
         return Blocks(self.model, self.arch, self._tokens[:samples], self.device)
 
+    def prefix(self, index: int) -> str:
+        """Return what the full names of a block's tensors start with."""
+        return f"{self.arch.layers_prefix}.{index}."
+
     def __len__(self) -> int:
         return len(self.layers)
 

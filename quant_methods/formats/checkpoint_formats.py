@@ -4,16 +4,16 @@
 Stock vLLM reads both formats, so what we write also loads where this package is not installed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import LINEARS
+from quant_methods.architecture import architecture_of, split_units
 from quant_methods.formats.packing import to_awq, to_compressed_tensors
-from quant_methods.grid import Grid, QuantizedWeight
+from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight
 
 # Marks a quantization_config as ours. Stock loaders ignore the key.
 MARKER = "vllm_compress"
@@ -21,74 +21,168 @@ MARKER = "vllm_compress"
 
 @dataclass(frozen=True)
 class Format:
-    """How int4 linears are stored.
+    """How quantized linears are stored.
 
     Attributes:
         name: As users give it.
-        config: ``config(grids by linear of a layer, marker)`` is the ``quantization_config``.
+        config: ``config(grids, model config, marker)`` is the ``quantization_config``. Grids are
+            by full name of the linear.
         tensors: ``tensors(weight, scale dtype)`` are the tensors of one linear.
         uniform: Whether all linears need one group size.
     """
 
     name: str
-    config: Callable[[dict[str, Grid], dict[str, Any]], dict[str, Any]]
+    config: Callable[[dict[str, Grid], Any, dict[str, Any]], dict[str, Any]]
     tensors: Callable[[QuantizedWeight, torch.dtype], dict[str, torch.Tensor]]
     uniform: bool
 
 
-def _left(grids: dict[str, Grid]) -> list[str]:
-    """The last names of the linears that stay at 16 bits, such as ``down_proj``."""
-    return [name.rpartition(".")[2] for name in LINEARS if name not in grids]
-
-
-def compressed_tensors_config(grids: dict[str, Grid], marker: dict[str, Any]) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a ``pack-quantized`` checkpoint.
+def whole_linears(grids: dict[str, Grid], config: Any) -> list[str]:
+    """Return the full names of all linears of a decoder.
 
     Args:
-        grids: ``{linear of a decoder layer: grid}``. Linears without a grid are ignored by name.
-        marker: What we note about the checkpoint.
+        grids: ``{linear: grid}`` of those that are quantized.
+        config: The text model's ``transformers`` config.
+
+    Raises:
+        CompressError: The linears of a fused unit have several grids. vLLM dies on such a
+            checkpoint without a hint.
     """
+    units = architecture_of(config).units(config)
+    if split := split_units(units, grids):
+        raise CompressError(
+            f"{len(split)} units have linears with different grids, {split[0]} for one; vLLM fuses "
+            "the linears of a unit, so give them one number of bits and one group size"
+        )
+    return [linear for linears in units.values() for linear in linears]
+
+
+def patterns(names: Iterable[str], linears: list[str]) -> list[str]:
+    """Return regular expressions that match some linears of a decoder, and no others.
+
+    Args:
+        names: Full names of the linears.
+        linears: Full names of all linears.
+    """
+    layers: dict[str, list[str]] = {}  # linear of a layer -> the layers that are meant
+    for name in names:
+        _, _, layer, linear = name.split(".", 3)
+        layers.setdefault(linear, []).append(layer)
+    total = len({name.split(".", 3)[2] for name in linears})
+    everywhere = sorted(n.rpartition(".")[2] for n, which in layers.items() if len(which) == total)
+    found = [rf"re:.*\.({'|'.join(everywhere)})$"] if everywhere else []
+    somewhere: dict[tuple[str, ...], list[str]] = {}
+    for linear, which in layers.items():
+        if len(which) < total:
+            somewhere.setdefault(tuple(which), []).append(linear.rpartition(".")[2])
+    for some, last in somewhere.items():
+        found.append(rf"re:.*\.layers\.({'|'.join(some)})\..*\.({'|'.join(sorted(last))})$")
+    return found
+
+
+def _left(grids: dict[str, Grid], linears: list[str]) -> list[str]:
+    """Regular expressions of the linears that stay at 16 bits."""
+    left = [name for name in linears if name not in grids]
+    everywhere = [
+        name.rpartition(".")[2]
+        for name in dict.fromkeys(n.split(".", 3)[3] for n in linears)
+        if not any(quantized.endswith(f".{name}") for quantized in grids)
+    ]
+    rest = [name for name in left if name.rpartition(".")[2] not in everywhere]
+    return [rf"re:.*\.{name}$" for name in everywhere] + patterns(rest, linears)
+
+
+def compressed_tensors_config(
+    grids: dict[str, Grid], config: Any, marker: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a compressed-tensors checkpoint.
+
+    Args:
+        grids: ``{linear: grid}`` by full name. Linears without a grid are ignored by name.
+        config: The text model's ``transformers`` config.
+        marker: What we note about the checkpoint.
+
+    Raises:
+        CompressError: The linears of a fused unit have several grids.
+    """
+    linears = whole_linears(grids, config)
     by_grid: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
-        by_grid.setdefault(grid, []).append(name.rpartition(".")[2])
-    groups = {}
+        by_grid.setdefault(grid, []).append(name)
+    groups: dict[str, dict[str, Any]] = {}
     for number, (grid, names) in enumerate(by_grid.items()):
-        everything = len(by_grid) == 1 and len(names) == len(LINEARS)
+        everything = len(by_grid) == 1 and len(names) == len(linears)
         groups[f"group_{number}"] = {
-            "targets": ["Linear"] if everything else [rf"re:.*\.({'|'.join(sorted(names))})$"],
-            "weights": {
-                "num_bits": 4,
-                "type": "int",
-                "symmetric": grid.symmetric,
-                "strategy": "group",
-                "group_size": grid.group_size,
-                "dynamic": False,
-            },
-            "input_activations": None,
-            "output_activations": None,
-        }
+            "targets": ["Linear"] if everything else patterns(names, linears)
+        } | _scheme(grid)
+    stored = {_layout(grid) for grid in by_grid}
+    if len(stored) > 1:
+        for group, grid in zip(groups.values(), by_grid, strict=True):
+            group["format"] = _layout(grid)
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": stored.pop() if len(stored) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", *(rf"re:.*\.{name}$" for name in _left(grids))],
+        "ignore": ["lm_head", *_left(grids, linears)],
         "kv_cache_scheme": None,
         MARKER: marker,
     }
 
 
-def _awq_config(grids: dict[str, Grid], marker: dict[str, Any]) -> dict[str, Any]:
-    sizes = {grid.group_size for grid in grids.values()}
-    if len(sizes) > 1:
-        raise CompressError(f"the awq format has one group size for all linears, not {sizes}")
+def _layout(grid: Grid) -> str:
+    return "int-quantized" if grid.activations == "int8" else "pack-quantized"
+
+
+def _scheme(grid: Grid) -> dict[str, Any]:
+    """The config group of a grid, without its targets."""
+    per_channel = grid.group_size == PER_CHANNEL
+    weights = {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": "channel" if per_channel else "group",
+        "group_size": None if per_channel else grid.group_size,
+        "dynamic": False,
+    }
+    activations = None
+    if grid.activations != "none":
+        activations = {
+            "num_bits": 8,
+            "type": "int" if grid.activations == "int8" else "float",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
+    return {"weights": weights, "input_activations": activations, "output_activations": None}
+
+
+def _awq_config(grids: dict[str, Grid], config: Any, marker: dict[str, Any]) -> dict[str, Any]:
+    linears = whole_linears(grids, config)
+    kinds = set(grids.values())
+    if len(kinds) > 1 or any(grid.bits != 4 or grid.activations != "none" for grid in kinds):
+        found = ", ".join(sorted(f"{g.bits} bits in groups of {g.group_size}" for g in kinds))
+        raise CompressError(
+            f"the awq format has 4 bits and one group size for all linears, not {found}; use "
+            "--format compressed-tensors"
+        )
+    names = {name.split(".", 3)[3] for name in grids}
+    if len(grids) != len(names) * config.num_hidden_layers:
+        raise CompressError(
+            "the awq format quantizes the same linears in every layer; use --format "
+            "compressed-tensors for a mixed allocation"
+        )
+    left = dict.fromkeys(name.split(".", 3)[3] for name in linears)
     return {
         "quant_method": "awq",
         "bits": 4,
-        "group_size": sizes.pop(),
+        "group_size": kinds.pop().group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": ["lm_head", *_left(grids)],
+        "modules_to_not_convert": [
+            "lm_head",
+            *(name.rpartition(".")[2] for name in left if name not in names),
+        ],
         MARKER: marker,
     }
 

@@ -1,54 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bit layouts that stock vLLM loads: compressed-tensors ``pack-quantized`` and AWQ GEMM."""
+"""The bit layouts that stock vLLM loads: compressed-tensors and AWQ GEMM."""
 
+from math import ceil
 from typing import Literal
 
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 
-from quant_methods.grid import Grid, QuantizedWeight
+from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight
 
-_PER_WORD = 8  # eight 4-bit codes in one int32
+_WORD = 32  # bits
+_AWQ_PER_WORD = 8  # eight 4-bit codes in one int32
 # AWQ interleaves the eight columns of a word in this order, lowest nibble first.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def pack(codes: torch.Tensor, packed_dim: Literal[0, 1] = 1) -> torch.Tensor:
-    """Pack codes in 0..15 [rows, cols] into int32, eight to a word, lowest bits first.
+def pack(codes: torch.Tensor, packed_dim: Literal[0, 1] = 1, bits: int = 4) -> torch.Tensor:
+    """Pack codes in 0..2^bits - 1 [rows, cols] densely into int32, lowest bits first.
+
+    Codes of 3, 5, 6 or 7 bits cross from one word into the next, as vLLM reads them.
+    compressed-tensors 0.17 leaves gaps instead, so it packs only 2, 4 and 8 bits here.
 
     Args:
-        codes: Integers in any dtype that int8 can hold.
-        packed_dim: The dimension that becomes eight times shorter.
+        codes: Integers in any dtype that holds them exactly.
+        packed_dim: The dimension that becomes ``32 / bits`` times shorter, rounded up.
+        bits: Of a code.
     """
-    # compressed-tensors takes signed codes and adds 8.
-    signed = codes.to(torch.int8) - 8
-    return pack_to_int32(signed, num_bits=4, packed_dim=packed_dim).contiguous()
+    if _WORD % bits == 0:
+        # compressed-tensors takes signed codes and adds half of the range.
+        signed = (codes.to(torch.int16) - (1 << bits >> 1)).to(torch.int8)
+        return pack_to_int32(signed, num_bits=bits, packed_dim=packed_dim).contiguous()
+    rows = codes if packed_dim == 1 else codes.t()
+    place = torch.arange(bits, device=codes.device)
+    stream = (rows.to(torch.int32)[..., None] >> place & 1).flatten(1)
+    words = ceil(stream.shape[1] / _WORD)
+    stream = torch.nn.functional.pad(stream, (0, words * _WORD - stream.shape[1]))
+    powers = 1 << torch.arange(_WORD, device=codes.device, dtype=torch.int64)
+    packed = (stream.view(len(rows), words, _WORD) * powers).sum(-1).to(torch.int32)
+    return (packed if packed_dim == 1 else packed.t()).contiguous()
 
 
-def unpack(words: torch.Tensor, packed_dim: Literal[0, 1] = 1) -> torch.Tensor:
-    """Return the codes, uint8, of words that ``pack`` wrote."""
-    shape = list(words.shape)
-    shape[packed_dim] *= _PER_WORD
-    signed = unpack_from_int32(words, 4, torch.Size(shape), packed_dim)
-    return (signed + 8).to(torch.uint8)
+def unpack(
+    words: torch.Tensor, packed_dim: Literal[0, 1] = 1, bits: int = 4, size: int | None = None
+) -> torch.Tensor:
+    """Return the codes, uint8, of words that ``pack`` wrote.
+
+    Args:
+        words: int32 [rows, cols].
+        packed_dim: As in ``pack``.
+        bits: Of a code.
+        size: Codes along ``packed_dim``; None: as many as the words hold.
+    """
+    if size is None:
+        size = words.shape[packed_dim] * _WORD // bits
+    if _WORD % bits == 0:
+        shape = list(words.shape)
+        shape[packed_dim] = size
+        signed = unpack_from_int32(words, bits, torch.Size(shape), packed_dim)
+        return (signed.to(torch.int16) + (1 << bits >> 1)).to(torch.uint8)
+    rows = words if packed_dim == 1 else words.t()
+    place = torch.arange(_WORD, device=words.device)
+    stream = (rows[..., None] >> place & 1).flatten(1)[:, : size * bits]
+    powers = 1 << torch.arange(bits, device=words.device)
+    codes = (stream.view(len(rows), size, bits) * powers).sum(-1).to(torch.uint8)
+    return codes if packed_dim == 1 else codes.t().contiguous()
 
 
 def to_compressed_tensors(
     weight: QuantizedWeight, scale_dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of one linear in compressed-tensors' ``pack-quantized`` layout.
+    """Return the tensors of one linear in a layout of compressed-tensors.
 
-    ``weight_packed`` int32 [N, K/8], ``weight_scale`` [N, K/g], ``weight_shape`` int64 [2] and,
-    when asymmetric, ``weight_zero_point`` int32 [N/8, K/g], packed along N.
+    ``pack-quantized``: ``weight_packed`` int32 [N, K*bits/32], ``weight_scale`` [N, K/g],
+    ``weight_shape`` int64 [2] and, when asymmetric, ``weight_zero_point`` int32 [N*bits/32, K/g],
+    packed along N. ``int-quantized``, for 8 bits per channel with int8 activations: ``weight``
+    int8 [N, K] and ``weight_scale`` [N, 1].
     """
+    grid = weight.grid
+    if grid.activations == "int8" and grid.bits == 8:
+        return {
+            "weight": (weight.q.to(torch.int16) - grid.middle).to(torch.int8),
+            "weight_scale": weight.scale.to(scale_dtype),
+        }
     tensors = {
-        "weight_packed": pack(weight.q),
+        "weight_packed": pack(weight.q, bits=grid.bits),
         "weight_scale": weight.scale.to(scale_dtype),
         "weight_shape": torch.tensor(weight.q.shape, dtype=torch.int64),
     }
-    if not weight.grid.symmetric:
-        tensors["weight_zero_point"] = pack(weight.zero, packed_dim=0)
+    if not grid.symmetric:
+        tensors["weight_zero_point"] = pack(weight.zero, packed_dim=0, bits=grid.bits)
     return tensors
 
 
@@ -56,23 +97,29 @@ def from_compressed_tensors(tensors: dict[str, torch.Tensor], grid: Grid) -> Qua
     """Inverse of ``to_compressed_tensors``."""
     scale = tensors["weight_scale"].float()
     if grid.symmetric:
-        zero = torch.full_like(scale, 8)
+        zero = torch.full_like(scale, grid.middle)
     else:
-        zero = unpack(tensors["weight_zero_point"], packed_dim=0).float()
-    return QuantizedWeight(unpack(tensors["weight_packed"]), scale, zero, grid)
+        zeros = tensors["weight_zero_point"]
+        zero = unpack(zeros, packed_dim=0, bits=grid.bits, size=len(scale)).float()
+    if "weight" in tensors:
+        q = (tensors["weight"].to(torch.int16) + grid.middle).to(torch.uint8)
+    else:
+        size = None if grid.group_size == PER_CHANNEL else scale.shape[1] * grid.group_size
+        q = unpack(tensors["weight_packed"], bits=grid.bits, size=size)
+    return QuantizedWeight(q, scale, zero, grid)
 
 
 def to_awq(
     weight: QuantizedWeight, scale_dtype: torch.dtype = torch.float16
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of one linear in AWQ's GEMM layout.
+    """Return the tensors of one 4-bit linear in AWQ's GEMM layout.
 
     ``qweight`` int32 [K, N/8], ``scales`` [K/g, N], ``qzeros`` int32 [K/g, N/8]. AWQ has no
     symmetric form, so a symmetric grid is written with every zero point at 8.
     """
 
     def interleave(codes: torch.Tensor) -> torch.Tensor:
-        blocks = codes.to(torch.uint8).view(codes.shape[0], -1, _PER_WORD)
+        blocks = codes.to(torch.uint8).view(codes.shape[0], -1, _AWQ_PER_WORD)
         return pack(blocks[..., _AWQ_ORDER].reshape(codes.shape))
 
     return {
@@ -86,7 +133,7 @@ def from_awq(tensors: dict[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
     """Inverse of ``to_awq``."""
 
     def straighten(words: torch.Tensor) -> torch.Tensor:
-        codes = unpack(words).view(words.shape[0], -1, _PER_WORD)
+        codes = unpack(words).view(words.shape[0], -1, _AWQ_PER_WORD)
         return codes[..., _AWQ_INVERSE].flatten(1)
 
     scale = tensors["scales"].t().float().contiguous()

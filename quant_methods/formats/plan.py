@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The result of calibration: what to do to each tensor of one checkpoint, small enough to keep.
 
-A plan holds smoothing vectors and grids, and int4 codes only where the method compensates errors
+A plan holds smoothing vectors and grids, and codes only where the method compensates errors
 (``rounding="gptq"``). It works on a stream of Hugging Face tensors, before tensor parallelism
 splits them. So one calibration serves the command line, the loader and any number of ranks, and all
 of them write the same bits.
@@ -137,13 +137,22 @@ class Plan:
     def _mismatch(self, found: str) -> CompressError:
         self.evict()
         return CompressError(
-            f"the int4 plan is not of the weights that are loaded: {found}. The checkpoint changed "
+            f"the plan is not of the weights that are loaded: {found}. The checkpoint changed "
             "after it was calibrated; the stored plan is removed, start again to calibrate anew"
         )
 
-    def layer_grids(self) -> dict[str, Grid]:
-        """Return ``{linear of a decoder layer: grid}``. The grids are the same in every layer."""
-        return {name.split(".", 3)[3]: grid for name, grid in self.grids.items()}
+    def layer_grids(self, prefix: str) -> dict[str, Grid]:
+        """Return ``{linear: grid}`` of one decoder layer, by the names that it has there.
+
+        Args:
+            prefix: Of the layer, such as ``model.layers.3.``.
+        """
+        return layer_grids(self.grids, prefix)
+
+
+def layer_grids(grids: dict[str, Grid], prefix: str) -> dict[str, Grid]:
+    """Return the grids of one decoder layer: see ``Plan.layer_grids``."""
+    return {n.removeprefix(prefix): grid for n, grid in grids.items() if n.startswith(prefix)}
 
 
 def decoder_problem(names: Iterable[str], prefix: str, layers: int) -> str | None:

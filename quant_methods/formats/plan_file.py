@@ -17,7 +17,7 @@ from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid, QuantizedWeight
 from quant_methods.identity import tensor_digest
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def save_plan(plan: Plan, path: Path) -> None:
@@ -27,8 +27,10 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 
 def plan_digest(plan: Plan) -> str:
-    """Return the hex SHA-256 of all that decides the int4 tensors. Two plans of one request can
-    differ: another device, or other sampled text, gives other vectors."""
+    """Return the hex SHA-256 of all that decides the quantized tensors.
+
+    Two plans of one request can differ: another device, or other sampled text, gives other vectors.
+    """
     digests = {key: tensor_digest(tensor) for key, tensor in _tensors(plan).items()}
     return digest(json.dumps([_header(plan), digests], sort_keys=True))
 
@@ -90,7 +92,7 @@ def load_plan(path: Path) -> Plan:
 def codes_to_tensors(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     """Return the tensors of one rounded linear, as they are stored."""
     return {
-        f"codes:{name}": pack(weight.q),
+        f"codes:{name}": pack(weight.q, bits=weight.grid.bits),
         f"scale:{name}": weight.scale,
         f"zero:{name}": weight.zero.to(torch.uint8),
     }
@@ -99,4 +101,6 @@ def codes_to_tensors(name: str, weight: QuantizedWeight) -> dict[str, torch.Tens
 def codes_from_tensors(name: str, tensors: dict[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
     """Inverse of ``codes_to_tensors``."""
     words, zero = tensors[f"codes:{name}"], tensors[f"zero:{name}"]
-    return QuantizedWeight(unpack(words), tensors[f"scale:{name}"], zero.float(), grid)
+    return QuantizedWeight(
+        unpack(words, bits=grid.bits), tensors[f"scale:{name}"], zero.float(), grid
+    )

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of a checkpoint's weights, at 16 bits and as int4, from the headers of its files.
+"""Bytes of a checkpoint's weights, at 16 bits and quantized, from the headers of its files.
 
 Every figure for the weights' ratio that an engine reports, in its log and its metrics, comes from
 here. No tensor is read.
 """
 
+import re
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
+from quant_methods.architecture import architecture_of, linear_shapes
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.grid import Grid
 
@@ -20,7 +22,7 @@ _PACKED = ("weight_packed", "qweight")
 _ZEROS = ("weight_zero_point", "qzeros")
 _SCALES = ("weight_scale", "scales")
 _HALF = 2  # bytes
-_PER_WORD = 8  # 4-bit codes in an int32
+_WORD_BITS = 32
 _SHAPE_BYTES = 16  # weight_shape, two int64
 
 
@@ -29,17 +31,21 @@ class Sizes:
     """What a model's weights are made of.
 
     Attributes:
-        linears: Number of int4 linears.
-        weights: Elements in them.
+        linears: Number of quantized linears whose codes are packed.
+        weights: Elements in quantized linears.
+        code_bits: Bits of their codes.
+        kernel_bits: Bits of their codes as CPU kernels hold them: 4 or 8 each.
         groups: Scales in them.
-        zero_points: Whether each group has a zero point.
+        zero_bits: Bits of their zero points.
         rest: Elements of everything else, which stays at 16 bits.
     """
 
     linears: int
     weights: int
+    code_bits: int
+    kernel_bits: int
     groups: int
-    zero_points: bool
+    zero_bits: int
     rest: int
 
     @property
@@ -48,47 +54,76 @@ class Sizes:
         return (self.weights + self.rest) * _HALF
 
     def compressed(self, packing: Packing = "checkpoint") -> int:
-        """Return the bytes with int4 linears, packed as a kernel holds them."""
+        """Return the bytes with quantized linears, packed as a kernel holds them."""
         if packing == "checkpoint":
-            extra = self.linears * _SHAPE_BYTES + self.groups * _HALF
-            extra += self.groups // 2 if self.zero_points else 0
+            codes = self.code_bits // 8
+            extra = self.linears * _SHAPE_BYTES + self.groups * _HALF + self.zero_bits // 8
         else:
+            codes = self.kernel_bits // 8
             extra = self.groups * _CPU_GROUP_BYTES[packing]
-        return self.weights // 2 + extra + self.rest * _HALF
+        return codes + extra + self.rest * _HALF
 
 
 def sizes_of(checkpoint: Checkpoint, grids: dict[str, Grid], tied: bool) -> Sizes:
-    """Return the sizes of a 16-bit checkpoint, or of an int4 one in one of our formats.
+    """Return the sizes of a 16-bit checkpoint, or of a quantized one in one of our formats.
 
     Args:
         checkpoint: What is measured.
-        grids: ``{linear of a decoder layer: grid}`` for a 16-bit checkpoint; empty: nothing is
-            quantized.
+        grids: ``{linear: grid}`` by full name for a 16-bit checkpoint; empty: nothing is quantized.
         tied: Whether the embedding is the head too. A second copy in the file is not counted.
     """
-    linears = weights = groups = rest = 0
-    zero_points = False
-    for name, (shape, _) in checkpoint.shapes().items():
+    linears = weights = code_bits = kernel_bits = groups = zero_bits = rest = 0
+    written = checkpoint.config.get("quantization_config") or {}
+    for name, (shape, size) in checkpoint.shapes().items():
         module, _, kind = name.rpartition(".")
-        grid = grids.get(_in_layer(module)) if kind == "weight" else None
+        grid = grids.get(module) if kind == "weight" else None
+        elements, bits = prod(shape), 0
         if grid is not None:
-            linears += 1
-            weights += prod(shape)
-            groups += prod(shape) // grid.group_size
-            zero_points |= not grid.symmetric
+            count, bits = grid.groups(shape[1]) * shape[0], grid.bits
+            groups += count
+            zero_bits += 0 if grid.symmetric else count * bits
+            linears += grid.activations != "int8"
         elif kind in _PACKED:
+            bits = _written_bits(written, module)
+            elements = elements * _WORD_BITS // bits
             linears += 1
-            weights += prod(shape) * _PER_WORD
+        elif kind == "weight" and size == elements:  # int8 per channel
+            bits = 8
         elif kind in _SCALES:
-            groups += prod(shape)
+            groups += elements
         elif kind in _ZEROS:
-            zero_points = True
+            zero_bits += elements * _WORD_BITS
         elif kind != "weight_shape" and not (tied and name == "lm_head.weight"):
-            rest += prod(shape)
-    return Sizes(linears, weights, groups, zero_points, rest)
+            rest += elements
+        if bits:
+            weights += elements
+            code_bits += elements * bits
+            kernel_bits += elements * (4 if bits <= 4 else 8)
+    return Sizes(linears, weights, code_bits, kernel_bits, groups, zero_bits, rest)
 
 
-def _in_layer(module: str) -> str:
-    """``model.layers.3.mlp.up_proj`` -> ``mlp.up_proj``; "" outside decoder layers."""
-    parts = module.split(".", 3)
-    return parts[3] if module.startswith("model.layers.") and len(parts) == 4 else ""
+def _written_bits(config: dict[str, Any], module: str) -> int:
+    """Return the bits of a linear of a quantized checkpoint: one number, or that of its group."""
+    for group in (config.get("config_groups") or {}).values():
+        for target in group["targets"]:
+            if target == "Linear" or re.match(target.removeprefix("re:"), module):
+                return int(group["weights"]["num_bits"])
+    return int(config.get("bits", 4))
+
+
+def bits_per_weight(grids: dict[str, Grid], config: Any) -> float:
+    """Return the stored bits per weight of a decoder's linears, scales and zero points included.
+
+    Args:
+        grids: ``{linear: grid}`` by full name. Linears without one have 16 bits.
+        config: The text model's ``transformers`` config.
+    """
+    shapes = linear_shapes(config)
+    bits = weights = 0.0
+    for linears in architecture_of(config).units(config).values():
+        for name in linears:
+            outputs, inputs = shapes[name.split(".", 3)[3]]
+            grid = grids.get(name)
+            bits += outputs * inputs * (grid.stored_bits(inputs) if grid else 16)
+            weights += outputs * inputs
+    return bits / weights

@@ -22,6 +22,7 @@ from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import FORMATS, Format
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import plan_digest
+from quant_methods.formats.sizes import bits_per_weight, sizes_of
 from quant_methods.grid import QuantizedWeight
 from quant_methods.planning import PlanRequest, obtain_plan
 
@@ -36,20 +37,33 @@ class Estimate:
 
     Attributes:
         memory: Peak beyond the interpreter.
-        disk: Of the int4 checkpoint.
+        disk: Of the quantized checkpoint.
     """
 
     memory: int
     disk: int
 
 
-def estimate(checkpoint: Checkpoint) -> Estimate:
-    """Estimate memory as the 16-bit model and fp32 copies of one block, disk as the int4 files."""
+def estimate(checkpoint: Checkpoint, request: PlanRequest) -> Estimate:
+    """Estimate memory as the 16-bit model and fp32 copies of one block, disk as the files.
+
+    Args:
+        checkpoint: What is quantized.
+        request: How.
+
+    Raises:
+        CompressError: The model cannot be quantized so.
+    """
+    config = checkpoint.hf_config
+    architecture_of(config)
+    grids = request.build().settings.grids(config)
     shapes = checkpoint.shapes()
     total = sum(size for _, size in shapes.values())
-    layers = max(int(checkpoint.config.get("num_hidden_layers") or 1), 1)
+    layers = max(int(config.num_hidden_layers or 1), 1)
     linears = sum(s for n, (shape, s) in shapes.items() if "layers." in n and len(shape) == 2)
-    return Estimate(memory=total + 6 * linears // layers, disk=total - linears + linears * 5 // 16)
+    compressed = sizes_of(checkpoint, grids, tied=False)
+    saved = compressed.original - compressed.compressed()
+    return Estimate(memory=total + 6 * linears // layers, disk=max(total - saved, total // 16))
 
 
 def quantize_checkpoint(
@@ -94,12 +108,14 @@ def quantize_checkpoint(
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with FileLock(partial / ".lock", timeout=0), _kept_if_useful(partial):
-            _check_space(partial, estimate(checkpoint).disk)
+            _check_space(partial, estimate(checkpoint, request).disk)
             plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)
+            marker = _marker(checkpoint, plan)
+            written = chosen.config(plan.grids, checkpoint.hf_config, marker)
             _start_or_resume(partial, request.key(checkpoint), plan, chosen)
             dtype = _serving_dtype(checkpoint.config)
             index = _write_shards(checkpoint, plan, chosen, dtype, partial, device, progress)
-            report = _write_metadata(checkpoint, plan, chosen, dtype, index, partial)
+            report = _write_metadata(checkpoint, plan, chosen, written, dtype, index, partial)
         for leftover in (".lock", "state.json"):
             (partial / leftover).unlink(missing_ok=True)
         partial.rename(target)
@@ -203,6 +219,7 @@ def _write_metadata(
     checkpoint: Checkpoint,
     plan: Plan,
     chosen: Format,
+    written: dict[str, Any],
     dtype: torch.dtype,
     index: dict[str, str],
     folder: Path,
@@ -212,15 +229,36 @@ def _write_metadata(
             # params.json is Mistral's own config, for weight files that are not copied.
             if not file.name.endswith((".index.json", "params.json")):
                 shutil.copyfile(file, folder / file.name)
-    written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     report = {
         "method": plan.method,
         "format": chosen.name,
         "weight_bytes_before": sum(size for _, size in checkpoint.shapes().values()),
-        "weight_bytes_after": written,
+        "weight_bytes_after": size,
+        "bits_per_weight": round(bits_per_weight(plan.grids, checkpoint.hf_config), 4),
         **plan.report,
     }
-    marker = {
+    config = checkpoint.config | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization_config": written,
+    }
+    config.pop("torch_dtype", None)
+    contents = {
+        "config.json": config,
+        "report.json": report,
+        "model.safetensors.index.json": {
+            "metadata": {"total_size": size},
+            "weight_map": dict(sorted(index.items())),
+        },
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _marker(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """What the config notes about the checkpoint."""
+    return {
         "schema": 1,
         "method": plan.method,
         "alpha": plan.report.get("alpha"),
@@ -228,19 +266,3 @@ def _write_metadata(
         # Whether the values in the KV cache differ from the original model's.
         "values_scaled": any(name.endswith(f"{QKV[2]}.output") for name in plan.vectors),
     }
-    config = checkpoint.config | {
-        "dtype": str(dtype).removeprefix("torch."),
-        "quantization_config": chosen.config(plan.layer_grids(), marker),
-    }
-    config.pop("torch_dtype", None)
-    contents = {
-        "config.json": config,
-        "report.json": report,
-        "model.safetensors.index.json": {
-            "metadata": {"total_size": written},
-            "weight_map": dict(sorted(index.items())),
-        },
-    }
-    for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return report

@@ -9,13 +9,17 @@ from quant_methods.formats.plan import Plan
 
 
 class RoundToNearest:
-    """Group-wise min/max int4 rounding without smoothing or calibration."""
+    """Group-wise min/max rounding without smoothing or calibration."""
 
     name: ClassVar[str] = "rtn"
     revision: ClassVar[int] = 1
     settings_type: ClassVar[type[GridSettings]] = GridSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
-        calibrates=False, at_load=True, formats=("compressed-tensors", "awq"), paper=""
+        calibrates=False,
+        at_load=True,
+        formats=("compressed-tensors", "awq"),
+        paper="",
+        smooths=False,
     )
 
     def __init__(self, settings: GridSettings) -> None:
@@ -23,12 +27,4 @@ class RoundToNearest:
 
     def plan(self, blocks: Blocks, progress: Progress = silent) -> Plan:
         """Give every linear its grid. Nothing is calibrated."""
-        grids = self.settings.grids(blocks.model.config)
-        return Plan(
-            self.name,
-            {
-                f"{blocks.arch.layers_prefix}.{index}.{name}": grid
-                for index in range(len(blocks))
-                for name, grid in grids.items()
-            },
-        )
+        return Plan(self.name, self.settings.grids(blocks.model.config))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmoothQuant+: one smoothing strength for the whole model, then group-wise int4 rounding.
+"""SmoothQuant+: one smoothing strength for the whole model, then group-wise rounding.
 
 Paper: SmoothQuant+: Accurate and Efficient 4-bit Post-Training Weight Quantization for LLM,
 https://arxiv.org/abs/2312.03788
@@ -17,8 +17,8 @@ from quant_methods.architecture import Fold
 from quant_methods.base import Capabilities, GridSettings, Progress, silent
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.divergence import NextTokenReference
-from quant_methods.formats.plan import Plan
-from quant_methods.grid import fake_quantize
+from quant_methods.formats.plan import Plan, layer_grids
+from quant_methods.grid import Grid, fake_quantize
 from quant_methods.transforms.smoothing import (
     clip_percents,
     fold_into_norm,
@@ -81,7 +81,7 @@ class SmoothQuantPlus:
     One alpha serves the whole model. It minimizes the top-k KL divergence of the next-token
     distribution on the calibration text, with every block running on the output of the quantized
     block before it. That costs about 7 passes over half of the calibration text, with rounding.
-    Limits: dense decoders of ``architecture.ARCHITECTURES``; int4 only.
+    Limits: dense decoders of ``architecture.ARCHITECTURES``.
     """
 
     name: ClassVar[str] = "smoothquant_plus"
@@ -103,7 +103,10 @@ class SmoothQuantPlus:
         folds = blocks.arch.folds(blocks.model.config)
         self.first_sharing = blocks.arch.first_sharing(blocks.model.config)
         self.grids = self.settings.grids(blocks.model.config)
-        self.folds = [fold for fold in folds if self._smooths(fold)]
+        self.folds = [
+            [fold for fold in folds if self._smooths(fold, self._grids(blocks, index))]
+            for index in range(len(blocks))
+        ]
         kept = blocks.stages.tensors("statistics", lambda: self._observe(blocks, progress))
         final = kept["final"].to(blocks.device)
         self.statistics = [_Statistics.taken(kept, i, blocks.device) for i in range(len(blocks))]
@@ -130,11 +133,14 @@ class SmoothQuantPlus:
         report["alpha"] = alpha
         return self._assemble(blocks, alpha, report, progress)
 
-    def _smooths(self, fold: Fold) -> bool:
+    def _grids(self, blocks: Blocks, index: int) -> dict[str, Grid]:
+        return layer_grids(self.grids, blocks.prefix(index))
+
+    def _smooths(self, fold: Fold, grids: dict[str, Grid]) -> bool:
         """Whether a fold is wanted, and all linears that it changes are quantized."""
         wanted = fold.from_norm or self.settings.folds == "all"
         changed = fold.consumers if fold.from_norm else (*fold.consumers, fold.producer)
-        return wanted and all(name in self.grids for name in changed)
+        return wanted and all(name in grids for name in changed)
 
     def _observe(self, blocks: Blocks, progress: Progress) -> dict[str, torch.Tensor]:
         """Return the statistics of each block at full precision, and ``final``, the last output."""
@@ -150,7 +156,7 @@ class SmoothQuantPlus:
 
             with blocks.resident(index) as block, blocks.watch(index, watched, see):
                 hidden = blocks.run(index, hidden)
-                for fold in self.folds:
+                for fold in self.folds[index]:
                     weights = [block.get_submodule(c).weight for c in fold.consumers]
                     wmax = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
                     kept[f"{index}:wmax:{fold.consumers[0]}"] = wmax
@@ -165,7 +171,7 @@ class SmoothQuantPlus:
                 to_producer(fold, seen.wmax[fold.consumers[0]]),
                 alpha,
             )
-            for fold in self.folds
+            for fold in self.folds[index]
         }
 
     def _propagate(self, blocks: Blocks, alpha: float) -> torch.Tensor:
@@ -180,14 +186,14 @@ class SmoothQuantPlus:
             inputs = {c: to_consumer(f, v) for f, v in vectors.items() for c in f.consumers}
             with blocks.resident(index) as block:
                 weights = {}
-                for name in self.grids:
+                for name, grid in self._grids(blocks, index).items():
                     weight, scale = block.get_submodule(name).weight.float(), inputs.get(name)
                     if scale is not None:
                         weight = weight * scale
                     shrink = None
                     if self.settings.clip and self.settings.search == "full":
-                        shrink = self._clip_percents(index, name, weight, scale).float() / 100
-                    weights[name] = fake_quantize(weight, self.grids[name], shrink)
+                        shrink = self._clip_percents(index, name, weight, scale, grid).float() / 100
+                    weights[name] = fake_quantize(weight, grid, shrink)
                     if scale is not None:
                         weights[name].div_(scale)
                 with blocks.replaced(index, weights):
@@ -197,11 +203,10 @@ class SmoothQuantPlus:
     def _assemble(
         self, blocks: Blocks, alpha: float, report: dict[str, Any], progress: Progress
     ) -> Plan:
-        plan = Plan(self.name, {}, report=report)
+        plan = Plan(self.name, self.grids, report=report)
         for index in range(len(blocks)):
             progress("clip search" if self.settings.clip else "folds", index + 1, len(blocks))
-            prefix = f"{blocks.arch.layers_prefix}.{index}."
-            plan.grids |= {prefix + name: grid for name, grid in self.grids.items()}
+            prefix = blocks.prefix(index)
             with blocks.resident(index) as block:
                 self._fold(
                     plan, prefix, block, self._vectors(index, alpha), blocks.arch.norm_offset
@@ -219,10 +224,10 @@ class SmoothQuantPlus:
     ) -> dict[str, torch.Tensor]:
         """Search the clipping of every quantized linear of a block, by full name."""
         percents = {}
-        for name in self.grids:
+        for name, grid in plan.layer_grids(prefix).items():
             weight = plan.smoothed(prefix + name, block.get_submodule(name).weight)
             scale = plan.vectors.get(f"{prefix}{name}.input")
-            percents[prefix + name] = self._clip_percents(index, name, weight, scale).cpu()
+            percents[prefix + name] = self._clip_percents(index, name, weight, scale, grid).cpu()
         return percents
 
     def _fold(
@@ -245,10 +250,15 @@ class SmoothQuantPlus:
                 plan.vectors[f"{prefix}{consumer}.input"] = to_consumer(fold, vector)
 
     def _clip_percents(
-        self, index: int, name: str, weight: torch.Tensor, scale: torch.Tensor | None
+        self,
+        index: int,
+        name: str,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        grid: Grid,
     ) -> torch.Tensor:
         """Search the clipping of a smoothed weight, whose inputs became ``scale`` times smaller."""
         mean_square = self.statistics[index].mean_square[self.first_sharing[name]]
         if scale is not None:
             mean_square = mean_square / scale.square()
-        return clip_percents(weight, self.grids[name], mean_square)
+        return clip_percents(weight, grid, mean_square)

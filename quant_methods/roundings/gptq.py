@@ -14,7 +14,7 @@ from quant_methods.base import Progress, silent
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import codes_from_tensors, codes_to_tensors
-from quant_methods.grid import LEVELS, Grid, QuantizedWeight, quantize
+from quant_methods.grid import Grid, QuantizedWeight, quantize
 
 _BLOCK = 128  # columns whose errors are applied to the rest of the matrix at once
 _DAMP = 0.01
@@ -68,7 +68,7 @@ def gptq_quantize(
                 scales[:, group], zeros[:, group] = rounded.scale[:, 0], rounded.zero[:, 0]
             scale, zero = scales[:, group], zeros[:, group]
             value = left[:, column]
-            code = value.div(scale).round_().add_(zero).clamp_(0, LEVELS - 1)
+            code = value.div(scale).round_().add_(zero).clamp_(0, grid.levels - 1)
             codes[:, column] = code
             error = (value - (code - zero) * scale) / inverse[column, column]
             left[:, column:end].addr_(error, inverse[column, column:end], alpha=-1)
@@ -111,7 +111,7 @@ def compensate(plan: Plan, blocks: Blocks, progress: Progress = silent) -> None:
     hidden = blocks.hidden
     for index in range(len(blocks)):
         progress("gptq", index + 1, len(blocks))
-        prefix = f"{blocks.arch.layers_prefix}.{index}."
+        prefix = blocks.prefix(index)
         linears = [name for name in plan.grids if name.startswith(prefix)]
         with blocks.resident(index) as block:
             kept = blocks.stages.tensors(
@@ -134,7 +134,7 @@ def _round_block(
     """Round the linears of a resident block. Returns their codes as a plan file stores them."""
     first_sharing = blocks.arch.first_sharing(blocks.model.config)
     dtype = torch.float16 if blocks.model.dtype == torch.float16 else torch.bfloat16
-    prefix = f"{blocks.arch.layers_prefix}.{index}."
+    prefix = blocks.prefix(index)
     names = [n.removeprefix(prefix) for n in plan.grids if n.startswith(prefix)]
     hessians: dict[str, torch.Tensor] = {}
 

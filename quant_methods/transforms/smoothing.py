@@ -78,13 +78,13 @@ def clip_percents(weight: torch.Tensor, grid: Grid, mean_square: torch.Tensor) -
         grid: How it is rounded.
         mean_square: Mean of the squared input per channel, [K]. It weighs the error.
     """
-    best = torch.full((weight.shape[0], weight.shape[1] // grid.group_size), torch.inf)
+    best = torch.full((weight.shape[0], grid.groups(weight.shape[1])), torch.inf)
     best = best.to(weight.device)
     percents = torch.full_like(best, 100, dtype=torch.uint8)
     for percent in CLIP_PERCENTS:
         rounded = fake_quantize(weight, grid, torch.full_like(best, percent / 100))
         error = rounded.sub_(weight).square_().mul_(mean_square)
-        error = error.view(*best.shape, grid.group_size).sum(-1)
+        error = error.view(*best.shape, -1).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         percents[better] = percent

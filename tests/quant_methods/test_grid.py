@@ -6,11 +6,22 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from compress_common.errors import CompressError
+from compress_common.store import digest
 from quant_methods.architecture import DOWN, GATE_UP, LINEARS, QKV
 from quant_methods.base import GridSettings
-from quant_methods.grid import GROUP_SIZES, Grid, fake_quantize, pick_group_size, quantize
+from quant_methods.grid import (
+    GROUP_SIZES,
+    PER_CHANNEL,
+    Grid,
+    fake_quantize,
+    pick_group_size,
+    quantize,
+)
+from quant_methods.identity import tensor_digest
 
-grids = st.builds(Grid, st.sampled_from(GROUP_SIZES), st.booleans())
+grids = st.builds(
+    Grid, st.sampled_from([*GROUP_SIZES, PER_CHANNEL]), st.booleans(), st.integers(2, 8)
+)
 
 
 @st.composite
@@ -29,10 +40,10 @@ def weights(draw) -> torch.Tensor:
 def test_codes_stay_in_range_and_error_is_half_a_step(weight: torch.Tensor, grid: Grid) -> None:
     rounded = quantize(weight, grid, scale_dtype=torch.float32)
     assert rounded.q.dtype == torch.uint8
-    assert rounded.q.max() <= 15
+    assert rounded.q.max() < grid.levels
     assert (rounded.zero >= 0).all()
-    assert (rounded.zero <= 15).all()
-    step = rounded.scale.repeat_interleave(grid.group_size, dim=1)
+    assert (rounded.zero < grid.levels).all()
+    step = rounded.scale.repeat_interleave(grid.width(weight.shape[1]), dim=1)
     # Half a step from rounding, half a step from the rounded zero point at the ends of the range.
     assert ((rounded.dequantize() - weight).abs() <= step * 1.001 + 1e-7).all()
 
@@ -100,9 +111,30 @@ def test_linears_that_no_group_divides_stay_at_16_bits(
     sizes: dict[str, int], ranks: int, left: set[str]
 ) -> None:
     grids = GridSettings(tensor_parallel=ranks).grids(config(**sizes))
-    assert set(LINEARS) - set(grids) == left
+    assert set(LINEARS) - {name.split(".", 3)[3] for name in grids} == left
 
 
 def test_nothing_to_quantize_is_refused() -> None:
     with pytest.raises(CompressError, match="no linear can be quantized.*at 16 bits"):
         GridSettings().grids(config(hidden_size=100, intermediate_size=250, head_dim=10))
+
+
+def test_int4_is_rounded_as_before() -> None:
+    """Plans and checkpoints of earlier versions stay as they are. Integers: exact everywhere."""
+    codes = (torch.arange(64 * 256, dtype=torch.int64) * 2654435761 % 100_003 - 50_000).view(
+        64, 256
+    )
+    weight = (codes.double() / 4096).float()
+    shrink = (torch.arange(64 * 8).view(64, 8) % 22 + 79) / 100
+    found = []
+    for grid in (Grid(64), Grid(32, symmetric=True)):
+        narrow = shrink if grid.group_size == 32 else shrink[:, :4]
+        for part in (quantize(weight, grid), quantize(weight, grid, shrink=narrow)):
+            found += [tensor_digest(tensor) for tensor in (part.q, part.scale, part.zero)]
+    assert digest(*found) == "057755e41620c6dc9b892d6cb2b181a6202e2fa9ad53ca52c44c128a25a6e6a0"
+
+
+def test_stored_bits() -> None:
+    assert Grid(128).stored_bits(4096) == 4 + 20 / 128
+    assert Grid(64, symmetric=True, bits=3).stored_bits(4096) == 3.25
+    assert Grid(PER_CHANNEL, symmetric=True, bits=8).stored_bits(4096) == 8 + 16 / 4096

@@ -21,6 +21,10 @@ def quantize(
         list[str] | None,
         typer.Option("--set", help="a setting of the method, KEY=VALUE; may be repeated"),
     ] = None,
+    bits: Annotated[int, typer.Option(help="bits of a weight, 2 to 8")] = 4,
+    allocation: Annotated[
+        str | None, typer.Option(help="file with the bits of each unit, instead of --bits")
+    ] = None,
     group_size: Annotated[
         int,
         typer.Option(help="input channels per scale: 128, 64 or 32; smaller: better, larger files"),
@@ -50,6 +54,8 @@ def quantize(
     from quant_methods.planning import PlanRequest
 
     options: dict[str, Any] = {
+        "bits": bits,
+        "allocation": allocation,
         "group_size": group_size,
         "symmetric": symmetric,
         "tensor_parallel": tensor_parallel_size,
@@ -66,7 +72,7 @@ def quantize(
     )
     request.build()
     source = resolve(model)
-    need = estimate(Checkpoint(source))
+    need = estimate(Checkpoint(source), request)
     err.print(f"needs about {gib(need.memory)} of memory and {gib(need.disk)} of disk")
     with bar() as progress:
         report = quantize_checkpoint(
@@ -80,6 +86,7 @@ def quantize(
     table.add_row("method", f"{report['method']} ({report['format']})")
     if "alpha" in report:
         table.add_row("alpha", f"{report['alpha']:.2f}")
+    table.add_row("bits per weight", f"{report['bits_per_weight']:.2f} with scales and zero points")
     table.add_row("weights on disk", f"{gib(before)} -> {gib(after)} ({after / before:.3f})")
     if left := report["left_at_16_bit"]:
         table.add_row("left at 16 bits", ", ".join(left))

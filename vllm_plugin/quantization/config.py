@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--quantization smoothquant_plus`` and ``rtn``, for 16-bit checkpoints and those we wrote."""
+"""``--quantization METHOD``, for 16-bit checkpoints and those we wrote."""
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,8 +13,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import LINEARS
+from quant_methods.base import Capabilities, QuantMethod
 from quant_methods.formats.checkpoint_formats import MARKER, compressed_tensors_config
 from quant_methods.grid import Grid
+from quant_methods.registry import served_methods
 from vllm_plugin.quantization.cpu_int4 import Activations
 from vllm_plugin.quantization.scheme import Int4Scheme
 
@@ -22,18 +24,16 @@ if TYPE_CHECKING:
     from vllm_plugin.quantization.reload import Source
 
 
-class SmoothQuantPlusConfig(CompressedTensorsConfig):
-    """The config of compressed-tensors under the name of our method.
+class MethodConfig(CompressedTensorsConfig):
+    """The config of compressed-tensors under the name of a method. Each method has a subclass.
 
     For a 16-bit checkpoint vLLM builds it without arguments, and the config edge calls ``describe``
     with the grids that the loader will quantize to. For a checkpoint that ``vllm-compress
     quantize`` wrote, vLLM builds it from config.json.
     """
 
-    method: ClassVar[str] = "smoothquant_plus"
-    # Whether the weights are rescaled before rounding. LoRA adapters of the original model then do
-    # not fit.
-    smooths: ClassVar[bool] = True
+    method: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
 
     def __init__(
         self,
@@ -54,15 +54,17 @@ class SmoothQuantPlusConfig(CompressedTensorsConfig):
         """Whether the loader quantizes a 16-bit checkpoint."""
         return self.config is None
 
-    def describe(self, grids: dict[str, Grid]) -> None:
+    def describe(self, grids: dict[str, Grid], hf_config: Any) -> None:
         """Set the scheme of each linear that the loader will quantize.
 
         Args:
-            grids: ``{linear of a decoder layer: grid}``. The others stay at 16 bits.
+            grids: ``{linear: grid}`` by full name. The others stay at 16 bits.
+            hf_config: the text model's ``transformers`` config.
         """
-        config = compressed_tensors_config(grids, {"method": self.method})
+        config = compressed_tensors_config(grids, hf_config, {"method": self.method})
         self.target_scheme_map = self._quantization_scheme_map_from_config(config)
         self.ignore = config["ignore"]
+        self.quant_format = config["format"]
 
     @classmethod
     def override_quantization_method(
@@ -104,11 +106,16 @@ class SmoothQuantPlusConfig(CompressedTensorsConfig):
         return super().get_scheme(layer, layer_name)
 
 
-class RoundToNearestConfig(SmoothQuantPlusConfig):
-    """Round to nearest, served in the same way."""
+def _config_class(kind: type[QuantMethod]) -> type[MethodConfig]:
+    """Return the config class of a method. vLLM pickles it by name, so this module must have it."""
+    name = "".join(part.title() for part in kind.name.split("_")) + "Config"
+    members = {
+        "method": kind.name,
+        "capabilities": kind.capabilities,
+        "__doc__": MethodConfig.__doc__,
+        "__module__": __name__,
+    }
+    return globals().setdefault(name, type(name, (MethodConfig,), members))
 
-    method: ClassVar[str] = "rtn"
-    smooths: ClassVar[bool] = False
 
-
-CONFIGS = (SmoothQuantPlusConfig, RoundToNearestConfig)
+CONFIGS = tuple(_config_class(kind) for kind in served_methods())

@@ -277,7 +277,7 @@ def test_linears_that_no_group_divides_are_written_at_16_bits(
 
 def test_estimate_brackets_the_result(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     source = tiny_model("llama")
-    need = estimate(Checkpoint(source))
+    need = estimate(Checkpoint(source), request_for())
     report = quantize_checkpoint(source, tmp_path / "out", request_for())
     assert 0.9 < report["weight_bytes_after"] / need.disk < 1.1
     assert need.memory > report["weight_bytes_before"]
