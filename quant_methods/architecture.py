@@ -80,11 +80,16 @@ class Architecture:
     norm_offset: float = 0.0
     layers_prefix: str = "model.layers"
 
+    @property
+    def sandwich_norms(self) -> bool:
+        """Whether norms also follow attention and MLP, as in Gemma 2 and 3."""
+        return self.mlp_norm == "pre_feedforward_layernorm"
+
     def folds(self, config: Any) -> tuple[Fold, ...]:
         """Return the folds of a decoder layer: two out of norms, two out of linears."""
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        head_dim = head_dim_of(config)
         return (
             Fold("attn_norm", self.attn_norm, QKV),
             Fold("v_proj", QKV[2], (O_PROJ,), repeat=heads // kv_heads, head_dim=head_dim),
@@ -148,6 +153,11 @@ def architecture_of(config: Any) -> Architecture:
     return ARCHITECTURES[kind]
 
 
+def head_dim_of(config: Any) -> int:
+    """Return the channels of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def split_units(units: dict[str, tuple[str, ...]], grids: dict[str, Any]) -> list[str]:
     """Return the units whose linears do not share one grid, which vLLM cannot load.
 
@@ -163,7 +173,7 @@ def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    head_dim = head_dim_of(config)
     q, kv = heads * head_dim, kv_heads * head_dim
     shapes = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
     shapes += [(inner, hidden), (inner, hidden), (hidden, inner)]

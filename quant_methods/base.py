@@ -12,6 +12,10 @@ from quant_methods.architecture import ROW_PARALLEL, UNITS, Unit, architecture_o
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import GROUP_SIZES, PER_CHANNEL, Grid, pick_group_size
+from quant_methods.progress import Progress, silent
+from quant_methods.roundings.base import Rounding
+from quant_methods.roundings.gptq import GPTQ
+from quant_methods.roundings.nearest import Nearest
 
 _WORD_BITS = 32  # zero points are packed along the output channels, in whole words
 _KERNEL_OUTPUTS = 16  # the CPU kernels take whole tiles of output channels
@@ -67,6 +71,10 @@ class GridSettings(BaseModel):
         if self.allocation is not None:
             content["allocation"] = read_allocation(self.allocation).model_dump()
         return content
+
+    def rounder(self) -> Rounding:
+        """Return the rounding that the settings name."""
+        return GPTQ() if self.rounding == "gptq" else Nearest()
 
     def grids(self, config: Any) -> dict[str, Grid]:
         """Choose the grid of each linear of a decoder.
@@ -155,16 +163,6 @@ class Capabilities:
     formats: tuple[str, ...]
     paper: str
     smooths: bool = True
-
-
-class Progress(Protocol):
-    """Called as a step advances: ``progress(step, done, total)``."""
-
-    def __call__(self, step: str, done: int, total: int) -> None: ...
-
-
-def silent(step: str, done: int, total: int) -> None:
-    """Show no progress."""
 
 
 class QuantMethod(Protocol):

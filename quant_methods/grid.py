@@ -5,6 +5,7 @@ A weight is ``[N, K]``: output by input channels. Each row is cut along K into g
 ``group_size`` channels. A group has one scale and, when asymmetric, one zero point.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,8 @@ Activations = Literal["none", "int8", "fp8"]
 _CACHED = 1 << 18
 # The scale of a group of zeros. Any positive number dequantizes it to zero.
 _SCALE_FLOOR = 1e-8
+# Shares of the min/max range of a group that a search tries.
+SHARES = tuple(round(1 - 0.4 * step / 9, 3) for step in range(10))
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class QuantizedWeight:
             self.q.to(device), self.scale.to(device), self.zero.to(device), self.grid
         )
 
+    def split(self, rows: list[int]) -> list["QuantizedWeight"]:
+        """Cut it along N into parts of so many rows."""
+        parts = zip(self.q.split(rows), self.scale.split(rows), self.zero.split(rows), strict=True)
+        return [QuantizedWeight(q, scale, zero, self.grid) for q, scale, zero in parts]
+
     def dequantize(self) -> torch.Tensor:
         """Return the weight that the codes stand for, fp32 [N, K]."""
         n, k = self.q.shape
@@ -143,6 +151,35 @@ def fake_quantize(
         codes = codes.sub_(zero[..., None]).mul_(scale[..., None])
         out[part] = codes.view(-1, weight.shape[1])
     return out
+
+
+def searched_shrink(
+    weight: torch.Tensor,
+    grid: Grid,
+    importance: torch.Tensor,
+    shares: Sequence[float] = SHARES,
+) -> torch.Tensor:
+    """Return the share of each group's range that gives the least error, fp32 [N, K/group].
+
+    Args:
+        weight: [N, K].
+        grid: How it is rounded.
+        importance: Weight of the squared error of each input channel, [K]: its mean square.
+        shares: Those that are tried. On equal error the first wins.
+    """
+    best = weight.new_empty(len(weight), grid.groups(weight.shape[1]), dtype=torch.float32)
+    rows = max(1, _CACHED // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows].float()
+        found = torch.full_like(best[start : start + rows], shares[0])
+        least = torch.full_like(found, torch.inf)
+        for share in shares:
+            rounded = fake_quantize(part, grid, torch.full_like(found, share))
+            error = rounded.sub_(part).square_().mul_(importance).view(*found.shape, -1).sum(-1)
+            found = torch.where(error < least, share, found)
+            least = torch.minimum(error, least)
+        best[start : start + rows] = found
+    return best
 
 
 def _round(

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from compress_common.errors import CompressError
 from compress_common.store import Store, digest
 from quant_methods.architecture import LINEARS, architecture_of
-from quant_methods.base import Progress, QuantMethod, silent
+from quant_methods.base import QuantMethod
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.stages import Stages
 from quant_methods.calibration.text import (
@@ -30,8 +30,9 @@ from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan, decoder_problem
 from quant_methods.formats.plan_file import SCHEMA_VERSION, load_plan, save_plan
 from quant_methods.identity import tensor_digest
+from quant_methods.progress import Progress, silent
 from quant_methods.registry import build_method
-from quant_methods.roundings.gptq import compensate
+from quant_methods.roundings.blockwise import round_blocks
 
 KIND = "plan"
 TEXT_KIND = "calibration-text"
@@ -55,7 +56,7 @@ class PlanRequest(BaseModel):
     def calibrates(self) -> bool:
         """Whether the plan depends on calibration text, and so on the values of all weights."""
         method = self.build()
-        return method.capabilities.calibrates or method.settings.rounding == "gptq"
+        return method.capabilities.calibrates or method.settings.rounder().needs_gram
 
     def key(self, checkpoint: Checkpoint) -> str:
         """Return the key of the plan: two requests share one exactly when they give one plan.
@@ -148,8 +149,8 @@ def _calibrate(
         tokens = stored_tokens(checkpoint, request.calibration, model, progress)
         blocks = Blocks(model, arch, tokens, device, stages)
         plan = method.plan(blocks, progress)
-        if method.settings.rounding == "gptq":
-            compensate(plan, blocks, progress)
+        if (rounding := method.settings.rounder()).needs_gram and not plan.codes:
+            round_blocks(plan, blocks, rounding, progress=progress)
         plan.report["calibration"] = request.calibration.model_dump() | {"tokens": tokens.numel()}
         del model, blocks
         gc.collect()

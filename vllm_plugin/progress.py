@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from quant_methods.base import Progress
+    from quant_methods.progress import Progress
 
 PERIOD: Final = 30.0  # seconds between the lines
 

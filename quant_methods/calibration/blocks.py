@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a Hugging Face decoder one block at a time on calibration tokens.
 
-The compute device holds the weights of at most one block, and the hidden states that ``Blocks.run``
-is given. The rest of the model stays where it was loaded.
+The compute device holds the weights of at most one block and one chunk of samples. The rest of the
+model, and the hidden states between two blocks, stay where the model was loaded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,11 @@ from torch.utils._pytree import tree_map_only
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import Architecture
+from quant_methods.calibration.collectors import Collector
 from quant_methods.calibration.stages import Stages
+from quant_methods.calibration.token_weights import TokenWeights
+
+_CHUNK_TOKENS = 8192  # 0.5 GB of fp32 inputs of an 8B model's down_proj
 
 
 class Blocks:
@@ -27,9 +31,7 @@ class Blocks:
         tokens: Calibration tokens, int64 [samples, length]; None for a method without calibration.
         device: Where blocks are computed.
         stages: Keeps finished parts of the work; None: nothing is kept.
-
-    Attributes:
-        hidden: The input of the first block, [samples, length, hidden], on ``device``.
+        chunk_tokens: Tokens that run through a block at once, in whole samples.
     """
 
     def __init__(
@@ -39,20 +41,46 @@ class Blocks:
         tokens: torch.Tensor | None,
         device: str | torch.device = "cpu",
         stages: Stages | None = None,
+        chunk_tokens: int = _CHUNK_TOKENS,
     ) -> None:
         self.stages = stages or Stages()
         self.model = model
         self.arch = arch
         self.device = torch.device(device)
         self.layers: list[nn.Module] = list(model.get_submodule(arch.layers_prefix))  # type: ignore[arg-type]
+        self.chunk_tokens = chunk_tokens
         self._kwargs: list[dict[str, Any]] = []
         self._tokens = tokens
         if tokens is not None:
-            self.hidden = self._record(tokens)
+            kwargs: list[dict[str, Any]] = []
+            self._embedded(tokens[:1], kwargs)  # they are the same for every sample
+            self._kwargs = [self._to_device(given) for given in kwargs]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The calibration tokens, int64 [samples, length]."""
+        assert self._tokens is not None, "this method was given no calibration text"
+        return self._tokens
+
+    def inputs(self) -> torch.Tensor:
+        """Return the input of the first block, a new [samples, length, hidden] for each call."""
+        parts = [self._embedded(self.tokens[part]) for part in self._chunks(len(self.tokens))]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _chunks(self, samples: int) -> Iterator[slice]:
+        step = max(1, self.chunk_tokens // self.tokens.shape[1])
+        return (slice(start, start + step) for start in range(0, samples, step))
 
     @torch.no_grad()
-    def _record(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Record the arguments of every block, in one pass through identities in their place."""
+    def _embedded(
+        self, tokens: torch.Tensor, recorded: list[dict[str, Any]] | None = None
+    ) -> torch.Tensor:
+        """Return the input of the first block, in one pass through identities in the blocks' place.
+
+        Args:
+            tokens: int64 [samples, length].
+            recorded: Takes the arguments that each block is called with.
+        """
         first: list[torch.Tensor] = []
 
         def identity(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -62,7 +90,8 @@ class Blocks:
                     "install the version named in the README's compatibility table"
                 )
             first.append(hidden)
-            self._kwargs.append(kwargs | {"past_key_values": None, "use_cache": False})
+            if recorded is not None:
+                recorded.append(kwargs | {"past_key_values": None, "use_cache": False})
             return hidden
 
         try:
@@ -73,16 +102,20 @@ class Blocks:
         finally:
             for layer in self.layers:
                 del layer.forward
-        self._kwargs = [self._to_device(kwargs) for kwargs in self._kwargs]
-        return self._to_device(first[0])
+        return first[0]
 
     def _to_device(self, tree: Any) -> Any:
         return tree_map_only(torch.Tensor, lambda t: t.to(self.device), tree)
 
     def first(self, samples: int) -> "Blocks":
         """Return the same blocks on the first ``samples`` calibration sequences."""
-        assert self._tokens is not None
-        return Blocks(self.model, self.arch, self._tokens[:samples], self.device)
+        return Blocks(
+            self.model,
+            self.arch,
+            self.tokens[:samples],
+            self.device,
+            chunk_tokens=self.chunk_tokens,
+        )
 
     def prefix(self, index: int) -> str:
         """Return what the full names of a block's tensors start with."""
@@ -102,24 +135,56 @@ class Blocks:
             layer.to(home)
 
     @torch.no_grad()
-    def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the output of a resident block.
+    def run(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        collectors: Sequence[Collector] = (),
+        token_weights: TokenWeights | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the output of a resident block, computed in chunks of samples.
 
         Args:
             index: Of the block.
             hidden: Its input, [samples, length, hidden].
+            collectors: Are shown the inputs of the linears that they name.
+            token_weights: How much each token counts in them; None: all count alike.
+            out: Takes the output, and may be ``hidden``; None: a new tensor.
 
         Raises:
             CompressError: The output is not finite.
         """
-        out = self.layers[index](hidden, **self._kwargs[index])
-        out = out[0] if isinstance(out, tuple) else out
-        if not bool(torch.isfinite(out.sum(dtype=torch.float32))):
-            raise CompressError(
-                f"decoder block {index} gives NaN or infinity on the calibration text; "
-                "the checkpoint is damaged or its dtype overflows (try bfloat16)"
-            )
-        return out
+        result = torch.empty_like(hidden) if out is None else out
+        for part in self._chunks(len(hidden)):
+            chunk = hidden[part].to(self.device)
+            weights = None if token_weights is None else token_weights(self, index, chunk).flatten()
+            with self._shown(index, collectors, weights):
+                value = self.layers[index](chunk, **self._kwargs[index])
+            value = value[0] if isinstance(value, tuple) else value
+            if not bool(torch.isfinite(value.sum(dtype=torch.float32))):
+                raise CompressError(
+                    f"decoder block {index} gives NaN or infinity on the calibration text; "
+                    "the checkpoint is damaged or its dtype overflows (try bfloat16)"
+                )
+            result[part] = value
+        return result
+
+    @contextmanager
+    def _shown(
+        self, index: int, collectors: Sequence[Collector], weights: torch.Tensor | None
+    ) -> Iterator[None]:
+        """Show collectors what the linears of a block get while the context lasts."""
+
+        def see(name: str, x: torch.Tensor) -> None:
+            x = x.flatten(0, -2).float()
+            for collector in collectors:
+                if name in collector.linears:
+                    collector.see(name, x, weights)
+
+        names = sorted({name for collector in collectors for name in collector.linears})
+        with self.watch(index, tuple(names), see):
+            yield
 
     def argument(self, index: int, name: str) -> Any:
         """Return a keyword argument that a block is called with; None if there is none."""

@@ -48,7 +48,9 @@ class Stages:
         self._keep(
             entry, {key: tensor.detach().cpu().contiguous() for key, tensor in result.items()}
         )
-        return result
+        # From the file, which is mapped: what is computed need not stay in memory.
+        found = self.store.find(KIND, entry) if self.key is not None else None
+        return load_file(found / _FILE) if found else result
 
     def number(self, name: str, compute: Callable[[], float]) -> float:
         """Return a number, as ``tensors`` does."""

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from compress_common.errors import CompressError
-from quant_methods.base import Progress, silent
 from quant_methods.calibration.text_file import read_tokens
+from quant_methods.progress import Progress, silent
 
 SELF = "self"
 

@@ -15,6 +15,7 @@ import torch
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import LINEARS
+from quant_methods.formats.packed import PackedWeight
 from quant_methods.grid import Grid, QuantizedWeight, quantize
 from quant_methods.identity import hashed
 
@@ -33,6 +34,12 @@ class Plan:
             replaces the weight of a norm.
         shrinks: ``{linear: uint8 [N, K/group]}``: percent of the min/max range that is kept.
         codes: Linears that are rounded already.
+        rotations: ``{side: matrix}``. ``<module>.input`` turns the input channels of its weight,
+            ``<module>.output`` its output channels and its bias. They follow the vectors.
+        matrices: Orthogonal matrices by name, fp32 [size, size]. Each run of ``size`` channels is
+            turned.
+        copies: ``{tensor: source}``: tensors that the checkpoint lacks and the model then has.
+        config: Keys of config.json that the transforms change.
         report: What the method wants users to see. JSON-able.
         sources: SHA-256 of every tensor of the checkpoint, see ``identity.tensor_digest``.
         evict: Called before a mismatch is reported; removes the stored plan.
@@ -42,27 +49,57 @@ class Plan:
     grids: dict[str, Grid]
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     shrinks: dict[str, torch.Tensor] = field(default_factory=dict)
-    codes: dict[str, QuantizedWeight] = field(default_factory=dict)
+    codes: dict[str, PackedWeight] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    rotations: dict[str, str] = field(default_factory=dict)
+    matrices: dict[str, torch.Tensor] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     evict: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
-    def smoothed(self, linear: str, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weight [N, K] of a linear after folding, fp32, before rounding."""
+    def smoothed(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight [N, K] of a module after all transforms, fp32, before rounding."""
         weight = weight.float()
-        if (scale := self.vectors.get(f"{linear}.input")) is not None:
+        if (scale := self.vectors.get(f"{module}.input")) is not None:
             weight = weight * scale.to(weight.device)
-        if (scale := self.vectors.get(f"{linear}.output")) is not None:
+        if (scale := self.vectors.get(f"{module}.output")) is not None:
             weight = weight / scale.to(weight.device)[:, None]
+        if (matrix := self._matrix(f"{module}.input", weight.device)) is not None:
+            weight = rotated(weight, matrix)
+        if (matrix := self._matrix(f"{module}.output", weight.device)) is not None:
+            weight = rotated(weight.t(), matrix).t()
         return weight
 
-    def unfolded(self, linear: str, weight: torch.Tensor) -> torch.Tensor:
-        """Undo ``smoothed``: the weight that does the same between unfolded neighbours."""
-        if (scale := self.vectors.get(f"{linear}.input")) is not None:
+    def unfolded(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """Undo ``smoothed``: the weight that does the same between original neighbors."""
+        if (matrix := self._matrix(f"{module}.output", weight.device)) is not None:
+            weight = rotated(weight.t(), matrix.t()).t()
+        if (matrix := self._matrix(f"{module}.input", weight.device)) is not None:
+            weight = rotated(weight, matrix.t())
+        if (scale := self.vectors.get(f"{module}.input")) is not None:
             weight = weight / scale.to(weight.device)
-        if (scale := self.vectors.get(f"{linear}.output")) is not None:
+        if (scale := self.vectors.get(f"{module}.output")) is not None:
             weight = weight * scale.to(weight.device)[:, None]
         return weight
+
+    def transformed_gram(self, linear: str, gram: torch.Tensor) -> torch.Tensor:
+        """Return the Gram matrix of the inputs that the weight of ``smoothed`` gets.
+
+        Args:
+            linear: Full name.
+            gram: Mean outer product of the inputs of the original linear, fp32 [K, K].
+        """
+        if (scale := self.vectors.get(f"{linear}.input")) is not None:
+            scale = scale.to(gram.device)
+            gram = gram / scale[:, None] / scale
+        if (matrix := self._matrix(f"{linear}.input", gram.device)) is not None:
+            gram = rotated(rotated(gram, matrix).t(), matrix)
+        return gram
+
+    def _matrix(self, side: str, device: torch.device) -> torch.Tensor | None:
+        name = self.rotations.get(side)
+        return None if name is None else self.matrices[name].to(device)
 
     def shrink(self, linear: str, device: torch.device) -> torch.Tensor | None:
         """Return the clip search's result as ``quantize`` takes it, fp32 [N, K/g] in (0, 1]."""
@@ -80,7 +117,7 @@ class Plan:
             scale_dtype: Scales are rounded to it.
         """
         if linear in self.codes:
-            return self.codes[linear].to(weight.device)
+            return self.codes[linear].unpacked().to(weight.device)
         shrink = self.shrink(linear, weight.device)
         smoothed = self.smoothed(linear, weight)
         return quantize(smoothed, self.grids[linear], shrink=shrink, scale_dtype=scale_dtype)
@@ -118,6 +155,9 @@ class Plan:
                 raise self._mismatch(f"{name} {known}")
             missing.discard(name)
             yield self._apply(name, tensor.to(device), dtype)
+            for copy, source in self.copies.items():
+                if source == name and copy not in self.sources:
+                    yield self._apply(copy, tensor.to(device), dtype)
         if missing:
             raise self._mismatch(f"{len(missing)} tensors did not come, {min(missing)} for one")
 
@@ -129,9 +169,18 @@ class Plan:
             return module, self.quantized(module, tensor, dtype)
         if name in self.vectors:
             return name, self.vectors[name].to(tensor)
-        if kind == "bias" and f"{module}.output" in self.vectors:
-            scale = self.vectors[f"{module}.output"].to(tensor.device)
-            return name, (tensor.float() / scale).to(tensor.dtype)
+        sides = (f"{module}.input", f"{module}.output")
+        if not any(side in self.vectors or side in self.rotations for side in sides):
+            return name, tensor
+        if kind == "weight":
+            return name, self.smoothed(module, tensor).to(tensor.dtype)
+        if kind == "bias":
+            bias = tensor.float()
+            if (scale := self.vectors.get(sides[1])) is not None:
+                bias = bias / scale.to(tensor.device)
+            if (matrix := self._matrix(sides[1], tensor.device)) is not None:
+                bias = rotated(bias, matrix)
+            return name, bias.to(tensor.dtype)
         return name, tensor
 
     def _mismatch(self, found: str) -> CompressError:
@@ -148,6 +197,11 @@ class Plan:
             prefix: Of the layer, such as ``model.layers.3.``.
         """
         return layer_grids(self.grids, prefix)
+
+
+def rotated(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Multiply each run of ``size`` channels of the last dimension by a matrix [size, size]."""
+    return (weight.reshape(*weight.shape[:-1], -1, len(matrix)) @ matrix).reshape(weight.shape)
 
 
 def layer_grids(grids: dict[str, Grid], prefix: str) -> dict[str, Grid]:

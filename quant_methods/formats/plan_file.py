@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from compress_common.errors import CompressError
 from compress_common.store import digest
-from quant_methods.formats.packing import pack, unpack
+from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
-from quant_methods.grid import Grid, QuantizedWeight
+from quant_methods.grid import Grid
 from quant_methods.identity import tensor_digest
 
 SCHEMA_VERSION = 3
@@ -41,6 +41,9 @@ def _header(plan: Plan) -> dict[str, Any]:
         "method": plan.method,
         "grids": {name: asdict(grid) for name, grid in plan.grids.items()},
         "sources": plan.sources,
+        "rotations": plan.rotations,
+        "copies": plan.copies,
+        "config": plan.config,
     }
 
 
@@ -48,8 +51,9 @@ def _tensors(plan: Plan) -> dict[str, torch.Tensor]:
     # q, k and v share one vector in memory, which safetensors does not store.
     tensors = {f"vector:{name}": vector.clone() for name, vector in plan.vectors.items()}
     tensors |= {f"shrink:{name}": percents for name, percents in plan.shrinks.items()}
+    tensors |= {f"matrix:{name}": matrix for name, matrix in plan.matrices.items()}
     for name, weight in plan.codes.items():
-        tensors |= codes_to_tensors(name, weight)
+        tensors |= weight.tensors(name)
     return tensors
 
 
@@ -77,30 +81,17 @@ def load_plan(path: Path) -> Plan:
         return {k.partition(":")[2]: t for k, t in tensors.items() if k.startswith(f"{kind}:")}
 
     grids = {name: Grid(**grid) for name, grid in header["grids"].items()}
-    codes = {name: codes_from_tensors(name, tensors, grids[name]) for name in named("codes")}
+    codes = {name: PackedWeight.taken(name, tensors, grids[name]) for name in named("codes")}
     return Plan(
         header["method"],
         grids,
-        named("vector"),
-        named("shrink"),
-        codes,
-        header["report"],
-        header["sources"],
-    )
-
-
-def codes_to_tensors(name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-    """Return the tensors of one rounded linear, as they are stored."""
-    return {
-        f"codes:{name}": pack(weight.q, bits=weight.grid.bits),
-        f"scale:{name}": weight.scale,
-        f"zero:{name}": weight.zero.to(torch.uint8),
-    }
-
-
-def codes_from_tensors(name: str, tensors: dict[str, torch.Tensor], grid: Grid) -> QuantizedWeight:
-    """Inverse of ``codes_to_tensors``."""
-    words, zero = tensors[f"codes:{name}"], tensors[f"zero:{name}"]
-    return QuantizedWeight(
-        unpack(words, bits=grid.bits), tensors[f"scale:{name}"], zero.float(), grid
+        vectors=named("vector"),
+        shrinks=named("shrink"),
+        codes=codes,
+        report=header["report"],
+        rotations=header["rotations"],
+        matrices=named("matrix"),
+        copies=header["copies"],
+        config=header["config"],
+        sources=header["sources"],
     )

@@ -16,18 +16,18 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import QKV, architecture_of
-from quant_methods.base import Progress, silent
+from quant_methods.architecture import architecture_of
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import FORMATS, Format
+from quant_methods.formats.metadata import marker_of, write_metadata
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import plan_digest
-from quant_methods.formats.sizes import bits_per_weight, sizes_of
+from quant_methods.formats.sizes import sizes_of
 from quant_methods.grid import QuantizedWeight
 from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.progress import Progress, silent
 
 _SHARD_BYTES = 2 << 30  # of source weights
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -110,12 +110,12 @@ def quantize_checkpoint(
         with FileLock(partial / ".lock", timeout=0), _kept_if_useful(partial):
             _check_space(partial, estimate(checkpoint, request).disk)
             plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)
-            marker = _marker(checkpoint, plan)
+            marker = marker_of(checkpoint, plan)
             written = chosen.config(plan.grids, checkpoint.hf_config, marker)
             _start_or_resume(partial, request.key(checkpoint), plan, chosen)
             dtype = _serving_dtype(checkpoint.config)
             index = _write_shards(checkpoint, plan, chosen, dtype, partial, device, progress)
-            report = _write_metadata(checkpoint, plan, chosen, written, dtype, index, partial)
+            report = write_metadata(checkpoint, plan, chosen, written, dtype, index, partial)
         for leftover in (".lock", "state.json"):
             (partial / leftover).unlink(missing_ok=True)
         partial.rename(target)
@@ -213,56 +213,3 @@ def _write_shards(
         index |= dict.fromkeys(Checkpoint.names_in(file), file.name)
     progress("write", len(shards), len(shards))
     return index
-
-
-def _write_metadata(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    chosen: Format,
-    written: dict[str, Any],
-    dtype: torch.dtype,
-    index: dict[str, str],
-    folder: Path,
-) -> dict[str, Any]:
-    for pattern in _COPIED:
-        for file in checkpoint.folder.glob(pattern):
-            # params.json is Mistral's own config, for weight files that are not copied.
-            if not file.name.endswith((".index.json", "params.json")):
-                shutil.copyfile(file, folder / file.name)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    report = {
-        "method": plan.method,
-        "format": chosen.name,
-        "weight_bytes_before": sum(size for _, size in checkpoint.shapes().values()),
-        "weight_bytes_after": size,
-        "bits_per_weight": round(bits_per_weight(plan.grids, checkpoint.hf_config), 4),
-        **plan.report,
-    }
-    config = checkpoint.config | {
-        "dtype": str(dtype).removeprefix("torch."),
-        "quantization_config": written,
-    }
-    config.pop("torch_dtype", None)
-    contents = {
-        "config.json": config,
-        "report.json": report,
-        "model.safetensors.index.json": {
-            "metadata": {"total_size": size},
-            "weight_map": dict(sorted(index.items())),
-        },
-    }
-    for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return report
-
-
-def _marker(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """What the config notes about the checkpoint."""
-    return {
-        "schema": 1,
-        "method": plan.method,
-        "alpha": plan.report.get("alpha"),
-        "source": checkpoint.weights_digest,
-        # Whether the values in the KV cache differ from the original model's.
-        "values_scaled": any(name.endswith(f"{QKV[2]}.output") for name in plan.vectors),
-    }

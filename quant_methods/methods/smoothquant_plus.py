@@ -14,11 +14,15 @@ from pydantic import Field
 from torch import nn
 
 from quant_methods.architecture import Fold
-from quant_methods.base import Capabilities, GridSettings, Progress, silent
+from quant_methods.base import Capabilities, GridSettings
 from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.collectors import Energies, Maxima
 from quant_methods.calibration.divergence import NextTokenReference
 from quant_methods.formats.plan import Plan, layer_grids
 from quant_methods.grid import Grid, fake_quantize
+from quant_methods.progress import Progress, silent
+from quant_methods.roundings.base import Rounding
+from quant_methods.roundings.gptq import GPTQ
 from quant_methods.transforms.smoothing import (
     clip_percents,
     fold_into_norm,
@@ -47,6 +51,12 @@ class SmoothQuantPlusSettings(GridSettings):
         "norms", description="smooth norm-fed linears only (paper), or o_proj and down_proj too"
     )
     clip: bool = Field(True, description="narrow each group's range where that lowers the error")
+
+    def rounder(self) -> Rounding:
+        """Return the rounding; without clipping, of the whole range of each group."""
+        if self.rounding == "gptq" and not self.clip:
+            return GPTQ(ranges="minmax")
+        return super().rounder()
 
 
 @dataclass
@@ -115,7 +125,7 @@ class SmoothQuantPlus:
             coarse = 0.2 if self.settings.search == "coarse" else 0.05
             half = blocks.first(max(1, len(final) // 2)) if coarse > 0.05 else blocks
             reference = NextTokenReference(
-                blocks.model, blocks.arch.layers_prefix, final[: len(half.hidden)]
+                blocks.model, blocks.arch.layers_prefix, final[: len(half.tokens)]
             )
             tried = 0
 
@@ -133,6 +143,11 @@ class SmoothQuantPlus:
         report["alpha"] = alpha
         return self._assemble(blocks, alpha, report, progress)
 
+    @property
+    def _clips(self) -> bool:
+        """Whether ranges are searched here, and not by the rounding."""
+        return self.settings.clip and self.settings.rounding == "nearest"
+
     def _grids(self, blocks: Blocks, index: int) -> dict[str, Grid]:
         return layer_grids(self.grids, blocks.prefix(index))
 
@@ -145,17 +160,15 @@ class SmoothQuantPlus:
     def _observe(self, blocks: Blocks, progress: Progress) -> dict[str, torch.Tensor]:
         """Return the statistics of each block at full precision, and ``final``, the last output."""
         kept: dict[str, torch.Tensor] = {}
-        hidden, watched = blocks.hidden, tuple(set(self.first_sharing.values()))
+        hidden, watched = blocks.inputs(), set(self.first_sharing.values())
         for index in range(len(blocks)):
             progress("activations", index + 1, len(blocks))
-
-            def see(name: str, x: torch.Tensor, index: int = index) -> None:
-                x = x.flatten(0, -2).float()
-                kept[f"{index}:amax:{name}"] = x.abs().amax(0)
-                kept[f"{index}:mean_square:{name}"] = x.square().mean(0)
-
-            with blocks.resident(index) as block, blocks.watch(index, watched, see):
-                hidden = blocks.run(index, hidden)
+            maxima, energies = Maxima(watched), Energies(watched)
+            with blocks.resident(index) as block:
+                hidden = blocks.run(index, hidden, (maxima, energies), out=hidden)
+                for name in watched:
+                    kept[f"{index}:amax:{name}"] = maxima.value(name)
+                    kept[f"{index}:mean_square:{name}"] = energies.value(name)
                 for fold in self.folds[index]:
                     weights = [block.get_submodule(c).weight for c in fold.consumers]
                     wmax = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
@@ -180,7 +193,7 @@ class SmoothQuantPlus:
         Norms are left alone, and weights are divided back after rounding, which is the same
         function. The scale of an output row passes into its groups' scales and changes no rounding.
         """
-        hidden = blocks.hidden
+        hidden = blocks.inputs()
         for index in range(len(blocks)):
             vectors = self._vectors(index, alpha)
             inputs = {c: to_consumer(f, v) for f, v in vectors.items() for c in f.consumers}
@@ -197,7 +210,7 @@ class SmoothQuantPlus:
                     if scale is not None:
                         weights[name].div_(scale)
                 with blocks.replaced(index, weights):
-                    hidden = blocks.run(index, hidden)
+                    hidden = blocks.run(index, hidden, out=hidden)
         return hidden
 
     def _assemble(
@@ -205,13 +218,13 @@ class SmoothQuantPlus:
     ) -> Plan:
         plan = Plan(self.name, self.grids, report=report)
         for index in range(len(blocks)):
-            progress("clip search" if self.settings.clip else "folds", index + 1, len(blocks))
+            progress("clip search" if self._clips else "folds", index + 1, len(blocks))
             prefix = blocks.prefix(index)
             with blocks.resident(index) as block:
                 self._fold(
                     plan, prefix, block, self._vectors(index, alpha), blocks.arch.norm_offset
                 )
-                if self.settings.clip:
+                if self._clips:
                     plan.shrinks |= blocks.stages.tensors(
                         f"clip {index}",
                         partial(self._clip, plan, prefix, index, block),

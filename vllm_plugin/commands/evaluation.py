@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from compress_common.errors import CompressError
-from quant_methods.base import Progress, silent
 from quant_methods.checkpoint import Checkpoint, resolve
+from quant_methods.progress import Progress, silent
 
 _DECODE_TOKENS = 32
 _KV_CACHE_BYTES = 1 << 29  # fixed, so that it can be told from weights

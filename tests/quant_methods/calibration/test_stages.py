@@ -16,6 +16,7 @@ from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
 from quant_methods.methods.smoothquant_plus import SmoothQuantPlus
 from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.roundings import blockwise
 
 REQUEST = PlanRequest(
     settings={"group_size": 32, "folds": "all", "rounding": "gptq"},
@@ -30,7 +31,7 @@ def same(first: Plan, second: Plan) -> bool:
         and first.sources == second.sources
         and all(torch.equal(first.vectors[k], v) for k, v in second.vectors.items())
         and all(torch.equal(first.shrinks[k], v) for k, v in second.shrinks.items())
-        and all(torch.equal(first.codes[k].q, v.q) for k, v in second.codes.items())
+        and all(torch.equal(first.codes[k].words, v.words) for k, v in second.codes.items())
         and all(torch.equal(first.codes[k].scale, v.scale) for k, v in second.codes.items())
     )
 
@@ -45,9 +46,9 @@ def test_the_plan_equals_that_of_a_whole_run(
     monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "parts"))
     work: list[str] = []  # what was computed since the last interruption
 
-    def stopping(name: str, at: int) -> None:
+    def stopping(owner: object, name: str, at: int) -> None:
         """Interrupt the ``at``-th call of a stage's function."""
-        original, calls = getattr(SmoothQuantPlus, name), []
+        original, calls = getattr(owner, name), []
 
         def stopped(*args: object, **kwargs: object) -> object:
             calls.append(name)
@@ -56,11 +57,11 @@ def test_the_plan_equals_that_of_a_whole_run(
             work.append(name)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(SmoothQuantPlus, name, stopped)
+        monkeypatch.setattr(owner, name, stopped)
 
-    for name, at in (("_propagate", 2), ("_clip", 2)):
+    for owner, name, at in ((SmoothQuantPlus, "_propagate", 2), (blockwise, "_round_block", 2)):
         with monkeypatch.context(), pytest.raises(KeyboardInterrupt):
-            stopping(name, at)
+            stopping(owner, name, at)
             obtain_plan(checkpoint, REQUEST)
         monkeypatch.undo()
         monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "parts"))

@@ -6,45 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import architecture_of, linear_shapes
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import load_plan, save_plan
-from quant_methods.grid import QuantizedWeight
-from quant_methods.identity import tensor_digest
 from quant_methods.registry import build_method
+from tests.support.plans import TOKENS, load, with_plan
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
-TOKENS = torch.randint(0, 1000, (2, 32), generator=torch.Generator().manual_seed(0))
-
-
-def load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def plan_for(model: torch.nn.Module, **settings: object) -> Plan:
     method = build_method("smoothquant_plus", {"group_size": 32} | settings)
     return method.plan(Blocks(model, architecture_of(model.config), TOKENS))
-
-
-@torch.no_grad()
-def with_plan(model: torch.nn.Module, plan: Plan, rounded: bool) -> torch.Tensor:
-    """Logits after the plan is applied to the model's own weights, rounded or only smoothed."""
-    state = model.state_dict()
-    plan.sources = {name: tensor_digest(tensor) for name, tensor in state.items()}
-    new = {}
-    for name, value in plan.transform(state.items(), next(model.parameters()).dtype):
-        if isinstance(value, QuantizedWeight):
-            weight = state[f"{name}.weight"]
-            smooth = value.dequantize() if rounded else plan.smoothed(name, weight)
-            new[f"{name}.weight"] = smooth.to(weight.dtype)
-        else:
-            new[name] = value
-    model.load_state_dict(new)
-    return model(TOKENS).logits.float()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

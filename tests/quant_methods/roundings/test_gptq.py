@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from compress_common.errors import CompressError
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.grid import Grid, quantize
+from quant_methods.grid import PER_CHANNEL, Grid, quantize, searched_shrink
 from quant_methods.planning import PlanRequest, obtain_plan
-from quant_methods.roundings.gptq import gptq_quantize
+from quant_methods.roundings.base import output_error
+from quant_methods.roundings.gptq import GPTQ, inverse_factor
 
 
 def correlated(seed: int, k: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,37 +25,74 @@ def correlated(seed: int, k: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(32, k, generator=generator), x
 
 
-@given(st.integers(0, 10_000), st.booleans())
-@settings(deadline=None, max_examples=20)
-def test_output_error_is_below_round_to_nearest(seed: int, symmetric: bool) -> None:
+@given(
+    st.integers(0, 10_000),
+    st.booleans(),
+    st.integers(2, 8),
+    st.sampled_from([32, PER_CHANNEL]),
+    st.builds(GPTQ, st.sampled_from(["energy", "stored"]), st.sampled_from(["search", "minmax"])),
+)
+@settings(deadline=None, max_examples=40)
+def test_output_error_is_below_round_to_nearest(
+    seed: int, symmetric: bool, bits: int, group: int, rounding: GPTQ
+) -> None:
     weight, x = correlated(seed)
-    grid = Grid(32, symmetric)
-    compensated = gptq_quantize(weight, grid, x.t() @ x / len(x))
-    nearest = quantize(weight, grid)
-    assert compensated.q.max() <= 15
-    errors = [(x @ (q.dequantize() - weight).t()).square().sum() for q in (compensated, nearest)]
+    grid, gram = Grid(group, symmetric, bits), x.t() @ x / len(x)
+    compensated, nearest = rounding.round(weight, grid, gram), quantize(weight, grid)
+    assert int(compensated.q.max()) < grid.levels
+    errors = [output_error(weight, q.dequantize(), gram) for q in (compensated, nearest)]
     assert errors[0] < 0.7 * errors[1]
+    inputs = ((compensated.dequantize() - weight) @ x.t()).square().sum() / len(x)
+    assert inputs.item() == pytest.approx(errors[0], rel=0.02)
 
 
 def test_independent_inputs_round_to_nearest() -> None:
     weight, _ = correlated(0)
-    assert torch.equal(
-        gptq_quantize(weight, Grid(64), torch.eye(128)).q, quantize(weight, Grid(64)).q
-    )
+    rounded = GPTQ(ranges="minmax").round(weight, Grid(64), torch.eye(128))
+    assert torch.equal(rounded.q, quantize(weight, Grid(64)).q)
 
 
-def test_dead_inputs_and_rank_deficient_hessians() -> None:
+def test_stacked_linears_are_rounded_as_each_alone() -> None:
+    weight, x = correlated(3)
+    gram = x.t() @ x / len(x)
+    both = GPTQ().round(torch.cat([weight, 3 * weight]), Grid(32), gram).split([32, 32])
+    for part, alone in zip(both, (weight, 3 * weight), strict=True):
+        assert torch.equal(part.q, GPTQ().round(alone, Grid(32), gram).q)
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    _, x = correlated(4)
+    gram = x.t() @ x / len(x)
+    damped = gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(128)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(inverse_factor(gram).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_searched_ranges_never_raise_the_weighted_error() -> None:
+    weight, x = correlated(5)
+    weight[:, 5] *= 6
+    energy, grid = x.square().mean(0), Grid(64, bits=3)
+    energy[5] = 0.01  # the outlier hardly matters
+
+    def error(shrink: torch.Tensor | None) -> torch.Tensor:
+        change = quantize(weight, grid, shrink=shrink).dequantize() - weight
+        return (change.square() * energy).view(32, 2, 64).sum(-1)
+
+    assert (error(searched_shrink(weight, grid, energy)) <= error(None)).all()
+
+
+def test_dead_inputs_and_rank_deficient_grams() -> None:
     weight, x = correlated(1)
     x[:, 7] = 0
     x = x[:40]  # fewer tokens than channels
-    rounded = gptq_quantize(weight, Grid(32), x.t() @ x / len(x))
+    rounded = GPTQ().round(weight, Grid(32), x.t() @ x / len(x))
     assert torch.isfinite(rounded.dequantize()).all()
 
 
-def test_non_finite_hessian_is_refused() -> None:
+def test_non_finite_gram_is_refused() -> None:
     weight, _ = correlated(1)
     with pytest.raises(CompressError, match="degenerate"):
-        gptq_quantize(weight, Grid(32), torch.full((128, 128), torch.nan))
+        GPTQ().round(weight, Grid(32), torch.full((128, 128), torch.nan))
 
 
 def test_plan_with_codes_survives_its_cache(
@@ -63,15 +101,16 @@ def test_plan_with_codes_survives_its_cache(
     monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path))
     checkpoint = Checkpoint(tiny_model("qwen2"))
     request = PlanRequest(
-        settings={"alpha": 0.5, "rounding": "gptq", "folds": "all", "group_size": 32},
+        settings={"alpha": 0.5, "rounding": "gptq", "folds": "all", "group_size": 32, "bits": 3},
         calibration=CalibrationSettings(samples=4, length=64),
     )
     plan, cached = obtain_plan(checkpoint, request)
     again, cached_again = obtain_plan(checkpoint, request)
     assert (cached, cached_again) == (False, True)
     assert plan.codes.keys() == plan.grids.keys() == again.codes.keys()
-    for name, weight in plan.codes.items():
-        assert torch.equal(again.codes[name].dequantize(), weight.dequantize())
-        assert (
-            again.quantized(name, torch.empty(weight.q.shape), torch.bfloat16).grid.group_size == 32
+    for name, packed in plan.codes.items():
+        weight = packed.unpacked()
+        assert torch.equal(again.codes[name].unpacked().dequantize(), weight.dequantize())
+        assert again.quantized(name, torch.empty(weight.q.shape), torch.bfloat16).grid == Grid(
+            32, bits=3
         )

@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from compress_common.errors import CompressError
-from quant_methods.base import silent
 from quant_methods.calibration.text import CalibrationSettings
+from quant_methods.progress import silent
 from vllm_plugin.commands.profiling.hf_model import HFModel
 
 LENGTHS = {"samples": 2, "length": 16}

@@ -20,9 +20,9 @@ from kv_policies.latents.bases_header import SIDES, Header, Layer, Objective, Si
 from kv_policies.latents.low_rank import Factor
 from kv_policies.model_file import Calibration
 from quant_methods.architecture import QKV, architecture_of
-from quant_methods.base import Progress, silent
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.text import CalibrationSettings
+from quant_methods.progress import Progress, silent
 from vllm_plugin.commands.profiling.block_factors import BlockFactor, weights_of
 from vllm_plugin.commands.profiling.hf_model import HFModel, usable
 from vllm_plugin.kv_fingerprint import weights_digest
@@ -143,10 +143,11 @@ def _fits(
 ) -> dict[int, _Fit]:
     """Run all blocks up to the last of ``layers`` and fit each to the first ``fitted`` samples."""
     fits: dict[int, _Fit] = {}
+    hidden = blocks.inputs()
     for index in range(layers[-1] + 1):
         progress("fit", index, layers[-1] + 1)
         with blocks.resident(index) as block:
-            inputs = _inputs(blocks, index)
+            inputs, hidden = _step(blocks, index, hidden)
             if index not in layers:
                 continue
             seen, unseen = inputs[:fitted], inputs[fitted:]
@@ -161,12 +162,12 @@ def _fits(
     return fits
 
 
-def _inputs(blocks: Blocks, index: int) -> torch.Tensor:
-    """Step to the next block; return what this one's projections get, [samples, length, hidden]."""
+def _step(blocks: Blocks, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a block's projections get and what it gives, both [samples, length, hidden]."""
     seen: list[torch.Tensor] = []
     with blocks.watch(index, QKV[1:2], lambda _, inputs: seen.append(inputs)):
-        blocks.hidden = blocks.run(index, blocks.hidden)
-    return seen[0]
+        hidden = blocks.run(index, hidden, out=hidden)
+    return torch.cat(seen), hidden
 
 
 def _cut(index: int, fit: _Fit, ranks: allocation.Ranks) -> dict[tuple[int, Side], Factor]:

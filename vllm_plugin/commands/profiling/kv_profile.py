@@ -14,8 +14,8 @@ import torch
 from compress_common.errors import CompressError
 from kv_policies.budget.levels import fractions_of, quantize, retained, rounded, uniform
 from kv_policies.budget.profile import Profile, Provenance
-from quant_methods.base import Progress, silent
 from quant_methods.calibration.text import CalibrationSettings
+from quant_methods.progress import Progress, silent
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, attention_of, register
 from vllm_plugin.commands.profiling.hf_model import HFModel, usable
 

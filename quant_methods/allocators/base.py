@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface of an allocator: which unit of which layer gets how many bits."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.levels import LevelDatabase
+from quant_methods.progress import Progress, silent
+
+# {unit: {bits: value}}. Units are full names, such as model.layers.3.gate_up.
+Levels = Mapping[str, Mapping[int, float]]
+
+
+class Probe(Protocol):
+    """Measures a quantized model on calibration text, forward only."""
+
+    def __call__(
+        self, bits: Mapping[str, int], tokens: int | None = None, seed: int | None = None
+    ) -> float:
+        """Return the mean KL(original || quantized) of the next token, in nats per token.
+
+        Only values of the same ``tokens`` and ``seed`` can be compared.
+
+        Args:
+            bits: ``{unit: bits}``. Units that are not named stay at 16 bits.
+            tokens: Calibration tokens, rounded up to whole samples; None: all.
+            seed: Chooses the samples; None: the first ones.
+
+        Raises:
+            CompressError: A unit was not rounded at these bits.
+        """
+        ...
+
+
+class AllocatorSettings(BaseModel):
+    """Settings of an allocator that has none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Allocator(Protocol):
+    """Chooses the bits of each unit within a budget.
+
+    Attributes:
+        name: What users write.
+        settings_type: The pydantic model of its settings. An instance is built from one.
+        paper: Address of the paper, or "".
+    """
+
+    name: ClassVar[str]
+    settings_type: ClassVar[type[BaseModel]]
+    paper: ClassVar[str]
+    settings: Any
+
+    def __init__(self, settings: Any) -> None: ...
+
+    def observe(self, blocks: Blocks, database: LevelDatabase, progress: Progress = silent) -> None:
+        """Collect what ``allocate`` needs besides levels and probe, such as entropies or gradients.
+
+        Args:
+            blocks: The original decoder, with calibration tokens.
+            database: Every unit, rounded at every level.
+            progress: Called as the work advances.
+        """
+        ...
+
+    def allocate(
+        self,
+        levels: Levels,
+        sizes: Levels,
+        budget: float,
+        probe: Probe,
+        progress: Progress = silent,
+    ) -> dict[str, int]:
+        """Return the bits of every unit, with a total size of at most ``budget``.
+
+        Args:
+            levels: Loss of each unit at each of its levels: the error of its output as a share of
+                the output's energy. Falls with more bits.
+            sizes: Stored bits of each unit at each level, scales and zero points included.
+            budget: Stored bits of all units together.
+            probe: Measures an allocation.
+            progress: Called as the search advances.
+
+        Raises:
+            CompressError: The budget is below the smallest size.
+        """
+        ...

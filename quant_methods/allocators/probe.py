@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KL probe: measure what each unit alone costs the model's output, then spend the budget."""
+
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from quant_methods.allocators.base import Levels, Probe
+from quant_methods.allocators.budget import fill
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.levels import LevelDatabase
+from quant_methods.progress import Progress, silent
+
+
+class KLProbeSettings(BaseModel):
+    """Settings of ``probe``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: int = Field(
+        3, ge=2, le=8, description="level of the probe; the nearest level that there is"
+    )
+    tokens: int = Field(384, ge=16, description="calibration tokens of a probe; more: steadier")
+
+
+class KLProbe:
+    """One forward probe per unit, at one level. The curve over levels is that of the unit's loss.
+
+    Effects of units are taken to add up. No backward pass. Its cost: a pass over ``tokens`` tokens
+    for each unit, from the unit's block on.
+    """
+
+    name: ClassVar[str] = "probe"
+    settings_type: ClassVar[type[BaseModel]] = KLProbeSettings
+    paper: ClassVar[str] = ""
+
+    def __init__(self, settings: KLProbeSettings) -> None:
+        self.settings = settings
+
+    def observe(self, blocks: Blocks, database: LevelDatabase, progress: Progress = silent) -> None:
+        """Nothing: the probe measures."""
+
+    def allocate(
+        self,
+        levels: Levels,
+        sizes: Levels,
+        budget: float,
+        probe: Probe,
+        progress: Progress = silent,
+    ) -> dict[str, int]:
+        """See ``Allocator``."""
+        losses = {}
+        for done, (unit, curve) in enumerate(levels.items(), start=1):
+            progress("probe", done, len(levels))
+            at = min(curve, key=lambda bits: (abs(bits - self.settings.bits), bits))
+            cost = max(probe({unit: at}, self.settings.tokens), 0.0)
+            losses[unit] = {b: cost * loss / max(curve[at], 1e-30) for b, loss in curve.items()}
+        return fill(losses, sizes, budget)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every unit of a model, rounded at several numbers of bits: what allocators choose from."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+
+from quant_methods.architecture import UNITS
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.token_weights import TokenWeights
+from quant_methods.formats.packed import PackedWeight
+from quant_methods.formats.plan import Plan
+from quant_methods.grid import Grid
+from quant_methods.progress import Progress, silent
+from quant_methods.roundings.base import Rounding, output_error
+from quant_methods.roundings.blockwise import round_units, unit_grams
+
+SIXTEEN = 16
+
+
+@dataclass
+class LevelDatabase:
+    """Units at each of their levels.
+
+    Attributes:
+        plan: Has the transforms that all levels share, and the grids of linears that are quantized.
+        losses: ``{unit: {bits: loss}}``: the error of the unit's output as a share of its energy.
+        sizes: ``{unit: {bits: stored bits}}``, scales and zero points included.
+        weights: ``{(linear, bits): rounded weight}``.
+    """
+
+    plan: Plan
+    losses: dict[str, dict[int, float]] = field(default_factory=dict)
+    sizes: dict[str, dict[int, float]] = field(default_factory=dict)
+    weights: dict[tuple[str, int], PackedWeight] = field(default_factory=dict)
+
+    def chosen(self, bits: Mapping[str, int], units: Mapping[str, tuple[str, ...]]) -> Plan:
+        """Return the plan of an allocation, with the codes of its levels.
+
+        Args:
+            bits: ``{unit: bits}`` of every unit; 16 leaves it as it is.
+            units: ``{unit: linears}``.
+        """
+        plan = replace(self.plan, grids={}, codes={}, report=dict(self.plan.report))
+        for unit, count in bits.items():
+            for linear in units[unit]:
+                if (linear, count) in self.weights:
+                    plan.codes[linear] = self.weights[linear, count]
+                    plan.grids[linear] = plan.codes[linear].grid
+        return plan
+
+
+@torch.no_grad()
+def build_levels(
+    plan: Plan,
+    blocks: Blocks,
+    rounding: Rounding,
+    grid: Callable[[int, Grid], Grid],
+    bits: Iterable[int],
+    *,
+    token_weights: TokenWeights | None = None,
+    progress: Progress = silent,
+) -> LevelDatabase:
+    """Round every unit at every level, in one pass of the original model.
+
+    A finished block is stored, so an interruption loses one block.
+
+    Args:
+        plan: Has transforms, and grids that say which linears are quantized and their group sizes.
+        blocks: The decoder, with calibration tokens.
+        rounding: How a weight is rounded.
+        grid: ``grid(bits, grid of the plan)`` is the grid of a level.
+        bits: The levels. 16 costs nothing to make: its loss is 0.
+        token_weights: How much each token counts; None: all count alike.
+        progress: Called for each block.
+    """
+    database = LevelDatabase(plan)
+    levels = sorted(set(bits))
+    hidden = blocks.inputs()
+    for index in range(len(blocks)):
+        progress("levels", index + 1, len(blocks))
+        with blocks.resident(index):
+            stored = blocks.stages.tensors(
+                f"levels {levels} {index}",
+                partial(_block, plan, blocks, index, hidden, rounding, grid, levels, token_weights),
+            )
+            _take(database, blocks, index, stored, grid, levels)
+            hidden = blocks.run(index, hidden, out=hidden)
+    return database
+
+
+def _block(
+    plan: Plan,
+    blocks: Blocks,
+    index: int,
+    hidden: torch.Tensor,
+    rounding: Rounding,
+    grid: Callable[[int, Grid], Grid],
+    levels: list[int],
+    token_weights: TokenWeights | None,
+) -> dict[str, torch.Tensor]:
+    """Round the units of a resident block at each level. Returns codes and losses."""
+    prefix = blocks.prefix(index)
+    tensors: dict[str, torch.Tensor] = {}
+    names = list(plan.layer_grids(prefix))
+    grams = unit_grams(plan, blocks, index, hidden, names, token_weights)
+    for bits in levels:
+        if bits == SIXTEEN:
+            continue
+        grids = {prefix + name: grid(bits, plan.grids[prefix + name]) for name in names}
+        level = replace(plan, grids=grids)
+        packed = round_units(level, blocks, index, names, rounding, grams)
+        for linear, weight in packed.items():
+            tensors |= weight.tensors(f"{bits}:{linear}")
+            name = linear.removeprefix(prefix)
+            before = plan.smoothed(linear, blocks.layers[index].get_submodule(name).weight)
+            after = weight.unpacked().to(before.device).dequantize()
+            lost = output_error(before, after, grams[name])
+            whole = output_error(before, torch.zeros_like(before), grams[name])
+            tensors[f"loss:{bits}:{linear}"] = torch.tensor([lost, whole], dtype=torch.float64)
+    return tensors
+
+
+def _take(
+    database: LevelDatabase,
+    blocks: Blocks,
+    index: int,
+    stored: dict[str, torch.Tensor],
+    grid: Callable[[int, Grid], Grid],
+    levels: list[int],
+) -> None:
+    """Put what ``_block`` returned into a database."""
+    prefix, grids = blocks.prefix(index), database.plan.grids
+    for unit in UNITS:
+        linears = [prefix + name for name in unit.linears if prefix + name in grids]
+        if not linears:
+            continue
+        losses = database.losses.setdefault(prefix + unit.name, {})
+        sizes = database.sizes.setdefault(prefix + unit.name, {})
+        counts = {
+            linear: blocks.layers[index].get_submodule(linear.removeprefix(prefix)).weight.shape
+            for linear in linears
+        }
+        for bits in levels:
+            losses[bits] = sizes[bits] = 0.0
+            lost = torch.zeros(2, dtype=torch.float64)
+            for linear in linears:
+                outputs, inputs = counts[linear]
+                if bits == SIXTEEN:
+                    sizes[bits] += SIXTEEN * outputs * inputs
+                    continue
+                level = grid(bits, grids[linear])
+                taken = PackedWeight.taken(f"{bits}:{linear}", stored, level)
+                database.weights[linear, bits] = taken
+                sizes[bits] += level.stored_bits(inputs) * outputs * inputs
+                lost += stored[f"loss:{bits}:{linear}"]
+            if bits != SIXTEEN:
+                losses[bits] = (lost[0] / lost[1].clamp(min=1e-30)).item()

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure an allocation: the divergence of the model's output with some units quantized."""
+
+from collections.abc import Mapping
+from math import ceil
+
+import torch
+
+from compress_common.errors import CompressError
+from quant_methods.architecture import UNITS
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.divergence import NextTokenReference
+from quant_methods.calibration.levels import SIXTEEN, LevelDatabase
+
+
+class ModelProbe:
+    """See ``allocators.base.Probe``. Blocks before the first quantized unit are not run again.
+
+    Memory: the input of every block for the chosen samples.
+
+    Args:
+        blocks: The original decoder.
+        database: Units at their levels.
+        tokens: Calibration tokens in all, rounded up to whole samples; None: all.
+    """
+
+    def __init__(self, blocks: Blocks, database: LevelDatabase, tokens: int | None = None) -> None:
+        self.blocks = blocks if tokens is None else blocks.first(_samples(blocks, tokens))
+        self.database = database
+        self._inputs: list[torch.Tensor] = []
+        hidden = self.blocks.inputs()
+        for index in range(len(self.blocks)):
+            self._inputs.append(hidden)
+            with self.blocks.resident(index):
+                hidden = self.blocks.run(index, hidden)
+        self._final = hidden
+        self._references: dict[tuple[int | None, int | None], NextTokenReference] = {}
+
+    def __call__(
+        self, bits: Mapping[str, int], tokens: int | None = None, seed: int | None = None
+    ) -> float:
+        """See ``allocators.base.Probe``."""
+        chosen = self._chosen(tokens, seed)
+        changed = [self._weights(index, bits) for index in range(len(self.blocks))]
+        first = next((i for i, weights in enumerate(changed) if weights), None)
+        if first is None:
+            return 0.0
+        hidden = self._inputs[first][chosen]
+        for index in range(first, len(self.blocks)):
+            with self.blocks.resident(index), self.blocks.replaced(index, changed[index]):
+                hidden = self.blocks.run(index, hidden, out=hidden)
+        key = (tokens, seed)
+        if key not in self._references:
+            if len(self._references) > 8:  # a search draws fresh samples for each comparison
+                self._references.clear()
+            self._references[key] = NextTokenReference(
+                self.blocks.model, self.blocks.arch.layers_prefix, self._final[chosen]
+            )
+        return self._references[key].divergence(hidden)
+
+    def _chosen(self, tokens: int | None, seed: int | None) -> torch.Tensor:
+        """Return the indices of the samples."""
+        samples = len(self.blocks.tokens)
+        count = samples if tokens is None else min(samples, _samples(self.blocks, tokens))
+        if seed is None:
+            return torch.arange(count)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(samples, generator=generator)[:count].sort().values
+
+    def _weights(self, index: int, bits: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Return the quantized weights of a block, as they are between original neighbors."""
+        prefix, plan = self.blocks.prefix(index), self.database.plan
+        weights = {}
+        for unit in UNITS:
+            count = bits.get(prefix + unit.name, SIXTEEN)
+            if count == SIXTEEN:
+                continue
+            for name in unit.linears:
+                packed = self.database.weights.get((prefix + name, count))
+                if packed is None:
+                    raise CompressError(
+                        f"{prefix}{unit.name} was not rounded to {count} bits: not among the levels"
+                    )
+                rounded = packed.unpacked().to(self.blocks.device).dequantize()
+                weights[name] = plan.unfolded(prefix + name, rounded)
+        return weights
+
+
+def _samples(blocks: Blocks, tokens: int) -> int:
+    return ceil(tokens / blocks.tokens.shape[1])

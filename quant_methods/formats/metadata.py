@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint has besides weights: config, index, report, and what is copied."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant_methods.architecture import QKV
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats.checkpoint_formats import Format
+from quant_methods.formats.plan import Plan
+from quant_methods.formats.sizes import bits_per_weight
+
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
+
+
+def write_metadata(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    chosen: Format,
+    written: dict[str, Any],
+    dtype: torch.dtype,
+    index: dict[str, str],
+    folder: Path,
+) -> dict[str, Any]:
+    """Complete a folder of weights to a checkpoint. Returns its report.
+
+    Args:
+        checkpoint: What was quantized.
+        plan: How.
+        chosen: The format of the weights.
+        written: Its ``quantization_config``.
+        dtype: Of the tensors that stay at 16 bits.
+        index: ``{tensor: file}``.
+        folder: Has the weights.
+    """
+    for pattern in _COPIED:
+        for file in checkpoint.folder.glob(pattern):
+            # params.json is Mistral's own config, for weight files that are not copied.
+            if not file.name.endswith((".index.json", "params.json")):
+                shutil.copyfile(file, folder / file.name)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    report = {
+        "method": plan.method,
+        "format": chosen.name,
+        "weight_bytes_before": sum(size for _, size in checkpoint.shapes().values()),
+        "weight_bytes_after": size,
+        "bits_per_weight": round(bits_per_weight(plan.grids, checkpoint.hf_config), 4),
+        **plan.report,
+    }
+    config = checkpoint.config | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization_config": written,
+        **plan.config,
+    }
+    config.pop("torch_dtype", None)
+    contents = {
+        "config.json": config,
+        "report.json": report,
+        "model.safetensors.index.json": {
+            "metadata": {"total_size": size},
+            "weight_map": dict(sorted(index.items())),
+        },
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def marker_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """What the config notes about the checkpoint."""
+    return {
+        "schema": 1,
+        "method": plan.method,
+        "alpha": plan.report.get("alpha"),
+        "source": checkpoint.weights_digest,
+        # Whether the values in the KV cache differ from the original model's.
+        "values_scaled": any(
+            side.endswith(f"{QKV[2]}.output") for side in (*plan.vectors, *plan.rotations)
+        ),
+    }

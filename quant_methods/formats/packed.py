@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rounded weight as it is stored: packed codes, in memory or in a mapped file."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from quant_methods.formats.packing import pack, unpack
+from quant_methods.grid import Grid, QuantizedWeight
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A ``QuantizedWeight`` in as few bytes as its codes have bits.
+
+    Attributes:
+        words: Packed codes, int32 [N, K*bits/32].
+        scale: fp32 [N, K/group].
+        zero: Zero points, uint8 [N, K/group].
+        grid: How it was rounded.
+    """
+
+    words: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    grid: Grid
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> Self:
+        """Pack a weight."""
+        words = pack(weight.q, bits=weight.grid.bits)
+        return cls(words, weight.scale.contiguous(), weight.zero.to(torch.uint8), weight.grid)
+
+    def unpacked(self) -> QuantizedWeight:
+        """Return the weight with one byte per code."""
+        codes = unpack(self.words, bits=self.grid.bits)
+        return QuantizedWeight(codes, self.scale, self.zero.float(), self.grid)
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Return what a file stores of it under a name."""
+        return {f"codes:{name}": self.words, f"scale:{name}": self.scale, f"zero:{name}": self.zero}
+
+    @classmethod
+    def taken(cls, name: str, tensors: dict[str, torch.Tensor], grid: Grid) -> Self:
+        """Return the weight that ``tensors(name)`` stored."""
+        words, scale = tensors[f"codes:{name}"], tensors[f"scale:{name}"]
+        return cls(words, scale, tensors[f"zero:{name}"], grid)

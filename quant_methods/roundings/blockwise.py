@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Round the linears of a decoder block by block, on what the rounded blocks before them give."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from quant_methods.architecture import UNITS
+from quant_methods.base import Progress, silent
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.collectors import Grams
+from quant_methods.calibration.token_weights import TokenWeights
+from quant_methods.formats.packed import PackedWeight
+from quant_methods.formats.plan import Plan
+from quant_methods.roundings.base import Rounding
+
+# Linears that are rounded on one pass: all of a block, or unit by unit, each on the output of the
+# rounded ones before it.
+TOGETHER: tuple[tuple[str, ...], ...] = (tuple(name for unit in UNITS for name in unit.linears),)
+UNIT_BY_UNIT: tuple[tuple[str, ...], ...] = tuple(unit.linears for unit in UNITS)
+
+
+@torch.no_grad()
+def round_blocks(
+    plan: Plan,
+    blocks: Blocks,
+    rounding: Rounding,
+    *,
+    token_weights: TokenWeights | None = None,
+    steps: Sequence[tuple[str, ...]] = TOGETHER,
+    progress: Progress = silent,
+) -> None:
+    """Round every linear of a plan, and put the codes into the plan.
+
+    Each block runs on the output of the quantized blocks before it. A finished block is stored, so
+    an interruption loses one block. Memory beyond the model: one chunk, the hidden states, and the
+    Gram matrices of one block.
+
+    Args:
+        plan: Has transforms and grids. Its ``codes`` are filled.
+        blocks: The decoder, with calibration tokens.
+        rounding: How a weight is rounded.
+        token_weights: How much each token counts in the Gram matrices; None: all count alike.
+        steps: Linears that are rounded together: ``TOGETHER`` or ``UNIT_BY_UNIT``.
+        progress: Called for each block.
+    """
+    hidden = blocks.inputs()
+    for index in range(len(blocks)):
+        progress(rounding.name, index + 1, len(blocks))
+        prefix = blocks.prefix(index)
+        with blocks.resident(index) as block:
+            stored = blocks.stages.tensors(
+                f"{rounding.name} {index}",
+                partial(_round_block, plan, blocks, index, hidden, rounding, token_weights, steps),
+            )
+            weights = {}
+            for name, grid in plan.layer_grids(prefix).items():
+                linear = prefix + name
+                packed = PackedWeight.taken(linear, stored, grid)
+                plan.codes[linear] = packed
+                device = block.get_submodule(name).weight.device
+                weights[name] = plan.unfolded(linear, packed.unpacked().to(device).dequantize())
+            with blocks.replaced(index, weights):
+                hidden = blocks.run(index, hidden, out=hidden)
+
+
+def _round_block(
+    plan: Plan,
+    blocks: Blocks,
+    index: int,
+    hidden: torch.Tensor,
+    rounding: Rounding,
+    token_weights: TokenWeights | None,
+    steps: Sequence[tuple[str, ...]],
+) -> dict[str, torch.Tensor]:
+    """Round the linears of a resident block. Returns their codes as a plan file stores them."""
+    prefix = blocks.prefix(index)
+    grids = plan.layer_grids(prefix)
+    weights: dict[str, torch.Tensor] = {}  # those that are rounded already
+    tensors: dict[str, torch.Tensor] = {}
+    for step in steps:
+        names = [name for name in step if name in grids]
+        if not names:
+            continue
+        with blocks.replaced(index, weights):
+            grams = unit_grams(plan, blocks, index, hidden, names, token_weights)
+        for linear, packed in round_units(plan, blocks, index, names, rounding, grams).items():
+            tensors |= packed.tensors(linear)
+            rounded = packed.unpacked().to(blocks.device).dequantize()
+            weights[linear.removeprefix(prefix)] = plan.unfolded(linear, rounded)
+    return tensors
+
+
+def unit_grams(
+    plan: Plan,
+    blocks: Blocks,
+    index: int,
+    hidden: torch.Tensor,
+    names: Sequence[str],
+    token_weights: TokenWeights | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return the Gram matrix of each linear of a resident block, as its transformed weight sees it.
+
+    Args:
+        plan: Has the transforms.
+        blocks: The decoder.
+        index: Of the block.
+        hidden: Its input.
+        names: Linears of the block, by the names that they have there.
+        token_weights: As in ``round_blocks``.
+    """
+    first = blocks.arch.first_sharing(blocks.model.config)
+    collector = Grams(first[name] for name in names)
+    blocks.run(index, hidden, (collector,), token_weights)
+    prefix = blocks.prefix(index)
+    grams: dict[str, torch.Tensor] = {}
+    for name in dict.fromkeys(first[name] for name in names):
+        shared = plan.transformed_gram(prefix + name, collector.value(name))
+        grams |= {other: shared for other in names if first[other] == name}
+    return grams
+
+
+def round_units(
+    plan: Plan,
+    blocks: Blocks,
+    index: int,
+    names: Sequence[str],
+    rounding: Rounding,
+    grams: dict[str, torch.Tensor],
+) -> dict[str, PackedWeight]:
+    """Round linears of a resident block, those of a unit stacked. Returns them by full name.
+
+    Args:
+        plan: Has transforms, grids and, from a clip search, shrinks.
+        blocks: The decoder.
+        index: Of the block.
+        names: Linears of the block, by the names that they have there.
+        rounding: How a weight is rounded.
+        grams: ``{name: Gram matrix}``, as ``unit_grams`` returns them.
+    """
+    prefix, block = blocks.prefix(index), blocks.layers[index]
+    dtype = torch.float16 if blocks.model.dtype == torch.float16 else torch.bfloat16
+    found: dict[str, PackedWeight] = {}
+    for unit in UNITS:
+        linears = [prefix + name for name in unit.linears if name in names]
+        if not linears:
+            continue
+        parts = [
+            plan.smoothed(linear, block.get_submodule(linear.removeprefix(prefix)).weight)
+            for linear in linears
+        ]
+        shrinks = [plan.shrink(linear, parts[0].device) for linear in linears]
+        given = [shrink for shrink in shrinks if shrink is not None]
+        rounded = rounding.round(
+            torch.cat(parts),
+            plan.grids[linears[0]],
+            grams[unit.linears[0]],
+            shrink=torch.cat(given) if len(given) == len(parts) else None,
+            scale_dtype=dtype,
+        )
+        sizes = [len(part) for part in parts]
+        for linear, weight in zip(linears, rounded.split(sizes), strict=True):
+            found[linear] = PackedWeight.of(weight.to("cpu"))
+    return found
