@@ -7,12 +7,12 @@ from functools import partial
 import torch
 
 from quant_methods.architecture import UNITS
-from quant_methods.base import Progress, silent
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.collectors import Grams
 from quant_methods.calibration.token_weights import TokenWeights
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
+from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
 
 # Linears that are rounded on one pass: all of a block, or unit by unit, each on the output of the
