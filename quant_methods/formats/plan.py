@@ -34,14 +34,14 @@ class Plan:
             replaces the weight of a norm.
         shrinks: ``{linear: uint8 [N, K/group]}``: percent of the min/max range that is kept.
         codes: Linears that are rounded already.
+        report: What the method wants users to see. JSON-able.
+        sources: SHA-256 of every tensor of the checkpoint, see ``identity.tensor_digest``.
         rotations: ``{side: matrix}``. ``<module>.input`` turns the input channels of its weight,
             ``<module>.output`` its output channels and its bias. They follow the vectors.
         matrices: Orthogonal matrices by name, fp32 [size, size]. Each run of ``size`` channels is
             turned.
         copies: ``{tensor: source}``: tensors that the checkpoint lacks and the model then has.
         config: Keys of config.json that the transforms change.
-        report: What the method wants users to see. JSON-able.
-        sources: SHA-256 of every tensor of the checkpoint, see ``identity.tensor_digest``.
         evict: Called before a mismatch is reported; removes the stored plan.
     """
 
@@ -51,11 +51,11 @@ class Plan:
     shrinks: dict[str, torch.Tensor] = field(default_factory=dict)
     codes: dict[str, PackedWeight] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     rotations: dict[str, str] = field(default_factory=dict)
     matrices: dict[str, torch.Tensor] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
     evict: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def smoothed(self, module: str, weight: torch.Tensor) -> torch.Tensor:
