@@ -71,7 +71,8 @@ class Context:
     is ``per_head`` sees some of the heads at a time.
 
     Attributes:
-        layer: Index of the layer in the model.
+        layer: Index of the layer in the model; None for decode windows, which are scored for
+            several layers at once, each a request's.
         lengths: Valid tokens, int64 [R].
         tokens: T, to which the segments are padded.
         observed: Sum of ``observe`` over the queries of the segment, float32 [R, H, T]; None
@@ -80,7 +81,7 @@ class Context:
         values: [R, Hkv, T, D]; None without "values" in ``needs``.
     """
 
-    layer: int
+    layer: int | None
     lengths: torch.Tensor
     tokens: int
     observed: torch.Tensor | None = None

@@ -5,8 +5,7 @@
 parts that fit a ``Workspace``: some requests, some KV heads.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -133,7 +132,7 @@ class Layer:
 
     Attributes:
         name: Of the layer, for ``Observations``.
-        index: In the model.
+        index: In the model; None where decode windows are compacted.
         pages: Its blocks.
         heads: Its heads on this rank.
         policy: What scores it.
@@ -142,7 +141,7 @@ class Layer:
     """
 
     name: str
-    index: int
+    index: int | None
     pages: Pages
     heads: Heads
     policy: KVPolicy
@@ -160,31 +159,19 @@ def compact(work: Work, layer: Layer, query: torch.Tensor, scale: float) -> None
         scale: Factor on q.k in the softmax.
     """
     for part in work.prompts:
-        _compact(part, layer, layer.policy, query, scale)
+        compact_part(part, layer, layer.policy, query, scale)
     for part in work.windows:
-        _compact(part, layer, window_policy(layer.policy), query, scale)
+        compact_part(part, replace(layer, index=None), window_policy(layer.policy))
 
 
-def compact_windows(windows: Sequence[Part], layers: Sequence[Layer]) -> None:
-    """Compact decode windows of some layers, at any time before their blocks are read again.
-
-    Args:
-        windows: The same for all layers: see ``Work``.
-        layers: Of one layout.
-    """
-    for layer in layers:
-        policy = window_policy(layer.policy)
-        for part in windows:
-            _compact(part, layer, policy)
-
-
-def _compact(
+def compact_part(
     part: Part,
     layer: Layer,
     policy: KVPolicy,
     query: torch.Tensor | None = None,
     scale: float = 1.0,
 ) -> None:
+    """Do one part of the work, as ``compact``; ``query`` None where none are observed."""
     slices = layer.space.heads(len(part.present), part.tokens, layer.heads.kv)
     per_head, needs = policy.capabilities.per_head, policy.capabilities.needs
     observed = keys = None

@@ -26,6 +26,7 @@ from kv_policies.latents.plan import LatentView, Packings, Reading, fresh_blocks
 from kv_policies.layout.step import Step
 from kv_policies.layout.view import LiveView
 from kv_policies.plan import Work, plan_step
+from kv_policies.windows import JoinedPages
 from kv_policies.workspace import Workspace
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.settings import parse_settings
@@ -57,9 +58,9 @@ class Part:
 class CompressedBuilder:
     """Gives the backend's builder the live blocks only, and plans what is to be compacted.
 
-    The worker sets ``batch``, and ``policy``, ``space`` and ``layers`` where tokens are chosen or
-    ``form`` and ``latents`` where kept blocks are latents. Without them, as in profiling, nothing
-    is compressed.
+    The worker sets ``batch``, and ``policy``, ``space``, ``layers`` and ``joined`` where tokens are
+    chosen or ``form`` and ``latents`` where kept blocks are latents. Without them, as in profiling,
+    nothing is compressed.
     """
 
     # A group of an equal spec would otherwise get this group's metadata with the raw table.
@@ -72,6 +73,7 @@ class CompressedBuilder:
     policy: KVPolicy | None = None
     space: Workspace
     layers: Sequence[Layer] = ()
+    joined: JoinedPages | None = None
     form: LatentFormat | None = None
     latents: Sequence[LatentCache] = ()
     _live: LiveView | None = None
@@ -146,7 +148,7 @@ class CompressedBuilder:
         assert self.batch is not None
         if isinstance(work, Work) and whole:
             if work.windows:
-                self.batch.put_off(work.windows, self.layers)
+                self.batch.put_off(work.windows, self.layers, self.joined)
             work = replace(work, windows=[]) if work.prompts else None
         if work is not None:
             self.batch.expect(len(self.layer_names))

@@ -9,10 +9,11 @@ import numpy as np
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from kv_policies.compaction import Layer, Observations, compact_windows
+from kv_policies.compaction import Layer, Observations
 from kv_policies.layout.base import IntArray
 from kv_policies.layout.step import Step
 from kv_policies.plan import Part
+from kv_policies.windows import JoinedPages, compact_windows
 from vllm_plugin.kv_cache.activity import Activity
 from vllm_plugin.kv_cache.requests import opts_out
 
@@ -41,7 +42,7 @@ class Batch:
         self.active = False
         self._current: Step | None = None
         self._expected = 0
-        self._windows: list[tuple[Sequence[Part], Sequence[Layer]]] = []
+        self._windows: list[tuple[Sequence[Part], Sequence[Layer], JoinedPages | None]] = []
 
     @contextmanager
     def step(self, scheduled: SchedulerOutput) -> Iterator[None]:
@@ -85,9 +86,11 @@ class Batch:
             yield
         self._expected -= 1
 
-    def put_off(self, windows: Sequence[Part], layers: Sequence[Layer]) -> None:
-        """Decode windows of a group of layers, for ``finish``."""
-        self._windows.append((windows, layers))
+    def put_off(
+        self, windows: Sequence[Part], layers: Sequence[Layer], joined: JoinedPages | None
+    ) -> None:
+        """Decode windows of a group of layers, for ``finish``: see ``compact_windows``."""
+        self._windows.append((windows, layers, joined))
 
     def finish(self) -> None:
         """Compact decode windows, after the forward pass of all layers and on its stream.
@@ -106,8 +109,8 @@ class Batch:
         if not self._windows:
             return
         with self.activity.timed():
-            for windows, layers in self._windows:
-                compact_windows(windows, layers)
+            for work in self._windows:
+                compact_windows(*work)
         self._windows.clear()
 
     def _v1(self, metadata: CommonAttentionMetadata) -> _Read:

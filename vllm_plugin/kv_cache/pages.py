@@ -30,7 +30,7 @@ class Pages:
         self, blocks: torch.Tensor, keys: "Order", values: "Order", shape: tuple[int, ...]
     ) -> None:
         self.blocks = blocks  # [blocks, elements], each in one piece
-        self._keys, self._values = keys, values
+        self._keys, self._values = self.orders = keys, values
         self.shape = shape  # KV heads, tokens of a block, head size
 
     @classmethod

@@ -27,6 +27,7 @@ from kv_policies.workspace import Heads
 from vllm_plugin.kv_cache.backends import put_ours_behind
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.budget import bases_of, layouts_of
+from vllm_plugin.kv_cache.joined import join
 from vllm_plugin.kv_cache.latent import latent_cache, latent_cache_type, rope_of
 from vllm_plugin.kv_cache.pages import Pages
 from vllm_plugin.kv_cache.spec import CompressedSpec
@@ -220,6 +221,7 @@ class CompressedWorker(PlatformWorker):
                 builder.latents.append(impl.latents)
             elif spec.layout.share != 1:
                 raise self._not_compressed(name)
+        builder.joined = join([layer.pages for layer in builder.layers])
 
     @cached_property
     def _bases(self) -> Bases | None:
