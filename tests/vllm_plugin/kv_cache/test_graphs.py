@@ -5,6 +5,7 @@ A replayed graph runs no Python. So it must find live blocks and lengths where t
 captured, and must never stand for a step that ends a prompt.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -212,13 +214,19 @@ def equipped(kind: type, config: VllmConfig) -> Any:
     return builder
 
 
-def run_step(builder: Any, requests: list[tuple[int, int, int]], padded: int = 4) -> Any:
+def run_step(
+    builder: Any,
+    requests: list[tuple[int, int, int]],
+    padded: int = 4,
+    seen: AbstractContextManager[Any] | None = None,
+) -> Any:
     """What is built inside a step of the worker; what is put off is done behind it."""
     n, c, _ = np.array(requests).T
     states = builder.batch._runner.req_states
     states.prompt_len.np, states.num_computed_tokens_np = n, c
-    with builder.batch.step(SchedulerOutput.make_empty()):
-        built = builder.build(0, metadata(requests, padded))
+    given = metadata(requests, padded)
+    with builder.batch.step(SchedulerOutput.make_empty()), seen or nullcontext():
+        built = builder.build(0, given)
         builder.batch.finish()
     return built
 
@@ -250,6 +258,37 @@ def test_what_a_graph_reads_stays_where_it_was_captured(kind: type, configured: 
             assert built.seq_lens[row] == seen
             live = LAYOUT.columns(phase, WIDTH)[0][: -(-seen // 32)]
             assert built.block_table[row, : len(live)].tolist() == (100 * row + live).tolist()
+
+
+class Operations(TorchDispatchMode):
+    """Names of what PyTorch is asked for, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_nothing(configured: VllmConfig) -> None:
+    """A decode step that compacts nothing queues two operations and copies nothing from the host.
+    One that does copies its plan, but reads nothing back: no number, no mask."""
+    builder = equipped(TritonBuilder, configured)
+    decodes = [(256, 256, 1), (256, 317, 1)]
+    run_step(builder, decodes)
+    for after, expected in ((1, {"gather", "sub"}), (2, None)):
+        seen = Operations()
+        run_step(builder, [(n, c + after, q) for n, c, q in decodes], seen=seen)
+        if expected:
+            assert sorted(seen.names) == sorted(expected)
+        else:
+            assert len(seen.names) > 20  # a window ended
+        assert not {"_local_scalar_dense", "nonzero", "masked_select"} & set(seen.names)
 
 
 def test_windows_are_compacted_after_the_forward_pass(configured: VllmConfig) -> None:
