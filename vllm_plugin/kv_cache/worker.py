@@ -243,6 +243,9 @@ class CompressedWorker(PlatformWorker):
 
     def _make_model_runner(self) -> Any:
         """On a GPU, vLLM's runner, except that it replays no decode graph where a prompt ends."""
+        settings = parse_settings(self.vllm_config.additional_config).kv
+        if settings is not None and settings.keep == 1:  # then nothing is compacted
+            return super()._make_model_runner()
         if self.use_v2_model_runner:
             from vllm_plugin.kv_cache.runner_v2 import CompressedRunnerV2 as Runner
         else:

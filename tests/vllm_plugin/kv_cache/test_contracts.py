@@ -27,6 +27,8 @@ from kv_policies.layout.tokens import TokenLayout
 from vllm_plugin.kv_cache.cpu import CPUBackend
 from vllm_plugin.kv_cache.flash import FlashBackend
 from vllm_plugin.kv_cache.manager import CompressedManager, register
+from vllm_plugin.kv_cache.runner_v1 import CompressedRunnerV1
+from vllm_plugin.kv_cache.runner_v2 import CompressedRunnerV2
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.triton import TritonBackend
 
@@ -123,6 +125,21 @@ def test_worker_hooks() -> None:
     assert issubclass(CPUWorker, Worker)
     assert {"scheduled_new_reqs", "finished_req_ids"} <= names(SchedulerOutput)
     assert {"req_id", "sampling_params"} <= names(NewRequestData)
+
+
+@pytest.mark.parametrize("ours", [CompressedRunnerV1, CompressedRunnerV2])
+def test_runners(ours: type) -> None:
+    """kv_cache/runner_v1.py, runner_v2.py: vLLM builds their bases, and asks what they override."""
+    (theirs,) = ours.__bases__
+    built = inspect.getsource(Worker._make_model_runner)
+    assert f"from {theirs.__module__} import" in built
+    assert "self._make_model_runner()" in inspect.getsource(Worker._init_workspace_and_model_runner)
+    step = inspect.getsource(theirs.execute_model)
+    if ours is CompressedRunnerV1:
+        assert "self._determine_batch_execution_and_padding(" in step
+        assert "force_uniform_decode" not in step  # so that it is None, unlike in dummy runs
+    else:
+        assert "self.gather_batch_req_state(" in step and "uniform_tok_count," in step
 
 
 def test_prompt_lengths_of_both_runners() -> None:
