@@ -7,6 +7,7 @@
 
 stack     attention_error: FlashAttention over a paged cache against float64, relative.
 identity  keep1_same_as_stock: share of requests with stock's tokens, also with Triton attention.
+          recent_same_as_recent_eager: with decode windows, in graphs and without.
           snap_kv_same_as_stock is below 1, or nothing is compressed. P_freed_blocks,
           P_leaked_blocks: blocks given back by requests that go on, and blocks lost at the end.
 syncs     P_syncs: places of ours in a step that wait for the device.

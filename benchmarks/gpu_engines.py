@@ -26,6 +26,8 @@ DECODES = ((1, 2048, 64), (8, 2048, 64), (64, 480, 64))
 _GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 _PIECES = {"mode": 0, "cudagraph_mode": "PIECEWISE"}
 _BREAKABLE = {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}
+# Windows that end while a graph is replayed, with little to generate.
+_WINDOWS = policy("recent", keep=0.25, decode_window=32)
 _LARGE = 120e9  # bytes of device memory in which all engines of a part fit with every layer
 
 Starts = dict[str, partial[Engine]]
@@ -38,9 +40,10 @@ def identity(options: Options, result: Result) -> None:
         "stock": stock,
         "keep1": partial(KVEngine, **policy("snap_kv", keep=1)),
         "snap_kv": partial(KVEngine, **policy("snap_kv", keep=0.25)),
-        "recent": partial(KVEngine, **policy("recent", keep=0.25)),
+        "recent": partial(KVEngine, **_WINDOWS),
     }
     if _cuda():
+        starts["recent_eager"] = partial(KVEngine, **_WINDOWS, enforce_eager=True)
         triton = {"attention_backend": "TRITON_ATTN"}
         starts |= {
             "stock_triton": partial(stock, **triton),
@@ -67,6 +70,7 @@ def identity(options: Options, result: Result) -> None:
         ("snap_kv", "stock"),
         ("snap_kv_triton", "stock_triton"),
         ("recent", "stock"),
+        ("recent", "recent_eager"),
     ):
         if name in texts and base in texts:
             result.put(f"{name}_same_as_{base}", _same(texts[name], texts[base]))
@@ -79,7 +83,7 @@ def syncs(options: Options, result: Result) -> None:
     """
     starts: Starts = {
         "stock": partial(KVEngine, plugin=False),
-        "snap_kv": partial(KVEngine, **policy("snap_kv", keep=0.25)),
+        "snap_kv": partial(KVEngine, **policy("snap_kv", keep=0.25, decode_window=64)),
     }
     more = {"load_format": "auto", "max_model_len": 4096, "kv_cache_memory_bytes": 1 << 28}
     starts = {name: partial(s, env={"VLLM_GPU_SYNC_CHECK": "warn"}) for name, s in starts.items()}
