@@ -17,6 +17,7 @@ from compress_common.store import Store, digest
 from quant_methods.architecture import LINEARS, architecture_of
 from quant_methods.base import QuantMethod
 from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.precision import computed_in
 from quant_methods.calibration.stages import Stages
 from quant_methods.calibration.text import (
     SELF,
@@ -58,8 +59,12 @@ class PlanRequest(BaseModel):
         method = self.build()
         return method.capabilities.calibrates or method.settings.rounder().needs_gram
 
-    def key(self, checkpoint: Checkpoint) -> str:
+    def key(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> str:
         """Return the key of the plan: two requests share one exactly when they give one plan.
+
+        Args:
+            checkpoint: What is quantized.
+            dtype: What calibration computes in; None: the model's own type.
 
         Raises:
             CompressError: The calibration text cannot be read.
@@ -72,7 +77,7 @@ class PlanRequest(BaseModel):
             "settings": method.settings.identity(),
         }
         if self.calibrates:
-            content |= _text_identity(checkpoint, self.calibration)
+            content |= _text_identity(checkpoint, self.calibration) | _computed(dtype)
         return digest(checkpoint.digest, json.dumps(content, sort_keys=True))
 
 
@@ -102,12 +107,17 @@ def obtain_plan(
     prefix = architecture_of(config).layers_prefix
     if problem := decoder_problem(checkpoint.files, prefix, config.num_hidden_layers):
         raise CompressError(f"{checkpoint.folder} cannot be quantized: {problem}")
-    store, key = Store(), request.key(checkpoint)
+    store, dtype = Store(), None
+    if request.calibrates:
+        dtype = computed_in(sum(size for _, size in checkpoint.shapes().values()), device)
+    key = request.key(checkpoint, dtype)
+    if dtype is not None and store.find(KIND, own := request.key(checkpoint)):
+        key = own  # from a processor that needs no other type: all replicas then agree
     stages = Stages(key, store)
     made: list[Plan] = []
 
     def build(folder: Path) -> None:
-        plan = _calibrate(checkpoint, request, stages, device, progress)
+        plan = _calibrate(checkpoint, request, stages, device, dtype, progress)
         plan.sources = checkpoint.tensor_digests
         save_plan(plan, folder / _FILE)
         made.append(plan)
@@ -135,6 +145,7 @@ def _calibrate(
     request: PlanRequest,
     stages: Stages,
     device: str | torch.device,
+    dtype: torch.dtype | None,
     progress: Progress,
 ) -> Plan:
     method, config = request.build(), checkpoint.hf_config
@@ -145,13 +156,17 @@ def _calibrate(
     else:
         check_length(request.calibration, config)
         progress("load model", 0, 1)
-        model = _load_model(checkpoint)
-        tokens = stored_tokens(checkpoint, request.calibration, model, progress)
-        blocks = Blocks(model, arch, tokens, device, stages)
+        model = _load_model(checkpoint, dtype)
+        tokens = stored_tokens(checkpoint, request.calibration, model, progress, dtype)
+        served = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
+        blocks = Blocks(model, arch, tokens, device, stages, dtype=dtype and served)
         plan = method.plan(blocks, progress)
         if (rounding := method.settings.rounder()).needs_gram and not plan.codes:
             round_blocks(plan, blocks, rounding, progress=progress)
-        plan.report["calibration"] = request.calibration.model_dump() | {"tokens": tokens.numel()}
+        plan.report["calibration"] = request.calibration.model_dump() | {
+            "tokens": tokens.numel(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
         del model, blocks
         gc.collect()
     plan.report["settings"] = method.settings.model_dump()
@@ -160,8 +175,13 @@ def _calibrate(
     return plan
 
 
-def _load_model(checkpoint: Checkpoint) -> Any:
-    """The ``transformers`` model of exactly the checkpoint's files and config."""
+def _load_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
+    """The ``transformers`` model of exactly the checkpoint's files and config.
+
+    Args:
+        checkpoint: The files.
+        dtype: Of the model; None: its own.
+    """
     config = checkpoint.hf_config
     try:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -171,7 +191,12 @@ def _load_model(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.folder}; int4 needs the Hugging Face config (--config-format hf)"
         ) from error
     state = checkpoint.verified_tensors()
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype="auto").eval()
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or "auto").eval()
+
+
+def _computed(dtype: torch.dtype | None) -> dict[str, str]:
+    """The part of a key that says what calibration computes in; empty for the model's own type."""
+    return {} if dtype is None else {"computed": str(dtype)}
 
 
 def _text_identity(checkpoint: Checkpoint, settings: CalibrationSettings) -> dict[str, Any]:
@@ -182,7 +207,11 @@ def _text_identity(checkpoint: Checkpoint, settings: CalibrationSettings) -> dic
 
 
 def stored_tokens(
-    checkpoint: Checkpoint, settings: CalibrationSettings, model: Any, progress: Progress
+    checkpoint: Checkpoint,
+    settings: CalibrationSettings,
+    model: Any,
+    progress: Progress,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return calibration tokens, int64 [samples, length]. Sampled text is stored: it is slow.
 
@@ -191,13 +220,14 @@ def stored_tokens(
         settings: Where the text comes from.
         model: The ``transformers`` model of the checkpoint, which samples the text.
         progress: Told of each step of sampling.
+        dtype: Of the model; None: its own.
 
     Raises:
         CompressError: The text cannot be read, or is too short.
     """
     if settings.source != SELF:
         return file_tokens(settings, checkpoint.tokenizer)
-    identity = _text_identity(checkpoint, settings)
+    identity = _text_identity(checkpoint, settings) | _computed(dtype)
     key = digest(checkpoint.digest, json.dumps(identity, sort_keys=True))
 
     def build(folder: Path) -> None:

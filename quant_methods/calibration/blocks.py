@@ -31,6 +31,7 @@ class Blocks:
         tokens: Calibration tokens, int64 [samples, length]; None for a method without calibration.
         device: Where blocks are computed.
         stages: Keeps finished parts of the work; None: nothing is kept.
+        dtype: What the quantized model is served in; None: the type of ``model``.
         chunk_tokens: Tokens that run through a block at once, in whole samples.
     """
 
@@ -42,6 +43,7 @@ class Blocks:
         device: str | torch.device = "cpu",
         stages: Stages | None = None,
         chunk_tokens: int = _CHUNK_TOKENS,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.stages = stages or Stages()
         self.model = model
@@ -49,6 +51,7 @@ class Blocks:
         self.device = torch.device(device)
         self.layers: list[nn.Module] = list(model.get_submodule(arch.layers_prefix))  # type: ignore[arg-type]
         self.chunk_tokens = chunk_tokens
+        self.dtype: torch.dtype = dtype or model.dtype  # type: ignore[assignment]
         self._kwargs: list[dict[str, Any]] = []
         self._tokens = tokens
         if tokens is not None:
@@ -115,6 +118,7 @@ class Blocks:
             self.tokens[:samples],
             self.device,
             chunk_tokens=self.chunk_tokens,
+            dtype=self.dtype,
         )
 
     def prefix(self, index: int) -> str:

@@ -101,7 +101,7 @@ class _Sampled:
 
     def put(self, tokens: torch.Tensor) -> None:
         self.done += 1
-        self.progress("sample text", self.done, self.length)
+        self.progress("sample text, token", self.done, self.length)
 
     def end(self) -> None:
         pass

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import architecture_of
+from quant_methods.calibration.precision import computed_in
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import FORMATS, Format
 from quant_methods.formats.metadata import marker_of, write_metadata
@@ -28,6 +29,8 @@ from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.progress import Progress, silent
 
 _SHARD_BYTES = 2 << 30  # of source weights
+# What Python, torch and transformers take after the import and a first pass, measured on x86.
+_PROGRAM = 700 << 20
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,20 +39,25 @@ class Estimate:
     """Bytes that a run needs.
 
     Attributes:
-        memory: Peak beyond the interpreter.
+        memory: Peak of the process.
+        program: What Python, torch and transformers take of it.
         disk: Of the quantized checkpoint.
     """
 
     memory: int
+    program: int
     disk: int
 
 
-def estimate(checkpoint: Checkpoint, request: PlanRequest) -> Estimate:
-    """Estimate memory as the 16-bit model and fp32 copies of one block, disk as the files.
+def estimate(
+    checkpoint: Checkpoint, request: PlanRequest, device: str | torch.device = "cpu"
+) -> Estimate:
+    """Estimate memory as the program, the model and fp32 copies of one block, disk as the files.
 
     Args:
         checkpoint: What is quantized.
         request: How.
+        device: Where decoder blocks are computed.
 
     Raises:
         CompressError: The model cannot be quantized so.
@@ -62,8 +70,15 @@ def estimate(checkpoint: Checkpoint, request: PlanRequest) -> Estimate:
     layers = max(int(config.num_hidden_layers or 1), 1)
     linears = sum(s for n, (shape, s) in shapes.items() if "layers." in n and len(shape) == 2)
     compressed = sizes_of(checkpoint, grids, tied=False)
+    model = total
+    if request.calibrates and computed_in(total, device):
+        model = 2 * total
     saved = compressed.original - compressed.compressed()
-    return Estimate(memory=total + 6 * linears // layers, disk=max(total - saved, total // 16))
+    return Estimate(
+        memory=_PROGRAM + model + 6 * linears // layers,
+        program=_PROGRAM,
+        disk=max(total - saved, total // 16),
+    )
 
 
 def quantize_checkpoint(

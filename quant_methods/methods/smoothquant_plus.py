@@ -221,9 +221,7 @@ class SmoothQuantPlus:
             progress("clip search" if self._clips else "folds", index + 1, len(blocks))
             prefix = blocks.prefix(index)
             with blocks.resident(index) as block:
-                self._fold(
-                    plan, prefix, block, self._vectors(index, alpha), blocks.arch.norm_offset
-                )
+                self._fold(plan, blocks, index, self._vectors(index, alpha))
                 if self._clips:
                     plan.shrinks |= blocks.stages.tensors(
                         f"clip {index}",
@@ -246,16 +244,16 @@ class SmoothQuantPlus:
     def _fold(
         self,
         plan: Plan,
-        prefix: str,
-        block: nn.Module,
+        blocks: Blocks,
+        index: int,
         vectors: dict[Fold, torch.Tensor],
-        norm_offset: float,
     ) -> None:
         """Put the smoothing vectors of a block into the plan, under full tensor names."""
+        prefix, block = blocks.prefix(index), blocks.layers[index]
         for fold, vector in vectors.items():
             if fold.from_norm:
-                norm = block.get_submodule(fold.producer)
-                stored, vector = fold_into_norm(norm.weight, vector, norm_offset)
+                norm = block.get_submodule(fold.producer).weight.to(blocks.dtype)
+                stored, vector = fold_into_norm(norm, vector, blocks.arch.norm_offset)
                 plan.vectors[f"{prefix}{fold.producer}.weight"] = stored.float()
             else:
                 plan.vectors[f"{prefix}{fold.producer}.output"] = vector

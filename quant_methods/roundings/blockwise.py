@@ -140,7 +140,7 @@ def round_units(
         grams: ``{name: Gram matrix}``, as ``unit_grams`` returns them.
     """
     prefix, block = blocks.prefix(index), blocks.layers[index]
-    dtype = torch.float16 if blocks.model.dtype == torch.float16 else torch.bfloat16
+    dtype = torch.float16 if blocks.dtype == torch.float16 else torch.bfloat16
     found: dict[str, PackedWeight] = {}
     for unit in UNITS:
         linears = [prefix + name for name in unit.linears if name in names]

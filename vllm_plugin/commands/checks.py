@@ -160,8 +160,9 @@ def _device() -> Check:
         slow = kind == "x86_64" and vectors != "AVX512"
         if slow:
             found += (
-                "; without AVX-512, calibration and prompts in bfloat16 take about ten times as "
-                "long: --dtype float32 serves faster where memory allows"
+                "; without AVX-512, prompts in bfloat16 take about ten times as long: --dtype "
+                "float32 serves faster where memory allows. Calibration computes in float32 where "
+                "that fits half of the memory"
             )
         return Check("device", True, found, slow=slow)
     name = str(current_platform.device_name)

@@ -72,8 +72,11 @@ def quantize(
     )
     request.build()
     source = resolve(model)
-    need = estimate(Checkpoint(source), request)
-    err.print(f"needs about {gib(need.memory)} of memory and {gib(need.disk)} of disk")
+    need = estimate(Checkpoint(source), request, device)
+    err.print(
+        f"needs about {gib(need.memory)} of memory ({gib(need.program)} for Python, torch and "
+        f"transformers) and {gib(need.disk)} of disk"
+    )
     with bar() as progress:
         report = quantize_checkpoint(
             source, target, request, format_name=format_name, device=device, progress=progress

@@ -25,11 +25,13 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from quant_methods.calibration.precision import slow_in_16_bit
 from quant_methods.checkpoint import hugging_face_files
 from quant_methods.formats.packing import to_compressed_tensors
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import QuantizedWeight
 from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.progress import Progress
 from vllm_plugin.progress import bar
 from vllm_plugin.quantization.reload import Source, guard_weights, present_kept, refuse_reload
 from vllm_plugin.quantization.source import source_of
@@ -121,9 +123,10 @@ class QuantizingLoader(DefaultModelLoader):
                 refuse_reload(checkpoint, quant_config.source)
             started = time.perf_counter()
             with bar(disable=get_tensor_model_parallel_rank() != 0) as progress:
-                plan, stored = obtain_plan(
-                    checkpoint, request, device=_device(vllm_config), progress=progress
-                )
+                device = _device(vllm_config)
+                if device.type == "cpu" and slow_in_16_bit():
+                    progress = _announced(progress)
+                plan, stored = obtain_plan(checkpoint, request, device=device, progress=progress)
         quant_config.source = Source.now(checkpoint.digest, model_config)
         _log(plan, stored, time.perf_counter() - started)
         return plan
@@ -147,6 +150,23 @@ def _quantizes(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
 
 def _device(vllm_config: VllmConfig) -> torch.device:
     return torch.device(vllm_config.device_config.device or "cpu")
+
+
+def _announced(progress: Progress) -> Progress:
+    """Log once, when a calibration begins, that it is slow on this processor."""
+    begun = False
+
+    def announced(step: str, done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            logger.info(
+                "calibrating, which takes minutes on a processor without AVX-512 and is done once: "
+                "later starts take the plan from the cache"
+            )
+        begun = True
+        progress(step, done, total)
+
+    return announced
 
 
 def _log(plan: Plan, stored: bool, seconds: float) -> None:
