@@ -16,6 +16,13 @@ from typing import Any
 _ANSWER = "ANSWER:"
 SINGLE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 ROOT = Path(__file__).resolve().parents[2]
+# Settings of smoothquant_plus that calibrate the demo model in seconds; its defaults take minutes
+# on a processor without AVX-512. Tests that share them share the stored plan.
+QUICK_WEIGHTS: dict[str, Any] = {
+    "alpha": 0.5,
+    "clip": False,
+    "calibration": {"samples": 4, "length": 16},
+}
 
 
 class EngineFailed(RuntimeError):

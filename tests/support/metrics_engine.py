@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One engine in a process of its own, its metrics read after every step.
 
-``watch(model, kv, prompts, max_tokens, extra)`` is the caller's side; ``diffusion`` in place of
-``kv`` is that section, ``stop`` has token ids. The answer has ``start``, the plugin's series before
+``watch(model, kv, prompts, max_tokens, extra)`` is the caller's side; ``weights`` and ``diffusion``
+are those sections, ``stop`` has token ids. The answer has ``start``, the plugin's series before
 the first request, ``steps``: per step the pool's ``free`` blocks, the ``columns`` of all block
 tables, whether a request ``finished``, and the plugin's series; ``end``, its series when all is
 done, and ``refused``, the places of prompts that were refused. A series is its name and labels as
@@ -54,7 +54,9 @@ def _main() -> None:
     llm = LLM(
         case["model"],
         additional_config={
-            "compress": {name: case[name] for name in ("kv", "diffusion") if case.get(name)}
+            "compress": {
+                name: case[name] for name in ("kv", "weights", "diffusion") if case.get(name)
+            }
         },
         disable_log_stats=False,
         **arguments,

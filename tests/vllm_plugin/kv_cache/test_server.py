@@ -8,6 +8,8 @@ import openai
 import pytest
 
 from benchmarks.server import serving
+from tests.support.chat import check_chat
+from tests.support.generate import QUICK_WEIGHTS
 
 NOTE = "The secret number is 48213. "
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. "
@@ -17,7 +19,8 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. "
 def test_chat_requests(demo_model: Path, profile: Path, bases: Path, policy: str) -> None:
     kv = {"policy": policy}
     kv |= {"bases": str(bases)} if policy == "cskv" else {"keep": 0.25, "profile": str(profile)}
-    arguments = ["--additional-config", json.dumps({"compress": {"kv": kv}})]
+    section = {"kv": kv, "weights": QUICK_WEIGHTS}
+    arguments = ["--additional-config", json.dumps({"compress": section})]
     arguments += ["--quantization", "smoothquant_plus", "--max-model-len", "1024"]
     with serving(demo_model, *arguments) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
@@ -28,8 +31,7 @@ def test_chat_requests(demo_model: Path, profile: Path, bases: Path, policy: str
                 model="demo", messages=messages, temperature=0, max_tokens=24, extra_body=more
             )
 
-        answer = ask("What is the capital of Japan?")
-        assert "Tokyo" in answer.choices[0].message.content
+        check_chat(server.url)
         long = ask(FILLER * 30 + "What is the capital of Japan?")
         assert long.usage.prompt_tokens > 400 and long.usage.completion_tokens > 3
         # What it says depends on the kernels of the machine: recall is a benchmark's affair.

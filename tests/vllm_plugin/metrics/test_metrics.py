@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.diffusion_engine import expected
+from tests.support.generate import QUICK_WEIGHTS
 from tests.support.kv_prompts import text_prompts
 from tests.support.llada import random_llada
 from tests.support.metrics_engine import watch
@@ -90,6 +91,7 @@ def test_keep_1_saves_nothing_and_says_why(demo_model: Path) -> None:
         prompts=text_prompts(demo_model, [300]),
         extra=[None],
         max_tokens=4,
+        weights=QUICK_WEIGHTS,
         engine={"quantization": "smoothquant_plus"},
     )["end"]
     assert any("method=smoothquant_plus" in key for key in end)

@@ -15,6 +15,7 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -36,11 +37,8 @@ SHAPES = [  # K, N, group size
     (576, 576, 64),
     (576, 3072, 64),
     (1536, 576, 128),
-    (2048, 2560, 128),
-    (2048, 2048, 128),
-    (2048, 11264, 128),
-    (5632, 2048, 128),
 ]
+LARGE_SHAPES = [(2048, 2560, 128), (2048, 2048, 128), (2048, 11264, 128), (5632, 2048, 128)]
 ODD_SHAPES = [(576, 192, 32), (512, 208, 256), (256, 16, 64), (128, 2064, 128), (64, 64, 64)]
 needs_amx = pytest.mark.skipif(
     not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX, which int8 mode needs"
@@ -163,15 +161,23 @@ def int8_reference(case: Case, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize(
     ("k", "n", "group_size", "symmetric"),
     [
-        pytest.param(*shape, symmetric, id=f"{shape}-{'sym' if symmetric else 'asym'}")
-        for shape in SHAPES + ODD_SHAPES
+        pytest.param(
+            *shape,
+            symmetric,
+            id=f"{shape}-{'sym' if symmetric else 'asym'}",
+            marks=[pytest.mark.slow] if shape in LARGE_SHAPES else [],
+        )
+        for shape in SHAPES + ODD_SHAPES + LARGE_SHAPES
         for symmetric in (True, False)
     ],
 )
 def test_against_float64(
     k: int, n: int, group_size: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every mode and path, for 1 ... 512 rows."""
+    """Every mode and path, for 1 ... 512 rows.
+
+    What large shapes add is several tiles, which ``test_several_tiles`` has in small.
+    """
     case, x = make_case(k, n, group_size, symmetric), inputs(k)
     kernel, layer = case.layer("bf16")
     assert kernel.activations == "bf16" and layer.weight_packed.shape == (n, k // 2)
@@ -193,6 +199,28 @@ def test_against_float64(
     expected, bound = int8_reference(case, x)
     for m in ROWS:
         assert_close(kernel.apply_weights(layer, x[:m]), expected[:m], bound[:m], 1)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles that a dequantized weight of 576 x 960 does not fit into."""
+    monkeypatch.setattr(cpu_int4_ops, "_TILE_BYTES", 1 << 18)
+    cpu_int4_ops._tiles.cache_clear()
+    yield
+    cpu_int4_ops._tiles.cache_clear()
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("n", [960, 976])  # equal tiles; a smaller last block
+def test_several_tiles(n: int) -> None:
+    case, x = make_case(576, n, 64, False), inputs(576)
+    _, layer = case.layer("bf16")
+    packed, scale_zero = layer.weight_packed.data, layer.weight_scale.data
+    assert len(cpu_int4_ops._tiles(n, 576)) > 4
+    expected, _, bound = bf16_reference(case, x)
+    for m in (1, 17, 64):
+        out = cpu_int4_ops.linear_dequantized(x[:m], packed, scale_zero)
+        assert_close(out, expected[:m], bound[:m], 3)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
