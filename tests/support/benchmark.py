@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.generate import ROOT
+from tests.support.child import ROOT
 
 
 def smoke(name: str, contract: set[str], out: Path) -> tuple[dict[str, Any], dict[str, Any]]:

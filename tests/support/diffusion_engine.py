@@ -16,10 +16,8 @@ the last round ended), ``pieces`` (how many outputs each of them had), ``free_be
 """
 
 import gc
-import json
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -31,7 +29,7 @@ from dllm_denoising.base import Plan
 from dllm_denoising.denoiser import Denoiser
 from dllm_denoising.dense import DenseLLaDA
 from dllm_denoising.reference import generate
-from tests.support.generate import SINGLE_PROCESS, answer, ask_child, kernel
+from tests.support.child import SINGLE_PROCESS, in_child, kernel
 from vllm_plugin.diffusion.settings import DiffusionSettings
 
 MASK, STOP = 63, 1  # of ``tests.support.llada``
@@ -58,8 +56,8 @@ def run(
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     if v2:
         environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
-    request = {"model": str(model), "cases": cases, "v2": v2}
-    return ask_child(["-m", "tests.support.diffusion_engine"], request, environment, timeout)
+    # Triton reads its variables when it is imported.
+    return in_child(_run_all, str(model), cases, v2, env=environment, timeout=timeout, fresh=v2)
 
 
 def some_requests(count: int, seed: int = 0, **others: Any) -> list[dict[str, Any]]:
@@ -105,11 +103,10 @@ def expected(
     return found.tokens, found.plans
 
 
-def _main() -> None:
-    request = json.load(sys.stdin)
-    if request["v2"]:
+def _run_all(model: str, cases: list[dict[str, Any]], v2: bool) -> list[dict[str, Any]]:
+    if v2:
         _pretend_triton_has_a_cpu_backend()
-    answer([_run(request["model"], case) for case in request["cases"]])
+    return [_run(model, case) for case in cases]
 
 
 def _pretend_triton_has_a_cpu_backend() -> None:
@@ -240,7 +237,3 @@ def _add(engine: Any, name: str, request: dict[str, Any]) -> None:
     except VLLMValidationError:
         return
     raise AssertionError("an engine must refuse this request")
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,21 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run one vLLM engine in a process of its own: JSON request on stdin, JSON answer on stdout.
+"""Run one vLLM engine in a process of its own."""
 
-``generate(...)`` is the caller's side. A process per engine keeps environment variables, plugin
-registration and memory of one test out of the next.
-"""
-
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_ANSWER = "ANSWER:"
-SINGLE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.child import SINGLE_PROCESS, in_child, kernel
+
 # Settings of smoothquant_plus that calibrate the demo model in seconds; its defaults take minutes
 # on a processor without AVX-512. Tests that share them share the stored plan.
 QUICK_WEIGHTS: dict[str, Any] = {
@@ -23,10 +14,6 @@ QUICK_WEIGHTS: dict[str, Any] = {
     "clip": False,
     "calibration": {"samples": 4, "length": 16},
 }
-
-
-class EngineFailed(RuntimeError):
-    """The engine process ended with an error; the text is its output."""
 
 
 def generate(
@@ -56,50 +43,12 @@ def generate(
         }
         | engine_args,
     }
-    return ask_child([__file__], request, os.environ | SINGLE_PROCESS | (env or {}), timeout)
+    environment = os.environ | SINGLE_PROCESS | (env or {})
+    return in_child(_generate, request, env=environment, timeout=timeout)
 
 
-def ask_child(
-    arguments: list[str], request: dict[str, Any], env: Mapping[str, str], timeout: float
-) -> Any:
-    """What ``python *arguments`` answers to a request on its standard input with ``answer``.
-
-    Raises EngineFailed, with its output, when it ends without an answer.
-    """
-    process = subprocess.run(
-        [sys.executable, *arguments],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env=env,
-    )
-    for line in process.stdout.splitlines():
-        if line.startswith(_ANSWER):
-            return json.loads(line.removeprefix(_ANSWER))
-    raise EngineFailed(process.stdout[-4000:] + process.stderr[-8000:])
-
-
-def kernel() -> dict[str, Any]:
-    """In a child: the attention that our layers are built on, by name where vLLM would not choose
-    it.
-
-    Two engines say the same only with the same kernel.
-    """
-    from vllm.platforms import current_platform
-
-    blackwell = current_platform.is_cuda() and current_platform.is_device_capability_family(100)
-    return {"attention_backend": "FLASH_ATTN"} if blackwell else {}
-
-
-def answer(content: Any) -> None:
-    """The child's side of ``ask_child``."""
-    print(_ANSWER + json.dumps(content), flush=True)
-
-
-def _main() -> None:
-    request = json.load(sys.stdin)
+def _generate(request: dict[str, Any]) -> dict[str, Any]:
+    """In a child."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(request["model"], **(kernel() | request["engine_args"]))
@@ -107,7 +56,9 @@ def _main() -> None:
         temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, prompt_logprobs=0
     )
     outputs = llm.generate(request["prompts"], sampling, use_tqdm=False)
-    content = {
+    quantization = str(llm.llm_engine.vllm_config.model_config.quantization)
+    llm.llm_engine.engine_core.shutdown()  # its processes, if it has some, would be waited for
+    return {
         "texts": [o.outputs[0].text for o in outputs],
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "prompt_nats": [
@@ -117,10 +68,5 @@ def _main() -> None:
             ]
             for o in outputs
         ],
-        "quantization": str(llm.llm_engine.vllm_config.model_config.quantization),
+        "quantization": quantization,
     }
-    answer(content)
-
-
-if __name__ == "__main__":
-    _main()

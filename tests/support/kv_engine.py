@@ -12,14 +12,12 @@ The answer has ``rounds`` (per prompt ``tokens`` and ``cached`` tokens, null if 
 """
 
 import gc
-import json
 import os
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.generate import SINGLE_PROCESS, answer, ask_child, kernel
+from tests.support.child import SINGLE_PROCESS, in_child, kernel
 
 ENGINE = {
     "max_model_len": 2048,
@@ -49,13 +47,11 @@ def run(
     # One thread: small models gain nothing from two, and lose much when others run beside.
     environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule kv_cache_memory_bytes
-    request = {"model": str(model), "cases": cases}
-    return ask_child(["-m", "tests.support.kv_engine"], request, environment, timeout)
+    return in_child(_run_all, str(model), cases, env=environment, timeout=timeout)
 
 
-def _main() -> None:
-    request = json.load(sys.stdin)
-    answer([_run(request["model"], case) for case in request["cases"]])
+def _run_all(model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [_run(model, case) for case in cases]
 
 
 def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +117,3 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
     cleanup_dist_env_and_memory()
     gc.collect()
     return result
-
-
-if __name__ == "__main__":
-    _main()

@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from tests.support.generate import ROOT
+from tests.support.child import ROOT
 
 
 def text_prompts(model: Path, lengths: list[int]) -> list[list[int]]:

@@ -9,13 +9,11 @@ done, and ``refused``, the places of prompts that were refused. A series is its 
 Prometheus prints them.
 """
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.generate import SINGLE_PROCESS, answer, ask_child, kernel
+from tests.support.child import SINGLE_PROCESS, in_child, kernel
 from tests.support.kv_engine import ENGINE
 
 
@@ -23,8 +21,7 @@ def watch(model: Path | str, **case: Any) -> dict[str, Any]:
     """The answer; EngineFailed when the engine does not start or dies."""
     environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    request = {"model": str(model), **case}
-    return ask_child(["-m", "tests.support.metrics_engine"], request, environment, 300)
+    return in_child(_watch, case | {"model": str(model)}, env=environment, timeout=300)
 
 
 def series() -> dict[str, float]:
@@ -45,11 +42,10 @@ def series() -> dict[str, float]:
     return found
 
 
-def _main() -> None:
+def _watch(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.exceptions import VLLMValidationError
 
-    case = json.load(sys.stdin)
     arguments = ENGINE | ({} if case.get("kv") else kernel()) | case.get("engine", {})
     llm = LLM(
         case["model"],
@@ -89,8 +85,4 @@ def _main() -> None:
                 "series": series(),
             }
         )
-    answer({"start": start, "free": free, "steps": steps, "end": series(), "refused": refused})
-
-
-if __name__ == "__main__":
-    _main()
+    return {"start": start, "free": free, "steps": steps, "end": series(), "refused": refused}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.architectures import FAMILIES, write
-from tests.support.generate import SINGLE_PROCESS, answer, ask_child
+from tests.support.child import SINGLE_PROCESS, in_child
 
 Answers = dict[str, str | None]
 
@@ -27,16 +27,16 @@ def ask(cases: list[tuple[str, dict[str, Any]]], timeout: float = 550) -> list[d
     """The answers of all four to cases of (family, engine arguments)."""
     environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
     environment["VLLM_LOGGING_LEVEL"] = "ERROR"
-    return ask_child(["-m", __name__], {"cases": cases}, environment, timeout)
+    return in_child(_ask_all, cases, env=environment, timeout=timeout)
 
 
-def _main() -> None:
+def _ask_all(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     import vllm_plugin
 
     vllm_plugin.register()
     root = Path(tempfile.mkdtemp())
     answers = []
-    for number, (family, engine) in enumerate(json.load(sys.stdin)["cases"]):
+    for number, (family, engine) in enumerate(cases):
         try:
             _load_in_this_process(FAMILIES[family][1])
         except ImportError as error:
@@ -45,7 +45,7 @@ def _main() -> None:
         folder = write(family, root / str(number))
         with contextlib.redirect_stdout(io.StringIO()):
             answers.append(_ask(folder, engine, worker=FAMILIES[family][3] is None))
-    answer(answers)
+    return answers
 
 
 def _ask(folder: Path, engine: dict[str, Any], worker: bool) -> Answers:
@@ -130,7 +130,3 @@ def _load_in_this_process(architecture: str) -> None:
 
 def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-if __name__ == "__main__":
-    _main()

@@ -11,14 +11,12 @@ the greedy ``tokens`` before the first step and after each but ``sleep``. A step
 - ``edit``: negate one tensor of the model's file.
 """
 
-import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.generate import SINGLE_PROCESS, answer, ask_child, kernel
+from tests.support.child import SINGLE_PROCESS, in_child, kernel
 
 ENGINE = {
     "max_model_len": 256,
@@ -44,11 +42,10 @@ def reload(
             "additional_config": {"compress": {"weights": settings}},
         },
     }
-    return ask_child(["-m", "tests.support.reload_engine"], request, environment, 300)
+    return in_child(_reload, request, env=environment, timeout=300)
 
 
-def _main() -> None:
-    request = json.load(sys.stdin)
+def _reload(request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import load_file, save_file
     from vllm import LLM, SamplingParams
 
@@ -91,8 +88,4 @@ def _main() -> None:
         if step != "sleep":
             llm.llm_engine.reset_prefix_cache()
             said.append(tokens())
-    answer({"errors": errors, "tokens": said})
-
-
-if __name__ == "__main__":
-    _main()
+    return {"errors": errors, "tokens": said}

@@ -19,7 +19,7 @@ from vllm.engine.arg_utils import EngineArgs
 import vllm_plugin
 from compress_common.errors import CompressError
 from tests.support import kv_engine
-from tests.support.generate import ROOT
+from tests.support.child import ROOT
 from tests.vllm_plugin.kv_cache.conftest import save_bases
 from vllm_plugin.exits import is_vllm_command
 from vllm_plugin.guard import METHODS, SECTION

@@ -14,7 +14,8 @@ from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import QuantizedWeight
 from quant_methods.planning import PlanRequest, obtain_plan
 from tests.conftest import TINY_MODELS
-from tests.support.generate import QUICK_WEIGHTS, EngineFailed, generate
+from tests.support.child import EngineFailed
+from tests.support.generate import QUICK_WEIGHTS, generate
 from vllm_plugin.settings import WeightSettings
 
 PROMPTS = [

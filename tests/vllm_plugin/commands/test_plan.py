@@ -4,14 +4,13 @@
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.generate import SINGLE_PROCESS, answer, ask_child
+from tests.support.child import SINGLE_PROCESS, in_child
 from tests.support.kv_engine import ENGINE
 from tests.support.kv_prompts import text_prompts
 
@@ -70,7 +69,7 @@ def test_figures_are_those_of_running_engines(plan: Callable, demo_model: Path) 
         environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
         environment["VLLM_LOGGING_LEVEL"] = "INFO"
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
-        measured = ask_child(["-m", __name__], request, environment, 300)
+        measured = in_child(_measure, request, env=environment, timeout=300, fresh=True)
         assert column["block_bytes"] == measured["block_bytes"]
         assert column["blocks"] == measured["blocks"]
         assert column["peak_blocks"] == max(measured["used"])
@@ -166,9 +165,8 @@ def test_memory_of_a_request_is_in_bytes(plan: Callable, demo_model: Path) -> No
         assert f" {size:,.1f} MiB" in text
 
 
-def _main() -> None:
-    """A child: one engine, one request, its blocks after each step."""
-    request: dict[str, Any] = json.load(sys.stdin)
+def _measure(request: dict[str, Any]) -> dict[str, Any]:
+    """In a child: one engine, one request, its blocks after each step."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     from vllm_plugin import self_check
@@ -195,22 +193,16 @@ def _main() -> None:
         engine.step()
         if core.scheduler.running:
             used.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
-    answer(
-        {
-            "parameters": sum(parameters.values()),
-            "loaded": [
-                (record.args[0] * 2**20, record.args[2] * 2**20)
-                for record in said
-                if record.msg.startswith("Weights:")
-            ],
-            "blocks": config.num_blocks,
-            "block_bytes": config.kv_cache_tensors[0].size // config.num_blocks,
-            "used": used,
-            "kernels": sorted({type(scheme.kernel).__name__ for scheme in schemes}),
-            "table": self_check.table(engine.vllm_config, settings, config.num_blocks),
-        }
-    )
-
-
-if __name__ == "__main__":
-    _main()
+    return {
+        "parameters": sum(parameters.values()),
+        "loaded": [
+            (record.args[0] * 2**20, record.args[2] * 2**20)
+            for record in said
+            if record.msg.startswith("Weights:")
+        ],
+        "blocks": config.num_blocks,
+        "block_bytes": config.kv_cache_tensors[0].size // config.num_blocks,
+        "used": used,
+        "kernels": sorted({type(scheme.kernel).__name__ for scheme in schemes}),
+        "table": self_check.table(engine.vllm_config, settings, config.num_blocks),
+    }

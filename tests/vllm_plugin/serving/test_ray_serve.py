@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.generate import ROOT
+from tests.support.child import ROOT
 from tests.vllm_plugin.serving import loopback
 from tests.vllm_plugin.serving.ray_driver import METRICS
 from vllm_plugin.metrics.catalogue import METRICS as CATALOGUE
