@@ -6,6 +6,7 @@ the next. ``in_child`` forks a process that has imported vLLM, because an import
 most engines do.
 """
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -88,6 +89,7 @@ def _answer(
     torch._dynamo.config.disable = env.get("TORCH_COMPILE_DISABLE") == "1"
     if "OMP_NUM_THREADS" in env:
         torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    gc.freeze()  # vLLM collects garbage a dozen times: without what is imported that takes no time
     try:
         answer = function(*arguments)
     except BaseException:

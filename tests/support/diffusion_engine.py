@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run vLLM engines that denoise, one after the other in a process of their own.
+"""Run vLLM engines that denoise, one after the other, each in a process of its own.
 
 ``run(model, cases)`` is the caller's side. A case is a dict: ``section`` (``compress.diffusion``),
 ``engine`` (engine arguments), ``requests`` (dicts with ``prompt``, token ids, ``max_tokens``, and
@@ -15,7 +15,6 @@ the last round ended), ``pieces`` (how many outputs each of them had), ``free_be
 ``cached``, whether the engine cuts prompts and caches prefixes.
 """
 
-import gc
 import os
 import random
 from collections import Counter
@@ -57,7 +56,10 @@ def run(
     if v2:
         environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
     # Triton reads its variables when it is imported.
-    return in_child(_run_all, str(model), cases, v2, env=environment, timeout=timeout, fresh=v2)
+    return [
+        in_child(_run, str(model), case, v2, env=environment, timeout=timeout, fresh=v2)
+        for case in cases
+    ]
 
 
 def some_requests(count: int, seed: int = 0, **others: Any) -> list[dict[str, Any]]:
@@ -103,12 +105,6 @@ def expected(
     return found.tokens, found.plans
 
 
-def _run_all(model: str, cases: list[dict[str, Any]], v2: bool) -> list[dict[str, Any]]:
-    if v2:
-        _pretend_triton_has_a_cpu_backend()
-    return [_run(model, case) for case in cases]
-
-
 def _pretend_triton_has_a_cpu_backend() -> None:
     """vLLM's CPU build refuses Model Runner V2 without one; the interpreter needs none."""
     from types import SimpleNamespace
@@ -118,9 +114,10 @@ def _pretend_triton_has_a_cpu_backend() -> None:
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
 
 
-def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
+def _run(model: str, case: dict[str, Any], v2: bool) -> dict[str, Any]:
+    if v2:
+        _pretend_triton_has_a_cpu_backend()
     from vllm import LLM
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     config = {"compress": {"diffusion": case["section"]}}
     llm = LLM(model, additional_config=config, **(ENGINE | kernel() | case.get("engine", {})))
@@ -158,10 +155,8 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
         "chunked": scheduler.scheduler_config.enable_chunked_prefill,
         "cached": scheduler.cache_config.enable_prefix_caching,
     }
-    engine.engine_core.shutdown()
-    del llm, engine, core, scheduler, pool, worker, watch
-    cleanup_dist_env_and_memory()
-    gc.collect()
+    if worker is None:
+        engine.engine_core.shutdown()  # or its processes would be waited for
     return result
 
 

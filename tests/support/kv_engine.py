@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run vLLM engines with KV policies, one after the other in a process of their own.
+"""Run vLLM engines with KV policies, one after the other, each in a process of its own.
 
 ``run(model, cases)`` is the caller's side. A case is a dict: ``kv`` (the section ``compress.kv``,
 or None for stock), ``engine`` (engine arguments), ``prompts`` (lists of token ids), ``max_tokens``,
@@ -11,7 +11,6 @@ The answer has ``rounds`` (per prompt ``tokens`` and ``cached`` tokens, null if 
 ``remembered`` prompts at the end, ``preemptions``, ``peak_running`` and ``steps``.
 """
 
-import gc
 import os
 import random
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from tests.support.child import SINGLE_PROCESS, in_child, kernel
 
 ENGINE = {
+    "skip_tokenizer_init": True,
     "max_model_len": 2048,
     "enforce_eager": True,
     "dtype": "bfloat16",
@@ -47,16 +47,11 @@ def run(
     # One thread: small models gain nothing from two, and lose much when others run beside.
     environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule kv_cache_memory_bytes
-    return in_child(_run_all, str(model), cases, env=environment, timeout=timeout)
-
-
-def _run_all(model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [_run(model, case) for case in cases]
+    return [in_child(_run, str(model), case, env=environment, timeout=timeout) for case in cases]
 
 
 def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, TokensPrompt
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     config = {"compress": {"kv": case["kv"]}} if case["kv"] else {}
     stock = {} if case["kv"] else kernel()
@@ -101,7 +96,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
         )
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     batch = getattr(core.model_executor.driver_worker.worker, "batch", None)
-    result = {
+    return {
         "rounds": rounds,
         "free_before": free_before,
         "free_after": pool.get_num_free_blocks(),
@@ -112,8 +107,3 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
         "preemptions": preemptions,
         "remembered": len(batch.observations) if batch else 0,
     }
-    engine.engine_core.shutdown()
-    del llm, engine, core, scheduler, pool, managers, batch
-    cleanup_dist_env_and_memory()
-    gc.collect()
-    return result

@@ -186,7 +186,9 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     config = core.scheduler.kv_cache_config
     schemes = [m.scheme for m in worker.model_runner.get_model().modules() if hasattr(m, "scheme")]
     settings = parse_settings(engine.vllm_config.additional_config)
-    sampling = SamplingParams(temperature=0, max_tokens=CONTEXT - PROMPT, ignore_eos=True)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=CONTEXT - PROMPT, ignore_eos=True, detokenize=False
+    )
     engine.add_request("0", TokensPrompt(prompt_token_ids=request["prompt"]), sampling)
     used = []
     while engine.has_unfinished_requests():

@@ -5,7 +5,8 @@ Where texts of different schedules are compared the model runs in float32: in bf
 too takes another token now and then when a prompt is cut or batched differently.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,36 @@ import torch
 
 from tests.support.kv_engine import run
 from tests.support.kv_prompts import needle_prompts, text_prompts
-from tests.vllm_plugin.kv_cache.conftest import save_bases, save_low_rank
+from tests.vllm_plugin.kv_cache.conftest import save_bases, save_low_rank, save_profile
 
 LENGTHS = [5, 17, 32, 33, 64, 90, 127, 128, 129, 160, 200, 256, 300, 400, 512, 640, 800, 1000, 1250]
 LENGTHS += [1500]
 POLICIES = ("snap_kv", "prefix_kv", "key_diff", "recent", "cskv")
-# Bytes of one block of 32 tokens over all layers of the demo model in float32.
-BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 32
+
+
+@pytest.fixture(scope="module", params=["random", pytest.param("demo", marks=pytest.mark.slow)])
+def model(
+    request: pytest.FixtureRequest, demo_model: Path, tiny_model: Callable[..., Path]
+) -> Path:
+    """The demo model, and a quick one that attends as it does, so that its blocks are as large."""
+    if request.param == "demo":
+        return demo_model
+    heads = {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    return tiny_model("llama", num_hidden_layers=6, **heads)
+
+
+@pytest.fixture(scope="module")
+def profile(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keep 0.25 in three levels."""
+    path = tmp_path_factory.mktemp("profile") / "kv.json"
+    return save_profile(model, path, Fraction(1, 4), 3)
+
+
+@pytest.fixture(scope="module")
+def bases(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ratio 0.8 in three levels: 224, 160 and 128 tokens to a block of 32."""
+    path = tmp_path_factory.mktemp("bases") / "kv.safetensors"
+    return save_bases(model, path, Fraction(4, 5), (54, 76, 96))
 
 
 def tokens(answer: dict[str, Any], number: int = 0) -> list[list[int]]:
@@ -37,10 +61,14 @@ def assert_nothing_left(answer: dict[str, Any]) -> None:
     assert answer["held"] == answer["remembered"] == 0
 
 
-def pool(blocks: int) -> dict[str, Any]:
+def pool(model: Path, blocks: int) -> dict[str, Any]:
+    """A cache of so many blocks of 32 tokens over all layers, in float32."""
+    config = json.loads((model / "config.json").read_text())
+    heads = config["num_hidden_layers"] * config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return {
         "dtype": "float32",
-        "kv_cache_memory_bytes": blocks * BLOCK_BYTES,
+        "kv_cache_memory_bytes": blocks * 32 * 2 * heads * head_dim * 4,
         "max_model_len": 900,
         "max_num_batched_tokens": 512,
         "enable_prefix_caching": False,
@@ -48,23 +76,30 @@ def pool(blocks: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("policies", "chunk", "caching", "lengths"),
+    ("chunk", "caching"),
     [
-        (POLICIES, 2048, True, LENGTHS[::2]),
-        pytest.param(("snap_kv",), 256, False, LENGTHS[1::2], marks=pytest.mark.slow),
-        pytest.param(POLICIES, 2048, True, LENGTHS, marks=pytest.mark.slow),
-        pytest.param(POLICIES, 256, True, LENGTHS, marks=pytest.mark.slow),
-        pytest.param(POLICIES, 2048, False, LENGTHS, marks=pytest.mark.slow),
-        pytest.param(POLICIES, 256, False, LENGTHS, marks=pytest.mark.slow),
+        (256, True),
+        pytest.param(256, False, marks=pytest.mark.slow),
+        pytest.param(2048, True, marks=pytest.mark.slow),
+        pytest.param(2048, False, marks=pytest.mark.slow),
     ],
 )
-def test_keep_1_is_stock(
-    demo_model: Path, policies: tuple[str, ...], chunk: int, caching: bool, lengths: list[int]
+def test_keep_1_is_stock(model: Path, chunk: int, caching: bool) -> None:
+    assert_stock(model, POLICIES, LENGTHS, chunk, caching)
+
+
+def test_keep_1_is_stock_for_real_weights(demo_model: Path) -> None:
+    """Short prompts, and one policy of each layout. The slow cases above have all."""
+    assert_stock(demo_model, ("prefix_kv", "cskv"), [5, 32, 129, 200], 256, True)
+
+
+def assert_stock(
+    model: Path, policies: Sequence[str], lengths: list[int], chunk: int, caching: bool
 ) -> None:
     engine = {"max_num_batched_tokens": chunk, "enable_prefix_caching": caching}
-    case = {"prompts": text_prompts(demo_model, lengths), "engine": engine}
+    case = {"prompts": text_prompts(model, lengths), "engine": engine}
     kvs = [None, *({"policy": policy, "keep": 1} for policy in policies)]
-    stock, *ours = run(demo_model, [case | {"kv": kv} for kv in kvs])
+    stock, *ours = run(model, [case | {"kv": kv} for kv in kvs])
     for answer in ours:
         assert tokens(answer) == tokens(stock)
         assert answer["steps"] == stock["steps"] and answer["freed"] == [0]
@@ -86,7 +121,8 @@ def test_latents_of_low_rank_keys_and_values_lose_nothing(
     low_rank_model = save_low_rank(source, tmp_path / "model")
     file = save_bases(low_rank_model, tmp_path / "kv.safetensors", Fraction(1, 2))
     prompts = text_prompts(demo_model, LENGTHS[1::3])
-    case: dict[str, Any] = {"prompts": prompts, "engine": pool(900), "max_tokens": 40}
+    engine = pool(low_rank_model, 900)
+    case: dict[str, Any] = {"prompts": prompts, "engine": engine, "max_tokens": 40}
     case["engine"] |= {"max_model_len": 2048}
     kv = {"policy": "cskv", "bases": str(file), "decode_window": 32, "min_prompt": 0}
     cases = [case | {"kv": None}, case | {"kv": kv}]
@@ -111,24 +147,23 @@ def test_latents_of_low_rank_keys_and_values_lose_nothing(
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param("one level", marks=pytest.mark.slow),
-        pytest.param("three levels", marks=pytest.mark.slow),
-        pytest.param("latents", marks=pytest.mark.slow),
+        "one level",
+        "three levels",
+        "latents",
         "latents of 4 bits",
     ],
 )
 def test_freed_blocks_are_used_by_others_and_nothing_mixes(
-    demo_model: Path, profile: Path, bases: Path, kind: str
+    model: Path, profile: Path, bases: Path, kind: str
 ) -> None:
     kv: dict[str, Any] = {"policy": "snap_kv", "keep": 0.25, "decode_window": 0}
     if kind == "three levels":
         kv = {"policy": "prefix_kv", "profile": str(profile), "queries": 128}
     elif kind != "one level":
         kv = {"policy": "cskv", "bases": str(bases), "bits": 4 if "4" in kind else 16}
-    case = {"kv": kv, "prompts": needle_prompts(demo_model, 16, 450), "max_tokens": 24}
-    tight, ample = run(
-        demo_model, [case | {"engine": pool(blocks)} for blocks in (30 if "4" in kind else 70, 600)]
-    )
+    case = {"kv": kv, "prompts": needle_prompts(model, 16, 450), "max_tokens": 24}
+    sizes = (30 if "4" in kind else 70, 600)
+    tight, ample = run(model, [case | {"engine": pool(model, blocks)} for blocks in sizes])
     assert tokens(tight) == tokens(ample)
     assert tight["steps"] > ample["steps"]  # the pool was short
     assert len(tight["freed"]) == (1 if kind == "one level" else 3) and min(tight["freed"]) > 0
@@ -136,39 +171,37 @@ def test_freed_blocks_are_used_by_others_and_nothing_mixes(
     assert_nothing_left(ample)
 
 
-@pytest.mark.parametrize("policy", [pytest.param("key_diff", marks=pytest.mark.slow), "cskv"])
-def test_windows_survive_preemption(demo_model: Path, bases: Path, policy: str) -> None:
+@pytest.mark.parametrize("policy", ["key_diff", "cskv"])
+def test_windows_survive_preemption(model: Path, bases: Path, policy: str) -> None:
     """A resumed request recomputes prompt and windows, and says what it would have said."""
     budget = {"bases": str(bases)} if policy == "cskv" else {"keep": 0.5}
     case = {
         "kv": {"policy": policy, "decode_window": 64} | budget,
-        "prompts": needle_prompts(demo_model, 6, 260),
+        "prompts": needle_prompts(model, 6, 260),
         "max_tokens": 200,
     }
-    tight, ample = run(demo_model, [case | {"engine": pool(blocks)} for blocks in (34, 400)])
+    tight, ample = run(model, [case | {"engine": pool(model, blocks)} for blocks in (34, 400)])
     assert tight["preemptions"] > 0 and ample["preemptions"] == 0
     assert tokens(tight) == tokens(ample)
     assert ample["freed"][0] > sum(len(prompt) // 32 // 2 for prompt in case["prompts"])
     assert_nothing_left(tight)
 
 
-@pytest.mark.parametrize(
-    "policy", [pytest.param("snap_kv", marks=pytest.mark.slow), "prefix_kv", "cskv"]
-)
+@pytest.mark.parametrize("policy", ["snap_kv", "prefix_kv", "cskv"])
 def test_prefix_cache_hits_and_changes_nothing(
-    demo_model: Path, profile: Path, bases: Path, policy: str
+    model: Path, profile: Path, bases: Path, policy: str
 ) -> None:
     budgets = {"prefix_kv": {"profile": str(profile)}, "cskv": {"bases": str(bases)}}
     kv = {"policy": policy} | budgets.get(policy, {"keep": 0.25})
-    first = needle_prompts(demo_model, 1, 700)[0]
+    first = needle_prompts(model, 1, 700)[0]
     prompts = [first, *(first[:cut] + first[-30:] for cut in (500, 560))]
     case = {"kv": kv, "prompts": prompts, "max_tokens": 16}
-    on = pool(300) | {"enable_prefix_caching": True}
+    on = pool(model, 300) | {"enable_prefix_caching": True}
     # One after the other, so that each can hit what the one before left.
     cold, warm = run(
-        demo_model,
+        model,
         [
-            case | {"engine": pool(300)},
+            case | {"engine": pool(model, 300)},
             case | {"engine": on | {"max_num_seqs": 1}, "rounds": 2},
         ],
     )
@@ -177,13 +210,13 @@ def test_prefix_cache_hits_and_changes_nothing(
     assert_nothing_left(warm)
 
 
-@pytest.mark.parametrize("policy", ["recent", pytest.param("cskv", marks=pytest.mark.slow)])
-def test_a_request_may_keep_everything(demo_model: Path, bases: Path, policy: str) -> None:
+@pytest.mark.parametrize("policy", ["recent", "cskv"])
+def test_a_request_may_keep_everything(model: Path, bases: Path, policy: str) -> None:
     kv = {"policy": policy} | ({"bases": str(bases)} if policy == "cskv" else {"keep": 0.25})
-    case = {"prompts": needle_prompts(demo_model, 3, 450), "max_tokens": 16}
-    engine = pool(300) | {"enable_prefix_caching": True}
+    case = {"prompts": needle_prompts(model, 3, 450), "max_tokens": 16}
+    engine = pool(model, 300) | {"enable_prefix_caching": True}
     stock, mixed, all_out = run(
-        demo_model,
+        model,
         [
             case | {"kv": None, "engine": engine},
             case
@@ -204,11 +237,9 @@ def test_a_request_may_keep_everything(demo_model: Path, bases: Path, policy: st
     assert_nothing_left(mixed)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("one level", marks=pytest.mark.slow), "three levels", "latents"]
-)
+@pytest.mark.parametrize("kind", ["one level", "three levels", "latents"])
 def test_a_storm_of_aborts_and_preemptions_leaves_nothing(
-    demo_model: Path, profile: Path, bases: Path, kind: str
+    model: Path, profile: Path, bases: Path, kind: str
 ) -> None:
     kv: dict[str, Any] = {"policy": "snap_kv", "keep": 0.25, "decode_window": 32}
     if kind == "three levels":
@@ -216,10 +247,10 @@ def test_a_storm_of_aborts_and_preemptions_leaves_nothing(
     elif kind == "latents":
         kv = {"policy": "cskv", "bases": str(bases)}
     lengths = [40 + 97 * number % 460 for number in range(200 if kind == "one level" else 60)]
-    engine = pool(30 if kind == "latents" else 36)
+    engine = pool(model, 30 if kind == "latents" else 36)
     engine |= {"enable_prefix_caching": True, "max_num_batched_tokens": 192}
-    case = {"kv": kv, "prompts": text_prompts(demo_model, lengths), "max_tokens": 70, "storm": 7}
-    (answer,) = run(demo_model, [case | {"engine": engine}])
+    case = {"kv": kv, "prompts": text_prompts(model, lengths), "max_tokens": 70, "storm": 7}
+    (answer,) = run(model, [case | {"engine": engine}])
     # With latents a request hardly grows any more, so that none has to be thrown out.
     assert answer["preemptions"] > 0 or kind == "latents"
     assert min(answer["freed"]) > 0

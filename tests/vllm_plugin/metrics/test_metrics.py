@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metrics of a real engine say what its block pool says."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ from tests.support.metrics_engine import watch
 from vllm_plugin.metrics.catalogue import METRICS, REFUSALS
 from vllm_plugin.metrics.stats import CompressStats
 
-# Bytes of a block of 32 tokens over all layers of the demo model in bfloat16.
-BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * 32
+# Bytes of a token over all layers of ``watched`` in bfloat16, and of a block.
+TOKEN_BYTES = 2 * 2 * 2 * 32 * 2
+BLOCK_BYTES = TOKEN_BYTES * 32
 LENGTHS = (50, 700, 300, 300)
 
 
 @pytest.fixture(scope="module")
-def watched(demo_model: Path) -> dict[str, Any]:
+def watched(tiny_model: Callable[..., Path]) -> dict[str, Any]:
+    model = tiny_model("llama")
     return watch(
-        demo_model,
+        model,
         kv={"policy": "snap_kv", "keep": 0.25, "decode_window": 64},
-        prompts=text_prompts(demo_model, list(LENGTHS)),
+        prompts=text_prompts(model, list(LENGTHS)),
         extra=[None, None, None, {"compress_keep": 1}],
         max_tokens=100,
     )
@@ -38,10 +41,7 @@ def test_all_series_are_there_before_the_first_request(watched: dict[str, Any]) 
     assert watched["start"]["kv_kept_ratio"] == 1
     assert all(f"refused_requests_total reason={reason}" in watched["start"] for reason in REFUSALS)
     info = next(key for key in watched["start"] if key.startswith("info "))
-    for state, value in (
-        ("original", 30 * 2 * 3 * 64 * 2),
-        ("compressed", 30 * 2 * 3 * 64 * 2 / 4),
-    ):
+    for state, value in (("original", TOKEN_BYTES), ("compressed", TOKEN_BYTES / 4)):
         assert watched["start"][f"kv_bytes_per_token state={state}"] == value
     assert "policy=snap_kv" in info and "keep=0.25" in info and "method=none" in info
 
@@ -88,7 +88,7 @@ def test_keep_1_saves_nothing_and_says_why(demo_model: Path) -> None:
     end = watch(
         demo_model,
         kv={"policy": "key_diff", "keep": 1},
-        prompts=text_prompts(demo_model, [300]),
+        prompts=text_prompts(demo_model, [130]),
         extra=[None],
         max_tokens=4,
         weights=QUICK_WEIGHTS,
