@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts for tests of the KV cache: real text of a given length, and needles in it."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ def needle_prompts(model: Path, count: int, tokens: int) -> list[list[int]]:
 
 
 def _tokens(model: Path, text: str) -> list[int]:
+    return _tokenizer(model)(text, verbose=False)["input_ids"]
+
+
+@cache
+def _tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    return tokenizer(text, verbose=False)["input_ids"]
+    return AutoTokenizer.from_pretrained(model)
