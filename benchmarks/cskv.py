@@ -106,7 +106,7 @@ def _parts(requests: int, tokens: int) -> dict[str, float]:
     from kv_policies.latents.cache import LatentCache
     from kv_policies.latents.format import LatentFormat
     from kv_policies.latents.low_rank import Factor
-    from kv_policies.latents.plan import Held, Reading
+    from kv_policies.latents.reading import Held, Reading
     from vllm_plugin.kv_cache.latent import KernelRope
     from vllm_plugin.kv_cache.latent_cpu import CPULatentCache
     from vllm_plugin.kv_cache.latent_cpu_build import load, why_not

@@ -12,19 +12,21 @@ import torch
 from benchmarks.common import Options, Result
 from kv_policies.compaction import workspace
 from kv_policies.latents.format import LatentFormat
-from kv_policies.latents.plan import LatentView, fresh_blocks, plan_packing
+from kv_policies.latents.packing import Packer, fresh_blocks
+from kv_policies.latents.reading import LatentColumns, LatentView
 from kv_policies.layout.base import IntArray, Layout
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
-from kv_policies.layout.view import LiveView
-from kv_policies.plan import plan_step
+from kv_policies.layout.view import LiveColumns, LiveView
+from kv_policies.planner import Planner
 from kv_policies.registry import build_policy
 from kv_policies.workspace import Heads
 
 BLOCK, GROUPS, REQUESTS, LENGTH, LONGER = 32, 6, 32, 4096, 16
 PROMPT, CHUNK = 2000, 250
 HEADS = Heads(kv=8, group=4, size=128, itemsize=2, device="cpu")
+POLICY = build_policy("snap_kv", {})
 LEVELS = [TokenLayout(BLOCK, Fraction(1 + at, 14), 256, 1, 128) for at in range(GROUPS)]
 LATENTS = [LatentLayout(BLOCK, 96 + 32 * at, 32, 32, 128, 32) for at in range(GROUPS)]
 
@@ -48,15 +50,18 @@ def _mean_ms(
     groups: list[TokenLayout] | list[LatentLayout], length: int, mixed: bool, seed: int
 ) -> float:
     """Of a step, over all the chunks of a prompt, the last one included."""
-    planners = [
-        _Planner(layout, REQUESTS, length // BLOCK, seed + at) for at, layout in enumerate(groups)
+    shared = _shared(groups)
+    builders = [
+        _Builder(layout, *shared, REQUESTS, length // BLOCK, seed + at)
+        for at, layout in enumerate(groups)
     ]
     times = []
     for n, c, q in _steps(mixed, seed):
+        lengths = torch.from_numpy(c + q).int()  # the engine gives them
         begin = time.thread_time()
         step = Step(n, c, q, q.cumsum() - q, [str(row) for row in range(len(n))])
-        for planner in planners:
-            planner.plan(step)
+        for builder in builders:
+            builder.plan(step, lengths)
         times.append(1000 * (time.thread_time() - begin))
     # The first step plans all requests: others arrive one by one.
     return statistics.mean(times[1:])
@@ -74,30 +79,41 @@ def _steps(mixed: bool, seed: int) -> Iterator[tuple[IntArray, IntArray, IntArra
         c = c + q
 
 
-class _Planner:
+def _shared(
+    groups: list[TokenLayout] | list[LatentLayout],
+) -> tuple[LiveColumns, Planner | Packer, LatentColumns | None]:
+    """What the worker gives to the builders of all groups."""
+    live, forms = LiveColumns(groups), []
+    for layout in groups:
+        if isinstance(layout, TokenLayout):
+            return live, Planner(groups, POLICY, workspace(POLICY, HEADS)), None
+        forms.append((layout, LatentFormat(200, 216, 16, layout.tokens)))
+    return live, Packer(forms), LatentColumns(groups)
+
+
+class _Builder:
     """What a metadata builder does of its own for one group of layers."""
 
-    def __init__(self, layout: Layout, requests: int, columns: int, seed: int) -> None:
-        self.layout = layout
-        self.live = LiveView(layout)
+    def __init__(
+        self,
+        layout: Layout,
+        live: LiveColumns,
+        planner: Planner | Packer,
+        latents: LatentColumns | None,
+        requests: int,
+        columns: int,
+        seed: int,
+    ) -> None:
+        self.layout, self.planner = layout, planner
+        self.live = LiveView(layout, live)
+        self.latents = latents and LatentView(layout, latents)
         self.table = torch.randint(10_000, (requests, columns), dtype=torch.int32)
-        self.latents = None
-        if isinstance(layout, LatentLayout):
-            self.latents = LatentView(layout)
-            self.form = LatentFormat(200, 216, 16, layout.tokens)
-        else:
-            self.policy = build_policy("snap_kv", {})
-            self.space = workspace(self.policy, HEADS)
 
-    def plan(self, step: Step) -> None:
-        lengths = torch.from_numpy(step.end).int()
-        if isinstance(self.layout, LatentLayout):
+    def plan(self, step: Step, lengths: torch.Tensor) -> None:
+        if self.latents is not None:
             fresh_blocks(self.layout, step, self.table)
         for _, part in step.passes(self.layout):
+            self.planner.work(self.layout, part, self.table)
+            view, _ = self.live.update(part, self.table, lengths)
             if self.latents is not None:
-                plan_packing(self.layout, self.form, self.table, part)
-            else:
-                plan_step(self.layout, self.policy, self.table, part, self.space)
-            view = self.live.update(part, self.table, lengths)
-            if self.latents is not None:
-                self.latents.update(part, self.table, view[0])
+                self.latents.update(part, self.table, view)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One compaction: score what a segment holds, choose, and pack it into the segment's last blocks.
 
-``plan.plan_step`` says what a step has to do; ``compact`` does it for one layer. Work is cut into
+``planner.Planner`` says what a step has to do; ``compact`` does it for one layer. Work is cut into
 parts that fit a ``Workspace``: some requests, some KV heads.
 """
 

@@ -9,7 +9,8 @@ from kv_policies.compaction import Pages
 from kv_policies.latents.attention import Decoder, Latents, Raw, attend
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.low_rank import Factor
-from kv_policies.latents.plan import Packing, Reading
+from kv_policies.latents.packing import Packing
+from kv_policies.latents.reading import Reading
 from kv_policies.latents.rope import Rope
 from kv_policies.workspace import LIMIT
 

@@ -54,12 +54,12 @@ Ints = TypeVar("Ints", int, IntArray)
 
 def positive(x: Ints) -> Ints:
     """``max(x, 0)``."""
-    return x * (x > 0)
+    return np.maximum(x, 0) if isinstance(x, np.ndarray) else max(x, 0)
 
 
 def lesser(a: Ints, b: Ints) -> Ints:
     """``min(a, b)``."""
-    return b + (a - b) * (a < b)
+    return np.minimum(a, b) if isinstance(a, np.ndarray) else min(a, b)
 
 
 def runs(counts: IntArray) -> tuple[IntArray, IntArray]:
@@ -98,23 +98,28 @@ class Segment(NamedTuple):
         return self.stop - self.kept, self.stop
 
 
-class Segments(NamedTuple):
-    """Segments of several requests, [S] each: see ``Segment``. Ordered by row, then by ``ends``.
+class Ending(NamedTuple):
+    """Segments that end in a step, in all layouts of one timing: see ``Segment``; int64 [S] each.
 
-    ``row`` is the request's row in the batch. A row occurs more than once only in the step of a
-    resumed request. ``is_prompt`` tells prompts from decode windows.
+    A row occurs more than once only in the step of a resumed request.
+
+    Attributes:
+        row: The request's row in the batch.
+        n: Its prompt length.
+        start: First column.
+        stop: Behind the last column.
+        ends: Tokens that must be there.
     """
 
     row: IntArray
+    n: IntArray
     start: IntArray
     stop: IntArray
-    kept: IntArray
     ends: IntArray
-    is_prompt: npt.NDArray[np.bool_]
 
-    def some(self, which: npt.NDArray[np.bool_] | slice) -> "Segments":
+    def some(self, which: npt.NDArray[np.bool_] | slice) -> "Ending":
         """Some of the segments, by bool [S] or as a slice."""
-        return Segments._make(field[which] for field in self)
+        return Ending._make([field[which] for field in self])
 
 
 class Layout(ABC):
@@ -145,7 +150,7 @@ class Layout(ABC):
     @property
     @abstractmethod
     def timing(self) -> tuple[object, ...]:
-        """Layouts of equal timing end their decode windows in the same steps."""
+        """Layouts of equal timing cut requests into the same segments, and keep other shares."""
 
     @property
     @abstractmethod
@@ -169,53 +174,54 @@ class Layout(ABC):
     # -- what a kind of layout has to say --------------------------------------------------------
 
     @abstractmethod
-    def prompt(self, n: Ints) -> tuple[Ints, Ints]:
-        """The prompt's segment.
-
-        Args:
-            n: Tokens of the prompt.
-
-        Returns:
-            Its columns, counted from column 0, and how many of them stay; 0 and 0 where the prompt
-            is not compacted.
-        """
+    def prompt(self, n: Ints) -> Ints:
+        """Columns of the prompt's segment, from column 0 on; 0 where it is never compacted."""
 
     @abstractmethod
     def windows(self, n: Ints, c: Ints) -> Ints:
         """Decode windows that are complete when c tokens are computed, and are compacted."""
 
     @abstractmethod
-    def window_segment(self, n: Ints, index: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        """Start, stop, kept and ends of decode window ``index``: see ``Segment``."""
+    def window_at(self, n: Ints, index: Ints) -> tuple[Ints, Ints, Ints]:
+        """Start, stop and ends of decode window ``index``: see ``Segment``."""
 
     @abstractmethod
-    def columns(self, phase: IntArray, width: int) -> IntArray:
-        """The columns that the kernel reads, int64 [R, width]: the live ones in order.
+    def stays(self, n: Ints, start: Ints, stop: Ints) -> Ints:
+        """Columns that stay of the segment ``[start, stop)``."""
 
-        Args:
-            phase: As ``phase`` returns it.
-            width: Columns to return. What lies behind the last live column of a row is any column.
-        """
+    def compacts(self, size: int, stays: int) -> bool:
+        """Whether a segment of which ``stays`` of ``size`` columns stay is rewritten."""
+        return stays < size
 
     @abstractmethod
     def hidden(self, phase: IntArray) -> IntArray:
         """Computed tokens that the kernel does not see in the live columns, int64 [R]."""
 
+    @abstractmethod
+    def columns(self, phase: IntArray, hidden: IntArray, width: int) -> IntArray:
+        """The columns that the kernel reads, int64 [R, width]: the live ones in order.
+
+        Args:
+            phase: As ``phase`` returns it.
+            hidden: As ``hidden`` returns it for this phase.
+            width: Columns to return. What lies behind the last live column of a row is any column.
+        """
+
     # -- what follows from it: one request, the scheduler's side ---------------------------------
 
     def gap(self, n: Ints) -> Ints:
         """Blocks that the prompt segment of N = n tokens frees: columns ``[0, gap)``."""
-        stop, kept = self.prompt(n)
-        return stop - kept
+        stop = self.prompt(n)
+        return stop - self.stays(n, 0 * n, stop)
 
     def segments(self, n: int, c: int, after: int = 0) -> Iterator[Segment]:
         """Segments that are compacted and end in ``after < ends <= c``, in order of ``ends``."""
-        if after < n <= c:
-            stop, kept = self.prompt(n)
-            if stop:
-                yield Segment(0, stop, kept, n)
-        for index in range(self.windows(n, after), self.windows(n, c)):
-            yield Segment(*self.window_segment(n, index))
+        found = [(0, self.prompt(n), n)] if after < n <= c else []
+        found += [self.window_at(n, at) for at in range(self.windows(n, after), self.windows(n, c))]
+        for start, stop, ends in found:
+            stays = self.stays(n, start, stop)
+            if self.compacts(stop - start, stays):
+                yield Segment(start, stop, stays, ends)
 
     def first_destination(self, n: int) -> int | None:
         """First column that is ever overwritten by a compaction; None when there is none.
@@ -224,10 +230,14 @@ class Layout(ABC):
         request lives, and remain so after they are freed. So they, and only they, may be shared:
         see ``cacheable`` and ``hit_limit``.
         """
-        stop, kept = self.prompt(n)
-        if not stop and self.compacts_windows:
-            _, stop, kept, _ = self.window_segment(n, 0)
-        return stop - kept if stop else None
+        segments = [(0, self.prompt(n))]
+        if self.compacts_windows:
+            segments.append(self.window_at(n, 0)[:2])
+        for start, stop in segments:
+            stays = self.stays(n, start, stop)
+            if self.compacts(stop - start, stays):
+                return stop - stays
+        return None
 
     def freed(self, n: int, c: int, after: int = 0) -> list[tuple[int, int]]:
         """Column ranges ``[first, stop)`` that are free at c and were not yet at ``after``."""
@@ -280,21 +290,25 @@ class Layout(ABC):
         """
         return np.stack((n * (c >= n), self.windows(n, c)))
 
-    def ending(self, n: IntArray, c: IntArray, q: IntArray) -> Segments:
-        """Segments to compact at the end of the step that computes tokens ``[c, c + q)``.
+    def ending(self, n: IntArray, c: IntArray, q: IntArray) -> dict[str, Ending]:
+        """What ends in the step that computes tokens ``[c, c + q)``: of a "prompt", of a "window".
+
+        A kind of which nothing ends is not there. It is the same for layouts of one timing. Some of
+        them may not compact it: see ``compacts``.
 
         Args:
             n: Prompt length per request, int64 [R].
             c: Computed tokens before the step, int64 [R].
             q: Tokens of the step, int64 [R].
         """
-        before, after = self.windows(n, c), self.windows(n, c + q)
-        stop, kept = self.prompt(n)
-        prompt_ends = (c < n) & (n <= c + q) & (stop > 0)
-        row, index = runs(prompt_ends + after - before)
-        index -= prompt_ends[row]  # the prompt, where it ends, comes first
-        is_prompt = index < 0
-        of_prompt = np.zeros_like(row), stop[row], kept[row], n[row]
-        of_window = self.window_segment(n[row], before[row] + index)
-        fields = (np.where(is_prompt, a, b) for a, b in zip(of_prompt, of_window, strict=True))
-        return Segments._make((row, *fields, is_prompt))
+        found = {}
+        row = ((c < n) & (n <= c + q)).nonzero()[0]
+        if len(row) and (stop := self.prompt(n[row])).any():
+            prompts = Ending(row, n[row], 0 * row, stop, n[row])
+            found["prompt"] = prompts if stop.all() else prompts.some(stop > 0)
+        before = self.windows(n, c)
+        count = self.windows(n, c + q) - before
+        if count.any():
+            row, index = runs(count)
+            found["window"] = Ending(row, n[row], *self.window_at(n[row], before[row] + index))
+        return found

@@ -20,8 +20,10 @@ behind
 it: latents ``start`` there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +33,7 @@ from kv_policies.layout.base import IntArray, Ints, Layout, positive
 
 
 class LatentBlocks(NamedTuple):
-    """The latent blocks of R requests, int64 [R, L], in order of position.
+    """Latent blocks, int64 [G, R, L] for R requests in G layouts, in order of position.
 
     Attributes:
         column: Of the block.
@@ -95,7 +97,7 @@ class LatentLayout(Layout):
     def share(self) -> Fraction:
         return Fraction(self.block_size, self.tokens or self.block_size)
 
-    @property
+    @cached_property
     def timing(self) -> tuple[object, ...]:
         fields = self.block_size, self.unit, self.window, self.min_prompt, self.recent
         return LatentLayout, *(fields if self.tokens else ())
@@ -108,9 +110,8 @@ class LatentLayout(Layout):
         """Latent blocks that hold so many tokens."""
         return -(-old // (self.tokens or 1))
 
-    def prompt(self, n: Ints) -> tuple[Ints, Ints]:
-        old = self._prompt(n)
-        return old // self.block_size, self.blocks(old)
+    def prompt(self, n: Ints) -> Ints:
+        return self._prompt(n) // self.block_size
 
     def windows(self, n: Ints, c: Ints) -> Ints:
         if not self.compacts_windows:
@@ -118,12 +119,17 @@ class LatentLayout(Layout):
         aged = positive(c - self.recent - self._start(n) - self._prompt(n))
         return aged // self.window * (n > 0)
 
-    def window_segment(self, n: Ints, index: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        before = self._prompt(n) + index * self.window
-        end = self._start(n) + before + self.window
+    def window_at(self, n: Ints, index: Ints) -> tuple[Ints, Ints, Ints]:
+        end = self._start(n) + self._prompt(n) + (index + 1) * self.window
         stop = end // self.block_size
-        kept = self.blocks(before + self.window) - self.blocks(before)
-        return stop - self.window // self.block_size, stop, kept, end + self.recent
+        return stop - self.window // self.block_size, stop, end + self.recent
+
+    def stays(self, n: Ints, start: Ints, stop: Ints) -> Ints:
+        before, after = (x * self.block_size - self._start(n) for x in (start, stop))
+        return self.blocks(after) - self.blocks(before)
+
+    def compacts(self, size: int, stays: int) -> bool:
+        return size > 0  # what stays becomes latents too
 
     def _start(self, n: Ints) -> Ints:
         """The first token that can become a latent."""
@@ -134,14 +140,14 @@ class LatentLayout(Layout):
         whole = positive(n - self.recent) // self.unit * self.unit
         return whole * (n >= self.min_prompt) * (self.tokens > 0)
 
-    def columns(self, phase: IntArray, width: int) -> IntArray:
-        start, _, old = (x[:, None] // self.block_size for x in self.spans(phase))
+    def hidden(self, phase: IntArray) -> IntArray:
+        return self.spans(phase).old
+
+    def columns(self, phase: IntArray, hidden: IntArray, width: int) -> IntArray:
+        start, old = (x[:, None] // self.block_size for x in (self._start(phase[0]), hidden))
         at = np.arange(width)
         columns: IntArray = at + old * (at >= start)
         return columns
-
-    def hidden(self, phase: IntArray) -> IntArray:
-        return self.spans(phase).old
 
     def spans(self, phase: IntArray) -> Spans:
         """What is latents, of requests whose prompt is complete: see ``phase``."""
@@ -149,19 +155,35 @@ class LatentLayout(Layout):
         prompt = self._prompt(n)
         return Spans(self._start(n), prompt, prompt + windows * self.window)
 
-    def column(self, index: Ints, start: Ints, prompt: Ints) -> Ints:
-        """The column of latent block ``index`` of a request; the rest as in ``Spans``."""
-        window = self.window or 1
-        # Latents when this block has come: those of the prompt, or up to the end of a window.
-        old = prompt + positive((index * self.tokens - prompt) // window + 1) * window
-        return (start + old) // self.block_size - self.blocks(old) + index
 
-    def latent_blocks(self, spans: Spans) -> LatentBlocks:
-        """The latent blocks of R requests, L being as many as the request with most has."""
-        start, prompt, old = (x[:, None] for x in spans)
-        total = self.blocks(old)
-        index = np.arange(total.max(initial=0))
-        held = (old - index * self.tokens).clip(0, self.tokens)
-        index = np.where(index < total, index, 0)
-        column = np.where(total > 0, self.column(index, start, prompt), 0)
-        return LatentBlocks(column, start + index * self.tokens, held)
+def latent_columns(
+    layout: LatentLayout, tokens: Ints, index: Ints, start: Ints, prompt: Ints
+) -> Ints:
+    """The column of a latent block.
+
+    Args:
+        layout: Any of one timing.
+        tokens: Its tokens per block. Arrays are for several layouts of this timing.
+        index: Which of a request's latent blocks.
+        start: See ``Spans``.
+        prompt: See ``Spans``.
+    """
+    window = layout.window or 1
+    # Latents when this block has come: those of the prompt, or up to the end of a window.
+    old = prompt + positive((index * tokens - prompt) // window + 1) * window
+    return (start + old) // layout.block_size - -(-old // tokens) + index
+
+
+def latent_blocks(layouts: Sequence[LatentLayout], spans: Spans) -> LatentBlocks:
+    """The latent blocks of R requests in G layouts of one timing.
+
+    L is as many as the request with most has, in the layout of least tokens per block.
+    """
+    start, prompt, old = (x[:, None] for x in spans)
+    tokens = np.array([layout.tokens or 1 for layout in layouts])[:, None, None]
+    total = -(-old // tokens)
+    index = np.arange(total.max(initial=0))
+    held = (old - index * tokens).clip(0, tokens)
+    index = np.where(index < total, index, 0)
+    column = np.where(total > 0, latent_columns(layouts[0], tokens, index, start, prompt), 0)
+    return LatentBlocks(column, start + index * tokens, held)

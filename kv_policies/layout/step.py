@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from kv_policies.layout.base import IntArray, Layout, Segments, runs
+from kv_policies.layout.base import Ending, IntArray, Layout, runs
 
 T = TypeVar("T")
 
@@ -46,23 +46,9 @@ class Step:
         """Computed tokens after the step, int64 [R]."""
         return self.c + self.q
 
-    @cached_property
-    def prefilling(self) -> list[int]:
-        """Rows with tokens of a prompt that is compacted when it ends."""
-        rows: list[int] = ((self.c < self.n) & (self.q > 0)).nonzero()[0].tolist()
-        return rows
-
-    def ending(self, layout: Layout) -> Segments | None:
-        """Segments to compact at the end of the step; None where none can end, as in most steps."""
-        if not self.once(("ends", layout.timing), lambda: self._ends(layout)):
-            return None
-        ending = self.once(layout, lambda: layout.ending(self.n, self.c, self.q))
-        return ending if len(ending.row) else None
-
-    def _ends(self, layout: Layout) -> bool:
-        """Whether a prompt or a window of a timing ends."""
-        prompts = (self.c < self.n) & (self.n <= self.end)
-        return bool((prompts | (layout.windows(self.n, self.end) > self.phase(layout)[1])).any())
+    def ending(self, layout: Layout) -> dict[str, Ending]:
+        """``Layout.ending`` of the step."""
+        return self.once(("ending", layout.timing), lambda: layout.ending(self.n, self.c, self.q))
 
     def phase(self, layout: Layout) -> IntArray:
         """``Layout.phase`` before the step."""
@@ -76,10 +62,12 @@ class Step:
             rows of the pass.
         """
         ending = self.ending(layout)
-        if ending is None or bool((ending.ends == self.end[ending.row]).all()):
+        if all((of_kind.ends == self.end[of_kind.row]).all() for of_kind in ending.values()):
             return [(None, self)]
         rows = zip(self.n.tolist(), self.c.tolist(), self.q.tolist(), strict=True)
         steps = [layout.substeps(*row) for row in rows][: len(self.ids)]
+        if all(len(cuts) == 1 for cuts in steps):
+            return [(None, self)]
         return [
             self._part([(row, *cuts[at]) for row, cuts in enumerate(steps) if at < len(cuts)])
             for at in range(max(map(len, steps)))

@@ -65,29 +65,40 @@ class TokenLayout(Layout):
         if problems:
             raise joined(problems)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # That of a fraction is slow, and a step looks up each layout several times.
+        return hash((self.block_size, self.keep, self.window, self.min_blocks, self.min_prompt))
+
     @property
     def share(self) -> Fraction:
         return self.keep
 
-    @property
+    @cached_property
     def timing(self) -> tuple[object, ...]:
-        return TokenLayout, self.block_size, self.window if self.compacts_windows else 0
+        window = self.window if self.compacts_windows else 0
+        return TokenLayout, self.block_size, self.min_prompt, window
 
-    @property
+    @cached_property
     def compacts_windows(self) -> bool:
         return self._window_freed > 0
 
     def kept(self, size: Ints) -> Ints:
         """Blocks that stay of a segment of ``size`` blocks."""
         # floor((1 - keep) * size) are freed: one operation less than ceil(keep * size).
-        freed = size * (self.keep.denominator - self.keep.numerator) // self.keep.denominator
+        part, whole = self._freed_share
+        freed = size * part // whole
         return size - lesser(freed, positive(size - self.min_blocks))
 
-    def prompt(self, n: Ints) -> tuple[Ints, Ints]:
-        size = n // self.block_size
-        kept = self.kept(size)
-        compacted = (kept < size) * (n >= self.min_prompt)
-        return size * compacted, kept * compacted
+    @cached_property
+    def _freed_share(self) -> tuple[int, int]:
+        return (1 - self.keep).as_integer_ratio()
+
+    def prompt(self, n: Ints) -> Ints:
+        return n // self.block_size * (n >= self.min_prompt)
 
     def windows(self, n: Ints, c: Ints) -> Ints:
         if not self.compacts_windows:
@@ -95,26 +106,29 @@ class TokenLayout(Layout):
         boundary = -(-n // self.block_size) * self.block_size
         return positive(c - boundary) // self.window * (n > 0)
 
-    def window_segment(self, n: Ints, index: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    def window_at(self, n: Ints, index: Ints) -> tuple[Ints, Ints, Ints]:
         stop = -(-n // self.block_size) + (index + 1) * self._window_size
-        kept = 0 * stop + self._window_size - self._window_freed
-        return stop - self._window_size, stop, kept, stop * self.block_size
+        return stop - self._window_size, stop, stop * self.block_size
 
-    def columns(self, phase: IntArray, width: int) -> IntArray:
-        n, windows = phase[..., None]
-        gap, at = self.gap(n), np.arange(width)
-        columns: IntArray = at + gap
-        if self.compacts_windows:
-            head = -(-n // self.block_size) - gap  # live columns in front of the first window
-            # Before the live column `at`, `ahead` windows have given their columns away.
-            ahead = positive((at - head) // (self._window_size - self._window_freed) + 1)
-            columns += np.minimum(ahead, windows) * self._window_freed
-        return columns
+    def stays(self, n: Ints, start: Ints, stop: Ints) -> Ints:
+        return self.kept(stop - start)
 
     def hidden(self, phase: IntArray) -> IntArray:
         n, windows = phase
         hidden: IntArray = (self.gap(n) + windows * self._window_freed) * self.block_size
         return hidden
+
+    def columns(self, phase: IntArray, hidden: IntArray, width: int) -> IntArray:
+        n, windows = phase
+        gap = (hidden // self.block_size - windows * self._window_freed)[:, None]
+        at = np.arange(width)
+        columns: IntArray = at + gap
+        if self.compacts_windows:
+            head = -(-n // self.block_size)[:, None] - gap  # live columns before the first window
+            # Before the live column `at`, `ahead` windows have given their columns away.
+            ahead = positive((at - head) // (self._window_size - self._window_freed) + 1)
+            columns += np.minimum(ahead, windows[:, None]) * self._window_freed
+        return columns
 
     @cached_property
     def _window_size(self) -> int:

@@ -1,29 +1,117 @@
 # SPDX-License-Identifier: Apache-2.0
 """What attention reads of a group of layers, step after step, in the same memory."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from kv_policies.layout.base import IntArray, Layout
 from kv_policies.layout.step import Step
+from kv_policies.transfer import to_device
 
-_NONE = np.zeros(0, np.int64)
+_UNKNOWN = np.zeros((2, 0), np.int64)  # the phase of no rows
+# Columns are gathered in multiples of so many: in most steps, the same memory as in the one before.
+_COLUMNS = 32
+
+
+class LiveColumns:
+    """Which columns of each request are live, in all layouts of one timing.
+
+    That changes when a segment ends, or when another request takes a row. Only rows where it did
+    are planned again, of all layouts together. Columns are planned for the longest request of a
+    step, so the cost does not depend on the longest request that the engine allows.
+    """
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        self.layouts = list(dict.fromkeys(layouts))
+        self._phase = _UNKNOWN  # of the rows that are planned
+        self._hidden = np.zeros((0, 0), np.int64)  # [layouts, rows]
+        self._columns = torch.zeros(0, 0, 0, dtype=torch.int64)  # [layouts, rows, columns]
+        self._unseen = self._seen = torch.zeros(0, 0)  # hidden tokens on the device; all others
+        self._table: tuple[int, torch.device | None] = 0, None  # columns, device
+        self._shape: tuple[int, int] | None = None
+        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(
+        self, step: Step, table: torch.Tensor, lengths: torch.Tensor, rows: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What ``LiveView`` gathers. Groups share it in a step.
+
+        Args:
+            step: See ``LiveView.update``, as the rest.
+            table: Of any group: all have one shape.
+            lengths: Of all groups.
+            rows: Most rows of any step.
+
+        Returns:
+            For each layout the live columns, int64 [R, W], and the tokens seen, as ``lengths`` [R].
+            What lies behind the last live column of a row is any column. It is the same list, in
+            the same memory, as long as its shapes are.
+        """
+        return step.once(self, lambda: self._update(step, table, lengths, rows))
+
+    def _update(
+        self, step: Step, table: torch.Tensor, lengths: torch.Tensor, rows: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        count, most = table.shape
+        if count > self._hidden.shape[1] or self._table != (most, table.device):
+            self._table = most, table.device
+            self._reserve(max(rows, count), lengths)
+        phase = step.phase(self.layouts[0])
+        stale = _moved(self._phase, phase)
+        self._phase = phase
+        if len(stale):
+            moved = phase[:, stale]
+            self._hidden[:, stale] = [layout.hidden(moved) for layout in self.layouts]
+        longest = int((step.end - self._hidden[:, :count]).max())
+        step_size = self.layouts[0].block_size * _COLUMNS
+        width = min(-(-longest // step_size) * _COLUMNS, most)
+        if width > self._columns.shape[2]:
+            # Twice the width: a request that decodes must not be planned anew all the time.
+            self._columns = self._columns.new_zeros(*self._unseen.shape, min(2 * width, most))
+            self._shape, stale = None, np.arange(count)
+        if len(stale):
+            self._plan(phase[:, stale], stale)
+        if self._shape != (count, width):
+            self._shape = count, width
+            parts = self._columns[:, :count, :width], self._seen[:, :count]
+            self._parts = list(zip(*parts, strict=True))
+        torch.sub(lengths, self._unseen[:, :count], out=self._seen[:, :count])
+        return self._parts
+
+    def _plan(self, phase: IntArray, rows: IntArray) -> None:
+        """Plan some rows."""
+        hidden, width = self._hidden[:, rows], self._columns.shape[2]
+        of_layouts = zip(self.layouts, hidden, strict=True)
+        columns = np.stack([layout.columns(phase, some, width) for layout, some in of_layouts])
+        np.minimum(columns, self._table[0] - 1, out=columns)
+        at, columns_there, hidden_there = to_device(self._columns.device, rows, columns, hidden)
+        self._columns.index_copy_(1, at, columns_there)
+        self._unseen.index_copy_(1, at, hidden_there.to(self._unseen.dtype))
+
+    def _reserve(self, rows: int, lengths: torch.Tensor) -> None:
+        """Make room; nothing is planned any more."""
+        shape = len(self.layouts), rows
+        self._phase, self._shape = _UNKNOWN, None
+        self._hidden = np.zeros(shape, np.int64)
+        self._unseen, self._seen = lengths.new_zeros(shape), lengths.new_zeros(shape)
+        self._columns = lengths.new_zeros(*shape, 0, dtype=torch.int64)
 
 
 class LiveView:
     """The live blocks of each request, moved left, and the tokens that are seen in them.
 
-    Which columns are live changes when a segment ends, or when another request takes a row. Only
-    rows where it did are planned again. Each step then gathers the columns that its longest request
-    uses, so the cost does not depend on the longest request that the engine allows.
+    Args:
+        layout: Of a group of layers.
+        columns: Shared by the groups whose layouts have this timing.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._phase = np.zeros((2, 0), np.int64)  # of the rows that are planned
-        self._hidden = np.zeros(0, np.int64)
-        self._columns = torch.zeros(0, 0, dtype=torch.int64)  # planned, [rows, columns]
-        self._unseen = self._table = self._lengths = torch.zeros(0)
+    def __init__(self, layout: Layout, columns: LiveColumns | None = None) -> None:
+        self._all = columns or LiveColumns([layout])
+        self._index = self._all.layouts.index(layout)
+        self._parts: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._table = torch.zeros(0, 0)
 
     def update(
         self, step: Step, table: torch.Tensor, lengths: torch.Tensor, rows: int = 0
@@ -40,49 +128,27 @@ class LiveView:
             Live blocks, as ``table`` [R, C], and tokens seen, as ``lengths`` [R]. Both are
             overwritten by the next call. Blocks that no token of a row is in are any blocks.
         """
-        count = len(table)
-        phase = step.phase(self._layout)
-        if self._columns.device != table.device or self._table.shape[1:] != table.shape[1:]:
-            self._phase = self._phase[:, :0]
-        if self._phase.shape[1] < count:
-            self._reserve(max(rows, count), 0, table, lengths)
-        changed = phase != self._phase[:, :count]
-        stale = changed.any(0).nonzero()[0] if changed.any() else _NONE
-        if len(stale):
-            self._hidden[stale] = self._layout.hidden(phase[:, stale])
-        width = -(-int((step.end - self._hidden[:count]).max()) // self._layout.block_size)
-        width = min(width, table.shape[1])
-        if width > self._columns.shape[1]:
-            hidden = self._hidden[:count]
-            # Twice the width: a request that decodes must not be planned anew with every block.
-            self._reserve(len(self._table), min(2 * width, table.shape[1]), table, lengths)
-            self._hidden[:count], stale = hidden, np.arange(count)
-        if len(stale):
-            self._plan(phase, stale, table)
-        view, seen = self._table[:count], self._lengths[:count]
-        torch.gather(table, 1, self._columns[:count, :width], out=view[:, :width])
-        torch.sub(lengths, self._unseen[:count], out=seen)
-        return view, seen
+        parts = self._all.update(step, table, lengths, rows)
+        if parts is not self._parts:
+            self._slice(parts, table, rows)
+        torch.gather(table, 1, self._columns, out=self._live)
+        return self._view, self._seen
 
-    def _plan(self, phase: IntArray, rows: IntArray, table: torch.Tensor) -> None:
-        """Plan some rows."""
-        phase = phase[:, rows]
-        self._phase[:, rows] = phase
-        columns = self._layout.columns(phase, self._columns.shape[1])
-        np.minimum(columns, table.shape[1] - 1, out=columns)
-        at, columns_there, hidden_there = (
-            torch.from_numpy(x).to(table.device, non_blocking=True)
-            for x in (rows, columns, self._hidden[rows])
-        )
-        self._columns.index_copy_(0, at, columns_there)
-        self._unseen.index_copy_(0, at, hidden_there.to(self._unseen.dtype))
+    def _slice(
+        self, parts: list[tuple[torch.Tensor, torch.Tensor]], table: torch.Tensor, rows: int
+    ) -> None:
+        """Cut what later steps of this shape use, which takes longer than to fill it."""
+        self._parts, (self._columns, self._seen) = parts, parts[self._index]
+        (count, most), known = table.shape, self._table
+        if count > len(known) or most != known.shape[1] or known.device != table.device:
+            self._table = table.new_zeros(max(rows, count), most)
+        self._view = self._table[:count]
+        self._live = self._view[:, : self._columns.shape[1]]
 
-    def _reserve(self, rows: int, width: int, table: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Make room; nothing is planned any more."""
-        self._phase = np.full((2, rows), -1)
-        self._hidden = np.zeros(rows, np.int64)
-        self._columns = torch.zeros(rows, width, dtype=torch.int64, device=table.device)
-        self._unseen = lengths.new_zeros(rows)
-        if self._table.shape != (rows, table.shape[1]):
-            self._table = table.new_zeros(rows, table.shape[1])
-            self._lengths = lengths.new_zeros(rows)
+
+def _moved(before: IntArray, phase: IntArray) -> IntArray:
+    """Rows whose phase is not what it was."""
+    rows = np.ones(phase.shape[1], bool)
+    there = min(phase.shape[1], before.shape[1])
+    rows[:there] = (phase[:, :there] != before[:, :there]).any(0)
+    return rows.nonzero()[0]

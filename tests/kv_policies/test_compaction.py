@@ -25,7 +25,7 @@ from kv_policies.compaction import (
 from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.layout.view import LiveView
-from kv_policies.plan import plan_step
+from kv_policies.planner import Planner
 from kv_policies.registry import build_policy, policies
 from kv_policies.workspace import LIMIT, Heads
 
@@ -90,7 +90,8 @@ class Engine:
         spans = enumerate(zip(self.c.tolist(), q, strict=True))
         query = torch.cat([self.queries[row, at : at + new] for row, (at, new) in spans])
         step = Step(self.n, self.c, count, starts, IDS)
-        work = plan_step(self.layout, self.layer.policy, self.table, step, self.layer.space)
+        planner = Planner([self.layout], self.layer.policy, self.layer.space)
+        work = planner.work(self.layout, step, self.table)
         if work is not None:
             compact(work, self.layer, query, DIM**-0.5)
         self.c = self.c + count

@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 
 from kv_policies.compaction import ALL, Layer, Observations, compact, workspace
 from kv_policies.latents import cache as cache_module
-from kv_policies.latents import plan as plan_module
+from kv_policies.latents import packing as packing_module
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.low_rank import Factor
-from kv_policies.latents.plan import LatentView, plan_packing
+from kv_policies.latents.packing import Packer
+from kv_policies.latents.reading import LatentView
 from kv_policies.latents.rope import Rope
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.layout.view import LiveView
-from kv_policies.plan import plan_step
+from kv_policies.planner import Planner
 from kv_policies.registry import build_policy, policies
 from kv_policies.workspace import Heads, Transient, Workspace
 from tests.kv_policies.latents.test_rope import table as rope_table
@@ -91,14 +92,14 @@ def test_a_policy_takes_no_more_than_it_states(
     pages = Pages(table.numel(), dtype)
     layer = Layer("layer", 0, pages, heads, policy, space, Observations())
     query = torch.randn(int(step.q.sum()), HEADS.kv * HEADS.group, HEADS.size).to(dtype)
-    work = plan_step(layout, policy, table, step, space)
+    work = Planner([layout], policy, space).work(layout, step, table)
     assert work is not None
     assert len(work.prompts) > 1 or len(lengths) == 1
     peak = peak_bytes(lambda: compact(work, layer, query, 1.0))
     assert 0 < peak <= space.peak(max(lengths))
     # What is stated is worth stating: without cuts a step takes more.
     uncut = replace(stated, limit=1 << 40)
-    work = plan_step(layout, policy, table, step, uncut)
+    work = Planner([layout], policy, uncut).work(layout, step, table)
     assert work is not None
     whole = peak_bytes(lambda: compact(work, replace(layer, space=uncut), query, 1.0))
     assert whole > peak
@@ -112,7 +113,7 @@ def test_latents_take_no_more_than_they_state(
     monkeypatch: pytest.MonkeyPatch, bits: int, dtype: torch.dtype
 ) -> None:
     limit = 8 * MIB
-    for module in (cache_module, plan_module):
+    for module in (cache_module, packing_module):
         monkeypatch.setattr(module, "LIMIT", limit)
     ranks, lengths = (40, 50), [3000, 100, 2500, 700]
     itemsize = torch.finfo(dtype).bits // 8
@@ -129,7 +130,7 @@ def test_latents_take_no_more_than_they_state(
     cache = LatentCache(pages.cache, form, *factors, Rope(rope_table(4000, HEADS.size)))
     queries = HEADS.kv * HEADS.group
     stated = LatentCache.peak(form, FEATURES, HEADS.size, max(lengths), queries)
-    packings = plan_packing(layout, form, table, step)
+    packings = Packer([(layout, form)]).work(layout, step, table)
     assert packings is not None and (bits == 4 or len(packings.parts) > 1)
     assert 0 < peak_bytes(lambda: cache.pack(packings.parts, pages)) <= stated
     raw = sum(lengths) * 2 * FEATURES * itemsize

@@ -18,16 +18,15 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from kv_policies.base import KVPolicy
 from kv_policies.compaction import Layer, Pages, compact
 from kv_policies.latents.cache import LatentCache
-from kv_policies.latents.format import LatentFormat
-from kv_policies.latents.plan import LatentView, Packings, Reading, fresh_blocks, plan_packing
+from kv_policies.latents.packing import Packer, Packings, fresh_blocks
+from kv_policies.latents.reading import LatentColumns, LatentView, Reading
 from kv_policies.layout.step import Step
-from kv_policies.layout.view import LiveView
-from kv_policies.plan import Work, plan_step
+from kv_policies.layout.view import LiveColumns, LiveView
+from kv_policies.plan import Work
+from kv_policies.planner import Planner
 from kv_policies.windows import JoinedPages
-from kv_policies.workspace import Workspace
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.settings import parse_settings
 
@@ -58,9 +57,9 @@ class Part:
 class CompressedBuilder:
     """Gives the backend's builder the live blocks only, and plans what is to be compacted.
 
-    The worker sets ``batch``, and ``policy``, ``space``, ``layers`` and ``joined`` where tokens are
-    chosen or ``form`` and ``latents`` where kept blocks are latents. Without them, as in profiling,
-    nothing is compressed.
+    The worker sets ``batch`` and ``columns``, and ``planner`` where something is compacted, with
+    ``layers`` and ``joined`` where tokens are chosen or ``latents`` and ``latent_columns`` where
+    kept blocks are latents. Without them, as in profiling, nothing is compressed.
     """
 
     # A group of an equal spec would otherwise get this group's metadata with the raw table.
@@ -70,12 +69,12 @@ class CompressedBuilder:
     vllm_config: Any
     layer_names: list[str]
     batch: Batch | None = None
-    policy: KVPolicy | None = None
-    space: Workspace
+    columns: LiveColumns | None = None
+    planner: Planner | Packer | None = None
     layers: Sequence[Layer] = ()
     joined: JoinedPages | None = None
-    form: LatentFormat | None = None
     latents: Sequence[LatentCache] = ()
+    latent_columns: LatentColumns | None = None
     _live: LiveView | None = None
     _latents: LatentView
 
@@ -100,7 +99,8 @@ class CompressedBuilder:
             return build(common_prefix_len, common_attn_metadata, *args)
         layout, step = self.kv_cache_spec.layout, self.batch.current(common_attn_metadata)
         if self._live is None:
-            self._live, self._latents = LiveView(layout), LatentView(layout)
+            self._live = LiveView(layout, self.columns)
+            self._latents = LatentView(layout, self.latent_columns)
         self._clear(step, common_attn_metadata.block_table_tensor)
         parts, tallies = [], []
         for tokens, passed in step.passes(layout):
@@ -115,7 +115,7 @@ class CompressedBuilder:
             rows = self.vllm_config.scheduler_config.max_num_seqs
             view, seen = live.update(passed, table, metadata.seq_lens, rows)
             reading = None
-            if self.form is not None:
+            if self.latents:
                 reading = latents.update(passed, table, view)
             metadata = metadata.replace(
                 block_table_tensor=view, seq_lens=seen, _num_computed_tokens_cache=None
@@ -132,7 +132,7 @@ class CompressedBuilder:
     def _clear(self, step: Step, table: torch.Tensor) -> None:
         """Clear blocks that this step begins to fill, before its forward pass."""
         assert self.batch is not None
-        if self.form is None or not self.batch.active:
+        if not self.latents or not self.batch.active:
             return
         if (fresh := fresh_blocks(self.kv_cache_spec.layout, step, table)) is not None:
             for latents in self.latents:
@@ -155,12 +155,9 @@ class CompressedBuilder:
         return work
 
     def _work(self, step: Step, table: torch.Tensor) -> Work | Packings | None:
-        layout = self.kv_cache_spec.layout
-        if self.form is not None:
-            return plan_packing(layout, self.form, table, step)
-        if self.policy is None:
+        if self.planner is None:
             return None
-        return plan_step(layout, self.policy, table, step, self.space)
+        return self.planner.work(self.kv_cache_spec.layout, step, table)
 
 
 def _restricted(

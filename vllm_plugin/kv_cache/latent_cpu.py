@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from kv_policies.latents.attention import Decoder
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.format import LatentFormat
-from kv_policies.latents.plan import Reading
+from kv_policies.latents.reading import Reading
 from kv_policies.latents.rope import Rope
 from vllm_plugin.kv_cache.pages import Pages
 

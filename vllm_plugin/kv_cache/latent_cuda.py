@@ -9,7 +9,7 @@ from compress_common.errors import CompressError
 from kv_policies.latents.attention import Decoder
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.format import LatentFormat
-from kv_policies.latents.plan import Reading
+from kv_policies.latents.reading import Reading
 from vllm_plugin.kv_cache.latent_triton import latent_decode, resident
 
 

@@ -2,6 +2,7 @@
 """Workers that know layer names and prompt lengths, and hand them to attention."""
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,8 +23,12 @@ from kv_policies.base import KVPolicy, LatentPolicy
 from kv_policies.compaction import Layer, describe_windows, observed_bytes, workspace
 from kv_policies.latents.bases import Bases
 from kv_policies.latents.format import LatentFormat
+from kv_policies.latents.packing import Packer
+from kv_policies.latents.reading import LatentColumns
 from kv_policies.layout.latents import LatentLayout
-from kv_policies.workspace import Heads
+from kv_policies.layout.view import LiveColumns
+from kv_policies.planner import Planner
+from kv_policies.workspace import Heads, Workspace
 from vllm_plugin.kv_cache.backends import put_ours_behind
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.budget import bases_of, layouts_of
@@ -170,6 +175,7 @@ class CompressedWorker(PlatformWorker):
         bases = self._bases
         for group in groups:
             self._equip(group, bases)
+        self._share_plans(groups)
         if has_kv_transfer_group() and get_tensor_model_parallel_rank() == 0:
             get_kv_transfer_group().activity = self.batch.activity
 
@@ -188,14 +194,6 @@ class CompressedWorker(PlatformWorker):
                 f"{builder.kv_cache_spec.block_size}; set --block-size to that"
             )
         builder.batch = self.batch
-        if isinstance(self.policy, KVPolicy):
-            spaces = [workspace(self.policy, self._heads(name, spec)) for name in group.layer_names]
-            # Layers of a group share one plan.
-            longest = self.model_config.max_model_len
-            builder.policy = self.policy
-            builder.space = max(
-                spaces, key=lambda space: space.bytes(1, longest, spec.num_kv_heads)
-            )
         builder.layers, builder.latents = [], []
         for name in group.layer_names:
             layer = self.vllm_config.compilation_config.static_forward_context[name]
@@ -215,13 +213,45 @@ class CompressedWorker(PlatformWorker):
                 )
                 builder.layers.append(impl.chosen)
             elif bases is not None:
-                form = builder.form = self._form(bases, name, spec)
+                form = self._form(bases, name, spec)
                 rope = rope_of(self.model_runner.get_model(), name)
                 impl.latents = latent_cache(bases, index, form, impl.pages, rope, layer.kv_cache)
                 builder.latents.append(impl.latents)
             elif spec.layout.share != 1:
                 raise self._not_compressed(name)
         builder.joined = join([layer.pages for layer in builder.layers])
+
+    def _share_plans(self, groups: Sequence[Any]) -> None:
+        """Let the groups whose layouts have one timing share what is planned for a step."""
+        timings: dict[Any, list[Any]] = {}
+        for group in groups:
+            timings.setdefault(group.kv_cache_spec.layout.timing, []).append(group)
+        for alike in timings.values():
+            layouts = [group.kv_cache_spec.layout for group in alike]
+            builders = [group.get_metadata_builder() for group in alike]
+            forms = [
+                (layout, latents.form)
+                for layout, builder in zip(layouts, builders, strict=True)
+                for latents in builder.latents
+            ]
+            columns = LiveColumns(layouts)
+            planner: Planner | Packer | None = Packer(forms) if forms else None
+            if isinstance(self.policy, KVPolicy):
+                planner = Planner(layouts, self.policy, self._space(self.policy, alike))
+            latent_columns = LatentColumns(layouts) if forms else None
+            for builder in builders:
+                builder.columns, builder.planner = columns, planner
+                builder.latent_columns = latent_columns
+
+    def _space(self, policy: KVPolicy, groups: Sequence[Any]) -> Workspace:
+        """What bounds a part that the layers of all these groups work on."""
+        heads = [
+            self._heads(name, group.kv_cache_spec) for group in groups for name in group.layer_names
+        ]
+        spaces = [(workspace(policy, of_layer), of_layer.kv) for of_layer in heads]
+        longest = self.model_config.max_model_len
+        space, _ = max(spaces, key=lambda pair: pair[0].bytes(1, longest, pair[1]))
+        return space
 
     @cached_property
     def _bases(self) -> Bases | None:

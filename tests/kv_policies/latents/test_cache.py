@@ -7,11 +7,12 @@ import torch
 
 from kv_policies.compaction import ALL
 from kv_policies.latents import cache as cache_module
-from kv_policies.latents import plan as plan_module
+from kv_policies.latents import packing as packing_module
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.low_rank import Factor
-from kv_policies.latents.plan import LatentView, plan_packing
+from kv_policies.latents.packing import Packer
+from kv_policies.latents.reading import LatentView
 from kv_policies.latents.rope import Rope
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.step import Step
@@ -69,7 +70,7 @@ def test_attention_reads_projections_of_old_tokens_and_recent_ones_as_they_are(
 ) -> None:
     """Also where memory allows one request and one piece at a time."""
     torch.manual_seed(0)
-    for module in (cache_module, plan_module):
+    for module in (cache_module, packing_module):
         monkeypatch.setattr(module, "LIMIT", limit)
     tokens = LatentFormat.most_tokens(2 * F * BLOCK, key_rank, value_rank, 16)
     layout = LatentLayout(BLOCK, tokens, 16, window=window, recent=BLOCK)
@@ -120,7 +121,7 @@ def test_attention_reads_projections_of_old_tokens_and_recent_ones_as_they_are(
                 stop = position + 1
                 want = plain(query[at], seen_keys[:stop], seen_values[:stop], DIM**-0.5)
                 torch.testing.assert_close(output[at].double(), want, atol=2e-5, rtol=1e-4)
-        packings = plan_packing(layout, form, table, step)
+        packings = Packer([(layout, form)]).work(layout, step, table)
         if packings is not None:
             cache.pack(packings.parts, pages)
         for row, end in enumerate(ends):  # freed blocks belong to somebody else at once

@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 
 from kv_policies.latents.format import LatentFormat
-from kv_policies.latents.plan import LatentView, plan_packing
+from kv_policies.latents.packing import Packer
+from kv_policies.latents.reading import LatentView
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.layout.view import LiveView
@@ -138,7 +139,7 @@ class LatentSim(Sim[LatentLayout]):
     def compact(self, c: int, q: int) -> None:
         table, step = torch.tensor([self.table]), step_of((self.n, c, q))
         form = Unit(1, 1, 16, self.layout.tokens, self.written)
-        packings = plan_packing(self.layout, form, table, step)
+        packings = Packer([(self.layout, form)]).work(self.layout, step, table)
         ending = list(self.layout.segments(self.n, c + q, after=c))
         if packings is None:
             assert not ending

@@ -8,15 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_common.errors import CompressError
-from kv_policies.latents.plan import LatentView, fresh_blocks
+from kv_policies.latents.packing import fresh_blocks
+from kv_policies.latents.reading import LatentView
 from kv_policies.layout.latents import LatentBlocks, LatentLayout
+from kv_policies.layout.latents import latent_blocks as all_latent_blocks
 from kv_policies.layout.view import LiveView
 from tests.kv_policies.layout.sims import latent_layouts
 from tests.support.layout_sim import step_of
 
 
 def latent_blocks(layout: LatentLayout, n: list[int], c: list[int]) -> LatentBlocks:
-    return layout.latent_blocks(layout.spans(layout.phase(np.array(n), np.array(c))))
+    spans = layout.spans(layout.phase(np.array(n), np.array(c)))
+    return LatentBlocks._make(field[0] for field in all_latent_blocks([layout], spans))
 
 
 def test_picture_of_the_module_text() -> None:
@@ -54,8 +57,8 @@ def test_a_layout_of_no_latents_keeps_all_raw() -> None:
 def test_a_layout_of_no_latents_does_not_answer_for_one_that_has_some() -> None:
     """Layers of bases that save nothing lie beside others; a step asks once per timing."""
     step = step_of((290, 319, 1))
-    assert step.ending(LatentLayout(32, 0, 32, window=32)) is None
-    assert step.ending(LatentLayout(32, 160, 32, window=32)) is not None
+    assert not step.ending(LatentLayout(32, 0, 32, window=32))
+    assert step.ending(LatentLayout(32, 160, 32, window=32))
 
 
 def test_bad_arguments_are_listed_at_once() -> None:

@@ -4,9 +4,14 @@
 from fractions import Fraction
 
 import numpy as np
+import torch
 
+from kv_policies.compaction import workspace
 from kv_policies.layout.tokens import TokenLayout
-from kv_policies.plan import Tally, tallies
+from kv_policies.plan import Tally
+from kv_policies.planner import Planner
+from kv_policies.registry import build_policy
+from kv_policies.workspace import Heads
 from tests.support.layout_sim import step_of
 from vllm_plugin.kv_cache.activity import Activity
 
@@ -17,7 +22,12 @@ def test_three_windows_of_a_resumed_request_are_three() -> None:
     step = step_of((128, 32, 128 - 32 + 3 * 64 + 5))
     passes = [part for _, part in step.passes(layout)]
     assert len(passes) == 5
-    counted = [tally for part in passes if (e := part.ending(layout)) for tally in tallies(e, 16)]
+    policy = build_policy("recent", {})
+    planner = Planner([layout], policy, workspace(policy, Heads(1, 1, 8, 4, "cpu")))
+    works = [
+        planner.work(layout, part, torch.arange(len(part.n) * 32).view(-1, 32)) for part in passes
+    ]
+    counted = [tally for work in works if work for tally in work.tallies]
     activity = Activity(layers=4)
     for _ in range(2):  # groups of two layers
         activity.plan(counted, 2)
@@ -36,4 +46,4 @@ def test_groups_that_keep_all_of_a_window_do_not_add_up() -> None:
 def test_rows_that_pad_a_batch_are_no_requests() -> None:
     step = step_of((128, 0, 128), (0, 0, 0))
     ending = step.ending(TokenLayout(16, Fraction(1, 4)))
-    assert ending is not None and np.array_equal(ending.row, [0])
+    assert list(ending) == ["prompt"] and np.array_equal(ending["prompt"].row, [0])

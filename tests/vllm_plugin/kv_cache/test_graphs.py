@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner as First
 
 from kv_policies.compaction import Layer, workspace
 from kv_policies.layout.tokens import TokenLayout
+from kv_policies.planner import Planner
 from kv_policies.policies.key_diff import KeyDiff
 from kv_policies.workspace import Heads
 from tests.vllm_plugin.kv_cache.test_refusals import configure
@@ -200,16 +201,16 @@ def equipped(kind: type, config: VllmConfig) -> Any:
     states = SimpleNamespace(prompt_len=SimpleNamespace(np=None), num_computed_tokens_np=None)
     states.index_to_req_id = {at: str(at) for at in range(4)}
     builder.batch = Batch(SimpleNamespace(req_states=states), v2=True, layers=1)
-    builder.policy = KeyDiff(KeyDiff.settings_type())
-    heads = Heads(3, 3, 64, 2, "cpu")
-    builder.space = workspace(builder.policy, heads)
+    policy, heads = KeyDiff(KeyDiff.settings_type()), Heads(3, 3, 64, 2, "cpu")
+    space = workspace(policy, heads)
+    builder.planner = Planner([LAYOUT], policy, space)
     cache = torch.zeros(400, 3, 32, 128, dtype=torch.bfloat16)
 
     def write(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         cache[slots // 32, :, slots % 32] = torch.cat((key, value), -1)
 
     pages = Pages.of(cache, 3, 32, 64, write)
-    layer = Layer("layer", 0, pages, heads, builder.policy, builder.space, None)  # type: ignore
+    layer = Layer("layer", 0, pages, heads, policy, space, None)  # type: ignore
     builder.layers = [layer]
     return builder
 
@@ -256,7 +257,7 @@ def test_what_a_graph_reads_stays_where_it_was_captured(kind: type, configured: 
             phase = LAYOUT.phase(np.array([n]), np.array([c]))
             seen = c + q - int(LAYOUT.hidden(phase)[0])
             assert built.seq_lens[row] == seen
-            live = LAYOUT.columns(phase, WIDTH)[0][: -(-seen // 32)]
+            live = LAYOUT.columns(phase, LAYOUT.hidden(phase), WIDTH)[0][: -(-seen // 32)]
             assert built.block_table[row, : len(live)].tolist() == (100 * row + live).tolist()
 
 

@@ -12,7 +12,7 @@ from kv_policies.base import Capabilities, Context, QueryFreePolicy
 from kv_policies.compaction import Layer, Observations, workspace
 from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
-from kv_policies.plan import plan_step
+from kv_policies.planner import Planner
 from kv_policies.policies.key_diff import KeyDiff
 from kv_policies.windows import compact_windows
 from kv_policies.workspace import LIMIT, Heads
@@ -104,7 +104,7 @@ def test_layers_at_once_are_layer_by_layer(order: str, limit: int, kind: type) -
     step = Step(n, c, np.array([1, 1, 1]), np.arange(3), ["a", "b", "c"])
     policy = kind(kind.settings_type())
     space = replace(workspace(policy, SHAPE), limit=limit)
-    work = plan_step(layout, policy, table, step, space)
+    work = Planner([layout], policy, space).work(layout, step, table)
     assert work is not None and not work.prompts
     results = []
     for together in (True, False):

@@ -15,7 +15,7 @@ import torch
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.low_rank import Factor
-from kv_policies.latents.plan import Held, Reading
+from kv_policies.latents.reading import Held, Reading
 from kv_policies.latents.rope import Rope
 from tests.kv_policies.latents.test_rope import table
 from vllm_plugin.kv_cache import latent_cpu_build
