@@ -51,6 +51,10 @@ class Part:
     run: Callable[[Options, "Result"], None]
 
 
+class NotHere(RuntimeError):
+    """A part that this machine cannot run, which is no fault of it; the text says why."""
+
+
 @dataclass
 class Result:
     """Figures by key. ``values`` becomes the closing JSON line, ``details`` the rest of --out.
@@ -218,6 +222,8 @@ def main(doc: str, parts: dict[str, Part], arguments: Sequence[str] | None = Non
             why, result.lines = "the part ended without it", given.lines
             try:
                 part.run(options, result)
+            except NotHere as error:
+                why = str(error)
             except Exception as error:
                 traceback.print_exc()
                 broken, why = True, f"{type(error).__name__}: {str(error).strip()[-300:]}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Options, Result
+from benchmarks.common import NotHere, Options, Result
 
 HEADS, KV_HEADS, WIDTH, RANKS = 32, 8, 128, (208, 200)
 BLOCK, RECENT = 32, 32
@@ -20,7 +20,7 @@ SHAPES = ((8, 2048), (8, 8192), (64, 2048), (64, 8192))  # requests, tokens of e
 def kernel(options: Options, result: Result) -> None:
     """Fill kernel_*: see the text of ``benchmarks.gpu``."""
     if not torch.cuda.is_available():
-        raise RuntimeError("needs an NVIDIA GPU")
+        raise NotHere("needs an NVIDIA GPU")
     torch.manual_seed(options.seed)
 
     rate, flops = _ceilings()

@@ -3,7 +3,7 @@
 
     .venv/bin/python -m benchmarks.gpu [--part NAME ...] [--json] [--out FILE] [--lines FILE]
 
-`tools/gpu_check.py` runs all parts in this order, each with a time limit.
+`tools/gpu_check.py` runs all parts, the most valuable first, each with a time limit.
 
 stack     attention_error: FlashAttention over a paged cache against float64, relative.
 identity  keep1_same_as_stock: share of requests with stock's tokens, also with Triton attention.
@@ -19,7 +19,8 @@ kernel    one layer of Llama-3.1-8B's attention, for B requests of N tokens, csk
           ours over latents; kernel_bandwidth_share_bB_N and kernel_flops_share_bB_N, what ours
           reads and computes per second over what a copy and a product of 8,192 x 8,192 do.
           flash_ratio_bB_N: Triton's time over FlashAttention's. With _int4 too.
-latents   cskv_decode_ratio_bB, cskv_4bit_decode_ratio_bB over stock, cskv at ratio 0.8.
+latents   cskv_decode_ratio_bB, cskv_4bit_decode_ratio_bB over stock with full graphs, cskv at ratio
+          0.8 with the piecewise graphs that it gets; stock_pieces is stock with these.
 pool      snap_kv_requests_ratio, snap_kv_tokens_ratio: requests at once and tokens per second over
           stock in a pool for 8 full requests of 8,192 tokens, keep 0.25.
 denoise   P_ratio_bB: tokens per second of B requests of 128 tokens, canvas of 128 (32 for B = 8),
@@ -36,7 +37,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Options, Part, Result, main
+from benchmarks.common import NotHere, Options, Part, Result, main
 from benchmarks.cskv_kernel import kernel
 from benchmarks.gpu_engines import decode, defaults, denoise, identity, int4, latents, pool, syncs
 
@@ -46,7 +47,7 @@ _BLOCK, _HEADS, _KV_HEADS, _SIZE = 16, 32, 8, 128
 def stack(options: Options, result: Result) -> None:
     """Fill attention_error, of one new token each after contexts of unequal length."""
     if not torch.cuda.is_available():
-        raise RuntimeError("FlashAttention needs an NVIDIA GPU")
+        raise NotHere("FlashAttention needs an NVIDIA GPU")
     import triton
     import vllm
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version

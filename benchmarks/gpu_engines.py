@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Options, Result, alternate
+from benchmarks.common import NotHere, Options, Result, alternate
 from benchmarks.diffusion_speed import DiffusionEngine
 from benchmarks.engine import Engine, EngineFailed
 from benchmarks.gpu_models import llada, llama, made_up_bases, random_llama
@@ -114,7 +114,7 @@ def decode(options: Options, result: Result) -> None:
 def int4(options: Options, result: Result) -> None:
     """Fill P_int4_decode_ratio_bB over stock vLLM with the same int4 weights, and over bf16."""
     if not _cuda():
-        raise RuntimeError("vLLM's CPU kernel takes no random int4 tensors; needs a GPU")
+        raise NotHere("vLLM's CPU kernel takes no random int4 tensors; needs an NVIDIA GPU")
     starts: Starts = {
         "stock": partial(KVEngine, plugin=False),
         "keep1": partial(KVEngine, **policy("snap_kv", keep=1)),
@@ -124,14 +124,19 @@ def int4(options: Options, result: Result) -> None:
 
 
 def latents(options: Options, result: Result) -> None:
-    """Fill cskv_decode_ratio_bB and cskv_int4_decode_ratio_bB over stock."""
+    """Fill cskv_decode_ratio_bB and cskv_4bit_decode_ratio_bB over stock."""
     model = llama(options, _layers())
     bases = str(made_up_bases(model, options))
+    pieces: dict[str, Any] = {}
+    if _cuda():
+        pieces = {"env": _BREAKABLE, "compilation_config": _PIECES}
     starts: Starts = {
         "stock": partial(KVEngine, plugin=False),
-        "cskv": partial(KVEngine, **policy("cskv", bases=bases)),
-        "cskv_4bit": partial(KVEngine, **policy("cskv", bases=bases, bits=4)),
+        "cskv": partial(KVEngine, **policy("cskv", bases=bases), **pieces),
+        "cskv_4bit": partial(KVEngine, **policy("cskv", bases=bases, bits=4), **pieces),
     }
+    if _cuda():
+        starts["stock_pieces"] = partial(KVEngine, plugin=False, **pieces)
     _time(options, result, starts, model, "", block_size=32)
 
 

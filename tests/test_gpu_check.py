@@ -6,7 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.common import Options, Part, Result, main
+import pytest
+
+from benchmarks.common import NotHere, Options, Part, Result, main
 from benchmarks.gpu import PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +34,22 @@ def test_a_figure_is_written_when_it_is_measured(tmp_path: Path) -> None:
     assert written[1:] == [
         {"key": "second", "value": None, "why": "RuntimeError: the device is gone"}
     ]  # and nothing of the part that was not asked for
+
+
+def test_what_a_machine_cannot_run_is_no_fault(tmp_path: Path) -> None:
+    def cannot(options: Options, result: Result) -> None:
+        raise NotHere("needs an NVIDIA GPU")
+
+    lines = tmp_path / "lines.jsonl"
+    assert main("", {"a": Part(("key",), cannot)}, ["--json", "--lines", str(lines)]) == 0
+    assert json.loads(lines.read_text())["why"] == "needs an NVIDIA GPU"
+
+
+def test_a_run_begins_with_what_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_COMMIT", "abc1234")
+    about = gpu_check.header(dry=True)
+    assert (about["commit"], about["dry"]) == ("abc1234", True)
+    assert about["device"]
 
 
 def test_a_part_that_hangs_is_killed_with_all_it_started(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check on a GPU what the CPU tests cannot show, most valuable first, in about ten minutes.
+"""Check on a GPU what the CPU tests cannot show, most valuable first, in 18 minutes at most.
 
-    .venv/bin/python tools/gpu_check.py [--dry-run] [--part NAME ...] [--seconds 600] [--out FILE]
+    .venv/bin/python tools/gpu_check.py [--dry-run] [--part NAME ...] [--seconds 1100] [--out FILE]
 
-Each part of `benchmarks.gpu` runs in a process of its own with a time limit, and writes each figure
-to a file of JSON lines as soon as it is measured: a part that hangs or breaks costs only itself.
-`--dry-run` runs every part shrunk, on a CPU too, where parts that need a GPU say so. The exit
-status is 1 when a part failed or ran out of time.
+Each part of `benchmarks.gpu` runs in a process of its own with a time limit, and writes each
+figure to a file of JSON lines as soon as it is measured: a part that hangs or breaks costs only
+itself. The file begins with the commit, the device and the command. `--dry-run` runs every part
+shrunk, on a CPU too, where parts that need a GPU say so; its file is temporary. The exit status is
+1 when a part failed or ran out of time.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,28 @@ def run_part(name: str, command: list[str], seconds: float) -> dict[str, Any]:
     return {"part": name, "ended": ended, "seconds": round(time.monotonic() - begin, 1)}
 
 
+def header(dry: bool) -> dict[str, Any]:
+    """Return what figures depend on, as the first record of a run."""
+    import torch
+
+    known = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return {
+        "run": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": os.environ.get("COMPRESS_COMMIT") or known.stdout.strip() or "unknown",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "dry": dry,
+        "command": sys.argv,
+    }
+
+
+def append(lines: Path, record: dict[str, Any]) -> None:
+    """Add a record to the file."""
+    with lines.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """All figures of the file as lines of text, with their targets."""
     rows = []
@@ -101,13 +125,18 @@ def main() -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="every part shrunk, on a CPU too")
     parser.add_argument("--part", action="append", choices=list(LIMITS), help="may be repeated")
-    parser.add_argument("--seconds", type=float, default=600, help="of all parts together")
+    parser.add_argument("--seconds", type=float, default=1100, help="of all parts together")
     parser.add_argument("--rounds", type=int, default=3, help="alternations of contenders")
     parser.add_argument("--out", type=Path, help="file of JSON lines; appended to")
     given = parser.parse_args()
-    today = datetime.datetime.now(datetime.UTC).date()
-    lines = given.out or ROOT / "benchmarks/results" / f"gpu-{today}.jsonl"
+    about = header(given.dry_run)
+    lines = given.out or (
+        Path(tempfile.mkdtemp()) / "dry-run.jsonl"
+        if given.dry_run
+        else ROOT / "benchmarks/results" / f"gpu-{about['run'][:10]}-{about['commit']}.jsonl"
+    )
     lines.parent.mkdir(parents=True, exist_ok=True)
+    append(lines, about)
     until, failed = time.monotonic() + given.seconds, False
     for name in given.part or LIMITS:
         limit = LIMITS[name] * (10 if given.dry_run else 1)
@@ -118,11 +147,11 @@ def main() -> int:
             wanted = command(name, lines.resolve(), given.dry_run, given.rounds)
             ended = run_part(name, wanted, left)
         failed |= ended["ended"] != "ok"
-        with lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(ended) + "\n")
+        append(lines, ended)
         print(ended, flush=True)
     records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
-    print(table(records), flush=True)
+    print(table(records[records.index(about) :]), flush=True)
+    print(f"written to {lines}")
     return int(failed)
 
 

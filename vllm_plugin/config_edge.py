@@ -141,9 +141,18 @@ def _method_problems(settings: WeightSettings, method: str) -> list[str]:
 
 def _mixed_forms(arguments: Sequence[str]) -> list[str]:
     """Refuse JSON beside dotted flags: vLLM would leave the JSON out without a word."""
-    flags = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
-    dotted = any(flag.startswith(f"{_FLAG}.") for flag in flags)
-    if not dotted or _FLAG not in flags or not any(KEY in argument for argument in arguments):
+    dotted, whole = [], []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        flag = flag.replace("_", "-")
+        if flag == _FLAG:
+            whole.append(value if equals else following)
+        elif flag.startswith(f"{_FLAG}."):
+            dotted.append(flag.removeprefix(f"{_FLAG}."))
+    ours = any(f'"{KEY}"' in text for text in whole) or any(
+        path.partition(".")[0] == KEY for path in dotted
+    )
+    if not (dotted and whole and ours):
         return []
     problem = (
         f"{_FLAG} is given as JSON and with dotted flags, and vLLM ignores the JSON then; write "

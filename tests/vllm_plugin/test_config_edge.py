@@ -112,6 +112,9 @@ def test_json_beside_dotted_flags_is_refused(
     config = {"compress": {"weights": {"group_size": 64}}}
     with pytest.raises(CompressError, match="as JSON and with dotted flags"):
         configure(demo_model, quantization="rtn", additional_config=config)
+    others = ["vllm", "serve", "llama-compress", "--additional-config", '{"a": 1}']
+    monkeypatch.setattr(sys, "argv", [*others, "--additional-config.b", "2"])
+    configure(demo_model)  # nothing of ours is dropped
     monkeypatch.setattr(sys, "argv", ["vllm", "serve", "m", *dotted])
     configure(demo_model, quantization="rtn", additional_config=config)
 
