@@ -5,7 +5,7 @@ Smoothing folds along these edges. Names are Hugging Face's, relative to a decod
 outside the table are refused, because a fold along a wrong edge corrupts a model without an error.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compress_common.errors import joined
@@ -73,12 +73,14 @@ class Architecture:
         mlp_norm: The norm in front of gate and up.
         norm_offset: What a norm adds to its stored weight: 1 for Gemma.
         layers_prefix: Name of the list of decoder layers.
+        qk_norms: Whether queries and keys are normalized in front of RoPE.
     """
 
     attn_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     norm_offset: float = 0.0
     layers_prefix: str = "model.layers"
+    qk_norms: bool = False
 
     @property
     def sandwich_norms(self) -> bool:
@@ -119,10 +121,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(),
     "mistral": Architecture(),
     "qwen2": Architecture(),
-    "qwen3": Architecture(),
+    "qwen3": Architecture(qk_norms=True),
     "gemma": _GEMMA,
     "gemma2": _GEMMA_SANDWICH,
-    "gemma3_text": _GEMMA_SANDWICH,
+    "gemma3_text": replace(_GEMMA_SANDWICH, qk_norms=True),
 }
 
 

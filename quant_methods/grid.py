@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from compress_common.errors import CompressError
+from quant_methods.fp8 import nearest_codes, served_scale, served_weight
 
 GROUP_SIZES = (128, 64, 32)
 PER_CHANNEL = -1  # a group size: one scale for a whole row, as compressed-tensors and GPTQ write it
@@ -33,7 +34,8 @@ class Grid:
         group_size: Input channels that share a scale; ``PER_CHANNEL``: all of a row.
         symmetric: Whether groups have no zero point.
         bits: Of a code, 2 to 8.
-        activations: How the served linear rounds its inputs.
+        activations: How the served linear rounds its inputs. "fp8" needs 4 bits and symmetric
+            groups, and rounds scales as the kernel does: see ``fp8``.
     """
 
     group_size: int
@@ -44,6 +46,8 @@ class Grid:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"a grid has 2 to 8 bits, not {self.bits}")
+        if self.activations == "fp8" and (self.bits != 4 or not self.symmetric):
+            raise ValueError("FP8 activations need 4 bits and symmetric groups")
 
     @property
     def levels(self) -> int:
@@ -100,7 +104,7 @@ class QuantizedWeight:
         """Return the weight that the codes stand for, fp32 [N, K]."""
         n, k = self.q.shape
         groups = self.q.view(n, self.scale.shape[1], -1).float()
-        return ((groups - self.zero[..., None]) * self.scale[..., None]).view(n, k)
+        return _values(groups - self.zero[..., None], self.scale, self.grid).view(n, k)
 
 
 def pick_group_size(in_features: int, cap: int = GROUP_SIZES[0]) -> int | None:
@@ -148,8 +152,7 @@ def fake_quantize(
         codes, scale, zero = _round(
             weight[part], grid, None if shrink is None else shrink[part], torch.bfloat16
         )
-        codes = codes.sub_(zero[..., None]).mul_(scale[..., None])
-        out[part] = codes.view(-1, weight.shape[1])
+        out[part] = _values(codes.sub_(zero[..., None]), scale, grid).view(-1, weight.shape[1])
     return out
 
 
@@ -198,9 +201,20 @@ def _round(
     if shrink is not None:
         low, scale = low * shrink, scale * shrink
     scale = scale.clamp_(min=_SCALE_FLOOR).to(scale_dtype).float()
+    if grid.activations == "fp8":
+        scale = served_scale(scale)
     if grid.symmetric:
         zero = torch.full_like(scale, grid.middle)
     else:
         zero = (-low / scale).round_().clamp_(0, grid.levels - 1)
+    if grid.activations == "fp8":
+        return nearest_codes(groups, scale).add_(zero[..., None]), scale, zero
     codes = groups.div(scale[..., None]).round_().add_(zero[..., None]).clamp_(0, grid.levels - 1)
     return codes, scale, zero
+
+
+def _values(codes: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return what codes without zero points stand for, as [N, K/group, group]. ``codes`` may go."""
+    if grid.activations == "fp8":
+        return served_weight(codes, scale)
+    return codes.mul_(scale[..., None])

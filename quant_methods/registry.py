@@ -6,13 +6,15 @@ from typing import Any, Final
 from compress_common.errors import CompressError
 from compress_common.registry import Registry
 from quant_methods.base import QuantMethod
+from quant_methods.methods.fireq import FireQ
+from quant_methods.methods.rsq import RSQ
 from quant_methods.methods.rtn import RoundToNearest
 from quant_methods.methods.smoothquant_plus import SmoothQuantPlus
 
 _REGISTRY: Final = Registry[QuantMethod](
     noun="method",
     group="vllm_compress.quant_methods",
-    built_in=(SmoothQuantPlus, RoundToNearest),
+    built_in=(SmoothQuantPlus, RoundToNearest, RSQ, FireQ),
 )
 
 

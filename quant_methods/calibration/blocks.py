@@ -112,13 +112,18 @@ class Blocks:
 
     def first(self, samples: int) -> "Blocks":
         """Return the same blocks on the first ``samples`` calibration sequences."""
+        return self.on(self.tokens[:samples])
+
+    def on(self, tokens: torch.Tensor) -> "Blocks":
+        """Return the same blocks on other calibration tokens, int64 [samples, length]."""
         return Blocks(
             self.model,
             self.arch,
-            self.tokens[:samples],
+            tokens,
             self.device,
-            chunk_tokens=self.chunk_tokens,
-            dtype=self.dtype,
+            self.stages,
+            self.chunk_tokens,
+            self.dtype,
         )
 
     def prefix(self, index: int) -> str:
@@ -144,7 +149,7 @@ class Blocks:
         index: int,
         hidden: torch.Tensor,
         collectors: Sequence[Collector] = (),
-        token_weights: TokenWeights | None = None,
+        weights: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the output of a resident block, computed in chunks of samples.
@@ -153,7 +158,8 @@ class Blocks:
             index: Of the block.
             hidden: Its input, [samples, length, hidden].
             collectors: Are shown the inputs of the linears that they name.
-            token_weights: How much each token counts in them; None: all count alike.
+            weights: How much each token counts in them, fp32 [samples, length]; None: all count
+                alike.
             out: Takes the output, and may be ``hidden``; None: a new tensor.
 
         Raises:
@@ -162,8 +168,8 @@ class Blocks:
         result = torch.empty_like(hidden) if out is None else out
         for part in self._chunks(len(hidden)):
             chunk = hidden[part].to(self.device)
-            weights = None if token_weights is None else token_weights(self, index, chunk).flatten()
-            with self._shown(index, collectors, weights):
+            counted = None if weights is None else weights[part].flatten()
+            with self._shown(index, collectors, counted):
                 value = self.layers[index](chunk, **self._kwargs[index])
             value = value[0] if isinstance(value, tuple) else value
             if not bool(torch.isfinite(value.sum(dtype=torch.float32))):
@@ -173,6 +179,25 @@ class Blocks:
                 )
             result[part] = value
         return result
+
+    @torch.no_grad()
+    def weigh(
+        self, index: int, hidden: torch.Tensor, token_weights: TokenWeights | None
+    ) -> torch.Tensor | None:
+        """Return how much each token counts in a resident block, fp32 [samples, length].
+
+        Call it before a linear of the block is replaced: attention of rounded queries and keys
+        gives other weights.
+
+        Args:
+            index: Of the block.
+            hidden: Its input, [samples, length, hidden].
+            token_weights: What weighs; None: all tokens count alike, and None is returned.
+        """
+        if token_weights is None:
+            return None
+        chunks = (hidden[part].to(self.device) for part in self._chunks(len(hidden)))
+        return torch.cat([token_weights(self, index, chunk) for chunk in chunks])
 
     @contextmanager
     def _shown(
@@ -190,9 +215,9 @@ class Blocks:
         with self.watch(index, tuple(names), see):
             yield
 
-    def argument(self, index: int, name: str) -> Any:
-        """Return a keyword argument that a block is called with; None if there is none."""
-        return self._kwargs[index].get(name)
+    def arguments(self, index: int) -> dict[str, Any]:
+        """Return the keyword arguments that a block is called with: its mask and its RoPE."""
+        return self._kwargs[index]
 
     @contextmanager
     def watch(

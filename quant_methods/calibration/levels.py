@@ -105,7 +105,8 @@ def _block(
     prefix = blocks.prefix(index)
     tensors: dict[str, torch.Tensor] = {}
     names = list(plan.layer_grids(prefix))
-    grams = unit_grams(plan, blocks, index, hidden, names, token_weights)
+    counted = blocks.weigh(index, hidden, token_weights)
+    grams = unit_grams(plan, blocks, index, hidden, names, counted)
     for bits in levels:
         if bits == SIXTEEN:
             continue

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much each calibration token counts in the statistics of a block."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
     from quant_methods.calibration.blocks import Blocks
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class TokenWeights(Protocol):
@@ -17,7 +20,7 @@ class TokenWeights(Protocol):
 
         Args:
             blocks: The decoder. The block is on the compute device and has its original weights.
-                ``blocks.argument(index, "position_embeddings")`` gives its RoPE.
+                ``blocks.arguments(index)`` are what it is called with.
             index: Of the block.
             hidden: Its input, [samples, length, hidden].
         """
@@ -30,4 +33,60 @@ def normalized(weights: torch.Tensor) -> torch.Tensor:
     The damping of GPTQ is a share of the mean energy, so the mean must not depend on the weights.
     """
     weights = weights.float()
-    return weights / weights.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return weights / weights.mean(-1, keepdim=True).clamp(min=_TINY)
+
+
+def rescaled(scores: torch.Tensor, least: float, power: int = 1) -> torch.Tensor:
+    """Return the weights of tokens by their scores, fp32 [samples, length], with a mean of 1.
+
+    Within a sample the scores are stretched to ``least``..1, and then raised to a power.
+
+    Args:
+        scores: [samples, length]; larger: the token counts more.
+        least: Weight of the token with the lowest score, as a share of the largest. Above 0, so
+            that no token is left out.
+        power: 1 or 2.
+    """
+    low, high = scores.aminmax(dim=-1, keepdim=True)
+    share = (scores - low) / (high - low).clamp(min=_TINY)
+    return normalized((least + share * (1 - least)).pow(power))
+
+
+@dataclass(frozen=True)
+class ActivationNorm:
+    """Tokens whose hidden state has a large norm count more. A control for attention.
+
+    Args:
+        least: As in ``rescaled``.
+        power: As in ``rescaled``.
+    """
+
+    least: float
+    power: int = 1
+
+    def __call__(self, blocks: "Blocks", index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """See ``TokenWeights``."""
+        norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
+        return rescaled(norms, self.least, self.power)
+
+
+@dataclass(frozen=True)
+class FirstTokens:
+    """Tokens at the start of a sample count more. A control for attention.
+
+    Args:
+        share: Of the sample that has the full weight, at least one token.
+        least: Weight of the others.
+        power: As in ``rescaled``.
+    """
+
+    share: float
+    least: float
+    power: int = 1
+
+    def __call__(self, blocks: "Blocks", index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """See ``TokenWeights``."""
+        samples, length = hidden.shape[:2]
+        scores = torch.zeros(samples, length, device=hidden.device)
+        scores[:, : max(1, round(self.share * length))] = 1
+        return rescaled(scores, self.least, self.power)

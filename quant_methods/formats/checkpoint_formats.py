@@ -157,11 +157,16 @@ def _scheme(grid: Grid) -> dict[str, Any]:
     return {"weights": weights, "input_activations": activations, "output_activations": None}
 
 
+def _described(grid: Grid) -> str:
+    rounded = "" if grid.activations == "none" else f" with {grid.activations} activations"
+    return f"{grid.bits} bits in groups of {grid.group_size}{rounded}"
+
+
 def _awq_config(grids: dict[str, Grid], config: Any, marker: dict[str, Any]) -> dict[str, Any]:
     linears = whole_linears(grids, config)
     kinds = set(grids.values())
     if len(kinds) > 1 or any(grid.bits != 4 or grid.activations != "none" for grid in kinds):
-        found = ", ".join(sorted(f"{g.bits} bits in groups of {g.group_size}" for g in kinds))
+        found = ", ".join(sorted(map(_described, kinds)))
         raise CompressError(
             f"the awq format has 4 bits and one group size for all linears, not {found}; use "
             "--format compressed-tensors"

@@ -117,6 +117,10 @@ def quantize_checkpoint(
         request = request.model_copy(update={"settings": request.settings | {"uniform": True}})
     checkpoint = Checkpoint(source)
     architecture_of(checkpoint.hf_config)
+    grids = request.build().settings.grids(checkpoint.hf_config)
+    chosen.config(
+        grids, checkpoint.hf_config, {}
+    )  # refuses before hours of work what it cannot hold
     if target.exists():
         raise CompressError(f"{target} exists; give another folder or remove it")
     partial = target.parent / f".{target.name}.partial"

@@ -24,8 +24,8 @@ from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
 from quant_methods.roundings.gptq import GPTQ
 from quant_methods.transforms.smoothing import (
+    add_fold,
     clip_percents,
-    fold_into_norm,
     search_alpha,
     smoothing_vector,
     to_consumer,
@@ -221,7 +221,8 @@ class SmoothQuantPlus:
             progress("clip search" if self._clips else "folds", index + 1, len(blocks))
             prefix = blocks.prefix(index)
             with blocks.resident(index) as block:
-                self._fold(plan, blocks, index, self._vectors(index, alpha))
+                for fold, vector in self._vectors(index, alpha).items():
+                    add_fold(plan, blocks, index, fold, vector)
                 if self._clips:
                     plan.shrinks |= blocks.stages.tensors(
                         f"clip {index}",
@@ -240,25 +241,6 @@ class SmoothQuantPlus:
             scale = plan.vectors.get(f"{prefix}{name}.input")
             percents[prefix + name] = self._clip_percents(index, name, weight, scale, grid).cpu()
         return percents
-
-    def _fold(
-        self,
-        plan: Plan,
-        blocks: Blocks,
-        index: int,
-        vectors: dict[Fold, torch.Tensor],
-    ) -> None:
-        """Put the smoothing vectors of a block into the plan, under full tensor names."""
-        prefix, block = blocks.prefix(index), blocks.layers[index]
-        for fold, vector in vectors.items():
-            if fold.from_norm:
-                norm = block.get_submodule(fold.producer).weight.to(blocks.dtype)
-                stored, vector = fold_into_norm(norm, vector, blocks.arch.norm_offset)
-                plan.vectors[f"{prefix}{fold.producer}.weight"] = stored.float()
-            else:
-                plan.vectors[f"{prefix}{fold.producer}.output"] = vector
-            for consumer in fold.consumers:
-                plan.vectors[f"{prefix}{consumer}.input"] = to_consumer(fold, vector)
 
     def _clip_percents(
         self,

@@ -79,12 +79,13 @@ def _round_block(
     grids = plan.layer_grids(prefix)
     weights: dict[str, torch.Tensor] = {}  # those that are rounded already
     tensors: dict[str, torch.Tensor] = {}
+    counted = blocks.weigh(index, hidden, token_weights)
     for step in steps:
         names = [name for name in step if name in grids]
         if not names:
             continue
         with blocks.replaced(index, weights):
-            grams = unit_grams(plan, blocks, index, hidden, names, token_weights)
+            grams = unit_grams(plan, blocks, index, hidden, names, counted)
         for linear, packed in round_units(plan, blocks, index, names, rounding, grams).items():
             tensors |= packed.tensors(linear)
             rounded = packed.unpacked().to(blocks.device).dequantize()
@@ -98,7 +99,7 @@ def unit_grams(
     index: int,
     hidden: torch.Tensor,
     names: Sequence[str],
-    token_weights: TokenWeights | None = None,
+    weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the Gram matrix of each linear of a resident block, as its transformed weight sees it.
 
@@ -108,11 +109,11 @@ def unit_grams(
         index: Of the block.
         hidden: Its input.
         names: Linears of the block, by the names that they have there.
-        token_weights: As in ``round_blocks``.
+        weights: How much each token counts, as ``Blocks.weigh`` returns it.
     """
     first = blocks.arch.first_sharing(blocks.model.config)
     collector = Grams(first[name] for name in names)
-    blocks.run(index, hidden, (collector,), token_weights)
+    blocks.run(index, hidden, (collector,), weights)
     prefix = blocks.prefix(index)
     grams: dict[str, torch.Tensor] = {}
     for name in dict.fromkeys(first[name] for name in names):

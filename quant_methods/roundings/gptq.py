@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 
 from compress_common.errors import CompressError
+from quant_methods.fp8 import converted, nearest_entries
 from quant_methods.grid import Grid, QuantizedWeight, quantize, searched_shrink
 
 _BLOCK = 64  # columns whose errors are applied to the rest of the matrix at once
@@ -64,7 +65,11 @@ class GPTQ:
         left = weight.float().t()[order]
         group = order // grid.width(weight.shape[1])
         scales, zeros = fixed.scale.t()[group], fixed.zero.t()[group]
-        signed = _compensated(left, inverse, scales, -zeros, grid.levels - 1 - zeros)
+        table = None
+        if grid.activations == "fp8":
+            per_group, per_channel = converted(fixed.scale)
+            table = per_group.float().t()[group], per_channel[:, 0]
+        signed = _compensated(left, inverse, scales, -zeros, grid.levels - 1 - zeros, table)
         codes = torch.empty_like(fixed.q)
         codes[:, order] = signed.add_(zeros).to(torch.uint8).t()
         return QuantizedWeight(codes, fixed.scale, fixed.zero, grid)
@@ -76,6 +81,7 @@ def _compensated(
     scales: torch.Tensor,
     lowest: torch.Tensor,
     highest: torch.Tensor,
+    table: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return the codes without their zero points, fp32 [K, N]. ``left`` is used up.
 
@@ -85,6 +91,8 @@ def _compensated(
         scales: Of each weight, [K, N].
         lowest: The smallest code without its zero point, [K, N].
         highest: The largest, [K, N].
+        table: For FP8 activations the scales that the kernel makes: of each weight's group [K, N],
+            and of each output channel [N].
     """
     codes = torch.empty_like(left)
     for begin in range(0, len(left), _BLOCK):
@@ -92,10 +100,16 @@ def _compensated(
         errors = torch.empty_like(left[begin:end])
         for column in range(begin, end):
             value, scale, code = left[column], scales[column], codes[column]
-            torch.div(value, scale, out=code).round_()
-            code.clamp_(lowest[column], highest[column])
             error = errors[column - begin]
-            torch.addcmul(value, code, scale, value=-1, out=error).div_(inverse[column, column])
+            if table is None:
+                torch.div(value, scale, out=code).round_()
+                code.clamp_(lowest[column], highest[column])
+                torch.addcmul(value, code, scale, value=-1, out=error)
+            else:
+                nearest, entries = nearest_entries(value, table[0][column], table[1])
+                code.copy_(nearest)
+                torch.sub(value, entries, out=error)
+            error.div_(inverse[column, column])
             if column + 1 < end:
                 left[column + 1 : end].addr_(inverse[column, column + 1 : end], error, alpha=-1)
         if end < len(left):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import DOWN, GATE_UP, O_PROJ, QKV, head_dim_of
+from quant_methods.architecture import DOWN, GATE_UP, O_PROJ, QKV, architecture_of, head_dim_of
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 
@@ -35,6 +35,19 @@ def hadamard(size: int, seed: int = 0) -> torch.Tensor:
     matrix = torch.kron(matrix / power**0.5, torch.linalg.qr(odd).Q.contiguous())
     signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
     return (signs[:, None] * matrix).float()
+
+
+def check_residual(config: Any) -> None:
+    """Raise CompressError when the residual stream of an architecture cannot be rotated.
+
+    Args:
+        config: The text model's ``transformers`` config.
+    """
+    if architecture_of(config).sandwich_norms:
+        raise CompressError(
+            f"{config.model_type} has norms behind attention and MLP, which a rotation of the "
+            "residual stream cannot pass; rotate heads alone"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,11 +80,7 @@ class RotateResidual:
                 which a rotation cannot pass.
         """
         arch, model, config = blocks.arch, blocks.model, blocks.model.config
-        if arch.sandwich_norms:
-            raise CompressError(
-                f"{config.model_type} has norms behind attention and MLP, which a rotation of the "
-                "residual stream cannot pass; rotate heads alone"
-            )
+        check_residual(config)
         plan.matrices["residual"] = hadamard(config.hidden_size, self.seed)
         for index in range(len(blocks)):
             prefix, layer = blocks.prefix(index), blocks.layers[index]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from quant_methods.architecture import Fold
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid, fake_quantize
 
 _FLOOR = 1e-5
@@ -68,6 +70,27 @@ def fold_into_norm(
     realised = stored.float() + offset
     exact = (total != 0) & (realised != 0)
     return stored, torch.where(exact, total / realised.where(exact, 1), scale)
+
+
+def add_fold(plan: Plan, blocks: Blocks, index: int, fold: Fold, vector: torch.Tensor) -> None:
+    """Put the vector of a fold into a plan, under full tensor names.
+
+    Args:
+        plan: Takes it.
+        blocks: The decoder.
+        index: Of the block.
+        fold: Where the vector goes.
+        vector: By channel of the producer, [K / repeat].
+    """
+    prefix = blocks.prefix(index)
+    if fold.from_norm:
+        norm = blocks.layers[index].get_submodule(fold.producer).weight.to(blocks.dtype)  # type: ignore[operator]
+        stored, vector = fold_into_norm(norm, vector, blocks.arch.norm_offset)
+        plan.vectors[f"{prefix}{fold.producer}.weight"] = stored.float()
+    else:
+        plan.vectors[f"{prefix}{fold.producer}.output"] = vector
+    for consumer in fold.consumers:
+        plan.vectors[f"{prefix}{consumer}.input"] = to_consumer(fold, vector)
 
 
 def clip_percents(weight: torch.Tensor, grid: Grid, mean_square: torch.Tensor) -> torch.Tensor:

@@ -21,15 +21,20 @@ def quantize(
         list[str] | None,
         typer.Option("--set", help="a setting of the method, KEY=VALUE; may be repeated"),
     ] = None,
-    bits: Annotated[int, typer.Option(help="bits of a weight, 2 to 8")] = 4,
+    bits: Annotated[
+        int | None, typer.Option(help="bits of a weight, 2 to 8 (default: the method's, 4)")
+    ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="file with the bits of each unit, instead of --bits")
     ] = None,
     group_size: Annotated[
-        int,
-        typer.Option(help="input channels per scale: 128, 64 or 32; smaller: better, larger files"),
-    ] = 128,
-    symmetric: Annotated[bool, typer.Option(help="no zero points")] = False,
+        int | None,
+        typer.Option(
+            help="input channels per scale: 128, 64 or 32; smaller: better, larger files "
+            "(default: the method's, 128)"
+        ),
+    ] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric", help="no zero points")] = None,
     format_name: Annotated[
         str, typer.Option("--format", help="checkpoint format: compressed-tensors, awq")
     ] = "compressed-tensors",
@@ -53,13 +58,14 @@ def quantize(
     from quant_methods.formats.writing import estimate, quantize_checkpoint
     from quant_methods.planning import PlanRequest
 
-    options: dict[str, Any] = {
+    given = {
         "bits": bits,
         "allocation": allocation,
         "group_size": group_size,
         "symmetric": symmetric,
-        "tensor_parallel": tensor_parallel_size,
     }
+    options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    options["tensor_parallel"] = tensor_parallel_size
     for pair in settings or []:
         key, equals, value = pair.partition("=")
         if not equals:

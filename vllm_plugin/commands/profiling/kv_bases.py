@@ -151,7 +151,7 @@ def _fits(
             if index not in layers:
                 continue
             seen, unseen = inputs[:fitted], inputs[fitted:]
-            rotation = blocks.argument(index, "position_embeddings")
+            rotation = blocks.arguments(index)["position_embeddings"]
             attention = block.self_attn
             weights, others = (
                 weights_of(attention, x, rotation, objective) for x in (seen, unseen)

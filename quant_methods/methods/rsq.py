@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RSQ: rotate, weigh the calibration tokens, then quantize with GPTQ.
+
+Paper: RSQ: Learning from Important Tokens Leads to Better Quantized LLMs,
+https://arxiv.org/abs/2503.01820
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from quant_methods.base import Capabilities, GridSettings
+from quant_methods.calibration.attention_received import AttentionReceived
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.token_weights import ActivationNorm, FirstTokens, TokenWeights
+from quant_methods.formats.plan import Plan
+from quant_methods.grid import Grid
+from quant_methods.progress import Progress, silent
+from quant_methods.roundings.base import Rounding
+from quant_methods.roundings.blockwise import TOGETHER, UNIT_BY_UNIT, round_blocks
+from quant_methods.roundings.gptq import GPTQ
+from quant_methods.transforms.base import Transform
+from quant_methods.transforms.rotation import RotateHeads, RotateResidual, check_residual
+
+
+class RSQSettings(GridSettings):
+    """Settings. The paper has ``bits=3, symmetric=true, rotation=both, expansion=8, power=2`` (its
+    code: 1), ``least_weight=0.01, order=stored, steps=unit``, and one scale per output channel.
+    """
+
+    rounding: Literal["gptq"] = Field("gptq", description="RSQ always compensates errors")
+    token_weights: Literal["attention", "actnorm", "firstn", "uniform"] = Field(
+        "attention",
+        description="what makes a token count: the attention that it receives; controls: the norm "
+        "of its hidden state, a place at the start of the sample, nothing",
+    )
+    power: Literal[1, 2] = Field(
+        1, description="power of the weights in the Gram matrix: 1 in the paper's code, 2 in it"
+    )
+    least_weight: float = Field(
+        0.01, gt=0, le=1, description="weight of the token that counts least; 1: all count alike"
+    )
+    first_share: float = Field(
+        0.125, gt=0, le=1, description="of firstn: the share of a sample that counts in full"
+    )
+    rotation: Literal["none", "heads", "both"] = Field(
+        "heads",
+        description="heads: turn the values of each head. both: turn the residual stream too, "
+        "which unties embeddings and so enlarges small models",
+    )
+    rotation_seed: int = Field(0, ge=0, description="seed of the rotations")
+    expansion: int = Field(
+        1,
+        ge=1,
+        le=32,
+        description="copies of each sample, each shifted on by 1/expansion of its length, so that "
+        "later text also stands where attention sinks; time and memory grow with it",
+    )
+    order: Literal["energy", "stored"] = Field(
+        "energy", description="round inputs with much energy first, or in the order of the weight"
+    )
+    ranges: Literal["search", "minmax"] = Field(
+        "search", description="search the range of each group, or take all of it"
+    )
+    steps: Literal["block", "unit"] = Field(
+        "block",
+        description="unit: each unit is calibrated on the rounded ones before it in its block "
+        "(four passes in place of one)",
+    )
+
+    def rounder(self) -> Rounding:
+        """Return GPTQ as the settings describe it."""
+        return GPTQ(order=self.order, ranges=self.ranges)
+
+    def grids(self, config: Any) -> dict[str, Grid]:
+        """See the base class. Also refuses architectures that cannot be rotated."""
+        if self.rotation == "both":
+            check_residual(config)
+        return super().grids(config)
+
+    def weigher(self) -> TokenWeights | None:
+        """Return what weighs tokens; None: all count alike."""
+        if self.token_weights == "attention":
+            return AttentionReceived(self.least_weight, self.power)
+        if self.token_weights == "actnorm":
+            return ActivationNorm(self.least_weight, self.power)
+        if self.token_weights == "firstn":
+            return FirstTokens(self.first_share, self.least_weight, self.power)
+        return None
+
+    def transforms(self) -> tuple[Transform, ...]:
+        """Return the rotations."""
+        heads, residual = RotateHeads(self.rotation_seed), RotateResidual(self.rotation_seed)
+        return {"none": (), "heads": (heads,), "both": (heads, residual)}[self.rotation]
+
+
+class RSQ:
+    """GPTQ whose Gram matrices count tokens by the attention that they receive.
+
+    Weights are taken in each block on the output of the quantized blocks before it, and stay the
+    same for all linears of the block. Limits: dense decoders of ``architecture.ARCHITECTURES``, and
+    Gemma 2 and 3 without a rotation of the residual stream.
+    """
+
+    name: ClassVar[str] = "rsq"
+    revision: ClassVar[int] = 1
+    settings_type: ClassVar[type[GridSettings]] = RSQSettings
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        calibrates=True,
+        at_load=False,
+        formats=("compressed-tensors", "awq"),
+        paper="https://arxiv.org/abs/2503.01820",
+    )
+
+    def __init__(self, settings: RSQSettings) -> None:
+        self.settings = settings
+
+    def plan(self, blocks: Blocks, progress: Progress = silent) -> Plan:
+        """Rotate, weigh and round block by block."""
+        settings = self.settings
+        plan = Plan(self.name, settings.grids(blocks.model.config))
+        if settings.expansion > 1:
+            tokens = expanded(blocks.tokens, settings.expansion)
+            blocks = blocks.on(tokens)
+        for transform in settings.transforms():
+            transform.add(plan, blocks)
+        round_blocks(
+            plan,
+            blocks,
+            settings.rounder(),
+            token_weights=settings.weigher(),
+            steps=UNIT_BY_UNIT if settings.steps == "unit" else TOGETHER,
+            progress=progress,
+        )
+        return plan
+
+
+def expanded(tokens: torch.Tensor, copies: int) -> torch.Tensor:
+    """Return each sample in several copies, each shifted on in a circle: dataset expansion.
+
+    Args:
+        tokens: int64 [samples, length].
+        copies: How many; copy k is shifted by ``k * length / copies`` tokens.
+
+    Returns:
+        int64 [samples * copies, length]; the first copy of a sample is the sample.
+    """
+    length = tokens.shape[1]
+    shifted = [tokens.roll(k * length // copies, dims=1) for k in range(copies)]
+    return torch.stack(shifted, dim=1).flatten(0, 1)

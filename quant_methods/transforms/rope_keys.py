@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FireQ's scaling of keys in front of RoPE, so that a low-precision KV cache rounds them well.
+
+Paper: FireQ: Fast INT4-FP8 Kernel and RoPE-aware Quantization for LLM Inference Acceleration,
+https://arxiv.org/abs/2505.20839
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress_common.errors import CompressError
+from quant_methods.architecture import QKV, architecture_of, head_dim_of
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.collectors import Collector
+from quant_methods.formats.plan import Plan
+from quant_methods.progress import Progress, silent
+from quant_methods.transforms.smoothing import to_consumer
+
+_Q, _K = QKV[:2]
+_FLOOR = 1e-5  # of the largest norm of a pair
+_LIMIT = 1e4  # of a factor, and of its inverse
+
+
+def check_keys(config: Any) -> None:
+    """Raise CompressError when the keys of an architecture cannot be scaled.
+
+    Args:
+        config: The text model's ``transformers`` config.
+    """
+    if architecture_of(config).qk_norms:
+        raise CompressError(
+            f"{config.model_type} normalizes queries and keys in front of RoPE, which would undo a "
+            "scaling of keys; set key_scale to null (--set key_scale=null) to leave keys alone"
+        )
+
+
+def pair_factors(largest: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the factor of each key channel, [heads * head_dim].
+
+    RoPE turns channel d together with channel d + head_dim / 2. Both have one factor, so that the
+    factor and the rotation commute.
+
+    Args:
+        largest: The largest norm of each pair over all tokens, [heads, head_dim / 2].
+        scale: What it becomes.
+    """
+    factors = (scale / largest.float().clamp(min=_FLOOR)).clamp(1 / _LIMIT, _LIMIT)
+    return torch.cat([factors, factors], dim=1).flatten()
+
+
+class PairMaxima(Collector):
+    """The largest norm of each rotary pair of the keys of a block, [heads, head_dim / 2].
+
+    Args:
+        k_proj: Gives the keys.
+        head_dim: Channels of a head.
+    """
+
+    def __init__(self, k_proj: nn.Linear, head_dim: int) -> None:
+        super().__init__((_K,))
+        self.k_proj, self.head_dim = k_proj, head_dim
+
+    def joined(
+        self, total: torch.Tensor | None, x: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See the base class. Token weights do not matter."""
+        bias = self.k_proj.bias
+        keys = nn.functional.linear(
+            x, self.k_proj.weight.float(), None if bias is None else bias.float()
+        )
+        pairs = keys.view(len(x), -1, 2, self.head_dim // 2)
+        largest = torch.linalg.vector_norm(pairs, dim=2).amax(0)
+        return largest if total is None else torch.maximum(total, largest)
+
+
+@dataclass(frozen=True)
+class ScaleKeys:
+    """Multiply each rotary pair of the keys, and divide the queries that meet it.
+
+    Args:
+        scale: The largest norm that a pair then has on the calibration text.
+        progress: Called for each block.
+    """
+
+    scale: float
+    progress: Progress = silent
+
+    def add(self, plan: Plan, blocks: Blocks) -> None:
+        """See ``Transform``."""
+        check_keys(blocks.model.config)
+        kept = blocks.stages.tensors("rotary pairs", lambda: self._observed(blocks))
+        folds = {fold.producer: fold for fold in blocks.arch.folds(blocks.model.config)}
+        groups = folds[QKV[2]]  # values are repeated for the same query heads as keys
+        for index in range(len(blocks)):
+            prefix, factors = blocks.prefix(index), pair_factors(kept[str(index)], self.scale)
+            plan.vectors[f"{prefix}{_K}.output"] = 1 / factors
+            plan.vectors[f"{prefix}{_Q}.output"] = to_consumer(groups, factors)
+
+    @torch.no_grad()
+    def _observed(self, blocks: Blocks) -> dict[str, torch.Tensor]:
+        """Return the largest norms of all blocks on the calibration text."""
+        found: dict[str, torch.Tensor] = {}
+        hidden, size = blocks.inputs(), head_dim_of(blocks.model.config)
+        for index in range(len(blocks)):
+            self.progress("keys", index + 1, len(blocks))
+            with blocks.resident(index) as block:
+                maxima = PairMaxima(block.get_submodule(_K), size)  # type: ignore[arg-type]
+                hidden = blocks.run(index, hidden, (maxima,), out=hidden)
+                found[str(index)] = maxima.value(_K).cpu()
+        return found
