@@ -13,7 +13,7 @@ from vllm_plugin.exits import end_command
 # Names that a user of this plugin writes down. Equal to those in ``settings`` and ``quantization``,
 # which cannot be imported here.
 SECTION = "compress"
-METHODS = ("smoothquant_plus", "rtn")
+METHODS = ("smoothquant_plus", "rtn", "rsq", "fireq")
 
 
 def install(reason: str, methods: Collection[str] | None = None) -> None:
