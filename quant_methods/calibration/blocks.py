@@ -116,15 +116,8 @@ class Blocks:
 
     def on(self, tokens: torch.Tensor) -> "Blocks":
         """Return the same blocks on other calibration tokens, int64 [samples, length]."""
-        return Blocks(
-            self.model,
-            self.arch,
-            tokens,
-            self.device,
-            self.stages,
-            self.chunk_tokens,
-            self.dtype,
-        )
+        settings = self.device, self.stages, self.chunk_tokens, self.dtype
+        return Blocks(self.model, self.arch, tokens, *settings)
 
     def prefix(self, index: int) -> str:
         """Return what the full names of a block's tensors start with."""
