@@ -48,6 +48,24 @@ def test_quantize_prints_json(run: Callable, tiny_model: Callable[..., Path]) ->
     assert report["settings"]["group_size"] == 64
 
 
+def test_a_method_keeps_its_own_defaults(run: Callable, tiny_model: Callable[..., Path]) -> None:
+    """Options that were not given leave them alone: fireq is symmetric, and takes nothing else."""
+    model, quick = tiny_model("llama"), ("--samples", "2", "--length", "16", "--json")
+    arguments = ("--method", "rsq", "--bits", "3", "--group-size", "32")
+    code, output, errors = run("quantize", model, "--out", "3", *arguments, *quick)
+    assert code == 0, errors
+    report = json.loads(output)
+    assert report["method"] == "rsq"
+    assert report["settings"]["token_weights"] == "attention"
+    assert report["bits_per_weight"] == 3 + 19 / 32
+    code, output, errors = run("quantize", model, "--out", "fp8", "--method", "fireq", *quick)
+    assert code == 0, errors
+    assert json.loads(output)["settings"]["symmetric"]
+    code, _, errors = run("quantize", model, "--out", "b", "--method", "fireq", "--format", "awq")
+    assert code == 1
+    assert "not 4 bits in groups of 128 with fp8 activations" in errors
+
+
 def test_methods_and_help(run: Callable) -> None:
     rows = json.loads(run("methods", "--json")[1])
     assert rows["weights"]["smoothquant_plus"]["at_load"]

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
+from vllm.plugins import load_general_plugins
 from vllm.scalar_type import scalar_types
 
 from compress_common.errors import CompressError
@@ -35,6 +36,11 @@ class OnGpu(torch.Tensor):
     """A tensor that passes vLLM's assertion that scales are on a GPU."""
 
     is_cuda = True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugin() -> None:
+    load_general_plugins()
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +85,13 @@ def test_hopper_takes_vllms_own_scheme(written: Path, monkeypatch: pytest.Monkey
     group = config["config_groups"]["group_0"]
     assert config["format"] == "pack-quantized"
     assert group["input_activations"]["strategy"] == "token"
+    kinds = [get_quantization_config(name) for name in ("compressed-tensors", "fireq")]
     monkeypatch.setattr(
-        type(current_platform), "get_device_capability", lambda *_: DeviceCapability(9, 0)
+        type(current_platform), "get_device_capability", lambda *_, **__: DeviceCapability(9, 0)
     )
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda _: True)
-    for name in ("compressed-tensors", "fireq"):  # without the plugin, and with it
-        served = get_quantization_config(name).from_config(config)
+    for kind in kinds:  # without the plugin, and with it
+        served = kind.from_config(config)
         scheme = served._get_scheme_from_parts(
             *(served.target_scheme_map["Linear"][key] for key in ("weights", "input_activations"))
         )
