@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 SINGLE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _PRELOADED = ["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.gpu_worker"]
@@ -45,6 +47,7 @@ def in_child(
     Raises:
         EngineFailed: The function raised, took too long, or its process died.
     """
+    fresh = fresh or torch.cuda.is_available()  # CUDA does not survive a fork
     context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
     if not fresh:
         context.set_forkserver_preload(_PRELOADED)
@@ -83,8 +86,6 @@ def _answer(
             os.dup2(file.fileno(), stream)
     os.environ.clear()
     os.environ.update(env)
-    import torch
-
     # What torch reads from the environment when it is imported.
     torch._dynamo.config.disable = env.get("TORCH_COMPILE_DISABLE") == "1"
     if "OMP_NUM_THREADS" in env:
