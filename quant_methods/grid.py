@@ -20,7 +20,8 @@ PER_CHANNEL = -1  # a group size: one scale for a whole row, as compressed-tenso
 Activations = Literal["none", "int8", "fp8"]
 # Weights that are rounded at a time, so that their fp32 temporaries stay in a core's cache.
 _CACHED = 1 << 18
-# The scale of a group of zeros. Any positive number dequantizes it to zero.
+# The scale of a group of zeros, where its type has one so small. Any positive number dequantizes it
+# to zero.
 _SCALE_FLOOR = 1e-8
 # Shares of the min/max range of a group that a search tries.
 SHARES = tuple(round(1 - 0.4 * step / 9, 3) for step in range(10))
@@ -142,7 +143,10 @@ def quantize(
 
 
 def fake_quantize(
-    weight: torch.Tensor, grid: Grid, shrink: torch.Tensor | None = None
+    weight: torch.Tensor,
+    grid: Grid,
+    shrink: torch.Tensor | None = None,
+    scale_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """Return ``quantize(...).dequantize()``, fp32 [N, K], without the integer copy."""
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
@@ -150,7 +154,7 @@ def fake_quantize(
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
         codes, scale, zero = _round(
-            weight[part], grid, None if shrink is None else shrink[part], torch.bfloat16
+            weight[part], grid, None if shrink is None else shrink[part], scale_dtype
         )
         out[part] = _values(codes.sub_(zero[..., None]), scale, grid).view(-1, weight.shape[1])
     return out
@@ -161,6 +165,7 @@ def searched_shrink(
     grid: Grid,
     importance: torch.Tensor,
     shares: Sequence[float] = SHARES,
+    scale_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """Return the share of each group's range that gives the least error, fp32 [N, K/group].
 
@@ -169,6 +174,7 @@ def searched_shrink(
         grid: How it is rounded.
         importance: Weight of the squared error of each input channel, [K]: its mean square.
         shares: Those that are tried. On equal error the first wins.
+        scale_dtype: Scales are rounded to it.
     """
     best = weight.new_empty(len(weight), grid.groups(weight.shape[1]), dtype=torch.float32)
     rows = max(1, _CACHED // weight.shape[1])
@@ -177,7 +183,7 @@ def searched_shrink(
         found = torch.full_like(best[start : start + rows], shares[0])
         least = torch.full_like(found, torch.inf)
         for share in shares:
-            rounded = fake_quantize(part, grid, torch.full_like(found, share))
+            rounded = fake_quantize(part, grid, torch.full_like(found, share), scale_dtype)
             error = rounded.sub_(part).square_().mul_(importance).view(*found.shape, -1).sum(-1)
             found = torch.where(error < least, share, found)
             least = torch.minimum(error, least)
@@ -200,7 +206,10 @@ def _round(
         scale = (high - low) / (grid.levels - 1)
     if shrink is not None:
         low, scale = low * shrink, scale * shrink
-    scale = scale.clamp_(min=_SCALE_FLOOR).to(scale_dtype).float()
+    scale = scale.clamp_(min=_floor(scale_dtype)).to(scale_dtype).float()
+    if not bool(torch.isfinite(scale).all()):
+        kind = str(scale_dtype).removeprefix("torch.")
+        raise CompressError(f"a weight has values too large for a scale in {kind}")
     if grid.activations == "fp8":
         scale = served_scale(scale)
     if grid.symmetric:
@@ -218,3 +227,9 @@ def _values(codes: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tenso
     if grid.activations == "fp8":
         return served_weight(codes, scale)
     return codes.mul_(scale[..., None])
+
+
+def _floor(dtype: torch.dtype) -> float:
+    """Return the smallest scale of a type: positive, so that nothing is divided by zero."""
+    info = torch.finfo(dtype)
+    return max(_SCALE_FLOOR, info.smallest_normal * info.eps)

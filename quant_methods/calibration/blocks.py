@@ -65,6 +65,11 @@ class Blocks:
         assert self._tokens is not None, "this method was given no calibration text"
         return self._tokens
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What the scales of the quantized model are rounded to."""
+        return torch.float16 if self.dtype == torch.float16 else torch.bfloat16
+
     def inputs(self) -> torch.Tensor:
         """Return the input of the first block, a new [samples, length, hidden] for each call."""
         parts = [self._embedded(self.tokens[part]) for part in self._chunks(len(self.tokens))]

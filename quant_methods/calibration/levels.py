@@ -43,7 +43,8 @@ class LevelDatabase:
             bits: ``{unit: bits}`` of every unit; 16 leaves it as it is.
             units: ``{unit: linears}``.
         """
-        plan = replace(self.plan, grids={}, codes={}, report=dict(self.plan.report))
+        report = dict(self.plan.report)
+        plan = replace(self.plan, grids={}, codes={}, shrinks={}, report=report)
         for unit, count in bits.items():
             for linear in units[unit]:
                 if (linear, count) in self.weights:
@@ -111,7 +112,8 @@ def _block(
         if bits == SIXTEEN:
             continue
         grids = {prefix + name: grid(bits, plan.grids[prefix + name]) for name in names}
-        level = replace(plan, grids=grids)
+        # Ranges were searched for the bits of the plan. Other levels and groups need their own.
+        level = replace(plan, grids=grids, shrinks={})
         packed = round_units(level, blocks, index, names, rounding, grams)
         for linear, weight in packed.items():
             tensors |= weight.tensors(f"{bits}:{linear}")

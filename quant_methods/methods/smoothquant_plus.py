@@ -95,7 +95,7 @@ class SmoothQuantPlus:
     """
 
     name: ClassVar[str] = "smoothquant_plus"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     settings_type: ClassVar[type[GridSettings]] = SmoothQuantPlusSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
         calibrates=True,
@@ -113,6 +113,7 @@ class SmoothQuantPlus:
         folds = blocks.arch.folds(blocks.model.config)
         self.first_sharing = blocks.arch.first_sharing(blocks.model.config)
         self.grids = self.settings.grids(blocks.model.config)
+        self.scale_dtype = blocks.scale_dtype
         self.folds = [
             [fold for fold in folds if self._smooths(fold, self._grids(blocks, index))]
             for index in range(len(blocks))
@@ -206,7 +207,7 @@ class SmoothQuantPlus:
                     shrink = None
                     if self.settings.clip and self.settings.search == "full":
                         shrink = self._clip_percents(index, name, weight, scale, grid).float() / 100
-                    weights[name] = fake_quantize(weight, grid, shrink)
+                    weights[name] = fake_quantize(weight, grid, shrink, self.scale_dtype)
                     if scale is not None:
                         weights[name].div_(scale)
                 with blocks.replaced(index, weights):
@@ -254,4 +255,4 @@ class SmoothQuantPlus:
         mean_square = self.statistics[index].mean_square[self.first_sharing[name]]
         if scale is not None:
             mean_square = mean_square / scale.square()
-        return clip_percents(weight, grid, mean_square)
+        return clip_percents(weight, grid, mean_square, self.scale_dtype)

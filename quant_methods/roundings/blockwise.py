@@ -141,7 +141,6 @@ def round_units(
         grams: ``{name: Gram matrix}``, as ``unit_grams`` returns them.
     """
     prefix, block = blocks.prefix(index), blocks.layers[index]
-    dtype = torch.float16 if blocks.dtype == torch.float16 else torch.bfloat16
     found: dict[str, PackedWeight] = {}
     for unit in UNITS:
         linears = [prefix + name for name in unit.linears if name in names]
@@ -158,7 +157,7 @@ def round_units(
             plan.grids[linears[0]],
             grams[unit.linears[0]],
             shrink=torch.cat(given) if len(given) == len(parts) else None,
-            scale_dtype=dtype,
+            scale_dtype=blocks.scale_dtype,
         )
         sizes = [len(part) for part in parts]
         for linear, weight in zip(linears, rounded.split(sizes), strict=True):

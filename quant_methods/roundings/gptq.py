@@ -55,7 +55,7 @@ class GPTQ:
         assert gram is not None, "GPTQ needs the Gram matrix of the inputs"
         energy = gram.diagonal()
         if shrink is None and self.ranges == "search":
-            shrink = searched_shrink(weight, grid, energy)
+            shrink = searched_shrink(weight, grid, energy, scale_dtype=scale_dtype)
         fixed = quantize(weight, grid, shrink=shrink, scale_dtype=scale_dtype)
         order = torch.arange(len(energy), device=gram.device)
         if self.order == "energy":

@@ -8,7 +8,7 @@ import torch
 from quant_methods.architecture import Fold
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
-from quant_methods.grid import Grid, fake_quantize
+from quant_methods.grid import Grid, searched_shrink
 
 _FLOOR = 1e-5
 _LIMIT = 1e4
@@ -93,25 +93,23 @@ def add_fold(plan: Plan, blocks: Blocks, index: int, fold: Fold, vector: torch.T
         plan.vectors[f"{prefix}{consumer}.input"] = to_consumer(fold, vector)
 
 
-def clip_percents(weight: torch.Tensor, grid: Grid, mean_square: torch.Tensor) -> torch.Tensor:
+def clip_percents(
+    weight: torch.Tensor,
+    grid: Grid,
+    mean_square: torch.Tensor,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
     """Return the percentage of each group's range with the least output error, uint8 [N, K/g].
 
     Args:
         weight: [N, K].
         grid: How it is rounded.
         mean_square: Mean of the squared input per channel, [K]. It weighs the error.
+        scale_dtype: Scales are rounded to it.
     """
-    best = torch.full((weight.shape[0], grid.groups(weight.shape[1])), torch.inf)
-    best = best.to(weight.device)
-    percents = torch.full_like(best, 100, dtype=torch.uint8)
-    for percent in CLIP_PERCENTS:
-        rounded = fake_quantize(weight, grid, torch.full_like(best, percent / 100))
-        error = rounded.sub_(weight).square_().mul_(mean_square)
-        error = error.view(*best.shape, -1).sum(-1)
-        better = error < best
-        best = torch.where(better, error, best)
-        percents[better] = percent
-    return percents
+    shares = [percent / 100 for percent in CLIP_PERCENTS]
+    shrink = searched_shrink(weight, grid, mean_square, shares, scale_dtype)
+    return shrink.mul_(100).round_().to(torch.uint8)
 
 
 def search_alpha(

@@ -14,13 +14,12 @@ from quant_methods.allocators.base import Allocator
 from quant_methods.allocators.budget import fill, total
 from quant_methods.allocators.registry import allocators, build_allocator
 from quant_methods.architecture import architecture_of
-from quant_methods.base import GridSettings
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.divergence import NextTokenReference
 from quant_methods.calibration.levels import build_levels
 from quant_methods.calibration.model_probe import ModelProbe
 from quant_methods.calibration.stages import Stages
-from quant_methods.formats.plan import Plan
+from quant_methods.methods.smoothquant_plus import SmoothQuantPlus, SmoothQuantPlusSettings
 from quant_methods.roundings.gptq import GPTQ
 from tests.support.plans import TOKENS, load, with_plan
 
@@ -119,9 +118,10 @@ def test_levels_and_probe_of_a_model(
     """Losses fall with bits, a probe agrees with the whole model, and a database resumes."""
     monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path))
     model = load(tiny_model("qwen2"), torch.float32)
-    given, arch = GridSettings(group_size=32), architecture_of(model.config)
-    plan = Plan("levels", given.grids(model.config))
+    given, arch = SmoothQuantPlusSettings(group_size=32, alpha=0.5), architecture_of(model.config)
     blocks = Blocks(model, arch, TOKENS, stages=Stages("0" * 64), chunk_tokens=32)
+    plan = SmoothQuantPlus(given).plan(blocks)
+    assert plan.shrinks  # of 4 bits, so no level may use them
 
     def build() -> tuple[Table, Table]:
         made = build_levels(
@@ -153,7 +153,9 @@ def test_levels_and_probe_of_a_model(
     low = dict.fromkeys(units, 3) | {"model.layers.0.qkv": 16}
     reference = NextTokenReference(model, arch.layers_prefix, final(blocks))
     probed = probe(low)
-    with_plan(model, database.chosen(low, units), rounded=True)  # changes the model
+    chosen = database.chosen(low, units)
+    assert not chosen.shrinks
+    with_plan(model, chosen, rounded=True)  # changes the model
     assert probed == pytest.approx(reference.divergence(final(blocks)), rel=1e-3)
 
 
