@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint formats: the tensors of a quantized linear, and the ``quantization_config``.
 
-Stock vLLM reads both formats, so what we write also loads where this package is not installed.
+Stock vLLM reads both formats, so what we write also loads where this package is not installed. The
+exception is a checkpoint with 2- or 3-bit linears: its config names this package as the method, and
+stock vLLM refuses that by name.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,6 +19,8 @@ from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight
 
 # Marks a quantization_config as ours. Stock loaders ignore the key.
 MARKER = "vllm_compress"
+# The ``quant_method`` of a checkpoint that stock vLLM does not serve. It refuses this name.
+NEEDS_PLUGIN = "vllm_compress_plugin"
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,9 @@ def compressed_tensors_config(
     if len(stored) > 1:
         for group, grid in zip(groups.values(), by_grid, strict=True):
             group["format"] = _layout(grid)
+    narrow = any(grid.bits < 4 for grid in by_grid)  # unpacked into 4 bits by our loader
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": NEEDS_PLUGIN if narrow else "compressed-tensors",
         "format": stored.pop() if len(stored) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,

@@ -10,7 +10,7 @@ import torch
 
 from quant_methods.architecture import QKV
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.formats.checkpoint_formats import Format
+from quant_methods.formats.checkpoint_formats import NEEDS_PLUGIN, Format
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.sizes import bits_per_weight
 
@@ -46,6 +46,7 @@ def write_metadata(
     report = {
         "method": plan.method,
         "format": chosen.name,
+        "needs_plugin": written["quant_method"] == NEEDS_PLUGIN,
         "weight_bytes_before": sum(size for _, size in checkpoint.shapes().values()),
         "weight_bytes_after": size,
         "bits_per_weight": round(bits_per_weight(plan.grids, checkpoint.hf_config), 4),

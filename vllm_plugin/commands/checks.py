@@ -3,7 +3,7 @@
 
 import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
@@ -17,23 +17,18 @@ from packaging.version import Version
 from vllm import envs
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.model_executor.layers.quantization import get_quantization_config
-from vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (  # noqa: E501
-    WNA16_SUPPORTED_TYPES_MAP,
-    WNA16_ZP_SUPPORTED_TYPES_MAP,
-)
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.v1.attention.selector import get_attn_backend
 
-from quant_methods.architecture import ROW_PARALLEL, architecture_of, linear_shapes
 from vllm_plugin import SUPPORTED_VLLM, why_disabled
 from vllm_plugin.commands.common import gib
+from vllm_plugin.commands.kernels import kernels, ranges
 from vllm_plugin.kv_cache.latent_cpu_build import latent_reader
-from vllm_plugin.quantization.config import CONFIGS, MethodConfig
-from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
+from vllm_plugin.quantization.config import CONFIGS
+from vllm_plugin.quantization.cpu_int4 import resolve_activations
 from vllm_plugin.seams import SEAMS, broken_seams
 from vllm_plugin.self_check import layouts, table
 from vllm_plugin.settings import Settings, parse_settings
@@ -92,7 +87,7 @@ def model_checks(args: EngineArgs) -> list[Check]:
         *_memory(config),
         Check("block size", True, f"{config.cache_config.block_size} tokens"),
         _guarded("attention", lambda: _attention(config)),
-        *(_guarded(f"kernel of {kind}", choose) for kind, choose in _kernels(config)),
+        *(_guarded(f"kernel of {unit}", choose) for unit, choose in kernels(config)),
         *_latents(config, settings),
         *(Check(name, True, found) for name, found in table(config, settings)),
         *(Check(name, True, found) for name, found in _shares(config, settings)),
@@ -212,56 +207,6 @@ def _latents(config: VllmConfig, settings: Settings) -> Iterator[Check]:
         yield Check("latents", True, reader.text, slow=reader.status == "slow")
 
 
-def _kernels(config: VllmConfig) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Each kind of int4 linear, fused as vLLM serves it, and what chooses its kernel."""
-    quant = config.quant_config
-    if not isinstance(quant, MethodConfig):
-        return
-    hf_config = config.model_config.hf_text_config
-    shapes, ranks = linear_shapes(hf_config), config.parallel_config.tensor_parallel_size
-    told = set()
-    for unit in architecture_of(hf_config).units(hf_config).values():
-        target = next((t for t in quant.target_scheme_map if _matches(t, unit[0])), None)
-        parts = tuple(name.split(".", 3)[3] for name in unit)
-        if target is None or (target, parts) in told:  # at 16 bits, or as in another layer
-            continue
-        told.add((target, parts))
-        kind = "+".join(part.rpartition(".")[2].removesuffix("_proj") for part in parts)
-        scheme = quant.target_scheme_map[target]
-        inputs, outputs = shapes[parts[0]][1], sum(shapes[part][0] for part in parts)
-        if scheme["input_activations"] is not None:
-            what = f"{inputs} x {outputs}, {scheme['weights'].num_bits} bits, rounded activations"
-            yield kind, lambda what=what: f"vLLM's own; {what}"  # type: ignore[misc]
-            continue
-        split = (
-            (inputs // ranks, outputs) if parts[0] in ROW_PARALLEL else (inputs, outputs // ranks)
-        )
-        arguments = scheme["weights"]
-        types = WNA16_SUPPORTED_TYPES_MAP if arguments.symmetric else WNA16_ZP_SUPPORTED_TYPES_MAP
-        layer = MPLinearLayerConfig(
-            full_weight_shape=(inputs, outputs),
-            partition_weight_shape=split,
-            weight_type=types[arguments.num_bits],
-            act_type=config.model_config.dtype,
-            group_size=arguments.group_size,
-            zero_points=not arguments.symmetric,
-        )
-        yield kind, lambda layer=layer: _kernel(layer, quant)  # type: ignore[misc]
-
-
-def _matches(target: str, linear: str) -> bool:
-    return target == "Linear" or bool(re.match(target.removeprefix("re:"), linear))
-
-
-def _kernel(layer: MPLinearLayerConfig, quant: MethodConfig) -> str:
-    name = choose_mp_linear_kernel(layer).__name__
-    if CpuInt4LinearKernel.can_implement(layer)[0]:
-        kind = resolve_activations(quant.activations)
-        name = f"{CpuInt4LinearKernel.__name__}, {kind} activations"
-    inputs, outputs = layer.partition_weight_shape
-    return f"{name}; {inputs} x {outputs}, groups of {layer.group_size}"
-
-
 def _shares(config: VllmConfig, settings: Settings) -> Iterator[tuple[str, str]]:
     """Each share of the KV cache, and the layers that keep it."""
     chosen = layouts(config, settings) or {}
@@ -270,14 +215,3 @@ def _shares(config: VllmConfig, settings: Settings) -> Iterator[tuple[str, str]]
         layers.setdefault(layout.share, []).append(layer)
     for keep, indices in sorted(layers.items()):
         yield f"keep {float(keep):.3f}", f"layer{'s' if len(indices) > 1 else ''} {ranges(indices)}"
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Ascending integers as text: ``0 to 3, 7, 9 to 11``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

@@ -106,6 +106,8 @@ def quantize(
             chosen = " <" if float(alpha) == report["alpha"] else ""
             table.add_row(alpha, f"{loss:.4f}{chosen}")
         out.print(table)
+    if report["needs_plugin"]:
+        out.print("stock vLLM does not serve it: this plugin unpacks 2- and 3-bit codes to 4 bits")
     out.print(f"serve it: vllm serve {target}")
 
 

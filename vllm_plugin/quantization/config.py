@@ -14,7 +14,11 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from compress_common.errors import CompressError
 from quant_methods.architecture import LINEARS
 from quant_methods.base import Capabilities, QuantMethod
-from quant_methods.formats.checkpoint_formats import MARKER, compressed_tensors_config
+from quant_methods.formats.checkpoint_formats import (
+    MARKER,
+    NEEDS_PLUGIN,
+    compressed_tensors_config,
+)
 from quant_methods.grid import Grid
 from quant_methods.registry import served_methods
 from vllm_plugin.quantization.cpu_int4 import Activations
@@ -72,7 +76,8 @@ class MethodConfig(CompressedTensorsConfig):
     ) -> str | None:
         """Claim our own checkpoints, which carry a marker, unless the user names another method."""
         marker = hf_quant_cfg.get(MARKER) or {}
-        ours = hf_quant_cfg.get("quant_method") == "compressed-tensors" and marker.get("method")
+        written = hf_quant_cfg.get("quant_method") in ("compressed-tensors", NEEDS_PLUGIN)
+        ours = written and marker.get("method")
         if ours == cls.method and user_quant in (None, cls.method):
             return cls.method
         if user_quant == cls.method:

@@ -8,6 +8,8 @@ point is 8. A weight is (code - zero point) * scale.
 import torch
 from vllm import _custom_ops as ops
 
+from quant_methods.formats.packing import pack, unpack
+
 _CHUNK = 1 << 20  # weights packed at a time; each needs up to 16 bytes of temporaries
 # Nibble i of a word of vLLM's W4A8 packer holds output 8 j + _W4A8_ORDER[i].
 _W4A8_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -23,6 +25,26 @@ def unpack_codes(words: torch.Tensor) -> torch.Tensor:
 def unpack_zero_points(words: torch.Tensor) -> torch.Tensor:
     """Return zero points, uint8 [groups, N], of words int32 [N/8, groups] packed along N."""
     return unpack_codes(words.t().contiguous())
+
+
+def widen(
+    words: torch.Tensor, zero_points: torch.Tensor | None, bits: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return codes and zero points of 2 or 3 bits as the same weight has them in 4 bits. Exact.
+
+    Args:
+        words: Codes, int32 [N, K*bits/32].
+        zero_points: int32 [N*bits/32, K/g]; None: every zero point is 2^(bits-1), and becomes 8.
+        bits: 2 or 3.
+        k: Input channels.
+    """
+    shift = 8 - (1 << bits >> 1) if zero_points is None else 0
+    wide = words.new_empty(len(words), k // 8)
+    for start, stop in _row_chunks(len(words), k, 1):
+        wide[start:stop] = pack(unpack(words[start:stop], bits=bits, size=k) + shift)
+    if zero_points is None:
+        return wide, None
+    return wide, pack(unpack(zero_points, 0, bits, size=len(words)), packed_dim=0)
 
 
 def _row_chunks(rows: int, k: int, multiple: int) -> list[tuple[int, int]]:
