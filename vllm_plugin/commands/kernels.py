@@ -9,7 +9,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
 
-from quant_methods.architecture import ROW_PARALLEL, architecture_of, linear_shapes
+from quant_methods.architecture import ARCHITECTURES, ROW_PARALLEL, linear_shapes
 from vllm_plugin.quantization.config import MethodConfig
 from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
 from vllm_plugin.quantization.scheme import kernel_type
@@ -25,7 +25,8 @@ def kernels(config: VllmConfig) -> Iterator[tuple[str, Callable[[], str]]]:
         return
     hf_config = config.model_config.hf_text_config
     found: dict[tuple[tuple[str, ...], str | None], list[int]] = {}
-    for unit in architecture_of(hf_config).units(hf_config).values():
+    # Not ``architecture_of``, which refuses a checkpoint that is quantized already.
+    for unit in ARCHITECTURES[hf_config.model_type].units(hf_config).values():
         target = next((t for t in quant.target_scheme_map if _matches(t, unit[0])), None)
         parts = tuple(name.split(".", 3)[3] for name in unit)
         found.setdefault((parts, target), []).append(int(unit[0].split(".")[2]))
