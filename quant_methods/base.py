@@ -72,6 +72,15 @@ class GridSettings(BaseModel):
             content["allocation"] = read_allocation(self.allocation).model_dump()
         return content
 
+    def check_model(self, weights_digest: str) -> None:
+        """Raise CompressError when the allocation is of a model with other weights.
+
+        Args:
+            weights_digest: ``Checkpoint.weights_digest``.
+        """
+        if self.allocation is not None:
+            read_allocation(self.allocation).check_model(weights_digest)
+
     def rounder(self) -> Rounding:
         """Return the rounding that the settings name."""
         return GPTQ() if self.rounding == "gptq" else Nearest()
@@ -97,7 +106,9 @@ class GridSettings(BaseModel):
         units, shapes = arch.units(config), linear_shapes(config)
         bits = dict.fromkeys(units, self.bits)
         if self.allocation is not None:
-            bits |= read_allocation(self.allocation).checked(units)
+            allocation = read_allocation(self.allocation)
+            allocation.check_grid(self.model_dump())
+            bits |= allocation.checked(units)
         kinds = {unit.name: unit for unit in UNITS}
         sizes = {
             unit: self._group_size(kinds[unit.rpartition(".")[2]], shapes, count)

@@ -59,6 +59,12 @@ class PlanRequest(BaseModel):
         method = self.build()
         return method.capabilities.calibrates or method.settings.rounder().needs_gram
 
+    def check_model(self, checkpoint: Checkpoint) -> None:
+        """Raise CompressError when the request has an allocation of another model."""
+        settings = self.build().settings
+        if settings.allocation is not None:  # or the weights would be hashed for nothing
+            settings.check_model(checkpoint.weights_digest)
+
     def key(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> str:
         """Return the key of the plan: two requests share one exactly when they give one plan.
 
@@ -77,7 +83,7 @@ class PlanRequest(BaseModel):
             "settings": method.settings.identity(),
         }
         if self.calibrates:
-            content |= _text_identity(checkpoint, self.calibration) | _computed(dtype)
+            content |= text_identity(checkpoint, self.calibration) | _computed(dtype)
         return digest(checkpoint.digest, json.dumps(content, sort_keys=True))
 
 
@@ -103,6 +109,7 @@ def obtain_plan(
         CompressError: The checkpoint or the calibration text cannot be used, or nothing can be
             written.
     """
+    request.check_model(checkpoint)
     config = checkpoint.hf_config
     prefix = architecture_of(config).layers_prefix
     if problem := decoder_problem(checkpoint.files, prefix, config.num_hidden_layers):
@@ -156,7 +163,7 @@ def _calibrate(
     else:
         check_length(request.calibration, config)
         progress("load model", 0, 1)
-        model = _load_model(checkpoint, dtype)
+        model = load_model(checkpoint, dtype)
         tokens = stored_tokens(checkpoint, request.calibration, model, progress, dtype)
         served = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
         blocks = Blocks(model, arch, tokens, device, stages, dtype=dtype and served)
@@ -175,8 +182,8 @@ def _calibrate(
     return plan
 
 
-def _load_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
-    """The ``transformers`` model of exactly the checkpoint's files and config.
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
+    """Return the ``transformers`` model of exactly the checkpoint's files and config.
 
     Args:
         checkpoint: The files.
@@ -199,7 +206,7 @@ def _computed(dtype: torch.dtype | None) -> dict[str, str]:
     return {} if dtype is None else {"computed": str(dtype)}
 
 
-def _text_identity(checkpoint: Checkpoint, settings: CalibrationSettings) -> dict[str, Any]:
+def text_identity(checkpoint: Checkpoint, settings: CalibrationSettings) -> dict[str, Any]:
     """What the calibration tokens depend on besides the weights."""
     if settings.source != SELF:
         return {"tokens": tensor_digest(file_tokens(settings, checkpoint.tokenizer))}
@@ -227,7 +234,7 @@ def stored_tokens(
     """
     if settings.source != SELF:
         return file_tokens(settings, checkpoint.tokenizer)
-    identity = _text_identity(checkpoint, settings) | _computed(dtype)
+    identity = text_identity(checkpoint, settings) | _computed(dtype)
     key = digest(checkpoint.digest, json.dumps(identity, sort_keys=True))
 
     def build(folder: Path) -> None:

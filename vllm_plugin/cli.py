@@ -24,11 +24,12 @@ from vllm_plugin.commands.plan import plan
 from vllm_plugin.commands.profile import profile
 from vllm_plugin.commands.quantize import quantize
 from vllm_plugin.commands.ray_serve import ray_serve
+from vllm_plugin.commands.search import search
 
 NAME = "vllm-compress"
 _USAGE = 2  # what the parser's errors exit with
 _INTERRUPTED = 130  # what typer returns after Ctrl-C
-_RESUMES = {"quantize"}
+_RESUMES = {"quantize", "search"}
 # Recent typer has its own copy of click, older typer imports click. Either way this is the base of
 # what the parser raises.
 _ClickException: type[Any] = typer.BadParameter.__mro__[2]
@@ -58,6 +59,7 @@ def options(
 
 
 app.command()(quantize)
+app.command()(search)
 app.command()(profile)
 app.command("calibrate-kv")(calibrate_kv)
 app.command()(plan)

@@ -3,13 +3,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress_common.errors import CompressError, explain, joined, nearest
 
+SCHEMA: Final = "vllm-compress/allocation"
+VERSION: Final = 1
 SIXTEEN = 16  # a unit with so many bits is left as it is
+_SHOWN = 4  # problems of one kind that are listed
 LEVELS = (2, 3, 4, 5, 6, 7, 8, SIXTEEN)
 
 
@@ -18,15 +21,49 @@ class Allocation(BaseModel):
 
     Attributes:
         bits: ``{unit: bits}``, such as ``{"model.layers.3.gate_up": 4}``.
-        model: ``Checkpoint.digest`` of the model that was searched; None: any with these units.
+        model: ``Checkpoint.weights_digest`` of the model that was searched; None: written by hand,
+            for any model with these units.
+        grid: Settings of grids that the search counted with, such as ``{"group_size": 64}``. Other
+            settings would give other sizes.
         report: What the search wants users to see.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    bits: dict[str, int]
+    schema_name: Literal["vllm-compress/allocation"] = Field(SCHEMA, alias="schema")
+    version: Literal[1] = VERSION
     model: str | None = None
+    grid: dict[str, Any] = Field(default_factory=dict)
+    bits: dict[str, int]
     report: dict[str, Any] = Field(default_factory=dict)
+
+    def check_model(self, weights_digest: str) -> None:
+        """Raise CompressError when another model was searched.
+
+        Args:
+            weights_digest: ``Checkpoint.weights_digest`` of the model that is to be quantized.
+        """
+        if self.model is not None and self.model != weights_digest:
+            raise CompressError(
+                "the allocation is of another model: it was searched on weights with the digest "
+                f"{self.model[:12]}, these have {weights_digest[:12]}; give the model that was "
+                "searched, or run `vllm-compress search` on this one"
+            )
+
+    def check_grid(self, settings: dict[str, Any]) -> None:
+        """Raise CompressError when the search counted the bits of other grids.
+
+        Args:
+            settings: All settings of the grids.
+        """
+        problems = [
+            f"the allocation was searched with {key} {value}, not {settings[key]}; set {key} to "
+            f"{value}, or search again"
+            for key, value in self.grid.items()
+            if key in settings and settings[key] != value
+        ]
+        if problems:
+            raise joined(problems)
 
     def checked(self, units: dict[str, tuple[str, ...]]) -> dict[str, int]:
         """Return ``bits`` after a comparison with a model.
@@ -54,13 +91,18 @@ class Allocation(BaseModel):
                 problems.append(
                     f"the allocation gives {name} {bits} bits; valid: {', '.join(map(str, LEVELS))}"
                 )
+        if len(problems) > _SHOWN:
+            problems = [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} problems like these"]
         if problems:
             raise joined(problems)
         return self.bits
 
     def save(self, path: Path) -> None:
         """Write the file."""
-        path.write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps(self.model_dump(mode="json", by_alias=True), indent=2) + "\n",
+            encoding="utf-8",
+        )
 
 
 def read_allocation(path: str | Path) -> Allocation:

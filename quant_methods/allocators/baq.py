@@ -7,21 +7,19 @@ https://arxiv.org/abs/2506.05664
 
 from collections.abc import Mapping
 from math import log2
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from quant_methods.allocators.base import Levels, Probe
+from quant_methods.allocators.base import AllocatorSettings, Levels, Probe
 from quant_methods.allocators.budget import smallest, total
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.levels import LevelDatabase
 from quant_methods.progress import Progress, silent
 
 
-class BAQSettings(BaseModel):
+class BAQSettings(AllocatorSettings):
     """Settings of ``baq``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     bits: int = Field(3, ge=2, le=8, description="level at which the loss of each unit is taken")
     theta: float = Field(
@@ -38,11 +36,12 @@ class BAQ:
     """
 
     name: ClassVar[str] = "baq"
-    settings_type: ClassVar[type[BaseModel]] = BAQSettings
+    settings_type: ClassVar[type[AllocatorSettings]] = BAQSettings
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.05664"
 
     def __init__(self, settings: BAQSettings) -> None:
         self.settings = settings
+        self.report: dict[str, Any] = {}
 
     def observe(self, blocks: Blocks, database: LevelDatabase, progress: Progress = silent) -> None:
         """Nothing: the losses of the levels suffice."""

@@ -36,9 +36,13 @@ class Probe(Protocol):
 
 
 class AllocatorSettings(BaseModel):
-    """Settings of an allocator that has none."""
+    """What the settings of all allocators have in common."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def search_tokens(self) -> int:
+        """Return the tokens of text that the allocator cannot do without."""
+        return 1
 
 
 class Allocator(Protocol):
@@ -48,12 +52,15 @@ class Allocator(Protocol):
         name: What users write.
         settings_type: The pydantic model of its settings. An instance is built from one.
         paper: Address of the paper, or "".
+        settings: Their values.
+        report: What ``allocate`` wants users to see. JSON-able.
     """
 
     name: ClassVar[str]
-    settings_type: ClassVar[type[BaseModel]]
+    settings_type: ClassVar[type["AllocatorSettings"]]
     paper: ClassVar[str]
     settings: Any
+    report: dict[str, Any]
 
     def __init__(self, settings: Any) -> None: ...
 

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """KL probe: measure what each unit alone costs the model's output, then spend the budget."""
 
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from quant_methods.allocators.base import Levels, Probe
+from quant_methods.allocators.base import AllocatorSettings, Levels, Probe
 from quant_methods.allocators.budget import fill
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.levels import LevelDatabase
+from quant_methods.calibration.stages import Stages
 from quant_methods.progress import Progress, silent
 
 
-class KLProbeSettings(BaseModel):
+class KLProbeSettings(AllocatorSettings):
     """Settings of ``probe``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     bits: int = Field(
         3, ge=2, le=8, description="level of the probe; the nearest level that there is"
@@ -31,14 +31,17 @@ class KLProbe:
     """
 
     name: ClassVar[str] = "probe"
-    settings_type: ClassVar[type[BaseModel]] = KLProbeSettings
+    settings_type: ClassVar[type[AllocatorSettings]] = KLProbeSettings
     paper: ClassVar[str] = ""
 
     def __init__(self, settings: KLProbeSettings) -> None:
         self.settings = settings
+        self.report: dict[str, Any] = {}
+        self.stages = Stages()
 
     def observe(self, blocks: Blocks, database: LevelDatabase, progress: Progress = silent) -> None:
-        """Nothing: the probe measures."""
+        """Only remember where the results of probes are kept."""
+        self.stages = blocks.stages
 
     def allocate(
         self,
@@ -53,6 +56,10 @@ class KLProbe:
         for done, (unit, curve) in enumerate(levels.items(), start=1):
             progress("probe", done, len(levels))
             at = min(curve, key=lambda bits: (abs(bits - self.settings.bits), bits))
-            cost = max(probe({unit: at}, self.settings.tokens), 0.0)
+            cost = self.stages.number(
+                f"probe {self.settings.tokens} {at} {unit}",
+                partial(probe, {unit: at}, self.settings.tokens),
+            )
+            cost = max(cost, 0.0)
             losses[unit] = {b: cost * loss / max(curve[at], 1e-30) for b, loss in curve.items()}
         return fill(losses, sizes, budget)

@@ -6,10 +6,15 @@ from typing import Any, Final
 from compress_common.registry import Registry
 from quant_methods.allocators.baq import BAQ
 from quant_methods.allocators.base import Allocator
+from quant_methods.allocators.evopress import EvoPress
+from quant_methods.allocators.hessian import Hessian
+from quant_methods.allocators.luq import LUQ
 from quant_methods.allocators.probe import KLProbe
 
 _REGISTRY: Final = Registry[Allocator](
-    noun="allocator", group="vllm_compress.allocators", built_in=(KLProbe, BAQ)
+    noun="allocator",
+    group="vllm_compress.allocators",
+    built_in=(KLProbe, EvoPress, BAQ, LUQ, Hessian),
 )
 
 

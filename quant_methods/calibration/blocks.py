@@ -168,8 +168,7 @@ class Blocks:
             chunk = hidden[part].to(self.device)
             counted = None if weights is None else weights[part].flatten()
             with self._shown(index, collectors, counted):
-                value = self.layers[index](chunk, **self._kwargs[index])
-            value = value[0] if isinstance(value, tuple) else value
+                value = self.output(index, chunk)
             if not bool(torch.isfinite(value.sum(dtype=torch.float32))):
                 raise CompressError(
                     f"decoder block {index} gives NaN or infinity on the calibration text; "
@@ -196,6 +195,14 @@ class Blocks:
             return None
         chunks = (hidden[part].to(self.device) for part in self._chunks(len(hidden)))
         return torch.cat([token_weights(self, index, chunk) for chunk in chunks])
+
+    def output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what a resident block makes of hidden states that lie on its device.
+
+        Unlike ``run``, it neither cuts them into chunks nor keeps gradients from being recorded.
+        """
+        value = self.layers[index](hidden, **self._kwargs[index])
+        return value[0] if isinstance(value, tuple) else value
 
     @contextmanager
     def _shown(

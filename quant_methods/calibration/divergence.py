@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The distance between the next-token distributions of a quantized and the original model."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -15,20 +17,33 @@ class NextTokenReference:
         model: The original ``transformers`` model.
         layers_prefix: Name of its list of decoder layers.
         final: Output of its last layer, [samples, length, hidden].
+        positions: How many, spread evenly; None: all.
     """
 
-    def __init__(self, model: nn.Module, layers_prefix: str, final: torch.Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers_prefix: str,
+        final: torch.Tensor,
+        positions: int | None = _KL_POSITIONS,
+    ) -> None:
         self.norm = model.get_submodule(layers_prefix.rpartition(".")[0]).norm
         self.head = model.get_output_embeddings()
         total = final.shape[0] * final.shape[1]
-        self.positions = torch.linspace(0, total - 1, min(total, _KL_POSITIONS)).long()
-        log_p = self._log_probabilities(final)
-        self.log_p, self.tokens = log_p.topk(min(_KL_TOP, log_p.shape[-1]), dim=-1)
+        self.positions = torch.linspace(0, total - 1, min(total, positions or total)).long()
+        parts = [
+            log_p.topk(min(_KL_TOP, log_p.shape[-1]), dim=-1)
+            for log_p in self._log_probabilities(final)
+        ]
+        self.log_p = torch.cat([part.values for part in parts])
+        self.tokens = torch.cat([part.indices for part in parts])
 
     @torch.no_grad()
-    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _log_probabilities(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield them for a few positions at a time: a whole vocabulary of each is large."""
         rows = hidden.flatten(0, 1)[self.positions.to(hidden.device)].to(self.head.weight.device)
-        return torch.log_softmax(self.head(self.norm(rows)).float(), dim=-1)
+        for part in rows.split(_KL_POSITIONS):
+            yield torch.log_softmax(self.head(self.norm(part)).float(), dim=-1)
 
     def divergence(self, hidden: torch.Tensor) -> float:
         """Return the mean KL(original || quantized) in nats per token.
@@ -38,7 +53,9 @@ class NextTokenReference:
         Args:
             hidden: Output of the last layer of the quantized model, [samples, length, hidden].
         """
-        log_q = self._log_probabilities(hidden).gather(-1, self.tokens)
+        tokens = self.tokens.split(_KL_POSITIONS)
+        rows = zip(self._log_probabilities(hidden), tokens, strict=True)
+        log_q = torch.cat([log_p.gather(-1, chosen) for log_p, chosen in rows])
         p = self.log_p.exp()
         rest_p = (1 - p.sum(-1)).clamp(min=1e-9)
         rest_q = (1 - log_q.exp().sum(-1)).clamp(min=1e-9)

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from compress_common.errors import CompressError
 from quant_methods.architecture import UNITS
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.token_weights import TokenWeights
@@ -36,6 +37,17 @@ class LevelDatabase:
     sizes: dict[str, dict[int, float]] = field(default_factory=dict)
     weights: dict[tuple[str, int], PackedWeight] = field(default_factory=dict)
 
+    def weight(self, linear: str, bits: int, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Return the weight of a linear at a level, fp32 [N, K], as it is in the original model.
+
+        Raises:
+            CompressError: It was not rounded at this level.
+        """
+        packed = self.weights.get((linear, bits))
+        if packed is None:
+            raise CompressError(f"{linear} was not rounded to {bits} bits: not among the levels")
+        return self.plan.unfolded(linear, packed.unpacked().to(device).dequantize())
+
     def chosen(self, bits: Mapping[str, int], units: Mapping[str, tuple[str, ...]]) -> Plan:
         """Return the plan of an allocation, with the codes of its levels.
 
@@ -51,6 +63,11 @@ class LevelDatabase:
                     plan.codes[linear] = self.weights[linear, count]
                     plan.grids[linear] = plan.codes[linear].grid
         return plan
+
+
+def stage_name(bits: Iterable[int], index: int) -> str:
+    """Return the name of the stage that holds a block at these levels."""
+    return f"levels {sorted(set(bits))} {index}"
 
 
 @torch.no_grad()
@@ -84,7 +101,7 @@ def build_levels(
         progress("levels", index + 1, len(blocks))
         with blocks.resident(index):
             stored = blocks.stages.tensors(
-                f"levels {levels} {index}",
+                stage_name(levels, index),
                 partial(_block, plan, blocks, index, hidden, rounding, grid, levels, token_weights),
             )
             _take(database, blocks, index, stored, grid, levels)
@@ -157,7 +174,8 @@ def _take(
                 level = grid(bits, grids[linear])
                 taken = PackedWeight.taken(f"{bits}:{linear}", stored, level)
                 database.weights[linear, bits] = taken
-                sizes[bits] += level.stored_bits(inputs) * outputs * inputs
+                # Whole numbers, so that sums are exact in any order.
+                sizes[bits] += round(level.stored_bits(inputs) * outputs * inputs)
                 lost += stored[f"loss:{bits}:{linear}"]
             if bits != SIXTEEN:
                 losses[bits] = (lost[0] / lost[1].clamp(min=1e-30)).item()

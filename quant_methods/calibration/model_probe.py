@@ -6,7 +6,6 @@ from math import ceil
 
 import torch
 
-from compress_common.errors import CompressError
 from quant_methods.architecture import UNITS
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.divergence import NextTokenReference
@@ -54,7 +53,10 @@ class ModelProbe:
             if len(self._references) > 8:  # a search draws fresh samples for each comparison
                 self._references.clear()
             self._references[key] = NextTokenReference(
-                self.blocks.model, self.blocks.arch.layers_prefix, self._final[chosen]
+                self.blocks.model,
+                self.blocks.arch.layers_prefix,
+                self._final[chosen],
+                positions=None,
             )
         return self._references[key].divergence(hidden)
 
@@ -69,20 +71,14 @@ class ModelProbe:
 
     def _weights(self, index: int, bits: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Return the quantized weights of a block, as they are between original neighbors."""
-        prefix, plan = self.blocks.prefix(index), self.database.plan
+        prefix = self.blocks.prefix(index)
         weights = {}
         for unit in UNITS:
             count = bits.get(prefix + unit.name, SIXTEEN)
             if count == SIXTEEN:
                 continue
             for name in unit.linears:
-                packed = self.database.weights.get((prefix + name, count))
-                if packed is None:
-                    raise CompressError(
-                        f"{prefix}{unit.name} was not rounded to {count} bits: not among the levels"
-                    )
-                rounded = packed.unpacked().to(self.blocks.device).dequantize()
-                weights[name] = plan.unfolded(prefix + name, rounded)
+                weights[name] = self.database.weight(prefix + name, count, self.blocks.device)
         return weights
 
 

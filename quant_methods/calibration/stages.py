@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from compress_common.errors import CompressError
@@ -24,12 +25,30 @@ class Stages:
     Args:
         key: Hex SHA-256 of everything that the result depends on; None: nothing is kept.
         store: Where they are kept.
+        kind: Of the store's entries.
+        required: Whether a stage that cannot be kept is an error. False: a log line says so, and
+            the work goes on.
     """
 
-    def __init__(self, key: str | None = None, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        key: str | None = None,
+        store: Store | None = None,
+        *,
+        kind: str = KIND,
+        required: bool = False,
+    ) -> None:
         self.key = key
         self.store = store or Store()
+        self.kind = kind
+        self.required = required
         self._names: list[str] = []
+
+    def has(self, name: str) -> bool:
+        """Return whether a stage is there already. Its content is not checked."""
+        if self.key is None:
+            return False
+        return (self.store.root / self.kind / digest(self.key, name)).is_dir()
 
     def tensors(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
         """Return what ``compute`` returns, from an earlier run if that got so far.
@@ -37,19 +56,22 @@ class Stages:
         Args:
             name: Of the stage, unique in the calibration.
             compute: Called when the stage is not there yet. Its tensors must not share memory.
+
+        Raises:
+            CompressError: The stage is required, and cannot be kept.
         """
         if self.key is None:
             return compute()
         entry = digest(self.key, name)
         self._names.append(name)
-        if found := self.store.find(KIND, entry):
+        if found := self.store.find(self.kind, entry):
             return load_file(found / _FILE)
         result = compute()
         self._keep(
             entry, {key: tensor.detach().cpu().contiguous() for key, tensor in result.items()}
         )
         # From the file, which is mapped: what is computed need not stay in memory.
-        found = self.store.find(KIND, entry) if self.key is not None else None
+        found = self.store.find(self.kind, entry) if self.key is not None else None
         return load_file(found / _FILE) if found else result
 
     def number(self, name: str, compute: Callable[[], float]) -> float:
@@ -61,17 +83,28 @@ class Stages:
         """Remove the stages: what they were for is complete."""
         if self.key is not None:
             for name in self._names:
-                self.store.remove(KIND, digest(self.key, name))
+                self.store.remove(self.kind, digest(self.key, name))
 
     def _keep(self, entry: str, tensors: Tensors) -> None:
         def build(folder: Path) -> None:
             save_file(tensors, folder / _FILE)
 
         try:
-            kept = self.store.make(KIND, entry, build)
-        except (CompressError, OSError) as error:
-            logger.warning("an interrupted calibration will start again: %s", error)
-            self.key = None
+            kept = self.store.make(self.kind, entry, build)
+        except (CompressError, OSError, SafetensorError) as error:  # safetensors has its own
+            self._lost(str(error), error)
             return
         if self.store.root not in kept.parents:  # said once by the store, not for every stage
-            self.key = None
+            self._lost(f"{self.store.root} cannot be written", None)
+
+    def _lost(self, reason: str, cause: Exception | None) -> None:
+        """Go on without stages, or stop where they are required."""
+        if self.required:
+            raise CompressError(
+                f"cannot keep the work in {self.store.root}: {reason}; what was finished before "
+                "stays. Free space, or set VLLM_COMPRESS_CACHE to a writable folder with space "
+                "(copy the old one to keep the finished parts), and run the same command again"
+            ) from cause
+        if cause is not None:
+            logger.warning("an interrupted calibration will start again: %s", reason)
+        self.key = None

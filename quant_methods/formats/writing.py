@@ -62,6 +62,7 @@ def estimate(
     Raises:
         CompressError: The model cannot be quantized so.
     """
+    request.check_model(checkpoint)
     config = checkpoint.hf_config
     architecture_of(config)
     grids = request.build().settings.grids(config)

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from compress_common.errors import CompressError
 from quant_methods.architecture import UNITS
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.collectors import Grams
@@ -152,13 +153,16 @@ def round_units(
         ]
         shrinks = [plan.shrink(linear, parts[0].device) for linear in linears]
         given = [shrink for shrink in shrinks if shrink is not None]
-        rounded = rounding.round(
-            torch.cat(parts),
-            plan.grids[linears[0]],
-            grams[unit.linears[0]],
-            shrink=torch.cat(given) if len(given) == len(parts) else None,
-            scale_dtype=blocks.scale_dtype,
-        )
+        try:
+            rounded = rounding.round(
+                torch.cat(parts),
+                plan.grids[linears[0]],
+                grams[unit.linears[0]],
+                shrink=torch.cat(given) if len(given) == len(parts) else None,
+                scale_dtype=blocks.scale_dtype,
+            )
+        except CompressError as error:
+            raise CompressError(f"{prefix}{unit.name} cannot be rounded: {error}") from error
         sizes = [len(part) for part in parts]
         for linear, weight in zip(linears, rounded.split(sizes), strict=True):
             found[linear] = PackedWeight.of(weight.to("cpu"))

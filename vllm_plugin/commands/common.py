@@ -72,6 +72,24 @@ def json_object(option: str, text: str) -> dict[str, Any]:
     return value
 
 
+def settings_of(pairs: list[str] | None) -> dict[str, Any]:
+    """Return what ``--set KEY=VALUE`` options say: true, 0.5 and [1, 2] as JSON, the rest as text.
+
+    Raises:
+        CompressError: A pair has no ``=``.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise CompressError(f"--set {pair!r} is not KEY=VALUE")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
+
+
 def config_of(
     additional_config: str,
     policy: str | None,

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from compress_common.errors import CompressError
-from vllm_plugin.commands.common import SELF, AsJson, Model, err, gib, out
+from vllm_plugin.commands.common import SELF, AsJson, Model, err, gib, out, settings_of
 from vllm_plugin.progress import bar
 
 
@@ -66,11 +65,7 @@ def quantize(
     }
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     options["tensor_parallel"] = tensor_parallel_size
-    for pair in settings or []:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise CompressError(f"--set {pair!r} is not KEY=VALUE")
-        options[key] = _literal(value)
+    options |= settings_of(settings)
     request = PlanRequest(
         method=method,
         settings=options,
@@ -109,11 +104,3 @@ def quantize(
     if report["needs_plugin"]:
         out.print("stock vLLM does not serve it: this plugin unpacks 2- and 3-bit codes to 4 bits")
     out.print(f"serve it: vllm serve {target}")
-
-
-def _literal(text: str) -> Any:
-    """Return true, 0.5 and 64 as JSON reads them, and anything else as a string."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

@@ -3,6 +3,8 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ from hypothesis import strategies as st
 from compress_common.errors import CompressError
 from quant_methods.allocators.base import Allocator
 from quant_methods.allocators.budget import fill, total
+from quant_methods.allocators.evopress import Space
+from quant_methods.allocators.hessian import lowering
 from quant_methods.allocators.registry import allocators, build_allocator
 from quant_methods.architecture import architecture_of
 from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.derivatives import Derivatives
 from quant_methods.calibration.divergence import NextTokenReference
 from quant_methods.calibration.levels import build_levels
 from quant_methods.calibration.model_probe import ModelProbe
@@ -38,8 +43,8 @@ def tables(draw: st.DrawFn) -> tuple[Table, Table]:
         for count, drop in zip(bits, drops, strict=True):
             curve[count] = loss
             loss /= drop
-        losses[f"unit{index}"] = curve
-        sizes[f"unit{index}"] = {count: weights * (count + 0.3) for count in bits}
+        losses[f"layers.{index}.down"] = curve
+        sizes[f"layers.{index}.down"] = {count: weights * (count + 0.3) for count in bits}
     return losses, sizes
 
 
@@ -58,6 +63,119 @@ class Additive:
 def budgets(sizes: Table) -> tuple[float, float]:
     low = sum(min(costs.values()) for costs in sizes.values())
     return low, sum(max(costs.values()) for costs in sizes.values())
+
+
+def build(name: str, levels: Table, **settings: Any) -> Allocator:
+    """An allocator that has observed something made up."""
+    allocator: Any = build_allocator(name, settings)
+    if name == "luq":
+        allocator.ranks = {unit.rpartition(".")[0]: len(unit) % 3 for unit in levels}
+    if name == "hessian":
+        draw = torch.Generator().manual_seed(0)
+        for unit, curve in levels.items():
+            allocator.found.fisher[unit] = curve
+            allocator.found.along[unit] = {
+                bits: loss * torch.randn(8, generator=draw, dtype=torch.float64)
+                for bits, loss in curve.items()
+            }
+    return allocator
+
+
+SMALL = {"generations": 3, "offspring": 4, "survivors": [2, 1], "tokens": [1, 2]}
+
+
+@given(tables(), st.floats(0, 1), st.sampled_from(["probe", "random"]), st.booleans())
+@settings(deadline=None, max_examples=15)
+def test_evopress_meets_the_budget_and_never_loses_to_its_start(
+    table: tuple[Table, Table], share: float, start: str, equal: bool
+) -> None:
+    levels, sizes = table
+    low, high = budgets(sizes)
+    budget, probe = low + share * (high - low), Additive(levels)
+    given = SMALL | {"start": start, "swap": "size" if equal else "any"}
+    bits = build("evopress", levels, **given).allocate(levels, sizes, budget, probe)
+    assert bits.keys() == levels.keys()
+    assert total(sizes, bits) <= budget * (1 + 1e-12)
+    assert bits == build("evopress", levels, **given).allocate(levels, sizes, budget, probe)
+    if start == "probe":
+        first = build("probe", levels).allocate(levels, sizes, budget, probe)
+        assert probe(bits) <= probe(first) * (1 + 1e-9)
+
+
+@given(tables(), st.floats(0, 1), st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_mutations_stay_in_the_budget(table: tuple[Table, Table], share: float, seed: int) -> None:
+    levels, sizes = table
+    low, high = budgets(sizes)
+    space, rng = Space(sizes, low + share * (high - low)), Random(seed)
+    parent = space.drawn(rng)
+    assert space.size(parent) <= space.budget
+    assert space.genome(space.bits(parent)) == parent
+    for mutate in (space.swapped, space.swapped_equal):
+        for _ in range(5):
+            if (child := mutate(parent, rng)) is not None:
+                assert space.size(child) <= space.budget
+                assert total(sizes, space.bits(child)) == pytest.approx(space.size(child))
+
+
+@pytest.mark.parametrize("name", ["luq", "hessian"])
+@given(tables(), st.floats(0, 1), st.floats(0, 1))
+@settings(deadline=None, max_examples=60)
+def test_no_unit_loses_bits_to_a_larger_budget(
+    name: str, table: tuple[Table, Table], one: float, other: float
+) -> None:
+    levels, sizes = table
+    low, high = budgets(sizes)
+    found = []
+    for share in sorted((one, other)):
+        budget = low + share * (high - low)
+        bits = build(name, levels).allocate(levels, sizes, budget, Additive(levels))
+        assert bits.keys() == levels.keys()
+        assert total(sizes, bits) <= budget * (1 + 1e-12)
+        found.append(bits)
+    assert all(found[0][unit] <= found[1][unit] for unit in levels)
+
+
+def test_luq_lowers_the_layers_of_lowest_rank() -> None:
+    units = [f"layers.{i}.{name}" for i in range(4) for name in ("qkv", "o")]
+    levels = {unit: {2: 0.5, 4: 0.1, 8: 0.01} for unit in units}
+    sizes = {unit: {2: 2.0, 4: 4.0, 8: 8.0} for unit in units}
+    luq: Any = build("luq", levels, sweep=1)
+    luq.ranks = {"layers.0": 3.0, "layers.1": 0.0, "layers.2": 1.0, "layers.3": 2.0}
+    bits = luq.allocate(levels, sizes, 24.5, Additive(levels))
+    low = {unit for unit, count in bits.items() if count == 2}
+    assert low == {"layers.1.qkv", "layers.1.o", "layers.2.qkv", "layers.2.o"}
+    assert luq.report["low_layers"] == ["layers.1", "layers.2"]
+    with pytest.raises(CompressError, match="needs a low level and a high one"):
+        build("luq", levels, low=3).allocate(levels, sizes, 99.0, Additive(levels))
+    high = build("luq", levels, low=4, high=8)
+    with pytest.raises(CompressError, match="below the 4 bytes of all layers at 4 bits"):
+        high.allocate(levels, sizes, 20.0, Additive(levels))
+
+
+def test_hessian_sees_errors_that_cancel_and_keeps_a_bound() -> None:
+    """Two units that hurt alone and not together; a third that always hurts as much as either."""
+    units = ["a", "b", "c"]
+    sizes = {unit: {2: 2.0, 4: 4.0} for unit in units}
+    levels = {unit: {2: 1.0, 4: 0.0} for unit in units}
+    zero, one = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    along = {"a": {2: one, 4: zero}, "b": {2: -one, 4: zero}, "c": {2: one, 4: zero}}
+    fisher = {"a": {2: 0.5, 4: 0.0}, "b": {2: 0.6, 4: 0.0}, "c": {2: 0.55, 4: 0.0}}
+    assert [unit for unit, _ in lowering(sizes, fisher, along)] == ["a", "b", "c"]
+    assert [unit for unit, _ in lowering(sizes, fisher, None)] == ["a", "c", "b"]
+
+    def bounded(bound: float, budget: float = 12.0) -> dict[str, int]:
+        allocator: Any = build_allocator("hessian", {"loss_bound": bound})
+        allocator.found = Derivatives(fisher, along)
+        return allocator.allocate(levels, sizes, budget, Additive(levels))
+
+    assert bounded(2.5) == {"a": 2, "b": 2, "c": 4}
+    assert bounded(3.0) == dict.fromkeys(units, 2)
+    with pytest.raises(CompressError, match=r"takes 1 bytes, above the budget of 1 bytes"):
+        bounded(1.5, 8.0)
+    levels = {unit: {2: 1.0, 4: 0.5} for unit in units}
+    with pytest.raises(CompressError, match=r"already lose 1\.5000 nats"):
+        bounded(1.0)
 
 
 @pytest.mark.parametrize("name", ["probe", "baq"])
@@ -123,7 +241,7 @@ def test_levels_and_probe_of_a_model(
     plan = SmoothQuantPlus(given).plan(blocks)
     assert plan.shrinks  # of 4 bits, so no level may use them
 
-    def build() -> tuple[Table, Table]:
+    def database_of() -> tuple[Table, Table]:
         made = build_levels(
             plan,
             blocks,
@@ -131,18 +249,18 @@ def test_levels_and_probe_of_a_model(
             lambda bits, grid: given.grid(bits, grid.group_size),
             (3, 4, 8, 16),
         )
-        build.database = made  # type: ignore[attr-defined]
+        database_of.database = made  # type: ignore[attr-defined]
         return made.losses, made.sizes
 
-    losses, sizes = build()
+    losses, sizes = database_of()
     units = arch.units(model.config)
     assert losses.keys() == sizes.keys() == units.keys()
     for curve in losses.values():
         assert curve[3] > curve[4] > curve[8] > curve[16] == 0
     monkeypatch.setattr("quant_methods.calibration.levels.round_units", None)  # all is stored
-    assert build() == (losses, sizes)
+    assert database_of() == (losses, sizes)
 
-    database = build.database  # type: ignore[attr-defined]
+    database = database_of.database  # type: ignore[attr-defined]
     probe = ModelProbe(blocks, database)
     some = {"model.layers.1.qkv": 3, "model.layers.1.down": 8}
     assert probe({}) == 0 and probe(dict.fromkeys(units, 16)) == 0

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evolutionary search: elitist, deterministic, and unmoved by an interruption."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from compress_common.store import Store
+from quant_methods.allocators.evolution import EvolutionSettings, Genome, evolve
+from quant_methods.calibration.stages import Stages
+
+
+def mutate(genome: Genome, rng: Random) -> Genome | None:
+    """Move one gene up or down."""
+    child = list(genome)
+    child[rng.randrange(len(child))] += rng.choice((-1, 1))
+    return tuple(child) if min(child) >= 0 else None
+
+
+def distance(genome: Genome, tokens: int, seed: int) -> float:
+    """To a fixed point: the same on all text."""
+    return float(sum((gene - 5) ** 2 for gene in genome))
+
+
+def noisy(genome: Genome, tokens: int, seed: int) -> float:
+    """Less noisy on more tokens, as measurements are."""
+    return distance(genome, tokens, seed) + Random(f"{genome} {seed}").gauss(0, 30 / tokens)
+
+
+def given_settings(**more: object) -> EvolutionSettings:
+    return EvolutionSettings(
+        **{"generations": 12, "offspring": 6, "survivors": (3, 2, 1), "tokens": (1, 4, 16)} | more
+    )
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 99))
+@settings(deadline=None, max_examples=50)
+def test_a_parent_is_replaced_only_by_a_better_one(start: list[int], seed: int) -> None:
+    chosen = given_settings(seed=seed, patience=12)
+    found = evolve(tuple(start), mutate, distance, chosen)
+    assert found.curve[0][0] == distance(tuple(start), 1, 0)
+    assert all(after <= before for before, after in found.curve)
+    following = zip(found.curve, found.curve[1:], strict=False)
+    assert all(this[1] == then[0] for this, then in following)  # the child is the next parent
+    assert found.curve[-1][1] == distance(found.best, 1, 0)
+    assert evolve(tuple(start), mutate, distance, chosen) == found
+
+
+def test_it_finds_the_best_and_then_stops() -> None:
+    found = evolve((0, 9, 2), mutate, distance, given_settings(generations=500, patience=5))
+    assert found.best == (5, 5, 5)
+    assert len(found.curve) < 60
+    assert [after for _, after in found.curve[-5:]] == [0.0] * 5
+
+
+@pytest.mark.parametrize("stop", [1, 7, 40])
+def test_an_interrupted_search_ends_as_if_it_had_not_been(tmp_path: Path, stop: int) -> None:
+    chosen = given_settings()
+    whole = evolve((0, 9, 2), mutate, noisy, chosen)
+    calls = 0
+
+    def stopping(genome: Genome, tokens: int, seed: int) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+        return noisy(genome, tokens, seed)
+
+    stages = Stages("0" * 64, Store(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        evolve((0, 9, 2), mutate, stopping, chosen, stages=stages)
+    assert evolve((0, 9, 2), mutate, stopping, chosen, stages=stages) == whole
+    calls = stop  # a second run counts from here: nothing is measured again
+    assert evolve((0, 9, 2), mutate, stopping, chosen, stages=stages) == whole
+    assert calls == stop
+
+
+def test_no_neighbors_and_no_numbers() -> None:
+    assert evolve((1,), lambda *_: None, distance, given_settings()).best == (1,)
+    worse = evolve(
+        (5, 5), mutate, lambda g, *_: 0.0 if g == (5, 5) else float("nan"), given_settings()
+    )
+    assert worse.best == (5, 5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"survivors": (4, 2)}, {"survivors": (2, 4, 1)}, {"tokens": (1, 2)}, {"tokens": (0, 1, 2)}],
+)
+def test_stages_that_do_not_fit(wrong: dict) -> None:
+    with pytest.raises(ValidationError, match="survivors must fall|tokens must be positive"):
+        given_settings(**wrong)
