@@ -83,7 +83,7 @@ class PlanRequest(BaseModel):
             "settings": method.settings.identity(),
         }
         if self.calibrates:
-            content |= text_identity(checkpoint, self.calibration) | _computed(dtype)
+            content |= _text_identity(checkpoint, self.calibration) | _computed(dtype)
         return digest(checkpoint.digest, json.dumps(content, sort_keys=True))
 
 
@@ -206,7 +206,7 @@ def _computed(dtype: torch.dtype | None) -> dict[str, str]:
     return {} if dtype is None else {"computed": str(dtype)}
 
 
-def text_identity(checkpoint: Checkpoint, settings: CalibrationSettings) -> dict[str, Any]:
+def _text_identity(checkpoint: Checkpoint, settings: CalibrationSettings) -> dict[str, Any]:
     """What the calibration tokens depend on besides the weights."""
     if settings.source != SELF:
         return {"tokens": tensor_digest(file_tokens(settings, checkpoint.tokenizer))}
@@ -234,7 +234,7 @@ def stored_tokens(
     """
     if settings.source != SELF:
         return file_tokens(settings, checkpoint.tokenizer)
-    identity = text_identity(checkpoint, settings) | _computed(dtype)
+    identity = _text_identity(checkpoint, settings) | _computed(dtype)
     key = digest(checkpoint.digest, json.dumps(identity, sort_keys=True))
 
     def build(folder: Path) -> None:

@@ -59,7 +59,6 @@ class Hessian:
     def observe(self, blocks: Blocks, database: LevelDatabase, progress: Progress = silent) -> None:
         """Go backward through the model once."""
         few = blocks.first(min(self.settings.samples, len(blocks.tokens)))
-        few.stages = blocks.stages
         self.found = derivatives(few, database, progress)
 
     def allocate(
