@@ -18,12 +18,14 @@ def draw(made: Allocation, figure: Any, title: str) -> None:
     rows: dict[str, list[int]] = {}
     for unit, bits in made.bits.items():
         rows.setdefault(unit.rpartition(".")[2], []).append(bits)
-    for name, values in rows.items():
-        left.step(range(len(values)), values, where="mid", label=name)
-    left.set(xlabel="layer", ylabel="bits", ylim=(0, None))
+    levels = sorted(set(made.bits.values()))
+    ranks = [[levels.index(bits) for bits in row] for row in rows.values()]
+    image = left.imshow(ranks, aspect="auto", cmap="viridis", vmin=0, vmax=max(1, len(levels) - 1))
+    bar = figure.colorbar(image, ax=left, label="bits", ticks=range(len(levels)))
+    bar.ax.set_yticklabels(levels)
+    left.set(xlabel="layer", yticks=range(len(rows)), yticklabels=list(rows))
     left.set_title(f"{title}, {made.report['method']}", fontsize=10)
     left.xaxis.get_major_locator().set_params(integer=True)
-    left.legend(frameon=False)
     points = sorted((p["bits_per_weight"], p["kl_nats"]) for p in made.report["uniform"].values())
     size, loss = made.report["bits_per_weight"], made.report["kl_nats"]
     right.plot(*zip(*points, strict=True), "o--", color="#636363", label="all units equal")

@@ -26,7 +26,18 @@ def test_search_and_quantize(
     monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
     folder = tiny_model("qwen2")
-    asked = (folder, "--budget", 6.5, "--target", "cuda", "--method", method, "--text", text, *QUICK)
+    asked = (
+        folder,
+        "--budget",
+        6.5,
+        "--target",
+        "cuda",
+        "--method",
+        method,
+        "--text",
+        text,
+        *QUICK,
+    )
     code, output, errors = run("search", *asked, "--out", "bits.json", "--plot", "bits.png")
     assert code == 0, errors
     assert Path("bits.png").read_bytes().startswith(b"\x89PNG")
