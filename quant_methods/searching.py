@@ -155,8 +155,10 @@ def _check_budget(request: SearchRequest, counted: UnitSizes) -> None:
     lowest, level = counted.lowest(), min(request.chosen_levels())
     if lowest <= request.budget:
         return
-    others = [name for name, target in TARGETS.items() if min(target.levels) < level]
-    hint = f", or give --target {others[0]}, which serves lower levels" if others else ""
+    lower = [bits for bits in TARGETS[request.target].levels if bits < level]
+    others = [name for name, target in TARGETS.items() if min(target.default) < level]
+    hint = f", or add one of the levels {', '.join(map(str, lower))}" if lower else ""
+    hint += f", or give --target {others[0]}, which serves lower levels" if others else ""
     left = ", and units that stay at 16 bits" if counted.left else ""
     raise CompressError(
         f"the budget of {request.budget:g} bits per weight is below the {lowest:.2f} of the "

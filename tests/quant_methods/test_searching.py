@@ -184,7 +184,10 @@ def test_a_gram_matrix_that_cannot_be_inverted_is_named_and_loses_nothing(
     ("changes", "error"),
     [
         ({"target": "cpu", "levels": None, "budget": 3.5}, "below the 4.6. of the lowest level: 4"),
-        ({"target": "cpu", "levels": (3, 4)}, "cpu cannot serve units of 3 bits; it serves 4, 8"),
+        (
+            {"target": "cpu", "levels": (4, 5)},
+            "cpu cannot serve units of 5 .* serves 2, 3, 4, 8, 16",
+        ),
         ({"target": "cuda", "levels": (4, 6)}, "cuda cannot serve units of 6 .*--target humming"),
         ({"target": "tpu"}, "unknown target 'tpu'; valid: cpu, cuda, humming"),
         ({"levels": (16,)}, "no level to quantize to"),

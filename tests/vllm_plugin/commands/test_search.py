@@ -83,7 +83,7 @@ def test_search_and_quantize(
     ("options", "error"),
     [
         (("--budget", 3.5, "--target", "cpu"), "is below the 4."),
-        (("--budget", 4.5, "--target", "cpu", "--levels", "2,4"), "cannot serve units of 2 bits"),
+        (("--budget", 4.5, "--target", "cpu", "--levels", "4,6"), "cannot serve units of 6 bits"),
         (("--budget", 4.5, "--target", "cpu", "--levels", "low"), "not a list of numbers"),
         (("--budget", 40, "--target", "cpu"), "less than or equal to 16"),
         (("--budget", 5, "--target", "cpu", "--group-size", 48), "group_size"),
