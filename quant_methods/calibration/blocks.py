@@ -19,7 +19,7 @@ from quant_methods.calibration.collectors import Collector
 from quant_methods.calibration.stages import Stages
 from quant_methods.calibration.token_weights import TokenWeights
 
-_CHUNK_TOKENS = 8192  # 0.5 GB of fp32 inputs of an 8B model's down_proj
+_CHUNK_TOKENS = 4096  # 0.25 GB of fp32 inputs of an 8B model's down_proj
 
 
 class Blocks:

@@ -93,5 +93,5 @@ class Grams(Collector):
         return left.t() @ x if total is None else total.addmm_(left.t(), x)
 
     def value(self, linear: str) -> torch.Tensor:
-        """Return the mean."""
-        return self._total[linear] / self.tokens[linear]
+        """Return the mean. It takes the place of the sum, so it can be asked for once."""
+        return self._total.pop(linear).div_(self.tokens[linear])

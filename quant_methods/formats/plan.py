@@ -88,11 +88,11 @@ class Plan:
 
         Args:
             linear: Full name.
-            gram: Mean outer product of the inputs of the original linear, fp32 [K, K].
+            gram: Mean outer product of the inputs of the original linear, fp32 [K, K]. Changed.
         """
         if (scale := self.vectors.get(f"{linear}.input")) is not None:
             scale = scale.to(gram.device)
-            gram = gram / scale[:, None] / scale
+            gram = gram.div_(scale[:, None]).div_(scale)
         if (matrix := self._matrix(f"{linear}.input", gram.device)) is not None:
             gram = rotated(rotated(gram, matrix).t(), matrix)
         return gram

@@ -27,6 +27,7 @@ class Rounding(Protocol):
         *,
         shrink: torch.Tensor | None = None,
         scale_dtype: torch.dtype = torch.bfloat16,
+        reuse_gram: bool = False,
     ) -> QuantizedWeight:
         """Return the rounded weight. Rows do not depend on each other.
 
@@ -38,6 +39,7 @@ class Rounding(Protocol):
             shrink: Share of each group's min/max range that is kept, [N, K/group]; None: the
                 rounding's own choice.
             scale_dtype: Scales are rounded to it.
+            reuse_gram: Whether ``gram`` can be overwritten, which saves its memory once more.
 
         Raises:
             CompressError: The weight or the inputs are degenerate.

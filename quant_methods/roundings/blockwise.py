@@ -87,7 +87,8 @@ def _round_block(
             continue
         with blocks.replaced(index, weights):
             grams = unit_grams(plan, blocks, index, hidden, names, counted)
-        for linear, packed in round_units(plan, blocks, index, names, rounding, grams).items():
+        done = round_units(plan, blocks, index, names, rounding, grams, reuse_grams=True)
+        for linear, packed in done.items():
             tensors |= packed.tensors(linear)
             rounded = packed.unpacked().to(blocks.device).dequantize()
             weights[linear.removeprefix(prefix)] = plan.unfolded(linear, rounded)
@@ -130,6 +131,8 @@ def round_units(
     names: Sequence[str],
     rounding: Rounding,
     grams: dict[str, torch.Tensor],
+    *,
+    reuse_grams: bool = False,
 ) -> dict[str, PackedWeight]:
     """Round linears of a resident block, those of a unit stacked. Returns them by full name.
 
@@ -140,30 +143,36 @@ def round_units(
         names: Linears of the block, by the names that they have there.
         rounding: How a weight is rounded.
         grams: ``{name: Gram matrix}``, as ``unit_grams`` returns them.
+        reuse_grams: Whether they are overwritten and dropped one by one, the largest first.
     """
     prefix, block = blocks.prefix(index), blocks.layers[index]
     found: dict[str, PackedWeight] = {}
-    for unit in UNITS:
-        linears = [prefix + name for name in unit.linears if name in names]
-        if not linears:
-            continue
+    units = [unit for unit in UNITS if unit.linears[0] in names]
+    for unit in sorted(units, key=lambda unit: len(grams[unit.linears[0]]), reverse=True):
+        linears = [prefix + name for name in unit.linears]
         parts = [
             plan.smoothed(linear, block.get_submodule(linear.removeprefix(prefix)).weight)
             for linear in linears
         ]
         shrinks = [plan.shrink(linear, parts[0].device) for linear in linears]
         given = [shrink for shrink in shrinks if shrink is not None]
+        sizes = [len(part) for part in parts]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts.clear()
         try:
             rounded = rounding.round(
-                torch.cat(parts),
+                weight,
                 plan.grids[linears[0]],
                 grams[unit.linears[0]],
-                shrink=torch.cat(given) if len(given) == len(parts) else None,
+                shrink=torch.cat(given) if len(given) == len(sizes) else None,
                 scale_dtype=blocks.scale_dtype,
+                reuse_gram=reuse_grams,
             )
         except CompressError as error:
             raise CompressError(f"{prefix}{unit.name} cannot be rounded: {error}") from error
-        sizes = [len(part) for part in parts]
+        if reuse_grams:
+            for name in unit.linears:
+                del grams[name]
         for linear, weight in zip(linears, rounded.split(sizes), strict=True):
             found[linear] = PackedWeight.of(weight.to("cpu"))
     return found

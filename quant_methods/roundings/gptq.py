@@ -6,6 +6,7 @@ https://arxiv.org/abs/2210.17323
 """
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +17,8 @@ from quant_methods.grid import Grid, QuantizedWeight, quantize, searched_shrink
 
 _BLOCK = 64  # columns whose errors are applied to the rest of the matrix at once
 _TRIES = 4
+_FACTOR_BLOCK = 256  # columns of a Gram matrix that are factored at once
+_ELEMENTS = 1 << 23  # weights rounded at once, in whole rows; each takes seven fp32 temporaries
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,53 @@ class GPTQ:
         *,
         shrink: torch.Tensor | None = None,
         scale_dtype: torch.dtype = torch.bfloat16,
+        reuse_gram: bool = False,
     ) -> QuantizedWeight:
         """See ``Rounding``. A given ``shrink`` replaces the search of ranges."""
         assert gram is not None, "GPTQ needs the Gram matrix of the inputs"
-        energy = gram.diagonal()
-        if shrink is None and self.ranges == "search":
-            shrink = searched_shrink(weight, grid, energy, scale_dtype=scale_dtype)
-        fixed = quantize(weight, grid, shrink=shrink, scale_dtype=scale_dtype)
+        energy = gram.diagonal().clone()
         order = torch.arange(len(energy), device=gram.device)
         if self.order == "energy":
             order = energy.argsort(descending=True, stable=True)
-        inverse = inverse_factor(gram[order][:, order], self.damp)
+        inverse = inverse_factor(permuted(gram, order, reuse_gram), self.damp)
+        rows = max(1, _ELEMENTS // weight.shape[1])
+        parts = [
+            self._rounded(part, grid, energy, order, inverse, given, scale_dtype)
+            for part, given in zip(
+                weight.split(rows),
+                repeat(None) if shrink is None else shrink.split(rows),
+                strict=False,
+            )
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        q, scale, zero = zip(*((part.q, part.scale, part.zero) for part in parts), strict=True)
+        return QuantizedWeight(torch.cat(q), torch.cat(scale), torch.cat(zero), grid)
+
+    def _rounded(
+        self,
+        weight: torch.Tensor,
+        grid: Grid,
+        energy: torch.Tensor,
+        order: torch.Tensor,
+        inverse: torch.Tensor,
+        shrink: torch.Tensor | None,
+        scale_dtype: torch.dtype,
+    ) -> QuantizedWeight:
+        """Round some rows.
+
+        Args:
+            weight: As in ``round``.
+            grid: As in ``round``.
+            energy: Mean square of each input, [K].
+            order: In which columns are rounded, [K].
+            inverse: ``inverse_factor`` of the inputs in that order.
+            shrink: As in ``round``.
+            scale_dtype: As in ``round``.
+        """
+        if shrink is None and self.ranges == "search":
+            shrink = searched_shrink(weight, grid, energy, scale_dtype=scale_dtype)
+        fixed = quantize(weight, grid, shrink=shrink, scale_dtype=scale_dtype)
         # One column of the weight is one row here, so that each step works on whole rows.
         left = weight.float().t()[order]
         group = order // grid.width(weight.shape[1])
@@ -117,34 +156,89 @@ def _compensated(
     return codes
 
 
-def inverse_factor(gram: torch.Tensor, damp: float = 0.01) -> torch.Tensor:
-    """Return the upper Cholesky factor of the inverse of the damped Gram matrix, fp32 [K, K].
-
-    The Gram matrix is G = U U^T with an upper U, which is the lower factor of G turned by 180
-    degrees. Then the inverse of U is the factor: half of the work of inverting G itself.
+def permuted(gram: torch.Tensor, order: torch.Tensor, reuse: bool) -> torch.Tensor:
+    """Return a Gram matrix [K, K] with rows and columns in another order.
 
     Args:
         gram: [K, K].
+        order: [K].
+        reuse: Whether the result takes the place of ``gram``.
+    """
+    if not reuse:
+        return gram[order[:, None], order]
+    for part in gram.split(_FACTOR_BLOCK):
+        part.copy_(part[:, order])
+    for part in gram.split(_FACTOR_BLOCK, dim=1):
+        part.copy_(part[order])
+    return gram
+
+
+def inverse_factor(gram: torch.Tensor, damp: float = 0.01) -> torch.Tensor:
+    """Return the upper Cholesky factor of the inverse of the damped Gram matrix, fp32 [K, K].
+
+    The Gram matrix is G = V V^T with an upper V, and the inverse of V is the factor. Both are
+    computed in place, block by block: memory is that of ``gram``, unless G is so close to singular
+    that fp64 is needed.
+
+    Args:
+        gram: [K, K]. Overwritten.
         damp: As in ``GPTQ``.
 
     Raises:
         CompressError: The inputs are degenerate.
     """
-    turned = gram.flip(0, 1)
-    diagonal = turned.diagonal().clone()
+    diagonal = gram.diagonal().clone()
     dead, mean = diagonal == 0, diagonal.mean()
     for attempt in range(_TRIES):
         # fp32 is enough unless the matrix is nearly singular.
-        exact = turned.to(torch.float32 if attempt == 0 else torch.float64, copy=True)
+        exact = gram if attempt == 0 else gram.double()
         exact.diagonal().add_(damp * 10 ** max(attempt - 1, 0) * mean)
         exact.diagonal()[dead] = 1
-        factor, failed = torch.linalg.cholesky_ex(exact)
-        if not failed:
-            unit = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
-            inverse = torch.linalg.solve_triangular(factor, unit, upper=False)
-            if bool(torch.isfinite(inverse.diagonal()).all()):
-                return inverse.flip(0, 1).float()
+        if _factor(exact):
+            if torch.isfinite(_invert(exact.triu_()).diagonal()).all():
+                return exact.float()
+            break
+        if attempt == 0:  # the lower triangle is as it was
+            gram.tril_(-1)
+            gram.add_(gram.t().clone())
+            gram.diagonal().copy_(diagonal)
     raise CompressError(
         "the calibration inputs of a linear are degenerate, so gptq cannot invert them; give more "
         "or more varied calibration text, or use rounding=nearest"
     )
+
+
+def _blocks(size: int) -> list[slice]:
+    """The columns of a matrix in blocks, the last ones first."""
+    return [slice(max(0, end - _FACTOR_BLOCK), end) for end in range(size, 0, -_FACTOR_BLOCK)]
+
+
+def _factor(matrix: torch.Tensor) -> bool:
+    """Replace the upper triangle of a symmetric A = V V^T by V. Returns whether A is positive."""
+    for here in _blocks(len(matrix)):
+        after, before = slice(here.stop, None), slice(0, here.start)
+        rows = matrix[here, after]
+        block = torch.addmm(matrix[here, here], rows, rows.t(), alpha=-1)
+        block = block.triu() + block.triu(1).t()
+        turned, failed = torch.linalg.cholesky_ex(block.flip(0, 1))
+        if failed or not torch.isfinite(turned.diagonal()).all():
+            return False
+        upper = turned.flip(0, 1)
+        matrix[here, here] = upper + matrix[here, here].tril(-1)
+        panel = torch.addmm(matrix[before, here], matrix[before, after], rows.t(), alpha=-1)
+        matrix[before, here] = torch.linalg.solve_triangular(
+            upper.t(), panel, upper=False, left=False
+        )
+    return True
+
+
+def _invert(matrix: torch.Tensor) -> torch.Tensor:
+    """Invert an upper triangular matrix in place, and return it."""
+    for here in _blocks(len(matrix)):
+        after = slice(here.stop, None)
+        rows = matrix[here, after] @ matrix[after, after]
+        upper = matrix[here, here].clone()
+        matrix[here, after] = torch.linalg.solve_triangular(upper, rows.neg_(), upper=True)
+        unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+        matrix[here, here] = torch.linalg.solve_triangular(upper, unit, upper=True)
+    return matrix

@@ -12,6 +12,7 @@ from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.grid import PER_CHANNEL, Grid, quantize, searched_shrink
 from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.roundings import gptq
 from quant_methods.roundings.base import output_error
 from quant_methods.roundings.gptq import GPTQ, inverse_factor
 
@@ -60,12 +61,40 @@ def test_stacked_linears_are_rounded_as_each_alone() -> None:
         assert torch.equal(part.q, GPTQ().round(alone, Grid(32), gram).q)
 
 
-def test_the_factor_is_that_of_the_inverse() -> None:
-    _, x = correlated(4)
+@pytest.mark.parametrize("size", [128, 256, 600])  # below, at and above a block
+def test_the_factor_is_that_of_the_inverse(size: int) -> None:
+    _, x = correlated(4, size)
     gram = x.t() @ x / len(x)
-    damped = gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(128)
+    damped = gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(size)
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     torch.testing.assert_close(inverse_factor(gram).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@given(st.integers(0, 999))
+@settings(deadline=None, max_examples=10)
+def test_memory_saved_changes_no_code(seed: int) -> None:
+    """Rows rounded in several parts, and the Gram matrix overwritten."""
+    weight, x = correlated(seed)
+    gram, grid = x.t() @ x / len(x), Grid(32)
+    whole = GPTQ().round(weight, grid, gram)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gptq, "_ELEMENTS", 10 * 128)
+        parts = GPTQ().round(weight, grid, gram.clone(), reuse_gram=True)
+    assert parts.q.shape == whole.q.shape and torch.equal(parts.scale, whole.scale)
+    assert (parts.q != whole.q).float().mean() < 0.01  # sums in another order can break ties
+
+
+def test_a_gram_matrix_that_needs_fp64_is_restored_first() -> None:
+    """fp32 fails on it, after it has overwritten a triangle."""
+    base = torch.randn(2, 600, generator=torch.Generator().manual_seed(0))
+    gram = base.t() @ base
+    gram = torch.maximum(gram, gram.t())
+    damped = gram.double() + 1e-7 * gram.diagonal().mean() * torch.eye(600)
+    factor = inverse_factor(gram.clone(), damp=1e-7).double()
+    assert torch.isfinite(factor).all()
+    product = factor.t() @ factor @ damped
+    if torch.linalg.cholesky_ex(damped).info == 0:
+        assert (product - torch.eye(600)).abs().max() < 0.5
 
 
 def test_searched_ranges_never_raise_the_weighted_error() -> None:
