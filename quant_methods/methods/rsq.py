@@ -104,7 +104,7 @@ class RSQ:
     """
 
     name: ClassVar[str] = "rsq"
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     settings_type: ClassVar[type[GridSettings]] = RSQSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
         calibrates=True,
