@@ -20,7 +20,8 @@ def to_device(device: torch.device, *arrays: IntArray) -> list[torch.Tensor]:
     if device.type == "cpu":
         return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     sizes = [array.size for array in arrays]
-    # Only from pinned memory is a copy asynchronous. PyTorch reuses it once the copy is done.
+    # Only from pinned memory does a copy not wait. It is fresh each time: PyTorch's host allocator
+    # records an event behind the copy, and gives the memory to others once that has passed.
     pinned = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=True)
     np.concatenate([array.ravel() for array in arrays], out=pinned.numpy())
     parts = pinned.to(device, non_blocking=True).split(sizes)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device without a GPU, which sees where a host would wait for it."""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Device(TorchDispatchMode):
+    """PyTorch's device "meta" in place of a GPU: what a step asks of it, and what makes it wait.
+
+    That is a copy from memory that is not pinned or not dense, as ``vllm.utils.gpu_sync_debug`` has
+    it, and an operation on the device that is given a tensor on the host. Tensors of this device
+    have no numbers, so that reading one, or making a mask an index, raises an error.
+
+    Attributes:
+        operations: Names of what is asked of the device, without views.
+        copies: Copies from pinned memory.
+        waits: Names of what makes the host wait.
+        pinned: What was allocated in pinned memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+        self.copies = 0
+        self.waits: list[str] = []
+        self.pinned: list[torch.Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.pop("pin_memory", False):  # for which PyTorch needs a GPU
+            made = func(*args, **kwargs)
+            self.pinned.append(made)
+            return made
+        made = func(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs, made)) if isinstance(x, torch.Tensor)]
+        here = [x for x in tensors if x.device.type == "cpu"]
+        if len(here) == len(tensors) or func.is_view:
+            return made
+        name = func.overloadpacket.__name__
+        self.operations.append(name)
+        if name in ("_to_copy", "copy_"):
+            queued = kwargs.get("non_blocking", False) and all(map(self._queued, here))
+            self.copies += bool(here and queued)
+            waits = bool(here and not queued)
+        else:
+            waits = any(x.dim() for x in here)  # a number goes with the launch of a kernel
+        self.waits += [name] * waits
+        return made
+
+    def _queued(self, x: torch.Tensor) -> bool:
+        pinned = {known.untyped_storage().data_ptr() for known in self.pinned}
+        return x.is_contiguous() and x.untyped_storage().data_ptr() in pinned
