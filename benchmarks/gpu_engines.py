@@ -34,7 +34,7 @@ Starts = dict[str, partial[Engine]]
 
 
 def identity(options: Options, result: Result) -> None:
-    """Fill keep1_same_*, *_changed, *_leaked_blocks, *_freed_blocks, decode_syncs."""
+    """Fill P_leaked_blocks and P_freed_blocks of each engine, and P_same_as_Q of pairs of them."""
     stock = partial(KVEngine, plugin=False)
     starts: Starts = {
         "stock": stock,
