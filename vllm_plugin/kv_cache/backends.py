@@ -7,7 +7,9 @@ type of numbers. Only layers with full attention are meant: sliding-window layer
 keep the backend that vLLM chooses for them.
 
 The choice is made at the config edge, where it can be refused, and is written to
-``attention_config.backend_per_kind``. The worker then puts our class behind it.
+``attention_config.backend_per_kind``. The worker then registers our class as CUSTOM, and names that
+instead. CUSTOM is a name of the whole process, so it is reserved: a plugin that has registered its
+own class there is refused.
 """
 
 from typing import Final
@@ -71,6 +73,7 @@ def chosen(config: VllmConfig, capability: DeviceCapability) -> AttentionBackend
         config: vLLM's own, of this engine.
         capability: Of the device.
     """
+    _check_custom_is_free(config)
     attention = config.attention_config
     named = attention.backend_per_kind.get(_FULL, attention.backend)
     if named is not None and named not in CHOICES:
@@ -91,26 +94,61 @@ def chosen(config: VllmConfig, capability: DeviceCapability) -> AttentionBackend
     )
 
 
-def _reasons(
-    backend: AttentionBackendEnum, config: VllmConfig, capability: DeviceCapability
-) -> list[str]:
-    """Why vLLM cannot use a backend, by its own check; empty where it can."""
-    model, cache = config.model_config, config.cache_config
-    wanted = AttentionSelectorConfig(
+def selector_config(config: VllmConfig) -> AttentionSelectorConfig:
+    """What vLLM asks of the backend of a full-attention layer: as its ``get_attn_backend``.
+
+    A layer adds what only the loaded model knows, such as attention sinks.
+    """
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    drafts = config.speculative_config
+    return AttentionSelectorConfig(
         head_size=model.get_head_size(),
         dtype=model.dtype,
         kv_cache_dtype=cache.cache_dtype,
         block_size=cache.block_size if cache.user_specified_block_size else None,
         use_mm_prefix=model.is_mm_prefix_lm,
+        use_non_causal=config.attention_config.use_non_causal,
         use_batch_invariant=envs.VLLM_BATCH_INVARIANT,
+        use_kv_connector=True,  # the plugin's own, for metrics, which is not configured yet
+        use_pcp=parallel.prefill_context_parallel_size > 1,
+        use_adaptive_verification=drafts is not None and drafts.enable_adaptive_verification,
+        use_dcp=parallel.decode_context_parallel_size > 1,
+        use_rswa=model.rswa_window is not None,
     )
+
+
+def _reasons(
+    backend: AttentionBackendEnum, config: VllmConfig, capability: DeviceCapability
+) -> list[str]:
+    """Why vLLM cannot use a backend, by its own check; empty where it can."""
+    wanted = selector_config(config)._asdict()
     try:
         with set_current_vllm_config(config):  # which version of FlashAttention, for instance
             return backend.get_class().validate_configuration(
-                device_capability=capability, **wanted._asdict()
+                device_capability=capability, **wanted
             )
     except (ImportError, OSError) as error:
         return [f"{type(error).__name__}: {error}"]
+
+
+def _check_custom_is_free(config: VllmConfig) -> None:
+    """vLLM has one class per name in a process, and finds ours by the name CUSTOM.
+
+    Raises:
+        CompressError: It stands for another class already, or other layers would get ours.
+    """
+    custom, attention = AttentionBackendEnum.CUSTOM, config.attention_config
+    if custom.is_overridden() and (path := custom.get_path()) not in CHOICES.values():
+        raise CompressError(
+            f"the attention backend CUSTOM is {path} in this process, and compressed layers need "
+            "that name; remove the plugin that registers it, or compress.kv"
+        )
+    kinds = [kind for kind, named in attention.backend_per_kind.items() if named is custom]
+    if attention.backend is custom or kinds:
+        flag = "attention_config.backend_per_kind" if kinds else "--attention-backend"
+        raise CompressError(
+            f"{flag} CUSTOM: that name is reserved for compressed layers; remove the flag"
+        )
 
 
 def put_ours_behind(config: VllmConfig) -> str:
@@ -130,6 +168,7 @@ def put_behind_custom(config: VllmConfig) -> str:
     per_kind = config.attention_config.backend_per_kind
     ours = CHOICES.get(per_kind[_FULL])
     if ours is not None:  # else an earlier worker has changed this config already
+        _check_custom_is_free(config)
         register_backend(AttentionBackendEnum.CUSTOM, ours)
         per_kind[_FULL] = AttentionBackendEnum.CUSTOM
     return AttentionBackendEnum.CUSTOM.get_path()

@@ -24,7 +24,11 @@ class FlashImpl(CompressedImpl, FlashAttentionImpl):
 
 
 class FlashBackend(FlashAttentionBackend):
-    """Registered as CUSTOM, so that FLASH_ATTN stays vLLM's own."""
+    """Registered as CUSTOM, so that FLASH_ATTN stays vLLM's own.
+
+    CUSTOM is one name for the whole process, reserved for compressed layers: ``backends`` refuses
+    an engine where another class is registered there.
+    """
 
     @staticmethod
     def get_name() -> str:

@@ -22,7 +22,11 @@ class TritonImpl(CompressedImpl, TritonAttentionImpl):
 
 
 class TritonBackend(TritonAttentionBackend):
-    """Registered as CUSTOM, so that TRITON_ATTN stays vLLM's own."""
+    """Registered as CUSTOM, so that TRITON_ATTN stays vLLM's own.
+
+    CUSTOM is one name for the whole process, reserved for compressed layers: ``backends`` refuses
+    an engine where another class is registered there.
+    """
 
     @staticmethod
     def get_name() -> str:

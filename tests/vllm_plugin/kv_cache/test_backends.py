@@ -2,18 +2,26 @@
 """Which of vLLM's attention backends compressed layers run over on CUDA, told without a GPU."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from vllm.config import AttentionConfig, VllmConfig
+from vllm.config import AttentionConfig, VllmConfig, set_current_vllm_config
 from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.attention.selector import get_attn_spec_kind
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import AttentionSelectorConfig, get_attn_spec_kind
 
 from compress_common.errors import CompressError
 from tests.vllm_plugin.kv_cache.test_refusals import configure
-from vllm_plugin.kv_cache.backends import CHOICES, choose_backend, chosen, put_behind_custom
+from vllm_plugin.kv_cache.backends import (
+    CHOICES,
+    choose_backend,
+    chosen,
+    put_behind_custom,
+    selector_config,
+)
 
 FLASH, TRITON = CHOICES
 AMPERE, HOPPER, BLACKWELL = (DeviceCapability(*at) for at in ((8, 0), (9, 0), (10, 0)))
@@ -53,6 +61,55 @@ def test_other_backends_are_refused(configured: VllmConfig) -> None:
         choice(configured, HOPPER, backend="FLASHINFER")
     with pytest.raises(CompressError, match=r"FLASH_ATTN: compute capability not supported\); rem"):
         choice(configured, TURING, backend=FLASH)
+
+
+def test_vllm_is_asked_what_it_asks_itself(
+    configured: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every field that vLLM fills from the config, at values that are not the defaults."""
+    model, parallel = configured.model_config, configured.parallel_config
+    monkeypatch.setattr(configured, "attention_config", AttentionConfig(use_non_causal=True))
+    monkeypatch.setattr(model.model_arch_config, "rswa_window", 64)
+    monkeypatch.setattr(parallel, "decode_context_parallel_size", 2)
+    monkeypatch.setattr(parallel, "prefill_context_parallel_size", 2)
+    monkeypatch.setattr(configured.cache_config, "user_specified_block_size", True)
+    drafts = SimpleNamespace(enable_adaptive_verification=True)
+    monkeypatch.setattr(configured, "speculative_config", drafts)
+    asked: list[AttentionSelectorConfig] = []
+    monkeypatch.setattr(
+        selector,
+        "_cached_get_attn_backend",
+        lambda *, attn_selector_config, **_: asked.append(attn_selector_config),
+    )
+    dtype = configured.cache_config.cache_dtype
+    with set_current_vllm_config(configured):
+        selector.get_attn_backend(model.get_head_size(), model.dtype, dtype)
+    assert [selector_config(configured)] == asked
+    assert asked[0].use_non_causal and asked[0].use_rswa and asked[0].use_kv_connector
+
+
+def test_custom_is_reserved(configured: VllmConfig) -> None:
+    """One class stands behind it in a process. It would be another's, or other layers get ours."""
+    custom = AttentionBackendEnum.CUSTOM
+    register_backend(custom, "elsewhere.Backend")
+    try:
+        with pytest.raises(CompressError, match=r"CUSTOM is elsewhere.Backend in this process"):
+            choice(configured, HOPPER)
+        configured.attention_config = AttentionConfig(backend_per_kind={"full_attention": FLASH})
+        with pytest.raises(CompressError, match=r"CUSTOM is elsewhere.Backend in this process"):
+            put_behind_custom(configured)
+        assert custom.get_path() == "elsewhere.Backend"
+        register_backend(custom, CHOICES[TRITON])  # an engine before this one
+        assert choice(configured, HOPPER) is FLASH
+        for named in (
+            {"backend": "CUSTOM"},
+            {"backend_per_kind": {"sliding_window": "CUSTOM"}},
+            {"backend": "CUSTOM", "backend_per_kind": {"full_attention": "FLASH_ATTN"}},
+        ):
+            with pytest.raises(CompressError, match="CUSTOM: that name is reserved"):
+                choice(configured, HOPPER, **named)
+    finally:
+        custom.clear_override()
 
 
 def test_only_full_attention_is_ours(configured: VllmConfig) -> None:
