@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from kv_policies.layout.base import Ending, IntArray, Layout, runs
 
@@ -54,7 +53,7 @@ class Step:
         """``Layout.phase`` before the step."""
         return self.once(("phase", layout.timing), lambda: layout.phase(self.n, self.c))
 
-    def passes(self, layout: Layout) -> "list[tuple[torch.Tensor | None, Step]]":
+    def passes(self, layout: Layout) -> "list[tuple[IntArray | None, Step]]":
         """The step as ``Layout.substeps``.
 
         Returns:
@@ -73,10 +72,9 @@ class Step:
             for at in range(max(map(len, steps)))
         ]
 
-    def _part(self, cuts: list[tuple[int, int, int]]) -> "tuple[torch.Tensor, Step]":
+    def _part(self, cuts: list[tuple[int, int, int]]) -> "tuple[IntArray, Step]":
         row, c, q = np.array(cuts).T
         starts = self.starts[row] + c - self.c[row]
         index, token = runs(q)
         ids = [self.ids[at] for at in row.tolist()]
-        tokens = torch.from_numpy(starts[index] + token)
-        return tokens, Step(self.n[row], c, q, starts, ids)
+        return starts[index] + token, Step(self.n[row], c, q, starts, ids)

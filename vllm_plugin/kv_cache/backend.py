@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
@@ -22,10 +23,12 @@ from kv_policies.compaction import Layer, Pages, compact
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.packing import Packer, Packings, fresh_blocks
 from kv_policies.latents.reading import LatentColumns, LatentView, Reading
+from kv_policies.layout.base import IntArray
 from kv_policies.layout.step import Step
 from kv_policies.layout.view import LiveColumns, LiveView
 from kv_policies.plan import Work
 from kv_policies.planner import Planner
+from kv_policies.transfer import to_device
 from kv_policies.windows import JoinedPages
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.settings import parse_settings
@@ -41,7 +44,7 @@ class Part:
     ``Layout.substeps``.
 
     Attributes:
-        tokens: The step's tokens that take part, int64; None for all.
+        tokens: The step's tokens that take part, int64 on the device; None for all.
         metadata: What the backend's builder made of the live blocks.
         work: What is compacted after attention, inside the forward pass.
         reading: The requests whose attention is over latents too. Its result takes the place of
@@ -103,16 +106,16 @@ class CompressedBuilder:
             self._latents = LatentView(layout, self.latent_columns)
         self._clear(step, common_attn_metadata.block_table_tensor)
         parts, tallies = [], []
-        for tokens, passed in step.passes(layout):
-            metadata, how = common_attn_metadata, args
+        for some, passed in step.passes(layout):
+            metadata, how, tokens = common_attn_metadata, args, None
             live, latents = self._live, self._latents
-            if tokens is not None:  # rare: what is kept from step to step is of whole steps
-                metadata, how = _restricted(metadata, step, passed, tokens), (True,)
-                live, latents = LiveView(layout), LatentView(layout)
+            rows = self.vllm_config.scheduler_config.max_num_seqs
+            if some is not None:  # rare: what is kept from step to step is of whole steps
+                metadata, tokens = _restricted(metadata, step, passed, some)
+                live, latents, rows, how = LiveView(layout), LatentView(layout), 0, (True,)
             table = metadata.block_table_tensor
             work = self._work(passed, table)
             tallies += work.tallies if work else []
-            rows = self.vllm_config.scheduler_config.max_num_seqs
             view, seen = live.update(passed, table, metadata.seq_lens, rows)
             reading = None
             if self.latents:
@@ -161,29 +164,29 @@ class CompressedBuilder:
 
 
 def _restricted(
-    metadata: CommonAttentionMetadata, step: Step, part: Step, tokens: torch.Tensor
-) -> CommonAttentionMetadata:
-    """The metadata of one pass: of some requests, some tokens."""
-    device, prefilling = metadata.block_table_tensor.device, metadata.is_prefilling
-    row = torch.tensor([step.ids.index(name) for name in part.ids])
-    starts = torch.zeros(len(row) + 1, dtype=metadata.query_start_loc.dtype)
-    torch.cumsum(torch.from_numpy(part.q), 0, out=starts[1:])
-    if prefilling is not None:
-        prefilling = prefilling[row.to(prefilling.device)]  # on the host also beside a GPU
-    row, lengths = row.to(device), torch.from_numpy(part.end).int()
-    return metadata.replace(
-        query_start_loc=starts.to(device),
-        query_start_loc_cpu=starts,
-        seq_lens=lengths.to(device),
-        seq_lens_cpu_upper_bound=lengths,
+    metadata: CommonAttentionMetadata, step: Step, part: Step, tokens: IntArray
+) -> tuple[CommonAttentionMetadata, torch.Tensor]:
+    """The metadata of one pass: of some requests, some tokens. And these tokens, on the device."""
+    row = np.array([step.ids.index(name) for name in part.ids])
+    starts = np.concatenate(([0], part.q.cumsum()))
+    rows, chosen, starts_there, lengths = to_device(
+        metadata.block_table_tensor.device, row, tokens, starts, part.end
+    )
+    prefilling = metadata.is_prefilling  # on the host also beside a GPU
+    restricted = metadata.replace(
+        query_start_loc=starts_there.to(metadata.query_start_loc.dtype),
+        query_start_loc_cpu=torch.from_numpy(starts).to(metadata.query_start_loc_cpu.dtype),
+        seq_lens=lengths.to(metadata.seq_lens.dtype),
+        seq_lens_cpu_upper_bound=torch.from_numpy(part.end).int(),
         num_reqs=len(row),
         num_actual_tokens=len(tokens),
         max_query_len=int(part.q.max()),
-        block_table_tensor=metadata.block_table_tensor[row],
-        slot_mapping=metadata.slot_mapping[tokens.to(device)],
-        positions=None if metadata.positions is None else metadata.positions[tokens.to(device)],
-        is_prefilling=prefilling,
+        block_table_tensor=metadata.block_table_tensor[rows],
+        slot_mapping=metadata.slot_mapping[chosen],
+        positions=None if metadata.positions is None else metadata.positions[chosen],
+        is_prefilling=None if prefilling is None else prefilling[torch.from_numpy(row)],
     )
+    return restricted, chosen
 
 
 class CompressedImpl:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -29,8 +28,9 @@ from kv_policies.layout.tokens import TokenLayout
 from kv_policies.planner import Planner
 from kv_policies.policies.key_diff import KeyDiff
 from kv_policies.workspace import Heads
+from tests.support.device import Device
 from tests.vllm_plugin.kv_cache.test_refusals import configure
-from vllm_plugin.kv_cache.backend import CompressedBuilder
+from vllm_plugin.kv_cache.backend import CompressedBuilder, CompressedImpl
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.cpu import CPUBuilder
 from vllm_plugin.kv_cache.flash import FlashBuilder
@@ -195,9 +195,9 @@ def metadata(requests: list[tuple[int, int, int]], padded: int) -> CommonAttenti
     )
 
 
-def equipped(kind: type, config: VllmConfig) -> Any:
-    """A builder of one layer with its own blocks, as ``CompressedWorker`` makes it."""
-    builder = kind(CompressedSpec.of(SPEC, LAYOUT), ["layer"], config, torch.device("cpu"))
+def equipped(kind: type, config: VllmConfig, device: str = "cpu") -> Any:
+    """A builder of one layer with its own blocks, as the worker makes it."""
+    builder = kind(CompressedSpec.of(SPEC, LAYOUT), ["layer"], config, torch.device(device))
     states = SimpleNamespace(prompt_len=SimpleNamespace(np=None), num_computed_tokens_np=None)
     states.index_to_req_id = {at: str(at) for at in range(4)}
     builder.batch = Batch(SimpleNamespace(req_states=states), v2=True, layers=1)
@@ -210,6 +210,7 @@ def equipped(kind: type, config: VllmConfig) -> Any:
         cache[slots // 32, :, slots % 32] = torch.cat((key, value), -1)
 
     pages = Pages.of(cache, 3, 32, 64, write)
+    pages = Pages(pages.blocks.to(device), *pages.orders, pages.shape)
     layer = Layer("layer", 0, pages, heads, policy, space, None)  # type: ignore
     builder.layers = [layer]
     return builder
@@ -220,16 +221,30 @@ def run_step(
     requests: list[tuple[int, int, int]],
     padded: int = 4,
     seen: AbstractContextManager[Any] | None = None,
+    impl: Any = None,
 ) -> Any:
-    """What is built inside a step of the worker; what is put off is done behind it."""
-    n, c, _ = np.array(requests).T
+    """What is built inside a step of the worker; what is put off is done behind it.
+
+    ``impl``: computes the layer in between; None where its forward pass has nothing to compact.
+    """
+    n, c, q = np.array(requests).T
     states = builder.batch._runner.req_states
     states.prompt_len.np, states.num_computed_tokens_np = n, c
-    given = metadata(requests, padded)
+    device = builder.layers[0].pages.blocks.device
+    given = there(metadata(requests, padded), device)
+    query, output = torch.zeros(2, int(q.sum()), 3, 64, dtype=torch.bfloat16, device=device)
     with builder.batch.step(SchedulerOutput.make_empty()), seen or nullcontext():
         built = builder.build(0, given)
+        if impl is not None:
+            impl.forward(None, query, query, query, None, built, output)
         builder.batch.finish()
     return built
+
+
+def there(metadata: CommonAttentionMetadata, device: torch.device) -> CommonAttentionMetadata:
+    """With the tensors that vLLM has on the device; the others stay on the host."""
+    names = ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping")
+    return metadata.replace(**{name: getattr(metadata, name).to(device) for name in names})
 
 
 @pytest.mark.parametrize("kind", [TritonBuilder, FlashBuilder])
@@ -261,35 +276,55 @@ def test_what_a_graph_reads_stays_where_it_was_captured(kind: type, configured: 
             assert built.block_table[row, : len(live)].tolist() == (100 * row + live).tolist()
 
 
-class Operations(TorchDispatchMode):
-    """Names of what PyTorch is asked for, without views."""
+class Attention:
+    """In place of a backend's own: nothing is computed."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+    scale = 1.0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if not func.is_view:
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+    def forward(self, *args: Any) -> None:
+        pass
+
+
+class Impl(CompressedImpl, Attention):
+    pass
 
 
 def test_a_step_waits_for_nothing(configured: VllmConfig) -> None:
     """A decode step that compacts nothing queues two operations and copies nothing from the host.
     One that does copies its plan, but reads nothing back: no number, no mask."""
-    builder = equipped(TritonBuilder, configured)
-    decodes = [(256, 256, 1), (256, 317, 1)]
-    run_step(builder, decodes)
-    for after, expected in ((1, {"gather", "sub"}), (2, None)):
-        seen = Operations()
-        run_step(builder, [(n, c + after, q) for n, c, q in decodes], seen=seen)
-        if expected:
-            assert sorted(seen.names) == sorted(expected)
-        else:
-            assert len(seen.names) > 20  # a window ended
-        assert not {"_local_scalar_dense", "nonzero", "masked_select"} & set(seen.names)
+    builder = equipped(TritonBuilder, configured, "meta")
+    run_step(builder, [(256, 256, 1), (256, 317, 1)], seen=Device())
+    for requests, copies in (
+        ([(256, 257, 1), (256, 318, 1)], 0),
+        ([(256, 258, 1), (256, 319, 1)], 2),  # a window ends: what is read of it, what stays
+        ([(256, 259, 1), (256, 320, 1)], 1),  # its tokens are hidden
+        ([(256, 260, 1), (256, 321, 1)], 0),
+        ([(256, 261, 1), (256, 322, 1), (40, 400, 1)], 1),  # a request joins
+        ([(256, 323, 1), (40, 401, 1)], 1),  # another leaves
+    ):
+        seen = Device()
+        run_step(builder, requests, seen=seen)
+        assert not seen.waits
+        assert seen.copies == copies, requests
+        if not copies:
+            assert sorted(seen.operations) == ["gather", "sub"]
+
+
+def test_passes_of_a_resumed_request_wait_for_nothing(configured: VllmConfig) -> None:
+    """It recomputes a prompt and windows behind it in one step, beside one that decodes."""
+    builder = equipped(TritonBuilder, configured, "meta")
+    impl = Impl()
+    (impl.chosen,) = builder.layers
+    impl.batch, impl.pages = builder.batch, impl.chosen.pages
+    seen = Device()
+    built = run_step(builder, [(256, 0, 400), (64, 90, 1)], seen=seen, impl=impl)
+    parts = built.vllm_compress_parts
+    assert len(parts) == 4 and all(part.tokens.device.type == "meta" for part in parts)
+    tables = [part.metadata.block_table for part in parts]
+    assert [len(blocks) for blocks in tables] == [2, 1, 1, 1]
+    row = 4 * WIDTH  # bytes; no room is made for other requests than those of a pass
+    assert [x.untyped_storage().nbytes() // row for x in tables] == [2, 1, 1, 1]
+    assert not seen.waits
 
 
 def test_windows_are_compacted_after_the_forward_pass(configured: VllmConfig) -> None:
