@@ -62,14 +62,14 @@ class GridSettings(BaseModel):
     )
 
     def identity(self) -> dict[str, Any]:
-        """Return all that decides a plan: the settings, with the content of files that they name.
+        """Return all that decides a plan: the settings, with the bits of the allocation's file.
 
         Raises:
             CompressError: A file cannot be read.
         """
         content = self.model_dump()
         if self.allocation is not None:
-            content["allocation"] = read_allocation(self.allocation).model_dump()
+            content["allocation"] = read_allocation(self.allocation).bits
         return content
 
     def check_model(self, weights_digest: str) -> None:

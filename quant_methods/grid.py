@@ -60,6 +60,11 @@ class Grid:
         """The zero point of a symmetric grid: 8 with 4 bits."""
         return self.levels // 2
 
+    @property
+    def packed(self) -> bool:
+        """Whether checkpoints hold its codes packed into words; False: one int8 each, for w8a8."""
+        return not (self.bits == 8 and self.activations == "int8")
+
     def groups(self, in_features: int) -> int:
         """Return the number of groups of a row."""
         return 1 if self.group_size == PER_CHANNEL else in_features // self.group_size

@@ -40,13 +40,15 @@ class ModelProbe:
     ) -> float:
         """See ``allocators.base.Probe``."""
         chosen = self._chosen(tokens, seed)
-        changed = [self._weights(index, bits) for index in range(len(self.blocks))]
-        first = next((i for i, weights in enumerate(changed) if weights), None)
+        changed = {unit.rpartition(".")[0] for unit, count in bits.items() if count != SIXTEEN}
+        blocks = range(len(self.blocks))
+        first = next((i for i in blocks if self.blocks.prefix(i)[:-1] in changed), None)
         if first is None:
             return 0.0
         hidden = self._inputs[first][chosen]
-        for index in range(first, len(self.blocks)):
-            with self.blocks.resident(index), self.blocks.replaced(index, changed[index]):
+        for index in blocks[first:]:
+            # Made here and bound to no name: fp32 weights of one block, not of the model.
+            with self.blocks.resident(index), self.blocks.replaced(index, self._weights(index, bits)):
                 hidden = self.blocks.run(index, hidden, out=hidden)
         key = (tokens, seed)
         if key not in self._references:

@@ -136,7 +136,7 @@ def compressed_tensors_config(
 
 
 def _layout(grid: Grid) -> str:
-    return "int-quantized" if grid.activations == "int8" else "pack-quantized"
+    return "pack-quantized" if grid.packed else "int-quantized"
 
 
 def _scheme(grid: Grid) -> dict[str, Any]:
@@ -164,7 +164,9 @@ def _scheme(grid: Grid) -> dict[str, Any]:
 
 def _described(grid: Grid) -> str:
     rounded = "" if grid.activations == "none" else f" with {grid.activations} activations"
-    return f"{grid.bits} bits in groups of {grid.group_size}{rounded}"
+    per_channel = grid.group_size == PER_CHANNEL
+    groups = "per channel" if per_channel else f"in groups of {grid.group_size}"
+    return f"{grid.bits} bits {groups}{rounded}"
 
 
 def _awq_config(grids: dict[str, Grid], config: Any, marker: dict[str, Any]) -> dict[str, Any]:

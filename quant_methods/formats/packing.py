@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
+from torch.nn.functional import pad
 
 from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight
 
@@ -32,12 +33,15 @@ def pack(codes: torch.Tensor, packed_dim: Literal[0, 1] = 1, bits: int = 4) -> t
         signed = (codes.to(torch.int16) - (1 << bits >> 1)).to(torch.int8)
         return pack_to_int32(signed, num_bits=bits, packed_dim=packed_dim).contiguous()
     rows = codes if packed_dim == 1 else codes.t()
-    place = torch.arange(bits, device=codes.device)
-    stream = (rows.to(torch.int32)[..., None] >> place & 1).flatten(1)
-    words = ceil(stream.shape[1] / _WORD)
-    stream = torch.nn.functional.pad(stream, (0, words * _WORD - stream.shape[1]))
-    powers = 1 << torch.arange(_WORD, device=codes.device, dtype=torch.int64)
-    packed = (stream.view(len(rows), words, _WORD) * powers).sum(-1).to(torch.int32)
+    size = rows.shape[1]
+    runs = pad(rows, (0, -size % _WORD)).reshape(len(rows), -1, _WORD)
+    words = torch.zeros(*runs.shape[:2], bits, dtype=torch.int32, device=codes.device)
+    for place, (word, shift) in enumerate(_places(bits)):
+        code = runs[..., place].to(torch.int32)
+        words[..., word] |= code << shift
+        if shift + bits > _WORD:
+            words[..., word + 1] |= code >> _WORD - shift
+    packed = words.flatten(1)[:, : ceil(size * bits / _WORD)]
     return (packed if packed_dim == 1 else packed.t()).contiguous()
 
 
@@ -59,12 +63,23 @@ def unpack(
         shape[packed_dim] = size
         signed = unpack_from_int32(words, bits, torch.Size(shape), packed_dim)
         return (signed.to(torch.int16) + (1 << bits >> 1)).to(torch.uint8)
-    rows = words if packed_dim == 1 else words.t()
-    place = torch.arange(_WORD, device=words.device)
-    stream = (rows[..., None] >> place & 1).flatten(1)[:, : size * bits]
-    powers = 1 << torch.arange(bits, device=words.device)
-    codes = (stream.view(len(rows), size, bits) * powers).sum(-1).to(torch.uint8)
-    return codes if packed_dim == 1 else codes.t().contiguous()
+    needed = ceil(size * bits / _WORD)
+    rows = (words if packed_dim == 1 else words.t())[:, :needed]
+    runs = pad(rows, (0, -needed % bits)).reshape(len(rows), ceil(size / _WORD), bits)
+    codes = torch.empty(*runs.shape[:2], _WORD, dtype=torch.uint8, device=words.device)
+    for place, (word, shift) in enumerate(_places(bits)):
+        code = runs[..., word] >> shift
+        if shift + bits > _WORD:  # the shift repeats the sign, in bits that the next word fills
+            code &= (1 << _WORD - shift) - 1
+            code |= runs[..., word + 1] << _WORD - shift
+        codes[..., place] = code & (1 << bits) - 1
+    codes = codes.flatten(1)[:, :size]
+    return (codes if packed_dim == 1 else codes.t()).contiguous()
+
+
+def _places(bits: int) -> list[tuple[int, int]]:
+    """Return the word and the lowest bit of each of the 32 codes that fill ``bits`` words."""
+    return [divmod(place * bits, _WORD) for place in range(_WORD)]
 
 
 def to_compressed_tensors(
@@ -78,7 +93,7 @@ def to_compressed_tensors(
     int8 [N, K] and ``weight_scale`` [N, 1].
     """
     grid = weight.grid
-    if grid.activations == "int8" and grid.bits == 8:
+    if not grid.packed:
         return {
             "weight": (weight.q.to(torch.int16) - grid.middle).to(torch.int8),
             "weight_scale": weight.scale.to(scale_dtype),

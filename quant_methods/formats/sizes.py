@@ -82,7 +82,7 @@ def sizes_of(checkpoint: Checkpoint, grids: dict[str, Grid], tied: bool) -> Size
             count, bits = grid.groups(shape[1]) * shape[0], grid.bits
             groups += count
             zero_bits += 0 if grid.symmetric else count * bits
-            linears += grid.activations != "int8"
+            linears += grid.packed
         elif kind in _PACKED:
             bits = _written_bits(written, module)
             elements = elements * _WORD_BITS // bits

@@ -117,11 +117,9 @@ def quantize_checkpoint(
     if chosen.uniform:
         request = request.model_copy(update={"settings": request.settings | {"uniform": True}})
     checkpoint = Checkpoint(source)
-    architecture_of(checkpoint.hf_config)
     grids = request.build().settings.grids(checkpoint.hf_config)
-    chosen.config(
-        grids, checkpoint.hf_config, {}
-    )  # refuses before hours of work what it cannot hold
+    # Refuses what the format cannot hold before the work, not after it.
+    chosen.config(grids, checkpoint.hf_config, {})
     if target.exists():
         raise CompressError(f"{target} exists; give another folder or remove it")
     partial = target.parent / f".{target.name}.partial"

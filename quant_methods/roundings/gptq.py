@@ -34,8 +34,8 @@ class GPTQ:
         ranges: "search" shrinks the range of a group where that lowers its error, weighted by the
             energy of the inputs. "minmax": the whole range.
         damp: Added to the diagonal of the Gram matrix, as a share of its mean. More damping follows
-            the calibration text less closely. It is raised tenfold, up to three times, where the
-            matrix is not positive definite.
+            the calibration text less closely. Where the matrix is not positive definite in fp32, it
+            is tried in fp64 with the same damping, then with ten times and a hundred times as much.
     """
 
     order: Literal["energy", "stored"] = "energy"

@@ -113,14 +113,15 @@ class MethodConfig(CompressedTensorsConfig):
 
 def _config_class(kind: type[QuantMethod]) -> type[MethodConfig]:
     """Return the config class of a method. vLLM pickles it by name, so this module must have it."""
-    name = "".join(part.title() for part in kind.name.split("_")) + "Config"
+    name = f"Config_{kind.name}"  # no two methods share it, and nothing else here starts so
     members = {
         "method": kind.name,
         "capabilities": kind.capabilities,
         "__doc__": MethodConfig.__doc__,
         "__module__": __name__,
     }
-    return globals().setdefault(name, type(name, (MethodConfig,), members))
+    globals()[name] = made = type(name, (MethodConfig,), members)
+    return made
 
 
 CONFIGS = tuple(_config_class(kind) for kind in served_methods())

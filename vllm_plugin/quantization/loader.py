@@ -179,10 +179,12 @@ def _log(plan: Plan, stored: bool, seconds: float) -> None:
         len(plan.grids),
     )
     if left := plan.report.get("left_at_16_bit"):
+        allocated = (plan.report.get("settings") or {}).get("allocation")
         logger.warning(
-            "%s stay at 16 bits in every layer: no group size divides their input, or their "
+            "%s stay at 16 bits in every layer: %sno group size divides their input, or their "
             "outputs do not pack",
             ", ".join(left),
+            f"the allocation {allocated} says so, " if allocated else "",
         )
 
 

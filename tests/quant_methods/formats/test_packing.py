@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_methods.formats.packing import (
     from_awq,
@@ -38,6 +39,38 @@ def test_words_are_dense_and_give_the_codes_back(
     assert torch.equal(words if packed_dim == 1 else words.t(), expected)
     back = unpack(words, packed_dim, bits, size)
     assert torch.equal(back if packed_dim == 1 else back.t(), codes)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.size = max(self.size, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_no_bit_becomes_a_number(bits: int) -> None:
+    """Codes of an 8B model's down_proj take 58 MB. They must not take gigabytes on the way."""
+    codes = torch.randint(0, 1 << bits, (16, 4096), dtype=torch.uint8)
+    with Largest() as packing:
+        words = pack(codes, bits=bits)
+    with Largest() as unpacking:
+        unpack(words, bits=bits, size=4096)
+    assert max(packing.size, unpacking.size) <= 4 * codes.numel()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_too_few_words_are_no_zeros(bits: int) -> None:
+    words = pack(torch.ones(2, 32, dtype=torch.uint8), bits=bits)
+    with pytest.raises((RuntimeError, ValueError)):
+        unpack(words[:, :-1], bits=bits, size=32)
 
 
 GRIDS = [Grid(32, symmetric, bits) for symmetric in (True, False) for bits in range(2, 9)]
