@@ -48,7 +48,10 @@ class ModelProbe:
         hidden = self._inputs[first][chosen]
         for index in blocks[first:]:
             # Made here and bound to no name: fp32 weights of one block, not of the model.
-            with self.blocks.resident(index), self.blocks.replaced(index, self._weights(index, bits)):
+            with (
+                self.blocks.resident(index),
+                self.blocks.replaced(index, self._weights(index, bits)),
+            ):
                 hidden = self.blocks.run(index, hidden, out=hidden)
         key = (tokens, seed)
         if key not in self._references:

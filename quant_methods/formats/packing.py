@@ -55,9 +55,15 @@ def unpack(
         packed_dim: As in ``pack``.
         bits: Of a code.
         size: Codes along ``packed_dim``; None: as many as the words hold.
+
+    Raises:
+        ValueError: There are fewer words than that.
     """
+    whole = words.shape[packed_dim] * _WORD // bits
     if size is None:
-        size = words.shape[packed_dim] * _WORD // bits
+        size = whole
+    if size > whole:
+        raise ValueError(f"{words.shape[packed_dim]} words have no {size} codes of {bits} bits")
     if _WORD % bits == 0:
         shape = list(words.shape)
         shape[packed_dim] = size

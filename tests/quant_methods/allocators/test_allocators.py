@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every allocator meets the budget, and more of it never hurts."""
 
+import weakref
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +26,7 @@ from quant_methods.calibration.divergence import NextTokenReference
 from quant_methods.calibration.levels import build_levels
 from quant_methods.calibration.model_probe import ModelProbe
 from quant_methods.calibration.stages import Stages
+from quant_methods.formats.plan import Plan
 from quant_methods.methods.smoothquant_plus import SmoothQuantPlus, SmoothQuantPlusSettings
 from quant_methods.roundings.gptq import GPTQ
 from tests.support.plans import TOKENS, load, with_plan
@@ -199,20 +202,49 @@ def test_the_budget_is_met_and_more_is_never_worse(
     assert total(sizes, most) == pytest.approx(high)
 
 
-@given(tables(), st.floats(0, 1))
+def few(table: tuple[Table, Table]) -> tuple[Table, Table]:
+    """The first units of a table, few enough to try every allocation."""
+    return tuple(dict(list(part.items())[:3]) for part in table)
+
+
+def least(levels: Table, sizes: Table, budget: float) -> float:
+    """The loss of the best allocation within a budget, by brute force."""
+    every = (dict(zip(levels, bits, strict=True)) for bits in product(*levels.values()))
+    return min(Additive(levels)(bits) for bits in every if total(sizes, bits) <= budget)
+
+
+@given(tables().map(few), st.floats(-8, -2))
 @settings(deadline=None, max_examples=60)
-def test_fill_leaves_no_room_for_another_step(table: tuple[Table, Table], share: float) -> None:
-    """Between two budgets that it can spend whole, no allocation is better: by brute force."""
+def test_fill_is_the_best_where_it_spends_a_budget_whole(
+    table: tuple[Table, Table], exponent: float
+) -> None:
+    """Such budgets are the sizes of the allocations that are best for some price of a bit."""
+    levels, sizes = table
+    priced = {
+        unit: min(curve, key=lambda b: (curve[b] + 10**exponent * sizes[unit][b], b))
+        for unit, curve in levels.items()
+    }
+    budget = total(sizes, priced) * (1 + 1e-12)
+    found = Additive(levels)(fill(levels, sizes, budget))
+    assert found == pytest.approx(least(levels, sizes, budget), rel=1e-9)
+
+
+@given(tables().map(few), st.floats(0, 1))
+@settings(deadline=None, max_examples=60)
+def test_fill_misses_the_best_by_less_than_one_raise(
+    table: tuple[Table, Table], share: float
+) -> None:
     levels, sizes = table
     low, high = budgets(sizes)
     budget = low + share * (high - low)
-    bits = fill(levels, sizes, budget)
-    spent, loss = total(sizes, bits), sum(levels[u][b] for u, b in bits.items())
+    bits = fill(levels, sizes, budget * (1 + 1e-12))
+    missed = Additive(levels)(bits) - least(levels, sizes, budget)
+    raises = [max(curve.values()) - min(curve.values()) for curve in levels.values()]
+    assert missed <= max(raises) * (1 + 1e-9)
     for unit, count in bits.items():
-        for more, cost in sizes[unit].items():
-            fits = spent - sizes[unit][count] + cost <= budget * (1 - 1e-12)
-            convex = len(levels[unit]) == 2
-            assert not (fits and convex and more > count), (unit, more, loss)
+        if len(levels[unit]) == 2 and count == min(levels[unit]):
+            more = total(sizes, bits | {unit: max(levels[unit])})
+            assert more > budget, f"{unit} still fits"
 
 
 def test_a_budget_below_the_lowest_levels_is_refused() -> None:
@@ -270,7 +302,20 @@ def test_levels_and_probe_of_a_model(
         probe({"model.layers.0.o": 5})
     low = dict.fromkeys(units, 3) | {"model.layers.0.qkv": 16}
     reference = NextTokenReference(model, arch.layers_prefix, final(blocks))
-    probed = probe(low)
+    unfolded, made = Plan.unfolded, []
+
+    def watched(self: Plan, module: str, weight: torch.Tensor) -> torch.Tensor:
+        block = module.split(".")[2]
+        alive = {other for other, tensor in made if tensor() is not None}
+        assert alive <= {block}, "fp32 weights of two blocks at once"
+        result = unfolded(self, module, weight)
+        made.append((block, weakref.ref(result)))
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Plan, "unfolded", watched)
+        probed = probe(low)
+    assert {block for block, _ in made} == {"0", "1"}
     chosen = database.chosen(low, units)
     assert not chosen.shrinks
     with_plan(model, chosen, rounded=True)  # changes the model

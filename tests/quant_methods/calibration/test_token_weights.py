@@ -17,6 +17,7 @@ from quant_methods.calibration.token_weights import (
     ActivationNorm,
     FirstTokens,
     TokenWeights,
+    normalized,
     rescaled,
 )
 from tests.support.plans import TOKENS
@@ -71,6 +72,20 @@ def test_chunks_and_masks_give_the_attention_of_the_whole_matrix(
     for mask in (seen, added):
         masked = received.attention_received(query, key, 0.3, mask, softcap, chunk)
         torch.testing.assert_close(masked, whole)
+
+
+@given(st.lists(st.floats(0, 1e6, width=32), min_size=2, max_size=40), st.floats(1e-3, 1e3))
+@settings(deadline=None)
+def test_normalized_weights_keep_the_mean_energy(given_weights: list[float], factor: float) -> None:
+    """GPTQ damps by the mean energy, so a common factor must not change the weights."""
+    weights = torch.tensor([given_weights, [0.0] * len(given_weights)], dtype=torch.float64)
+    result = normalized(weights)
+    assert result.dtype == torch.float32 and torch.isfinite(result).all()
+    if weights.max() > 1e-6:
+        assert result[0].mean().item() == pytest.approx(1, rel=1e-4)
+        torch.testing.assert_close(normalized(factor * weights), result, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result[0] * weights[0].mean(), weights[0], check_dtype=False)
+    assert (result[1] == 0).all()  # a sample that counts for nothing is no division by zero
 
 
 @given(

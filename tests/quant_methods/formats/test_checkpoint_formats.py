@@ -104,6 +104,8 @@ def test_a_mixed_checkpoint_holds_what_its_plan_says(
     settings = {"group_size": 32, "allocation": allocation(tmp_path, bits)}
     request = PlanRequest(method="rtn", settings=settings)
     key = request.key(source)
+    allocation(tmp_path, bits, report={"searched": "today"})  # decides nothing
+    assert request.key(source) == key
     report = quantize_checkpoint(source.folder, tmp_path / "out", request)
     grids = request.build().settings.grids(source.hf_config)
     written = Checkpoint(tmp_path / "out")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from compress_common.errors import CompressError
 from quant_methods import planning
+from quant_methods.base import GridSettings
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint, resolve
 from quant_methods.formats import writing
@@ -218,6 +219,23 @@ def test_a_refusal_leaves_nothing(tiny_model: Callable[..., Path], tmp_path: Pat
     request = PlanRequest(calibration=CalibrationSettings(source=str(tmp_path / "none.txt")))
     with pytest.raises(CompressError, match="is not a file"):
         quantize_checkpoint(tiny_model("llama"), tmp_path / "out", request)
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_what_a_format_cannot_hold_is_refused_before_the_work(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "obtain_plan", lambda *args, **kwargs: pytest.fail("calibrated"))
+    for bits, told in ((3, "not 3 bits in groups of 64"), (8, "not 8 bits per channel")):
+        with pytest.raises(CompressError, match=told):
+            quantize_checkpoint(
+                tiny_model("llama"), tmp_path / "out", request_for(bits=bits), format_name="awq"
+            )
+    split = PlanRequest(settings={"group_size": 64})
+    grids = {"model.layers.0.mlp.up_proj": Grid(64)}
+    monkeypatch.setattr(GridSettings, "grids", lambda self, config: grids)
+    with pytest.raises(CompressError, match=r"model\.layers\.0\.gate_up.*vLLM fuses"):
+        quantize_checkpoint(tiny_model("llama"), tmp_path / "out", split)
     assert not (tmp_path / ".out.partial").exists()
 
 
