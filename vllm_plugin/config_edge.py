@@ -28,8 +28,8 @@ from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
 from vllm_plugin.metrics.connector import report
 from vllm_plugin.quantization.config import CONFIGS, MethodConfig
 from vllm_plugin.quantization.fp8 import fp8_problems
+from vllm_plugin.quantization.kernels import kernel_problems
 from vllm_plugin.quantization.loader import LOAD_FORMAT
-from vllm_plugin.quantization.scheme import cpu_problems
 from vllm_plugin.quantization.source import source_problem
 from vllm_plugin.self_check import log_nothing
 from vllm_plugin.settings import (
@@ -231,7 +231,7 @@ def _apply_weights(
     else:
         problems += settings.fixed_problems()
     problems += fp8_problems(config, quant_config)
-    problems += cpu_problems(quant_config.target_scheme_map)
+    problems += kernel_problems(config)
     if config.lora_config is not None and quant_config.capabilities.smooths:
         problems.append(
             f"--enable-lora: {quant_config.method} scales the inputs of linears, and adapters "

@@ -25,10 +25,10 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from vllm_plugin import SUPPORTED_VLLM, why_disabled
 from vllm_plugin.commands.common import gib
-from vllm_plugin.commands.kernels import kernels, ranges
 from vllm_plugin.kv_cache.latent_cpu_build import latent_reader
 from vllm_plugin.quantization.config import CONFIGS
 from vllm_plugin.quantization.cpu_int4 import resolve_activations
+from vllm_plugin.quantization.kernels import kernels, ranges
 from vllm_plugin.seams import SEAMS, broken_seams
 from vllm_plugin.self_check import layouts, table
 from vllm_plugin.settings import Settings, parse_settings

@@ -38,28 +38,6 @@ def kernel_type(bits: int, symmetric: bool) -> ScalarType:
     return types[bits]
 
 
-def cpu_problems(schemes: dict[str, Any]) -> list[str]:
-    """Return what keeps a CPU from serving some schemes.
-
-    Args:
-        schemes: ``target_scheme_map`` of a config.
-    """
-    wide = {
-        scheme["weights"].num_bits
-        for scheme in schemes.values()
-        if scheme["weights"].num_bits > _KERNEL_BITS and not scheme["input_activations"]
-    }
-    if not wide or not current_platform.is_cpu():
-        return []
-    found = ", ".join(map(str, sorted(wide)))
-    problem = (
-        f"a CPU serves weights of 2, 3 and 4 bits, and of 8 bits with int8 activations (w8a8), not "
-        f"of {found} bits with 16-bit activations; quantize with other bits or eight_bit=w8a8, or "
-        "serve on a GPU"
-    )
-    return [problem]
-
-
 class Int4Scheme(CompressedTensorsWNA16):
     """Parameters and sharding are those of the base class.
 

@@ -124,10 +124,24 @@ def test_a_unit_with_two_grids_is_not_written(
         compressed_tensors_config(grids, config, {})
 
 
-def test_bits_that_a_cpu_has_no_kernel_for(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [
+        ({"bits": 6}, "q+k+v, o, gate+up, down: no kernel here serves weights of 6 bits with zero"),
+        ({"bits": 8, "eight_bit": "w8a16", "symmetric": True}, "8 bits without zero points"),
+        ({"allocation": {"model.layers.1.o": 5}}, "o of layers 1: no kernel here serves weights"),
+    ],
+)
+def test_bits_that_a_cpu_has_no_kernel_for(
+    tiny_model: Callable[..., Path], tmp_path: Path, weights: dict, told: str
+) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    section = {"compress": {"weights": {"bits": 6, "group_size": 32}}}
+    if bits := weights.get("allocation"):
+        (tmp_path / "bits.json").write_text(json.dumps({"bits": bits}))
+        weights = {"allocation": str(tmp_path / "bits.json")}
+    section = {"compress": {"weights": weights | {"group_size": 32}}}
     args = EngineArgs(str(tiny_model("llama")), quantization="rtn", additional_config=section)
     [check] = model_checks(args)
-    assert not check.ok and "not of 6 bits" in check.found
+    assert not check.ok and told in check.found
+    assert "CPU kernels serve weights of 2, 3 and 4 bits" in check.found

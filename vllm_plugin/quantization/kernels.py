@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel multiplies each fused unit of quantized linears, and where there is none."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+from vllm.platforms import current_platform
+
+from compress_common.errors import CompressError
+from quant_methods.architecture import ARCHITECTURES, QKV, ROW_PARALLEL, linear_shapes
+from vllm_plugin.quantization.config import MethodConfig
+from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
+from vllm_plugin.quantization.scheme import kernel_type
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A kind of fused unit.
+
+    Attributes:
+        name: Such as ``q+k+v``.
+        linears: By the names that they have in a layer.
+        scheme: Of vLLM's config; None: they stay at 16 bits.
+        layers: Those that have it, as text; "": all.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    scheme: dict[str, Any] | None
+    layers: str
+
+
+def kernels(config: VllmConfig) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yield each kind of unit, fused as vLLM serves it, and what describes its kernel.
+
+    A unit with several kinds of grids comes once for each, with the layers that have it.
+    """
+    for unit in _units(config):
+        yield unit.name, partial(_described, config, unit)
+
+
+def kernel_problems(config: VllmConfig) -> list[str]:
+    """List the units that no kernel multiplies. vLLM itself would end while it loads.
+
+    Args:
+        config: vLLM's own, of this engine.
+    """
+    found: dict[str, list[str]] = {}
+    for unit in _units(config):
+        try:
+            _described(config, unit)
+        except CompressError as error:
+            name = f"{unit.name} of {unit.layers}" if unit.layers else unit.name
+            found.setdefault(str(error), []).append(name)
+    return [f"{', '.join(names)}: {problem}" for problem, names in found.items()]
+
+
+def _units(config: VllmConfig) -> Iterator[_Unit]:
+    quant, hf_config = config.quant_config, config.model_config.hf_text_config
+    # Not ``architecture_of``, which refuses a checkpoint that is quantized already.
+    arch = ARCHITECTURES.get(hf_config.model_type)
+    if not isinstance(quant, MethodConfig) or arch is None:
+        return
+    found: dict[tuple[tuple[str, ...], str | None], list[int]] = {}
+    for linears in arch.units(hf_config).values():
+        target = next((t for t in quant.target_scheme_map if _matches(t, linears[0])), None)
+        parts = tuple(name.split(".", 3)[3] for name in linears)
+        found.setdefault((parts, target), []).append(int(linears[0].split(".")[2]))
+    for (parts, target), layers in sorted(found.items(), key=lambda item: item[1]):
+        name = "+".join(part.rpartition(".")[2].removesuffix("_proj") for part in parts)
+        where = "" if len(layers) == hf_config.num_hidden_layers else f"layers {ranges(layers)}"
+        yield _Unit(name, parts, None if target is None else quant.target_scheme_map[target], where)
+
+
+def _described(config: VllmConfig, unit: _Unit) -> str:
+    """Return the kernel of a unit as one line.
+
+    Raises:
+        CompressError: There is none.
+    """
+    where = f"; {unit.layers}" if unit.layers else ""
+    if unit.scheme is None:
+        return f"vLLM's own, 16 bits{where}"
+    layer, bits = _layer(config, unit), unit.scheme["weights"].num_bits
+    inputs, outputs = layer.full_weight_shape
+    if unit.scheme["input_activations"] is not None:
+        return f"vLLM's own; {inputs} x {outputs}, {bits} bits, rounded activations{where}"
+    try:
+        with set_current_vllm_config(config):  # has --linear-backend
+            name = choose_mp_linear_kernel(layer).__name__
+    except ValueError as error:
+        raise CompressError(_no_kernel(bits, layer, str(error))) from error
+    if CpuInt4LinearKernel.can_implement(layer)[0]:
+        kind = resolve_activations(config.quant_config.activations)
+        name = f"{CpuInt4LinearKernel.__name__}, {kind} activations"
+    if layer.weight_type.size_bits != bits:
+        name += f", {bits} bits unpacked to {layer.weight_type.size_bits}"
+    inputs, outputs = layer.partition_weight_shape
+    return f"{name}; {inputs} x {outputs}, groups of {layer.group_size}{where}"
+
+
+def _layer(config: VllmConfig, unit: _Unit) -> MPLinearLayerConfig:
+    """Return what vLLM chooses the kernel of a quantized unit by."""
+    assert unit.scheme is not None
+    hf_config = config.model_config.hf_text_config
+    ranks = config.parallel_config.tensor_parallel_size
+    shapes, weights = linear_shapes(hf_config), unit.scheme["weights"]
+    inputs, outputs = shapes[unit.linears[0]][1], sum(shapes[name][0] for name in unit.linears)
+    if unit.linears[0] in ROW_PARALLEL:
+        part = inputs // ranks, outputs
+    else:  # vLLM repeats key and value heads that are fewer than the ranks
+        cuts = dict.fromkeys(QKV[1:], min(ranks, hf_config.num_key_value_heads))
+        part = inputs, sum(shapes[name][0] // cuts.get(name, ranks) for name in unit.linears)
+    return MPLinearLayerConfig(
+        full_weight_shape=(inputs, outputs),
+        partition_weight_shape=part,
+        weight_type=kernel_type(weights.num_bits, weights.symmetric),
+        act_type=config.model_config.dtype,
+        group_size=weights.group_size or -1,
+        zero_points=not weights.symmetric,
+    )
+
+
+def _no_kernel(bits: int, layer: MPLinearLayerConfig, reasons: str) -> str:
+    zeros = "with" if layer.zero_points else "without"
+    served = "4 bits, of 8 bits without zero points, and of 8 bits with int8 activations (w8a8)"
+    if current_platform.is_cpu():
+        served = "2, 3 and 4 bits, and of 8 bits with int8 activations (w8a8)"
+    tried = "; ".join(line.strip() for line in reasons.splitlines()[1:])
+    return (
+        f"no kernel here serves weights of {bits} bits {zeros} zero points in groups of "
+        f"{layer.group_size}; {current_platform.device_type.upper()} kernels serve weights of "
+        f"{served}; quantize with other settings (vLLM: {tried})"
+    )
+
+
+def _matches(target: str, linear: str) -> bool:
+    return target == "Linear" or bool(re.match(target.removeprefix("re:"), linear))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending integers as text: ``0 to 3, 7, 9 to 11``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
