@@ -39,7 +39,11 @@ class RSQSettings(GridSettings):
         1, description="power of the weights in the Gram matrix: 1 in the paper's code, 2 in it"
     )
     least_weight: float = Field(
-        0.01, gt=0, le=1, description="weight of the token that counts least; 1: all count alike"
+        0.5,
+        gt=0,
+        le=1,
+        description="weight of the token that counts least, as a share of the largest; 1: all "
+        "count alike. The paper has 0.01: the first token of a sample then outweighs most others",
     )
     first_share: float = Field(
         0.125, gt=0, le=1, description="of firstn: the share of a sample that counts in full"
