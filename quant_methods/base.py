@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress_common.errors import CompressError
-from quant_methods.allocators.allocation import SIXTEEN, read_allocation
+from quant_methods.allocators.allocation import read_allocation
 from quant_methods.architecture import ROW_PARALLEL, UNITS, Unit, architecture_of, linear_shapes
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
-from quant_methods.grid import GROUP_SIZES, PER_CHANNEL, Grid, pick_group_size
+from quant_methods.grid import GROUP_SIZES, PER_CHANNEL, SIXTEEN, Grid, pick_group_size
 from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
 from quant_methods.roundings.gptq import GPTQ

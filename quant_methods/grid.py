@@ -15,6 +15,7 @@ from compress_common.errors import CompressError
 from quant_methods.fp8 import nearest_codes, served_scale, served_weight
 
 GROUP_SIZES = (128, 64, 32)
+SIXTEEN = 16  # bits of a weight that is left as it is
 PER_CHANNEL = -1  # a group size: one scale for a whole row, as compressed-tensors and GPTQ write it
 # How a served linear rounds its inputs, with one scale per token. "none": they stay at 16 bits.
 Activations = Literal["none", "int8", "fp8"]

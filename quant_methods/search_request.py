@@ -8,11 +8,12 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress_common.errors import CompressError
-from quant_methods.allocators.allocation import LEVELS, SIXTEEN
+from quant_methods.allocators.allocation import LEVELS
 from quant_methods.allocators.base import Allocator
 from quant_methods.allocators.registry import build_allocator
 from quant_methods.base import GridSettings
 from quant_methods.calibration.text import CalibrationSettings
+from quant_methods.grid import SIXTEEN
 
 
 @dataclass(frozen=True)

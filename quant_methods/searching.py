@@ -11,7 +11,7 @@ import torch
 
 from compress_common.errors import CompressError
 from compress_common.store import Store, digest
-from quant_methods.allocators.allocation import SIXTEEN, Allocation
+from quant_methods.allocators.allocation import Allocation
 from quant_methods.allocators.unit_sizes import UnitSizes
 from quant_methods.architecture import architecture_of
 from quant_methods.calibration.blocks import Blocks
@@ -22,6 +22,7 @@ from quant_methods.calibration.stages import Stages
 from quant_methods.calibration.text import SELF, check_length
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan, decoder_problem
+from quant_methods.grid import SIXTEEN
 from quant_methods.identity import tensor_digest
 from quant_methods.planning import load_model, stored_tokens
 from quant_methods.progress import Progress, silent

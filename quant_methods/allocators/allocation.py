@@ -8,10 +8,10 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress_common.errors import CompressError, explain, joined, nearest
+from quant_methods.grid import SIXTEEN
 
 SCHEMA: Final = "vllm-compress/allocation"
 VERSION: Final = 1
-SIXTEEN = 16  # a unit with so many bits is left as it is
 _SHOWN = 4  # problems of one kind that are listed
 LEVELS = (2, 3, 4, 5, 6, 7, 8, SIXTEEN)
 

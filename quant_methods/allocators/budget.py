@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from compress_common.errors import CompressError
-
-Levels = Mapping[str, Mapping[int, float]]
+from quant_methods.allocators.base import Levels
 
 
 class _Step(NamedTuple):

@@ -4,11 +4,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-from quant_methods.allocators.allocation import SIXTEEN
 from quant_methods.allocators.budget import total
 from quant_methods.architecture import architecture_of, linear_shapes
 from quant_methods.base import GridSettings
-from quant_methods.grid import Grid
+from quant_methods.grid import SIXTEEN, Grid
 
 
 class UnitSizes:

@@ -9,8 +9,9 @@ from torch.nn.functional import cross_entropy
 
 from quant_methods.architecture import UNITS
 from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.levels import SIXTEEN, LevelDatabase
+from quant_methods.calibration.levels import LevelDatabase
 from quant_methods.calibration.stages import Tensors
+from quant_methods.grid import SIXTEEN
 from quant_methods.progress import Progress, silent
 
 

@@ -13,12 +13,10 @@ from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.token_weights import TokenWeights
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
-from quant_methods.grid import Grid
+from quant_methods.grid import SIXTEEN, Grid
 from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding, output_error
 from quant_methods.roundings.blockwise import round_units, unit_grams
-
-SIXTEEN = 16
 
 
 @dataclass

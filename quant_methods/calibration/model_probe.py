@@ -9,7 +9,8 @@ import torch
 from quant_methods.architecture import UNITS
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.divergence import NextTokenReference
-from quant_methods.calibration.levels import SIXTEEN, LevelDatabase
+from quant_methods.calibration.levels import LevelDatabase
+from quant_methods.grid import SIXTEEN
 
 
 class ModelProbe:

@@ -133,9 +133,9 @@ def _no_kernel(bits: int, layer: MPLinearLayerConfig, reasons: str) -> str:
         served = "2, 3 and 4 bits, and of 8 bits with int8 activations (w8a8)"
     tried = "; ".join(line.strip() for line in reasons.splitlines()[1:])
     return (
-        f"no kernel here serves weights of {bits} bits {zeros} zero points in groups of "
-        f"{layer.group_size}; {current_platform.device_type.upper()} kernels serve weights of "
-        f"{served}; quantize with other settings (vLLM: {tried})"
+        f"no kernel here serves weights of {bits} bits {zeros} zero points; "
+        f"{current_platform.device_type.upper()} kernels serve weights of {served}; quantize with "
+        f"such bits (vLLM: {tried})"
     )
 
 

@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_common.errors import CompressError
-from quant_methods.allocators.allocation import SIXTEEN
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.formats.checkpoint_formats import NEEDS_PLUGIN, compressed_tensors_config
 from quant_methods.formats.packing import pack, unpack
 from quant_methods.formats.writing import quantize_checkpoint
-from quant_methods.grid import Grid
+from quant_methods.grid import SIXTEEN, Grid
 from quant_methods.planning import PlanRequest
 from tests.support.child import EngineFailed
 from tests.support.generate import generate
