@@ -107,7 +107,7 @@ def test_json_beside_dotted_flags_is_refused(
 ) -> None:
     """vLLM drops the JSON without a word, and with it what was to be compressed."""
     dotted = ["--additional-config.compress.weights.group_size", "64"]
-    arguments = ["vllm", "serve", "m", f"--additional_config={json.dumps(SNAP)}", *dotted]
+    arguments = ["script", "serve", "m", f"--additional_config={json.dumps(SNAP)}", *dotted]
     monkeypatch.setattr(sys, "argv", arguments)
     config = {"compress": {"weights": {"group_size": 64}}}
     with pytest.raises(CompressError, match="as JSON and with dotted flags"):
