@@ -120,8 +120,11 @@ class Checkpoint:
         """Return ``{tensor: (shape, bytes)}``. Only headers are read."""
         sizes: dict[str, tuple[tuple[int, ...], int]] = {}
         for file in sorted(set(self.files.values())):
-            with file.open("rb") as raw:
-                header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+            try:
+                with file.open("rb") as raw:
+                    header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+            except FileNotFoundError as error:
+                raise self._changed(f"{file.name} is gone") from error
             for name, entry in header.items():
                 if name != "__metadata__":
                     begin, end = entry["data_offsets"]
