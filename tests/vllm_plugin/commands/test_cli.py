@@ -119,6 +119,7 @@ def test_interrupt_leaves_no_target(tiny_model: Callable[..., Path], tmp_path: P
         def interrupt(event, arguments):
             if event == "open" and str(arguments[0]).endswith("state.json"):
                 signal.raise_signal(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
         sys.addaudithook(interrupt)
         main()
     """
