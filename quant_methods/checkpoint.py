@@ -131,6 +131,11 @@ class Checkpoint:
                     sizes[name] = (tuple(entry["shape"]), end - begin)
         return sizes
 
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(size for _, size in self.shapes().values())
+
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield ``(name, tensor)`` in the given order. The tensors are views of mapped files.
 

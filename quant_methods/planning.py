@@ -65,12 +65,16 @@ class PlanRequest(BaseModel):
         if settings.allocation is not None:  # or the weights would be hashed for nothing
             settings.check_model(checkpoint.weights_digest)
 
-    def key(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> str:
-        """Return the key of the plan: two requests share one exactly when they give one plan.
+    def key(self, checkpoint: Checkpoint) -> str:
+        """Return the key of the plan that is calibrated in the model's own type: see ``keys``."""
+        return self.keys(checkpoint, None)[0]
+
+    def keys(self, checkpoint: Checkpoint, *dtypes: torch.dtype | None) -> list[str]:
+        """Return keys of the plan: two requests share one exactly when they give one plan.
 
         Args:
             checkpoint: What is quantized.
-            dtype: What calibration computes in; None: the model's own type.
+            dtypes: For each key, what calibration computes in; None: the model's own type.
 
         Raises:
             CompressError: The calibration text cannot be read.
@@ -83,8 +87,11 @@ class PlanRequest(BaseModel):
             "settings": method.settings.identity(),
         }
         if self.calibrates:
-            content |= _text_identity(checkpoint, self.calibration) | _computed(dtype)
-        return digest(checkpoint.digest, json.dumps(content, sort_keys=True))
+            content |= _text_identity(checkpoint, self.calibration)
+        return [
+            digest(checkpoint.digest, json.dumps(content | _computed(dtype), sort_keys=True))
+            for dtype in dtypes
+        ]
 
 
 def obtain_plan(
@@ -110,15 +117,12 @@ def obtain_plan(
             written.
     """
     request.check_model(checkpoint)
-    config = checkpoint.hf_config
-    prefix = architecture_of(config).layers_prefix
-    if problem := decoder_problem(checkpoint.files, prefix, config.num_hidden_layers):
-        raise CompressError(f"{checkpoint.folder} cannot be quantized: {problem}")
+    check_decoder(checkpoint)
     store, dtype = Store(), None
     if request.calibrates:
-        dtype = computed_in(sum(size for _, size in checkpoint.shapes().values()), device)
-    key = request.key(checkpoint, dtype)
-    if dtype is not None and store.find(KIND, own := request.key(checkpoint)):
+        dtype = computed_in(checkpoint.weight_bytes, device)
+    own, key = request.keys(checkpoint, None, dtype)
+    if dtype is not None and store.find(KIND, own):
         key = own  # from a processor that needs no other type: all replicas then agree
     stages = Stages(key, store)
     made: list[Plan] = []
@@ -156,17 +160,16 @@ def _calibrate(
     progress: Progress,
 ) -> Plan:
     method, config = request.build(), checkpoint.hf_config
-    arch = architecture_of(config)
     if not request.calibrates:
         with torch.device("meta"):
-            plan = method.plan(Blocks(AutoModelForCausalLM.from_config(config), arch, None))
+            network = AutoModelForCausalLM.from_config(config)
+            plan = method.plan(Blocks(network, architecture_of(config), None))
     else:
         check_length(request.calibration, config)
         progress("load model", 0, 1)
         model = load_model(checkpoint, dtype)
         tokens = stored_tokens(checkpoint, request.calibration, model, progress, dtype)
-        served = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
-        blocks = Blocks(model, arch, tokens, device, stages, dtype=dtype and served)
+        blocks = calibration_blocks(checkpoint, model, tokens, device, stages, dtype)
         plan = method.plan(blocks, progress)
         if (rounding := method.settings.rounder()).needs_gram and not plan.codes:
             round_blocks(plan, blocks, rounding, progress=progress)
@@ -180,6 +183,38 @@ def _calibrate(
     quantized = {name.split(".", 3)[3] for name in plan.grids}
     plan.report["left_at_16_bit"] = [name for name in LINEARS if name not in quantized]
     return plan
+
+
+def check_decoder(checkpoint: Checkpoint) -> None:
+    """Raise CompressError when the tensors are not those of a decoder that can be quantized."""
+    config = checkpoint.hf_config
+    prefix = architecture_of(config).layers_prefix
+    if problem := decoder_problem(checkpoint.files, prefix, config.num_hidden_layers):
+        raise CompressError(f"{checkpoint.folder} cannot be quantized: {problem}")
+
+
+def calibration_blocks(
+    checkpoint: Checkpoint,
+    model: Any,
+    tokens: torch.Tensor,
+    device: str | torch.device,
+    stages: Stages,
+    dtype: torch.dtype | None,
+) -> Blocks:
+    """Return the decoder of a loaded model, with calibration tokens.
+
+    Args:
+        checkpoint: What the model was loaded from.
+        model: As ``load_model`` returns it.
+        tokens: int64 [samples, length].
+        device: Where decoder blocks are computed.
+        stages: Where finished parts are kept.
+        dtype: What calibration computes in; None: the model's own type.
+    """
+    config = checkpoint.hf_config
+    served = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
+    arch = architecture_of(config)
+    return Blocks(model, arch, tokens, device, stages, dtype=dtype and served)
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:

@@ -21,10 +21,15 @@ from quant_methods.calibration.precision import computed_in
 from quant_methods.calibration.stages import Stages
 from quant_methods.calibration.text import SELF, check_length
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.formats.plan import Plan, decoder_problem
+from quant_methods.formats.plan import Plan
 from quant_methods.grid import SIXTEEN
 from quant_methods.identity import tensor_digest
-from quant_methods.planning import load_model, stored_tokens
+from quant_methods.planning import (
+    calibration_blocks,
+    check_decoder,
+    load_model,
+    stored_tokens,
+)
 from quant_methods.progress import Progress, silent
 from quant_methods.roundings.gptq import GPTQ
 from quant_methods.search_request import TARGETS, SearchRequest
@@ -59,8 +64,7 @@ def search(
     config = checkpoint.hf_config
     arch, levels = architecture_of(config), request.chosen_levels()
     allocator, given = request.allocator(), request.grid_settings()
-    if problem := decoder_problem(checkpoint.files, arch.layers_prefix, config.num_hidden_layers):
-        raise CompressError(f"{checkpoint.folder} cannot be quantized: {problem}")
+    check_decoder(checkpoint)
     plan = Plan("levels", given.grids(config))
     counted = UnitSizes.counted(plan.grids, given, levels, config)
     _check_budget(request, counted)
@@ -68,7 +72,7 @@ def search(
     check_length(request.calibration, config)
 
     progress("load model", 0, 1)
-    dtype = computed_in(sum(size for _, size in checkpoint.shapes().values()), device)
+    dtype = computed_in(checkpoint.weight_bytes, device)
     model = load_model(checkpoint, dtype)
     tokens, text = _texts(checkpoint, request, model, progress, dtype)
     identity = {
@@ -80,8 +84,7 @@ def search(
     key = digest(checkpoint.digest, json.dumps(identity, sort_keys=True))
     stages = Stages(key, kind=KIND, required=True)
     _check_space(stages, counted, levels, config.num_hidden_layers, request.group_size)
-    served = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
-    blocks = Blocks(model, arch, tokens, device, stages, dtype=dtype and served)
+    blocks = calibration_blocks(checkpoint, model, tokens, device, stages, dtype)
     database = build_levels(
         plan,
         blocks,

@@ -7,14 +7,12 @@ https://arxiv.org/abs/2506.05664
 
 from collections.abc import Mapping
 from math import log2
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from quant_methods.allocators.base import AllocatorSettings, Levels, Probe
-from quant_methods.allocators.budget import smallest, total
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.levels import LevelDatabase
+from quant_methods.allocators.base import Allocator, AllocatorSettings, Levels, Probe
+from quant_methods.allocators.budget import nearest_level, smallest, total
 from quant_methods.progress import Progress, silent
 
 
@@ -27,7 +25,7 @@ class BAQSettings(AllocatorSettings):
     )
 
 
-class BAQ:
+class BAQ(Allocator):
     """Give each unit ``r + log2(loss) / theta`` bits, so that all lose the same.
 
     The paper allocates the columns of one matrix, which no kernel serves. Here the rule is applied
@@ -38,13 +36,6 @@ class BAQ:
     name: ClassVar[str] = "baq"
     settings_type: ClassVar[type[AllocatorSettings]] = BAQSettings
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.05664"
-
-    def __init__(self, settings: BAQSettings) -> None:
-        self.settings = settings
-        self.report: dict[str, Any] = {}
-
-    def observe(self, blocks: Blocks, database: LevelDatabase, progress: Progress = silent) -> None:
-        """Nothing: the losses of the levels suffice."""
 
     def allocate(
         self,
@@ -76,7 +67,7 @@ class BAQ:
         return best
 
     def _relative_bits(self, curve: Mapping[int, float]) -> float:
-        at = min(curve, key=lambda bits: (abs(bits - self.settings.bits), bits))
+        at = nearest_level(curve, self.settings.bits)
         return at + log2(max(curve[at], 1e-30)) / self.settings.theta
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface of an allocator: which unit of which layer gets how many bits."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.levels import LevelDatabase
+from quant_methods.calibration.stages import Stages
 from quant_methods.progress import Progress, silent
 
 # {unit: {bits: value}}. Units are full names, such as model.layers.3.gate_up.
@@ -45,7 +47,7 @@ class AllocatorSettings(BaseModel):
         return 1
 
 
-class Allocator(Protocol):
+class Allocator(ABC):
     """Chooses the bits of each unit within a budget.
 
     Attributes:
@@ -54,26 +56,31 @@ class Allocator(Protocol):
         paper: Address of the paper, or "".
         settings: Their values.
         report: What ``allocate`` wants users to see. JSON-able.
+        stages: Where finished parts of the search are kept.
     """
 
     name: ClassVar[str]
     settings_type: ClassVar[type["AllocatorSettings"]]
     paper: ClassVar[str]
-    settings: Any
-    report: dict[str, Any]
 
-    def __init__(self, settings: Any) -> None: ...
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+        self.report: dict[str, Any] = {}
+        self.stages = Stages()
 
     def observe(self, blocks: Blocks, database: LevelDatabase, progress: Progress = silent) -> None:
         """Collect what ``allocate`` needs besides levels and probe, such as entropies or gradients.
+
+        Here only where finished parts are kept.
 
         Args:
             blocks: The original decoder, with calibration tokens.
             database: Every unit, rounded at every level.
             progress: Called as the work advances.
         """
-        ...
+        self.stages = blocks.stages
 
+    @abstractmethod
     def allocate(
         self,
         levels: Levels,
@@ -95,4 +102,3 @@ class Allocator(Protocol):
         Raises:
             CompressError: The budget is below the smallest size.
         """
-        ...

@@ -26,6 +26,11 @@ def total(sizes: Levels, bits: Mapping[str, int]) -> float:
     return sum(sizes[unit][count] for unit, count in bits.items())
 
 
+def nearest_level(curve: Mapping[int, float], bits: int) -> int:
+    """Return the level of a unit that is nearest to a number of bits; the lower on a tie."""
+    return min(curve, key=lambda level: (abs(level - bits), level))
+
+
 def smallest(sizes: Levels, budget: float) -> dict[str, int]:
     """Return the cheapest level of each unit.
 

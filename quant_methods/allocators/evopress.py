@@ -8,19 +8,18 @@ https://arxiv.org/abs/2410.14649
 from collections.abc import Callable
 from functools import partial
 from random import Random
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from compress_common.store import digest
-from quant_methods.allocators.base import AllocatorSettings, Levels, Probe
+from quant_methods.allocators.base import Allocator, AllocatorSettings, Levels, Probe
 from quant_methods.allocators.budget import smallest
 from quant_methods.allocators.evolution import EvolutionSettings, Genome, evolve
 from quant_methods.allocators.probe import KLProbe, KLProbeSettings
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.levels import LevelDatabase
-from quant_methods.calibration.stages import Stages
 from quant_methods.progress import Progress, silent
 
 _MOST_CHANGES = 10  # of a child, as in the paper's code
@@ -40,7 +39,7 @@ class EvoPressSettings(EvolutionSettings):
     candidates: int = Field(16, ge=1, le=4096, description="random first parents to choose from")
 
 
-class EvoPress:
+class EvoPress(Allocator):
     """Move bits between units, and keep what lowers the KL divergence.
 
     It finds what units do together, which ``probe`` cannot see. Each candidate is one pass of the
@@ -52,14 +51,12 @@ class EvoPress:
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.14649"
 
     def __init__(self, settings: EvoPressSettings) -> None:
-        self.settings = settings
-        self.report: dict[str, Any] = {}
-        self.stages = Stages()
+        super().__init__(settings)
         self.first = KLProbe(KLProbeSettings())
 
     def observe(self, blocks: Blocks, database: LevelDatabase, progress: Progress = silent) -> None:
-        """Only remember where generations are kept."""
-        self.stages = blocks.stages
+        """Remember where generations and the results of probes are kept."""
+        super().observe(blocks, database, progress)
         self.first.observe(blocks, database, progress)
 
     def allocate(

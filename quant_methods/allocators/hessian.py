@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from compress_common.errors import CompressError
-from quant_methods.allocators.base import AllocatorSettings, Levels, Probe
+from quant_methods.allocators.base import Allocator, AllocatorSettings, Levels, Probe
 from quant_methods.allocators.budget import smallest, total
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.derivatives import Derivatives, derivatives
@@ -37,7 +37,7 @@ class HessianSettings(AllocatorSettings):
     samples: int = Field(48, ge=1, description="calibration samples of the backward pass")
 
 
-class Hessian:
+class Hessian(Allocator):
     """Lower the unit that costs least per bit, again and again, until the budget or a bound is met.
 
     The cost of a unit is its second-order loss (Fisher diagonal), plus what its error and those of
@@ -52,12 +52,12 @@ class Hessian:
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.04879"
 
     def __init__(self, settings: HessianSettings) -> None:
-        self.settings = settings
-        self.report: dict[str, Any] = {}
+        super().__init__(settings)
         self.found = Derivatives()
 
     def observe(self, blocks: Blocks, database: LevelDatabase, progress: Progress = silent) -> None:
         """Go backward through the model once."""
+        super().observe(blocks, database, progress)
         few = blocks.first(min(self.settings.samples, len(blocks.tokens)))
         self.found = derivatives(few, database, progress)
 

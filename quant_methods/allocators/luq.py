@@ -6,18 +6,17 @@ https://arxiv.org/abs/2509.23729
 """
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
 from compress_common.errors import CompressError
-from quant_methods.allocators.base import AllocatorSettings, Levels, Probe
+from quant_methods.allocators.base import Allocator, AllocatorSettings, Levels, Probe
 from quant_methods.allocators.budget import smallest, total
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.entropy import cluster_entropy, mean_ranks
 from quant_methods.calibration.levels import LevelDatabase
-from quant_methods.calibration.stages import Stages
 from quant_methods.progress import Progress, silent
 
 
@@ -39,7 +38,7 @@ class LUQSettings(AllocatorSettings):
     )
 
 
-class LUQ:
+class LUQ(Allocator):
     """Give whole layers one of two levels, those with the lowest entropy the low one.
 
     The paper's low level is BiLLM at about 1.1 bits, which no kernel serves. The entropies of
@@ -52,15 +51,13 @@ class LUQ:
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.23729"
 
     def __init__(self, settings: LUQSettings) -> None:
-        self.settings = settings
-        self.report: dict[str, Any] = {}
-        self.stages = Stages()
+        super().__init__(settings)
         self.ranks: dict[str, float] = {}  # {layer: mean rank}
 
     @torch.no_grad()
     def observe(self, blocks: Blocks, database: LevelDatabase, progress: Progress = silent) -> None:
         """Rank the layers by the entropy of their outputs."""
-        self.stages = blocks.stages
+        super().observe(blocks, database, progress)
         found, hidden = [], blocks.inputs()
         for index in range(len(blocks)):
             progress("entropy", index + 1, len(blocks))

@@ -2,15 +2,12 @@
 """KL probe: measure what each unit alone costs the model's output, then spend the budget."""
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from quant_methods.allocators.base import AllocatorSettings, Levels, Probe
-from quant_methods.allocators.budget import fill
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.levels import LevelDatabase
-from quant_methods.calibration.stages import Stages
+from quant_methods.allocators.base import Allocator, AllocatorSettings, Levels, Probe
+from quant_methods.allocators.budget import fill, nearest_level
 from quant_methods.progress import Progress, silent
 
 
@@ -23,7 +20,7 @@ class KLProbeSettings(AllocatorSettings):
     tokens: int = Field(384, ge=16, description="calibration tokens of a probe; more: steadier")
 
 
-class KLProbe:
+class KLProbe(Allocator):
     """One forward probe per unit, at one level. The curve over levels is that of the unit's loss.
 
     Effects of units are taken to add up. No backward pass. Its cost: a pass over ``tokens`` tokens
@@ -33,15 +30,6 @@ class KLProbe:
     name: ClassVar[str] = "probe"
     settings_type: ClassVar[type[AllocatorSettings]] = KLProbeSettings
     paper: ClassVar[str] = ""
-
-    def __init__(self, settings: KLProbeSettings) -> None:
-        self.settings = settings
-        self.report: dict[str, Any] = {}
-        self.stages = Stages()
-
-    def observe(self, blocks: Blocks, database: LevelDatabase, progress: Progress = silent) -> None:
-        """Only remember where the results of probes are kept."""
-        self.stages = blocks.stages
 
     def allocate(
         self,
@@ -55,7 +43,7 @@ class KLProbe:
         losses = {}
         for done, (unit, curve) in enumerate(levels.items(), start=1):
             progress("probe", done, len(levels))
-            at = min(curve, key=lambda bits: (abs(bits - self.settings.bits), bits))
+            at = nearest_level(curve, self.settings.bits)
             cost = self.stages.number(
                 f"probe {self.settings.tokens} {at} {unit}",
                 partial(probe, {unit: at}, self.settings.tokens),

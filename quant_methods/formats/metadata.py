@@ -47,7 +47,7 @@ def write_metadata(
         "method": plan.method,
         "format": chosen.name,
         "needs_plugin": written["quant_method"] == NEEDS_PLUGIN,
-        "weight_bytes_before": sum(size for _, size in checkpoint.shapes().values()),
+        "weight_bytes_before": checkpoint.weight_bytes,
         "weight_bytes_after": size,
         "bits_per_weight": round(bits_per_weight(plan.grids, checkpoint.hf_config), 4),
         **plan.report,

@@ -35,6 +35,11 @@ BasesFile = Annotated[Path | None, typer.Option(help="low-rank bases, for cskv")
 CalibrationText = Annotated[
     str, typer.Option(help="'self' (the model samples it), or a .txt or .jsonl file")
 ]
+MethodSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="a setting of the method, KEY=VALUE; may be repeated"),
+]
+TensorParallelSize = Annotated[int, typer.Option(help="ranks that will serve the checkpoint")]
 Plot = Annotated[Path | None, typer.Option(help="also draw it: a .png, .svg or .pdf")]
 Device = Annotated[str, typer.Option(help="where the model runs: cpu, cuda")]
 AdditionalConfig = Annotated[

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vllm_plugin.commands.common import SELF, AsJson, Model, err, gib, out, settings_of
+from vllm_plugin.commands.common import (
+    SELF,
+    AsJson,
+    MethodSettings,
+    Model,
+    TensorParallelSize,
+    err,
+    gib,
+    out,
+    settings_of,
+)
 from vllm_plugin.progress import bar
 
 
@@ -16,10 +26,7 @@ def quantize(
     model: Model,
     target: Annotated[Path, typer.Option("--out", help="new folder for the int4 checkpoint")],
     method: Annotated[str, typer.Option(help="see `vllm-compress methods`")] = "smoothquant_plus",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="a setting of the method, KEY=VALUE; may be repeated"),
-    ] = None,
+    settings: MethodSettings = None,
     bits: Annotated[
         int | None, typer.Option(help="bits of a weight, 2 to 8 (default: the method's, 4)")
     ] = None,
@@ -40,9 +47,7 @@ def quantize(
     calibration: Annotated[str, typer.Option(help="'self', or a .txt or .jsonl file")] = SELF,
     samples: Annotated[int, typer.Option(help="calibration sequences")] = 32,
     length: Annotated[int, typer.Option(help="tokens per calibration sequence")] = 32,
-    tensor_parallel_size: Annotated[
-        int, typer.Option(help="ranks that will serve the checkpoint")
-    ] = 1,
+    tensor_parallel_size: TensorParallelSize = 1,
     device: Annotated[str, typer.Option(help="where blocks are computed: cpu, cuda")] = "cpu",
     as_json: AsJson = False,
 ) -> None:

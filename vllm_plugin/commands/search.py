@@ -15,8 +15,10 @@ from vllm_plugin.commands.common import (
     AsJson,
     CalibrationText,
     Device,
+    MethodSettings,
     Model,
     Plot,
+    TensorParallelSize,
     check_writable,
     err,
     mib,
@@ -38,10 +40,7 @@ def search(
     target: Annotated[str, typer.Option(help="what will serve it: cpu, cuda, humming")],
     file: Annotated[Path, typer.Option("--out", help="the file of bits, such as bits.json")],
     method: Annotated[str, typer.Option(help="probe, evopress, baq, luq, hessian")] = "probe",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="a setting of the method, KEY=VALUE; may be repeated"),
-    ] = None,
+    settings: MethodSettings = None,
     levels: Annotated[
         str | None,
         typer.Option(help="bits that a unit may have, such as 4,8,16 (default: the target's)"),
@@ -54,9 +53,7 @@ def search(
     search_samples: Annotated[
         int, typer.Option(help="sequences that the search measures on, besides the calibration's")
     ] = 32,
-    tensor_parallel_size: Annotated[
-        int, typer.Option(help="ranks that will serve the checkpoint")
-    ] = 1,
+    tensor_parallel_size: TensorParallelSize = 1,
     plot: Plot = None,
     device: Device = "cpu",
     as_json: AsJson = False,
