@@ -100,8 +100,13 @@ class Result:
     def _write(self, **line: Any) -> None:
         """Append to ``lines`` at once, so that a benchmark that is killed loses nothing."""
         if self.lines is not None:
-            with self.lines.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self.lines, line)
+
+
+def append(lines: Path, record: dict[str, Any]) -> None:
+    """Add a record to a file of JSON lines."""
+    with lines.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:
@@ -176,11 +181,11 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "versions": versions,
-        "source": _source(),
+        "source": source(),
     }
 
 
-def _source() -> str | None:
+def source() -> str | None:
     """The commit that is measured, with ``-dirty`` when files differ from it.
 
     COMPRESS_COMMIT names it where the files were copied without their history.

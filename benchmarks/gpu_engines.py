@@ -18,8 +18,9 @@ import torch
 from benchmarks.common import NotHere, Options, Result, alternate
 from benchmarks.diffusion_speed import DiffusionEngine
 from benchmarks.engine import Engine, EngineFailed
-from benchmarks.gpu_models import llada, llama, made_up_bases, random_llama
+from benchmarks.gpu_models import SENSITIVE, SENSITIVE_TINY, llada, llama, made_up_bases
 from benchmarks.kv_engine import KVEngine, last_line, policy
+from benchmarks.models import random_llama
 
 # (requests, tokens of each prompt, new tokens)
 DECODES = ((1, 2048, 64), (8, 2048, 64), (64, 480, 64))
@@ -53,7 +54,7 @@ def identity(options: Options, result: Result) -> None:
     lengths = [40, 64, 100, 200] if options.smoke else [40, 333, 512, 700, 1200, 1999, 2600, 64]
     more = {"load_format": "auto", "max_model_len": 4096, "kv_cache_memory_bytes": 1 << 28}
     texts: dict[str, list[list[int]]] = {}
-    with _started(options, result, starts, random_llama(options), **more) as engines:
+    with _started(options, result, starts, _sensitive(options), **more) as engines:
         for name, engine in engines.items():
             asked = {"lengths": lengths, "tokens": 64, "seed": options.seed}
             texts[name] = engine.ask("texts", **asked)
@@ -87,7 +88,7 @@ def syncs(options: Options, result: Result) -> None:
     }
     more = {"load_format": "auto", "max_model_len": 4096, "kv_cache_memory_bytes": 1 << 28}
     starts = {name: partial(s, env={"VLLM_GPU_SYNC_CHECK": "warn"}) for name, s in starts.items()}
-    with _started(options, result, starts, random_llama(options), **more) as engines:
+    with _started(options, result, starts, _sensitive(options), **more) as engines:
         for name, engine in engines.items():
             engine.ask("run", lengths=[500] * 8, tokens=200, seed=options.seed)
             lines = [line for line in engine.log().splitlines() if "sync" in line.lower()]
@@ -292,6 +293,10 @@ def _started(
                 result.missing(f"{name}_engine", last_line(str(error)))
                 result.note(f"{name}_log", str(error)[-1500:])
         yield engines
+
+
+def _sensitive(options: Options) -> Path:
+    return random_llama(SENSITIVE_TINY if options.smoke else SENSITIVE, options)
 
 
 def _same(ours: list[list[int]], base: list[list[int]]) -> float:

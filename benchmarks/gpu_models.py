@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models for a GPU that has no model hub: shapes of 8B models, and a small random Llama.
+"""Shapes of 8B models for a GPU that has no model hub.
 
 Speed needs a shape only: vLLM makes weights up when it loads (``dummy``). These are so small that
-attention hardly changes the text, so texts are compared on a model with weights of useful size.
+attention hardly changes the text, so texts are compared on ``SENSITIVE``.
 """
 
 import json
@@ -13,8 +13,14 @@ from typing import Any
 from benchmarks.common import Options, cache_folder
 from benchmarks.engine import in_process
 from benchmarks.kv_engine import save_made_up_bases
+from benchmarks.models import Size
 
 _REVISION = 2  # raise it when a model is made differently
+# A Llama whose text depends on what attention reads.
+SENSITIVE = Size(1024, 2048, 8, 8, 2, 8192, max_position_embeddings=16384, initializer_range=0.06)
+SENSITIVE_TINY = Size(
+    256, 512, 2, 8, 2, 1024, max_position_embeddings=16384, initializer_range=0.06
+)
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -102,14 +108,6 @@ def llada(options: Options, layers: int) -> Path:
     return _folder(f"llada-{shape['n_layers']}", shape, options)
 
 
-def random_llama(options: Options) -> Path:
-    """A Llama of 8 layers (2 for --smoke) whose text depends on what attention reads."""
-    folder = cache_folder() / f"random-{'tiny' if options.smoke else '8'}-r{_REVISION}"
-    if not (folder / "model.safetensors").is_file():
-        in_process(_build, folder, options.smoke, options.seed, preloaded=options.smoke)
-    return folder
-
-
 def made_up_bases(model: Path, options: Options) -> Path:
     """Random bases of ratio 0.8 for a model of ``llama``."""
     target = model.with_name(f"{model.name}-bases.safetensors")  # beside: all inside are weights
@@ -124,28 +122,6 @@ def _folder(name: str, config: dict[str, Any], options: Options) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
-
-
-def _build(folder: Path, tiny: bool, seed: int) -> None:
-    import torch
-    import transformers
-
-    torch.manual_seed(seed)
-    shape: dict[str, Any] = {
-        "hidden_size": 1024,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "vocab_size": 8192,
-    }
-    config = transformers.LlamaConfig(
-        **(shape | (_TINY_LLAMA if tiny else {})),
-        max_position_embeddings=16384,
-        initializer_range=0.06,
-        tie_word_embeddings=False,
-    )
-    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
 def _make_bases(model: Path, target: Path) -> None:

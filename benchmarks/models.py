@@ -26,11 +26,13 @@ class Size:
     vocab_size: int
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
 
 
 LLAMA_1B = Size(2048, 5632, 22, 32, 4, 32000)  # TinyLlama's shape: 1.1 billion parameters
 # For --smoke: every width in whole groups of 128; vocabulary of the demo model's tokenizer.
-TINY = Size(128, 256, 2, 4, 2, 49152, tie_word_embeddings=True)
+_DEMO_VOCABULARY = 49152
+TINY = Size(128, 256, 2, 4, 2, _DEMO_VOCABULARY, tie_word_embeddings=True)
 
 
 def random_llama(size: Size, options: Options) -> Path:
@@ -69,9 +71,9 @@ def _build(size: Size, seed: int, folder: Path) -> None:
 
     torch.manual_seed(seed)
     fields = asdict(size)
-    tokenizer = demo_model_path()
-    known = transformers.AutoConfig.from_pretrained(tokenizer)
-    if known.vocab_size == size.vocab_size:
+    tokenizer = demo_model_path() if size.vocab_size == _DEMO_VOCABULARY else None
+    if tokenizer is not None:
+        known = transformers.AutoConfig.from_pretrained(tokenizer)
         fields |= {k: getattr(known, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = transformers.LlamaConfig(**fields)
     default = torch.get_default_dtype()
@@ -79,7 +81,7 @@ def _build(size: Size, seed: int, folder: Path) -> None:
     model = transformers.LlamaForCausalLM(config)
     torch.set_default_dtype(default)
     model.save_pretrained(folder)
-    if known.vocab_size == size.vocab_size:
+    if tokenizer is not None:
         for file in (*tokenizer.glob("tokenizer*"), *tokenizer.glob("chat_template*")):
             shutil.copy(file, folder)
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this file is run by its path
+from benchmarks.common import append, source  # noqa: E402
 
 # Seconds that a part may take. A start of engines is about 30 of them. ``tests`` are the project's.
 LIMITS = {
@@ -83,22 +85,13 @@ def header(dry: bool) -> dict[str, Any]:
     """Return what figures depend on, as the first record of a run."""
     import torch
 
-    known = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
     return {
         "run": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": os.environ.get("COMPRESS_COMMIT") or known.stdout.strip() or "unknown",
+        "commit": source() or "unknown",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "dry": dry,
         "command": sys.argv,
     }
-
-
-def append(lines: Path, record: dict[str, Any]) -> None:
-    """Add a record to the file."""
-    with lines.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 """The worker's side, over any attention backend: what the kernel reads, and when to compact.
 
 ``CompressedBuilder`` and ``CompressedImpl`` are mixed in front of a backend's own builder and
-implementation, which do everything else.
+implementation, which do everything else. ``CustomBackend`` is mixed in front of its backend class.
 
 A CUDA graph of a decode step holds each layer's forward and nothing of the builder, which runs
 before each replay. So what the kernel reads is always in the same memory, and what forward does
@@ -240,3 +240,15 @@ class CompressedImpl:
                     else:
                         compact(part.work, self.chosen, query, scale)
         return output
+
+
+class CustomBackend:
+    """Names a backend CUSTOM, so that FLASH_ATTN and TRITON_ATTN stay vLLM's own.
+
+    CUSTOM is one name for the whole process, reserved for compressed layers: ``backends`` refuses
+    an engine where another class is registered there.
+    """
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"

@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_plugin.kv_cache.backend import CompressedBuilder, CompressedImpl
+from vllm_plugin.kv_cache.backend import CompressedBuilder, CompressedImpl, CustomBackend
 
 
 class FlashBuilder(CompressedBuilder, FlashAttentionMetadataBuilder):
@@ -23,17 +23,7 @@ class FlashImpl(CompressedImpl, FlashAttentionImpl):
     pass
 
 
-class FlashBackend(FlashAttentionBackend):
-    """Registered as CUSTOM, so that FLASH_ATTN stays vLLM's own.
-
-    CUSTOM is one name for the whole process, reserved for compressed layers: ``backends`` refuses
-    an engine where another class is registered there.
-    """
-
-    @staticmethod
-    def get_name() -> str:
-        return "CUSTOM"
-
+class FlashBackend(CustomBackend, FlashAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[FlashImpl]:
         return FlashImpl

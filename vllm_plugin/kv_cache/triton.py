@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from vllm_plugin.kv_cache.backend import CompressedBuilder, CompressedImpl
+from vllm_plugin.kv_cache.backend import CompressedBuilder, CompressedImpl, CustomBackend
 
 
 class TritonBuilder(CompressedBuilder, TritonAttentionMetadataBuilder):
@@ -21,17 +21,7 @@ class TritonImpl(CompressedImpl, TritonAttentionImpl):
     pass
 
 
-class TritonBackend(TritonAttentionBackend):
-    """Registered as CUSTOM, so that TRITON_ATTN stays vLLM's own.
-
-    CUSTOM is one name for the whole process, reserved for compressed layers: ``backends`` refuses
-    an engine where another class is registered there.
-    """
-
-    @staticmethod
-    def get_name() -> str:
-        return "CUSTOM"
-
+class TritonBackend(CustomBackend, TritonAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[TritonImpl]:
         return TritonImpl
