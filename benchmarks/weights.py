@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int4 weights on CPU: speed, memory, start, quality.
+"""Quantized weights on CPU: speed, memory, start, quality.
 
-    .venv/bin/python -m benchmarks.weights [--part speed|memory|load|quality] [--json] [--out FILE]
+    .venv/bin/python -m benchmarks.weights [--part speed|memory|load|quality|cost] [--out FILE]
 
 speed    Tokens per second of int4 over bf16, 1.1B random Llama (TinyLlama's shape), eager mode,
          groups of 128. Our default for activations, which is int8 on a CPU with AMX.
@@ -19,16 +19,37 @@ load     Demo model, `--quantization smoothquant_plus` with default settings, ag
   calibrate_pack_cpu_s           more processor seconds for a start with an empty plan cache
   second_start_extra_s           more wall seconds for a start with a warm one
   Extra: first_start_extra_s (wall), second_start_extra_cpu_s.
-quality  Demo model, groups of 64: nats per token above bf16 on 32 x 512 tokens of Newton's Opticks.
-         Calibration for all: the same 64 x 128 tokens, sampled by the model. NAME_se is a standard
-         error, paired with bf16 by window. Activations are 16-bit, so that weights are judged.
+quality  Demo model, groups of 64: nats per token above 16 bits on 32 x 512 tokens of Newton's
+         Opticks, and as second_text_KEY on as many of Python's language reference. Weights are
+         dequantized and judged in float32, so the processor does not matter. Calibration for all
+         but nats_at_load: the same 64 x 128 tokens, sampled by the model. KEY_se is a standard
+         error, paired with 16 bits by window. KEY_bits: bits per weight of the decoder's linears,
+         with scales and zero points. Finished contenders are kept in the cache folder, by settings
+         and the method's revision, so that an interrupted run goes on; remove the folder
+         benchmarks/weights there to judge all again.
+  nats_default                   `vllm-compress quantize` with default settings
+  nats_at_load                   `--quantization smoothquant_plus` with default settings
+  nats_best                      plain GPTQ with searched ranges: rtn with rounding=gptq
   nats_paper                     SmoothQuant+ as published: norms only, no clipping, full search
-  nats_best                      all folds, clipping, GPTQ compensation; coarse search
-  nats_awq, nats_gptq_sym        llm-compressor's, asymmetric and symmetric (benchmarks/peers.py)
   nats_rtn_asym                  round to nearest, the control
-  Extra: nats_bf16_absolute, nats_rtn_sym, nats_rtn_gptq (GPTQ without smoothing), nats_default (our
-  default settings); of nats_best: nats_best_vllm_kernel (by the kernel that also serves the peers),
-  nats_best_int8 (int8 activations).
+  nats_3bit_uniform              plain GPTQ
+  nats_35bit_probe, nats_35bit_evopress, nats_45bit_probe
+                                 3.5 and 4.5 bits per weight in codes, among levels of 2 to 6 bits;
+                                 with scales and zero points 3.80 and 4.82, which is the budget.
+                                 KEY_search_cpu_s: processor seconds of the search
+  nats_awq, nats_gptq_sym        llm-compressor's, asymmetric and symmetric (benchmarks/peers.py)
+  nats_autoround                 AutoRound's default recipe, symmetric
+  Extra: nats_bf16_absolute (16 bits), nats_rtn_sym, nats_autoround_light (50 iterations a block in
+  place of 200), nats_rsq, nats_rsq_3bit, nats_rsq_3bit_paper, nats_35bit_baq, _luq, _hessian.
+  Of engines, on 4 windows of the first text: nats_default_served (this plugin, 16-bit activations),
+  nats_default_int8, nats_default_vllm_kernel; nats_default_judged is the judge's on the same.
+  nats_default_served_gap        how far served is from judged; up to 0.03 is bfloat16's
+cost     Quantizing with default settings.
+  vs_awq_wall_ratio              wall time over AWQ's, demo model, same text; they take turns, once
+  calibration_peak_ratio         peak memory of the process over the 16-bit weights, 1.1B random
+                                 Llama, 16 x 128 tokens; with Python, torch and mapped files. The
+                                 model is in float32 where the processor computes that faster
+  Extra: vs_awq_cpu_ratio, calibration_anonymous_ratio (without mapped files).
 
 Limits. The demo model is tiny and its weights come from a 4-bit file with groups of 32 (see
 vllm_plugin/demo_model.py): the order of methods may differ on a large 16-bit model. Random weights
@@ -38,18 +59,26 @@ say nothing about quality and everything about speed. Timings need a machine tha
 import sys
 
 from benchmarks.common import Part, main
-from benchmarks.weights_quality import quality
+from benchmarks.weights_cost import cost
+from benchmarks.weights_quality import TEXTS, quality
 from benchmarks.weights_speed import speed
 from benchmarks.weights_start import load, memory
 
 DECODE = ("decode_ratio_b1", "decode_ratio_b8", "decode_ratio_b32")
 VERSUS = ("vs_vllm_w4a16_b1", "vs_vllm_w4a16_b8")
-NATS = ("nats_paper", "nats_best", "nats_awq", "nats_gptq_sym", "nats_rtn_asym")
+NATS = (
+    *("nats_default", "nats_at_load", "nats_best", "nats_paper", "nats_rtn_asym"),
+    *("nats_awq", "nats_gptq_sym", "nats_autoround", "nats_3bit_uniform"),
+    *("nats_35bit_probe", "nats_35bit_evopress", "nats_45bit_probe"),
+)
+BITS = tuple(f"{key}_bits" for key in NATS if "bit_" in key)
+SERVED = ("nats_default_served", "nats_default_served_gap")
 PARTS = {
     "speed": Part((*DECODE, "prefill_ratio", *VERSUS), speed),
     "memory": Part(("weight_bytes_ratio", "resident_ratio"), memory),
     "load": Part(("calibrate_pack_cpu_s", "second_start_extra_s"), load),
-    "quality": Part(NATS, quality),
+    "quality": Part((*(prefix + key for prefix in TEXTS for key in NATS), *BITS, *SERVED), quality),
+    "cost": Part(("vs_awq_wall_ratio", "calibration_peak_ratio"), cost),
 }
 
 if __name__ == "__main__":

@@ -1,177 +1,165 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality of int4 weights: how many nats per token each method loses against bf16.
+"""Quality of quantized weights: how many nats per token each method loses against 16 bits.
 
-Every contender starts from the same weights, sees the same calibration windows, uses groups of 64
-and is judged on the same tokens, through vLLM itself. Calibration text is sampled by the model;
-the evaluation text is Newton's Opticks, which comes with a package that vLLM requires.
+Every contender starts from the same weights, uses groups of 64 and is judged on the same tokens of
+two texts that come with what vLLM requires: Newton's Opticks and Python's language reference.
+Calibration text is sampled by the model. A finished contender is kept in the cache, so that an
+interrupted run goes on with the next.
 """
 
-import json
-import os
 import statistics
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks.common import Options, Result, cache_folder
-from benchmarks.engine import Engine, in_process
+from benchmarks.engine import in_process
 from benchmarks.models import TINY, random_llama
-from benchmarks.peers import PeersUnavailable, write_peer
-from benchmarks.texts import opticks
-from benchmarks.weights_speed import TRUE_W4A16
+from benchmarks.peers import PeersUnavailable
+from benchmarks.texts import opticks, reference
+from benchmarks.weights_judge import Bench, Contender, judge
+from benchmarks.weights_served import served
+from quant_methods.calibration.precision import slow_in_16_bit
 from vllm_plugin.demo_model import demo_model_path
 
 GROUP = 64
-PEERS = {"nats_awq": "awq", "nats_gptq_sym": "gptq"}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Evaluation windows and their tokens, calibration windows and their tokens."""
-
-    windows: int = 32
-    length: int = 512
-    samples: int = 64
-    sample_length: int = 128
+TEXTS = ("", "second_text_")  # prefixes of the keys
+BASELINE = "nats_bf16_absolute"
+PEERS = {
+    "nats_awq": "awq",
+    "nats_gptq_sym": "gptq",
+    "nats_autoround": "autoround",
+    "nats_autoround_light": "autoround_light",
+}
+WHY_NOT = {
+    True: "--smoke does not run the peers",
+    False: "its 200 iterations a block take more than two hours on a processor without AVX-512",
+}
+# Bits per weight of codes alone -> the budget, which counts 16-bit scales and zero points too.
+BUDGETS = {bits: bits + (16 + bits) / GROUP for bits in (3.5, 4.5)}
+# Few generations, each of few candidates: a candidate is a pass of the model.
+EVOPRESS = {"generations": 12, "offspring": 8, "survivors": [3, 1], "tokens": [256, 1024]}
 
 
 def quality(options: Options, result: Result) -> None:
-    """Fill the nats_* keys: difference of the mean negative log-likelihood to bf16."""
-    sizes = Sizes(2, 64, 4, 32) if options.smoke else Sizes()
-    model = random_llama(TINY, options) if options.smoke else demo_model_path()
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-        folder = Path(scratch)  # plans too: one of an older version of the code must not be used
-        text = folder / "opticks.txt"
-        text.write_text(opticks()[1], encoding="utf-8")
-        tokens = in_process(
-            _tokens, model, text, sizes, options.seed, folder, preloaded=options.smoke
-        )
-        contenders = _contenders(model, folder, sizes, options, result)
-        baseline: list[list[float]] = []
-        for key, (served, arguments) in (bar := tqdm(contenders.items(), "quality", leave=False)):
-            bar.set_postfix_str(key)
-            arguments = {"skip_tokenizer_init": True, "preloaded": options.smoke} | arguments
-            with Engine(served, **arguments) as engine:
-                result.details[f"quality_engine_{key}"] = engine.started
-                nats = engine.ask("nats", windows=tokens)
-            if not baseline:
-                baseline = nats
-                result.put(key, statistics.fmean(statistics.fmean(window) for window in nats))
-            else:
-                _difference(result, key, nats, baseline)
-        if "int8" not in str(result.details.get("quality_engine_nats_best_int8", "int8")):
-            result.missing("nats_best_int8", "activations stay bf16 here: the CPU has no AMX")
-        result.details["plans"] = in_process(_plans, folder / "plan", preloaded=options.smoke)
-
-
-def _contenders(
-    model: Path, folder: Path, sizes: Sizes, options: Options, result: Result
-) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Key -> (what is served, what differs in its Engine); bf16 first.
-
-    All settings are fixed here, beforehand: alpha is chosen on the calibration windows, nothing on
-    the evaluation text. The stock engine serves the peers, as it would serve their users.
-    """
-    calibration = {
-        "source": str(folder / "calibration.txt"),
-        "samples": sizes.samples,
-        "length": sizes.sample_length,
-    }
-    search = "coarse" if options.smoke else "full"
-    paper = {"folds": "norms", "clip": False, "search": search, "calibration": calibration}
-    best = {"folds": "all", "rounding": "gptq", "calibration": calibration}
-
-    def ours(method: str, **weights: Any) -> tuple[Path, dict[str, Any]]:
-        section = {"group_size": GROUP, "activations": "bf16"} | weights
-        return model, {
-            "quantization": method,
-            "additional_config": {"compress": {"weights": section}},
-            "env": {"VLLM_COMPRESS_CACHE": str(folder)},
-        }
-
-    stock = {"plugin": False, "env": TRUE_W4A16}
-    contenders = {
-        "nats_bf16_absolute": (model, {"plugin": False}),
-        "nats_paper": ours("smoothquant_plus", **paper),
-        "nats_best": ours("smoothquant_plus", **best),
-        "nats_rtn_asym": ours("rtn"),
-    }
-    if options.smoke:
-        for key in PEERS:
-            result.missing(key, "--smoke does not run the peers")
-        return contenders
-    contenders |= {
-        "nats_default": ours("smoothquant_plus", calibration=calibration),
-        "nats_rtn_gptq": ours("rtn", rounding="gptq", calibration=calibration),
-        "nats_rtn_sym": ours("rtn", symmetric=True),
-        "nats_best_int8": ours("smoothquant_plus", activations="auto", **best),
-    }
-    written = in_process(_write_best, model, folder, best)
-    contenders["nats_best_vllm_kernel"] = written, stock
-    for key, method in PEERS.items():
+    """Fill the nats_* keys: difference of the mean negative log-likelihood to 16 bits."""
+    shared = bench(options)
+    baseline: list[list[float]] = []
+    chosen = contenders(options, shared)
+    for key, contender in (bar := tqdm(chosen.items(), "quality", leave=False)):
+        bar.set_postfix_str(key)
         try:
-            peer = write_peer(method, model, folder / "windows.json")
+            record = in_process(judge, key, contender, shared, preloaded=options.smoke)
         except PeersUnavailable as error:
-            result.missing(key, str(error))
+            for prefix in TEXTS:
+                result.missing(prefix + key, str(error))
             continue
-        contenders[key] = peer, stock
-        result.details[f"{method}_cost"] = json.loads((peer / "cost.json").read_text())
-    return contenders
+        result.note(f"record_{key}", {k: v for k, v in record.items() if k != "nats"})
+        if not baseline:
+            baseline = record["nats"]
+            for prefix, nats in zip(TEXTS, baseline, strict=True):
+                result.put(prefix + key, statistics.fmean(nats))
+            continue
+        for prefix, nats, base in zip(TEXTS, record["nats"], baseline, strict=True):
+            difference(result, prefix + key, nats, base)
+        for what in ("bits", "search_cpu_s"):
+            if what in record:
+                result.put(f"{key}_{what}", record[what])
+    for key in PEERS.keys() - chosen.keys():
+        for prefix in TEXTS:
+            result.missing(prefix + key, WHY_NOT[options.smoke])
+    served(options, shared, chosen["nats_default"], result)
 
 
-def _difference(
-    result: Result, key: str, nats: list[list[float]], baseline: list[list[float]]
-) -> None:
+def difference(result: Result, key: str, nats: list[float], base: list[float]) -> None:
     """Mean difference, and its standard error over windows: tokens of one are not independent."""
-    windows = [
-        statistics.fmean(a - b for a, b in zip(one, base, strict=True))
-        for one, base in zip(nats, baseline, strict=True)
-    ]
+    windows = [a - b for a, b in zip(nats, base, strict=True)]
     result.put(key, statistics.fmean(windows), windows=windows)
     result.put(f"{key}_se", statistics.stdev(windows) / len(windows) ** 0.5)
 
 
-def _tokens(model: Path, text: Path, sizes: Sizes, seed: int, folder: Path) -> list[list[int]]:
-    """Evaluation windows; writes calibration.txt and windows.json, its windows, for the peers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from quant_methods.calibration.text import SELF, CalibrationSettings, calibration_tokens
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-    # Text is split into fewer tokens than it was sampled as, so sample more.
-    settings = CalibrationSettings(
-        source=SELF, samples=sizes.samples * 3 // 2, length=sizes.sample_length, seed=seed
+def bench(options: Options) -> Bench:
+    """What all contenders share, with its files written."""
+    folder = cache_folder() / ("weights-smoke" if options.smoke else "weights")
+    folder.mkdir(exist_ok=True)
+    texts = []
+    for name, text in (("opticks", opticks()[1]), ("reference", reference())):
+        texts.append(folder / f"{name}.txt")
+        texts[-1].write_text(text, encoding="utf-8")
+    samples, length = (4, 32) if options.smoke else (64, 128)
+    return Bench(
+        random_llama(TINY, options) if options.smoke else demo_model_path(),
+        folder,
+        tuple(texts),
+        *((2, 64) if options.smoke else (32, 512)),
+        {"samples": samples, "length": length, "seed": options.seed},
     )
-    sampled = calibration_tokens(settings, network, tokenizer)
-    file = folder / "calibration.txt"
-    file.write_text("\n\n".join(tokenizer.batch_decode(sampled, skip_special_tokens=True)))
-    settings = CalibrationSettings(
-        source=str(file), samples=sizes.samples, length=sizes.sample_length
+
+
+def contenders(options: Options, shared: Bench) -> dict[str, Contender]:
+    """Key -> what is judged, the most wanted first.
+
+    All settings are fixed here, beforehand; nothing is chosen on the evaluation texts.
+    """
+    calibration = shared.calibration
+
+    def ours(method: str = "smoothquant_plus", **settings: Any) -> Contender:
+        return Contender(method, {"group_size": GROUP} | settings, calibration)
+
+    def allocated(method: str, budget: float, **settings: Any) -> Contender:
+        wanted = {
+            "method": method,
+            "settings": settings,
+            "budget": budget,
+            "target": "humming",
+            "levels": (3, 4, 5) if options.smoke else (2, 3, 4, 5, 6),
+            "group_size": GROUP,
+            "search_samples": 12 if options.smoke else 32,
+        }
+        return Contender("rtn", {"group_size": GROUP} | gptq, calibration, wanted)
+
+    evopress = EVOPRESS
+    if options.smoke:
+        evopress = {"generations": 2, "offspring": 3, "survivors": [2, 1], "tokens": [32, 64]}
+    gptq = {"rounding": "gptq"}
+    paper = {"folds": "norms", "clip": False, "rounding": "nearest"}
+    found = {
+        BASELINE: Contender(),
+        "nats_default": ours(),
+        "nats_at_load": Contender("smoothquant_plus", {"group_size": GROUP}),
+        "nats_best": ours("rtn", **gptq),
+        "nats_rtn_asym": ours("rtn"),
+        "nats_3bit_uniform": ours("rtn", bits=3, **gptq),
+        "nats_35bit_probe": allocated("probe", BUDGETS[3.5]),
+        "nats_45bit_probe": allocated("probe", BUDGETS[4.5]),
+        "nats_paper": ours(**paper, search="coarse" if options.smoke else "full"),
+        "nats_35bit_evopress": allocated("evopress", BUDGETS[3.5], **evopress),
+    }
+    if options.smoke:
+        return found
+    peers = {key: Contender(method, peer=True) for key, method in PEERS.items()}
+    if slow_in_16_bit():
+        del peers["nats_autoround"]
+    return (
+        found
+        | peers
+        | {
+            "nats_rtn_sym": ours("rtn", symmetric=True),
+            "nats_rsq": ours("rsq"),
+            "nats_rsq_3bit": ours("rsq", bits=3),
+            "nats_rsq_3bit_paper": ours(
+                "rsq",
+                bits=3,
+                symmetric=True,
+                rotation="both",
+                power=2,
+                expansion=8,
+                least_weight=0.01,
+                order="stored",
+                steps="unit",
+            ),
+            "nats_35bit_baq": allocated("baq", BUDGETS[3.5]),
+            "nats_35bit_luq": allocated("luq", BUDGETS[3.5]),
+            "nats_35bit_hessian": allocated("hessian", BUDGETS[3.5]),
+        }
     )
-    windows = calibration_tokens(settings, network, tokenizer).tolist()
-    (folder / "windows.json").write_text(json.dumps(windows))
-    settings = CalibrationSettings(source=str(text), samples=sizes.windows, length=sizes.length)
-    return calibration_tokens(settings, network, tokenizer).tolist()
-
-
-def _write_best(model: Path, folder: Path, settings: dict[str, Any]) -> Path:
-    """The checkpoint of ``nats_best``, for vLLM's own kernel: the peers are served by it too."""
-    from quant_methods.formats.writing import quantize_checkpoint
-    from quant_methods.planning import PlanRequest
-
-    os.environ["VLLM_COMPRESS_CACHE"] = str(folder)  # in a child process: the plan is shared
-    calibration = settings["calibration"]
-    own = {k: v for k, v in settings.items() if k != "calibration"} | {"group_size": GROUP}
-    request = PlanRequest(settings=own, calibration=calibration)
-    quantize_checkpoint(model, folder / "best", request)
-    return folder / "best"
-
-
-def _plans(folder: Path) -> list[dict[str, Any]]:
-    from quant_methods.formats.plan_file import load_plan
-
-    return [load_plan(path).report for path in sorted(folder.glob("*/*.safetensors"))]

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judges weights: runs in child processes of ``benchmarks.weights_quality``.
+
+The weights of a contender are dequantized into one ``transformers`` model in float32, so that all
+are judged by the same arithmetic. Engines would add what their kernels round, and some processors
+have no kernel for some contenders.
+"""
+
+import json
+import os
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from benchmarks.common import source
+from benchmarks.peers import peer_identity, write_peer
+from compress_common.store import digest
+from quant_methods.allocators.allocation import Allocation
+from quant_methods.calibration.precision import computed_in
+from quant_methods.calibration.text import CalibrationSettings, file_tokens
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats.sizes import bits_per_weight
+from quant_methods.grid import QuantizedWeight
+from quant_methods.planning import PlanRequest, load_model, obtain_plan, stored_tokens
+from quant_methods.progress import Progress, silent
+from quant_methods.registry import build_method
+from quant_methods.search_request import SearchRequest
+from quant_methods.searching import search
+
+_REVISION = 1  # raise it when the same weights would be judged differently than before
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Weights to judge: of a plan, of another tool, or those of the model itself.
+
+    Attributes:
+        method: Name of one of our methods, or of a peer.
+        settings: Of our method.
+        calibration: Of our method, as ``CalibrationSettings`` takes it.
+        search: A ``SearchRequest`` whose allocation the plan takes; empty: none.
+        peer: Whether another tool makes the weights.
+    """
+
+    method: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
+    peer: bool = False
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all contenders share.
+
+    Attributes:
+        model: Folder of the 16-bit checkpoint.
+        folder: Where records are kept. Plans and searches are in the store.
+        texts: Files that are judged on.
+        windows: Of each text.
+        length: Tokens of a window.
+        calibration: The text that contenders are calibrated on unless they say otherwise.
+    """
+
+    model: Path
+    folder: Path
+    texts: tuple[Path, ...]
+    windows: int
+    length: int
+    calibration: dict[str, Any]
+
+
+def _identity(contender: Contender) -> dict[str, Any]:
+    """What decides the weights besides the model. Methods vouch for their code by a revision."""
+    if contender.peer or not contender.method:
+        return {"peer": contender.method, "code": peer_identity() if contender.peer else ""}
+    method = build_method(contender.method, contender.settings)
+    return {
+        "method": contender.method,
+        "revision": method.revision,
+        "settings": method.settings.identity(),
+        "calibration": CalibrationSettings(**contender.calibration).model_dump(),
+        "search": contender.search,
+    }
+
+
+def judge(name: str, contender: Contender, bench: Bench) -> dict[str, Any]:
+    """Return the record of a contender, which is kept: an interrupted benchmark goes on after it.
+
+    ``nats`` is a list by text of the mean negative log-likelihood of each window. ``cpu_s`` and
+    ``wall_s`` are the cost of making the weights.
+    """
+    checkpoint = Checkpoint(bench.model)
+    identity = {
+        "revision": _REVISION,
+        "contender": _identity(contender),
+        "calibration": bench.calibration if contender.peer else None,
+        "text": [sha256(text.read_bytes()).hexdigest() for text in bench.texts],
+        "size": [bench.windows, bench.length],
+    }
+    key = digest(checkpoint.digest, json.dumps(identity, sort_keys=True))
+    kept = bench.folder / f"judged-{key[:16]}.json"
+    if kept.is_file():
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    with _Bar(name) as bar:
+        network, record = _network(checkpoint, contender, bench, bar)
+        texts = torch.cat(windows(checkpoint, bench))
+        nats = losses(network, texts, bar)
+        record["nats"] = [nats[i : i + bench.windows] for i in range(0, len(nats), bench.windows)]
+    record |= {"contender": asdict(contender), "commit": source()}
+    partial = kept.with_suffix(".partial")
+    partial.write_text(json.dumps(record), encoding="utf-8")
+    os.replace(partial, kept)
+    return record
+
+
+def windows(checkpoint: Checkpoint, bench: Bench) -> list[torch.Tensor]:
+    """Return windows spread evenly over each text, int64 [windows, length]."""
+    return [
+        file_tokens(
+            CalibrationSettings(source=str(text), samples=bench.windows, length=bench.length),
+            checkpoint.tokenizer,
+        )
+        for text in bench.texts
+    ]
+
+
+@torch.inference_mode()
+def losses(network: Any, tokens: torch.Tensor, progress: Progress) -> list[float]:
+    """Return the mean negative log-likelihood of the tokens of each window but its first."""
+    found = []
+    for done, window in enumerate(tokens.to(network.device), start=1):
+        logits = network(window[None, :-1], use_cache=False).logits[0]
+        found.append(cross_entropy(logits, window[1:]).item())
+        progress("judge", done, len(tokens))
+    return found
+
+
+def _network(
+    checkpoint: Checkpoint, contender: Contender, bench: Bench, progress: Progress
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model with a contender's weights in float32, and what it cost to make them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not contender.method:
+        return load_model(checkpoint, torch.float32).to(device), {}
+    if contender.peer:
+        folder = write_peer(contender.method, bench.model, calibration_windows(bench, progress))
+        return decompressed(folder).to(device), json.loads((folder / "cost.json").read_text())
+    request, record = _request(checkpoint, contender, bench, device, progress)
+    cpu, wall = time.process_time(), time.perf_counter()
+    plan, stored = obtain_plan(checkpoint, request, device=device, progress=progress)
+    if not stored:
+        record["cpu_s"] = time.process_time() - cpu
+        record["wall_s"] = time.perf_counter() - wall
+    record["bits"] = bits_per_weight(plan.grids, checkpoint.hf_config)
+    state: dict[str, torch.Tensor] = {}
+    for name, value in plan.transform(checkpoint.tensors(), torch.bfloat16):
+        if isinstance(value, QuantizedWeight):
+            state[f"{name}.weight"] = value.dequantize()
+        else:
+            state[name] = value.float()
+    config = deepcopy(checkpoint.hf_config)
+    config.update(plan.config)
+    record["report"] = plan.report
+    network = load_model(checkpoint, torch.float32)
+    kind = type(network)
+    del network
+    network = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    return network.eval().to(device), record
+
+
+def _request(
+    checkpoint: Checkpoint, contender: Contender, bench: Bench, device: str, progress: Progress
+) -> tuple[PlanRequest, dict[str, Any]]:
+    """Return how our weights are made, after the search if there is one, and its cost."""
+    settings, record = dict(contender.settings), {}
+    calibration = CalibrationSettings(**contender.calibration)
+    if contender.search:
+        wanted = SearchRequest(calibration=calibration, **contender.search)
+        cpu = time.process_time()
+        found: Allocation = search(checkpoint, wanted, device=device, progress=progress)
+        record = {"search_cpu_s": time.process_time() - cpu, "search": found.report}
+        name = digest(wanted.model_dump_json())[:16]
+        file = bench.folder / f"bits-{name}.json"
+        found.save(file)
+        settings |= found.grid | {"allocation": str(file)}
+    request = PlanRequest(method=contender.method, settings=settings, calibration=calibration)
+    return request, record
+
+
+def calibration_windows(bench: Bench, progress: Progress = silent) -> Path:
+    """Return a JSON file of the calibration windows, for other tools."""
+    checkpoint, settings = Checkpoint(bench.model), CalibrationSettings(**bench.calibration)
+    dtype = computed_in(checkpoint.weight_bytes, "cpu")
+    model = load_model(checkpoint, dtype)
+    tokens = stored_tokens(checkpoint, settings, model, progress, dtype)
+    file = bench.folder / f"calibration-{digest(settings.model_dump_json())[:16]}.json"
+    file.write_text(json.dumps(tokens.tolist()), encoding="utf-8")
+    return file
+
+
+def decompressed(folder: Path) -> Any:
+    """Return the model of a compressed-tensors checkpoint, its weights in float32."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+        dtype=torch.float32,
+    ).eval()
+
+
+class _Bar:
+    """A progress bar for one contender; a ``Progress``."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.step = name, ""
+        self.bar = tqdm(desc=name, leave=False)
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        if step != self.step:
+            self.step = step
+            self.bar.set_description_str(f"{self.name}: {step}")
+            self.bar.reset(total)
+        self.bar.n = done
+        self.bar.refresh()
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether served weights lose what judged weights lose: engines against the float32 judge.
+
+A few windows, because an engine in bfloat16 is slow on some processors. What an engine loses is
+paired with what a stock engine has with the 16-bit model, as the judge pairs its own.
+"""
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Options, Result, machine
+from benchmarks.engine import Engine, in_process
+from benchmarks.weights_judge import Bench, Contender, judge, windows
+from benchmarks.weights_speed import TRUE_W4A16
+
+WINDOWS = 4
+TOLERANCE = 0.03  # nats: what bfloat16 of an engine may add or take on so few windows
+# Key -> what differs in its engine; all serve the checkpoint of nats_default.
+SERVED: dict[str, dict[str, Any]] = {
+    "nats_default_served": {
+        "additional_config": {"compress": {"weights": {"activations": "bf16"}}}
+    },
+    "nats_default_int8": {},
+    "nats_default_vllm_kernel": {"plugin": False, "env": TRUE_W4A16},
+}
+
+
+def served(options: Options, bench: Bench, default: Contender, result: Result) -> None:
+    """Fill nats_default_served and its like, and nats_default_judged on the same windows."""
+    tokens = in_process(_tokens, bench, preloaded=options.smoke)
+    few = slice(0, min(WINDOWS, bench.windows))
+
+    def judged(contender: Contender) -> list[float]:
+        found = in_process(judge, "judged", contender, bench, preloaded=options.smoke)
+        return list(found["nats"][0][few])
+
+    def engine(key: str, model: Path, arguments: dict[str, Any]) -> list[float]:
+        shared = {"skip_tokenizer_init": True, "preloaded": options.smoke}
+        with Engine(model, **shared | arguments) as running:
+            result.note(f"quality_engine_{key}", running.started)
+            return [statistics.fmean(nats) for nats in running.ask("nats", windows=tokens[few])]
+
+    _put(result, "nats_default_judged", judged(default), judged(Contender()))
+    base = engine("stock", bench.model, {"plugin": False})
+    with tempfile.TemporaryDirectory(dir=bench.folder) as scratch:
+        written = Path(scratch) / "default"
+        in_process(_write, default, bench, written, preloaded=options.smoke)
+        for key, arguments in SERVED.items():
+            if why := _why_not(key):
+                result.missing(key, why)
+            else:
+                _put(result, key, engine(key, written, arguments), base)
+    there, here = (result.values[f"nats_default_{how}"] or 0.0 for how in ("served", "judged"))
+    result.put("nats_default_served_gap", abs(there - here), tolerance=TOLERANCE)
+
+
+def _put(result: Result, key: str, nats: list[float], base: list[float]) -> None:
+    windows = [a - b for a, b in zip(nats, base, strict=True)]
+    result.put(key, statistics.fmean(windows), windows=windows)
+
+
+def _why_not(key: str) -> str | None:
+    """Say why this processor has no engine for a key; None: it has."""
+    features = machine()["cpu_features"]
+    if key == "nats_default_int8" and "amx_int8" not in features:
+        return "activations stay bf16 here: the CPU has no AMX"
+    if key == "nats_default_vllm_kernel" and "avx512f" not in features:
+        return "vLLM's own int4 kernel needs AVX-512"
+    return None
+
+
+def _write(contender: Contender, bench: Bench, target: Path) -> None:
+    """Write the checkpoint of a contender. Its plan is in the store already."""
+    from quant_methods.formats.writing import quantize_checkpoint
+    from quant_methods.planning import PlanRequest
+
+    request = PlanRequest(
+        method=contender.method, settings=contender.settings, calibration=contender.calibration
+    )
+    quantize_checkpoint(bench.model, target, request)
+
+
+def _tokens(bench: Bench) -> list[list[int]]:
+    from quant_methods.checkpoint import Checkpoint
+
+    return windows(Checkpoint(bench.model), bench)[0].tolist()
