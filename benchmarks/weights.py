@@ -24,9 +24,8 @@ quality  Demo model, groups of 64: nats per token above 16 bits on 32 x 512 toke
          dequantized and judged in float32, so the processor does not matter. Calibration for all
          but nats_at_load: the same 64 x 128 tokens, sampled by the model. KEY_se is a standard
          error, paired with 16 bits by window. KEY_bits: bits per weight of the decoder's linears,
-         with scales and zero points. Finished contenders are kept in the cache folder, by settings
-         and the method's revision, so that an interrupted run goes on; remove the folder
-         benchmarks/weights there to judge all again.
+         with scales and zero points. What is finished is kept in the cache folder (losses by the
+         weights that have them), so that an interrupted run goes on.
   nats_default                   `vllm-compress quantize` with default settings
   nats_at_load                   `--quantization smoothquant_plus` with default settings
   nats_best                      plain GPTQ with searched ranges: rtn with rounding=gptq

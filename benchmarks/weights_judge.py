@@ -11,7 +11,6 @@ import os
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,17 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from benchmarks.common import source
-from benchmarks.peers import peer_identity, write_peer
+from benchmarks.peers import write_peer
 from compress_common.store import digest
-from quant_methods.allocators.allocation import Allocation
+from quant_methods.allocators.allocation import read_allocation
 from quant_methods.calibration.precision import computed_in
 from quant_methods.calibration.text import CalibrationSettings, file_tokens
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.sizes import bits_per_weight
 from quant_methods.grid import QuantizedWeight
+from quant_methods.identity import tensor_digest
 from quant_methods.planning import PlanRequest, load_model, obtain_plan, stored_tokens
 from quant_methods.progress import Progress, silent
-from quant_methods.registry import build_method
 from quant_methods.search_request import SearchRequest
 from quant_methods.searching import search
 
@@ -62,7 +61,7 @@ class Bench:
 
     Attributes:
         model: Folder of the 16-bit checkpoint.
-        folder: Where records are kept. Plans and searches are in the store.
+        folder: Where losses and allocations are kept. Plans are in the store.
         texts: Files that are judged on.
         windows: Of each text.
         length: Tokens of a window.
@@ -77,48 +76,30 @@ class Bench:
     calibration: dict[str, Any]
 
 
-def _identity(contender: Contender) -> dict[str, Any]:
-    """What decides the weights besides the model. Methods vouch for their code by a revision."""
-    if contender.peer or not contender.method:
-        return {"peer": contender.method, "code": peer_identity() if contender.peer else ""}
-    method = build_method(contender.method, contender.settings)
-    return {
-        "method": contender.method,
-        "revision": method.revision,
-        "settings": method.settings.identity(),
-        "calibration": CalibrationSettings(**contender.calibration).model_dump(),
-        "search": contender.search,
-    }
-
-
 def judge(name: str, contender: Contender, bench: Bench) -> dict[str, Any]:
-    """Return the record of a contender, which is kept: an interrupted benchmark goes on after it.
+    """Return what is known of a contender.
 
-    ``nats`` is a list by text of the mean negative log-likelihood of each window. ``cpu_s`` and
-    ``wall_s`` are the cost of making the weights.
+    ``nats`` is a list by text of the mean negative log-likelihood of each window. It is kept by the
+    digest of the weights, so that an interrupted benchmark goes on after it.
     """
     checkpoint = Checkpoint(bench.model)
-    identity = {
-        "revision": _REVISION,
-        "contender": _identity(contender),
-        "calibration": bench.calibration if contender.peer else None,
-        "text": [sha256(text.read_bytes()).hexdigest() for text in bench.texts],
-        "size": [bench.windows, bench.length],
-    }
-    key = digest(checkpoint.digest, json.dumps(identity, sort_keys=True))
-    kept = bench.folder / f"judged-{key[:16]}.json"
-    if kept.is_file():
-        return dict(json.loads(kept.read_text(encoding="utf-8")))
     with _Bar(name) as bar:
         network, record = _network(checkpoint, contender, bench, bar)
-        texts = torch.cat(windows(checkpoint, bench))
-        nats = losses(network, texts, bar)
-        record["nats"] = [nats[i : i + bench.windows] for i in range(0, len(nats), bench.windows)]
-    record |= {"contender": asdict(contender), "commit": source()}
-    partial = kept.with_suffix(".partial")
-    partial.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(partial, kept)
-    return record
+        texts = windows(checkpoint, bench)
+        state = sorted(network.state_dict().items())
+        parts = [tensor_digest(tensor) for _, tensor in (*state, *enumerate(texts))]
+        kept = bench.folder / f"judged-{digest(f'revision {_REVISION}', *parts)[:16]}.json"
+        if not kept.is_file():
+            nats = losses(network, torch.cat(texts), bar)
+            starts = range(0, len(nats), bench.windows)
+            partial = kept.with_suffix(".partial")
+            partial.write_text(json.dumps([nats[i : i + bench.windows] for i in starts]))
+            os.replace(partial, kept)
+    return record | {
+        "nats": json.loads(kept.read_text()),
+        "contender": asdict(contender),
+        "commit": source(),
+    }
 
 
 def windows(checkpoint: Checkpoint, bench: Bench) -> list[torch.Tensor]:
@@ -154,11 +135,7 @@ def _network(
         folder = write_peer(contender.method, bench.model, calibration_windows(bench, progress))
         return decompressed(folder).to(device), json.loads((folder / "cost.json").read_text())
     request, record = _request(checkpoint, contender, bench, device, progress)
-    cpu, wall = time.process_time(), time.perf_counter()
-    plan, stored = obtain_plan(checkpoint, request, device=device, progress=progress)
-    if not stored:
-        record["cpu_s"] = time.process_time() - cpu
-        record["wall_s"] = time.perf_counter() - wall
+    plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)
     record["bits"] = bits_per_weight(plan.grids, checkpoint.hf_config)
     state: dict[str, torch.Tensor] = {}
     for name, value in plan.transform(checkpoint.tensors(), torch.bfloat16):
@@ -184,12 +161,14 @@ def _request(
     calibration = CalibrationSettings(**contender.calibration)
     if contender.search:
         wanted = SearchRequest(calibration=calibration, **contender.search)
-        cpu = time.process_time()
-        found: Allocation = search(checkpoint, wanted, device=device, progress=progress)
-        record = {"search_cpu_s": time.process_time() - cpu, "search": found.report}
-        name = digest(wanted.model_dump_json())[:16]
-        file = bench.folder / f"bits-{name}.json"
-        found.save(file)
+        file = bench.folder / f"bits-{digest(wanted.model_dump_json())[:16]}.json"
+        if not file.is_file():
+            cpu = time.process_time()
+            found = search(checkpoint, wanted, device=device, progress=progress)
+            found.report["cpu_s"] = time.process_time() - cpu
+            found.save(file)
+        found = read_allocation(str(file))
+        record = {"search_cpu_s": found.report["cpu_s"], "search": found.report}
         settings |= found.grid | {"allocation": str(file)}
     request = PlanRequest(method=contender.method, settings=settings, calibration=calibration)
     return request, record
