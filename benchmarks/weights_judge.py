@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from benchmarks.common import source
 from benchmarks.peers import write_peer
@@ -32,6 +33,7 @@ from quant_methods.planning import PlanRequest, load_model, obtain_plan, stored_
 from quant_methods.progress import Progress, silent
 from quant_methods.search_request import SearchRequest
 from quant_methods.searching import search
+from vllm_plugin.progress import bar
 
 _REVISION = 1  # raise it when the same weights would be judged differently than before
 
@@ -76,21 +78,21 @@ class Bench:
     calibration: dict[str, Any]
 
 
-def judge(name: str, contender: Contender, bench: Bench) -> dict[str, Any]:
+def judge(contender: Contender, bench: Bench) -> dict[str, Any]:
     """Return what is known of a contender.
 
     ``nats`` is a list by text of the mean negative log-likelihood of each window. It is kept by the
     digest of the weights, so that an interrupted benchmark goes on after it.
     """
     checkpoint = Checkpoint(bench.model)
-    with _Bar(name) as bar:
-        network, record = _network(checkpoint, contender, bench, bar)
+    with bar() as progress:
+        network, record = _network(checkpoint, contender, bench, progress)
         texts = windows(checkpoint, bench)
         state = sorted(network.state_dict().items())
         parts = [tensor_digest(tensor) for _, tensor in (*state, *enumerate(texts))]
         kept = bench.folder / f"judged-{digest(f'revision {_REVISION}', *parts)[:16]}.json"
         if not kept.is_file():
-            nats = losses(network, torch.cat(texts), bar)
+            nats = losses(network, torch.cat(texts), progress)
             starts = range(0, len(nats), bench.windows)
             partial = kept.with_suffix(".partial")
             partial.write_text(json.dumps([nats[i : i + bench.windows] for i in starts]))
@@ -129,26 +131,25 @@ def _network(
 ) -> tuple[Any, dict[str, Any]]:
     """Return the model with a contender's weights in float32, and what it cost to make them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not contender.method:
-        return load_model(checkpoint, torch.float32).to(device), {}
     if contender.peer:
         folder = write_peer(contender.method, bench.model, calibration_windows(bench, progress))
-        return decompressed(folder).to(device), json.loads((folder / "cost.json").read_text())
-    request, record = _request(checkpoint, contender, bench, device, progress)
-    plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)
-    record["bits"] = bits_per_weight(plan.grids, checkpoint.hf_config)
-    state: dict[str, torch.Tensor] = {}
-    for name, value in plan.transform(checkpoint.tensors(), torch.bfloat16):
-        if isinstance(value, QuantizedWeight):
-            state[f"{name}.weight"] = value.dequantize()
-        else:
-            state[name] = value.float()
-    config = deepcopy(checkpoint.hf_config)
-    config.update(plan.config)
-    record["report"] = plan.report
-    network = load_model(checkpoint, torch.float32)
-    kind = type(network)
-    del network
+        record = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
+        return decompressed(folder).to(device), record
+    config, record = deepcopy(checkpoint.hf_config), {}
+    if not contender.method:
+        state = dict(checkpoint.tensors())
+    else:
+        request, record = _request(checkpoint, contender, bench, device, progress)
+        plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)
+        record |= {"bits": bits_per_weight(plan.grids, config), "report": plan.report}
+        config.update(plan.config)
+        state = {}
+        for name, value in plan.transform(checkpoint.tensors(), torch.bfloat16):
+            if isinstance(value, QuantizedWeight):
+                state[f"{name}.weight"] = value.dequantize()
+            else:
+                state[name] = value
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     network = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     return network.eval().to(device), record
 
@@ -187,32 +188,8 @@ def calibration_windows(bench: Bench, progress: Progress = silent) -> Path:
 
 def decompressed(folder: Path) -> Any:
     """Return the model of a compressed-tensors checkpoint, its weights in float32."""
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-
     return AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=CompressedTensorsConfig(dequantize=True),
         dtype=torch.float32,
     ).eval()
-
-
-class _Bar:
-    """A progress bar for one contender; a ``Progress``."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.step = name, ""
-        self.bar = tqdm(desc=name, leave=False)
-
-    def __call__(self, step: str, done: int, total: int) -> None:
-        if step != self.step:
-            self.step = step
-            self.bar.set_description_str(f"{self.name}: {step}")
-            self.bar.reset(total)
-        self.bar.n = done
-        self.bar.refresh()
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()

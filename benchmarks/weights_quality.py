@@ -49,7 +49,7 @@ def quality(options: Options, result: Result) -> None:
     for key, contender in (bar := tqdm(chosen.items(), "quality", leave=False)):
         bar.set_postfix_str(key)
         try:
-            record = in_process(judge, key, contender, shared, preloaded=options.smoke)
+            record = in_process(judge, contender, shared, preloaded=options.smoke)
         except PeersUnavailable as error:
             for prefix in TEXTS:
                 result.missing(prefix + key, str(error))

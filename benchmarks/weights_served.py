@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.common import Options, Result, machine
 from benchmarks.engine import Engine, in_process
-from benchmarks.weights_judge import Bench, Contender, judge, windows
+from benchmarks.weights_judge import Bench, Contender, windows
 from benchmarks.weights_speed import TRUE_W4A16
 
 WINDOWS = 4
@@ -28,21 +28,17 @@ SERVED: dict[str, dict[str, Any]] = {
 
 
 def served(options: Options, bench: Bench, default: Contender, result: Result) -> None:
-    """Fill nats_default_served and its like, and nats_default_judged on the same windows."""
-    tokens = in_process(_tokens, bench, preloaded=options.smoke)
-    few = slice(0, min(WINDOWS, bench.windows))
-
-    def judged(contender: Contender) -> list[float]:
-        found = in_process(judge, "judged", contender, bench, preloaded=options.smoke)
-        return list(found["nats"][0][few])
+    """Fill nats_default_served and its like, after nats_default: judged on the same windows."""
+    tokens = in_process(_tokens, bench, preloaded=options.smoke)[:WINDOWS]
 
     def engine(key: str, model: Path, arguments: dict[str, Any]) -> list[float]:
         shared = {"skip_tokenizer_init": True, "preloaded": options.smoke}
         with Engine(model, **shared | arguments) as running:
             result.note(f"quality_engine_{key}", running.started)
-            return [statistics.fmean(nats) for nats in running.ask("nats", windows=tokens[few])]
+            return [statistics.fmean(nats) for nats in running.ask("nats", windows=tokens)]
 
-    _put(result, "nats_default_judged", judged(default), judged(Contender()))
+    judged = statistics.fmean(result.details["nats_default"]["windows"][: len(tokens)])
+    result.put("nats_default_judged", judged)
     base = engine("stock", bench.model, {"plugin": False})
     with tempfile.TemporaryDirectory(dir=bench.folder) as scratch:
         written = Path(scratch) / "default"
@@ -50,15 +46,13 @@ def served(options: Options, bench: Bench, default: Contender, result: Result) -
         for key, arguments in SERVED.items():
             if why := _why_not(key):
                 result.missing(key, why)
-            else:
-                _put(result, key, engine(key, written, arguments), base)
-    there, here = (result.values[f"nats_default_{how}"] or 0.0 for how in ("served", "judged"))
-    result.put("nats_default_served_gap", abs(there - here), tolerance=TOLERANCE)
-
-
-def _put(result: Result, key: str, nats: list[float], base: list[float]) -> None:
-    windows = [a - b for a, b in zip(nats, base, strict=True)]
-    result.put(key, statistics.fmean(windows), windows=windows)
+                continue
+            nats = engine(key, written, arguments)
+            windows = [a - b for a, b in zip(nats, base, strict=True)]
+            result.put(key, statistics.fmean(windows), windows=windows)
+            if key == "nats_default_served":
+                gap = abs(statistics.fmean(windows) - judged)
+                result.put("nats_default_served_gap", gap, tolerance=TOLERANCE)
 
 
 def _why_not(key: str) -> str | None:
