@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from compress_common.errors import CompressError
 from compress_common.store import digest
+from quant_methods.finite import check_finite
 from quant_methods.identity import TensorDigests, hashed
 
 INDEX = "model.safetensors.index.json"
@@ -153,8 +154,8 @@ class Checkpoint:
         """Return every tensor, after a comparison with ``tensor_digests``.
 
         Raises:
-            CompressError: A file was replaced or edited after it was hashed. The digests are
-                forgotten, so that the next start reads every byte.
+            CompressError: A tensor holds NaN or infinity. Or a file was replaced or edited after it
+                was hashed: the digests are forgotten, so that the next start reads every byte.
         """
         tensors: dict[str, torch.Tensor] = {}
         expected = self.tensor_digests
@@ -162,6 +163,7 @@ class Checkpoint:
             for name, tensor, found in hashed(self.tensors()):
                 if found != expected.get(name):
                     raise self._changed(f"{name} has other content")
+                check_finite(name, tensor)
                 tensors[name] = tensor
         except (SafetensorError, OSError) as error:
             raise self._changed(str(error)) from error

@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from transformers import AutoConfig, AutoTokenizer
 
 from compress_common.errors import CompressError
@@ -31,17 +35,23 @@ def text_config(folder: Path) -> Any:
     """Return the text model's config; CompressError when ``transformers`` cannot read it."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise CompressError(f"transformers cannot read {folder}: {reason}") from error
 
 
 def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a folder; CompressError when ``transformers`` cannot load it."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         reason = str(error).strip().splitlines()[0]
         raise CompressError(
             f"transformers cannot load the tokenizer of {folder}: {reason}"
         ) from error
+    # Without its files transformers makes one that knows special tokens alone.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise CompressError(
+            f"{folder} has no tokenizer that knows any text; fetch tokenizer.json of the model too"
+        )
+    return tokenizer

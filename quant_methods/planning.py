@@ -3,40 +3,37 @@
 
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from compress_common.errors import CompressError
+from compress_common.space import Need, check_space
 from compress_common.store import Store, digest
-from quant_methods.architecture import LINEARS, architecture_of
+from quant_methods.architecture import LINEARS, architecture_of, linear_shapes
 from quant_methods.base import QuantMethod
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.precision import computed_in
 from quant_methods.calibration.stages import Stages
 from quant_methods.calibration.text import (
-    SELF,
     CalibrationSettings,
     check_length,
-    file_tokens,
-    sampled_tokens,
-    start_token,
 )
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.formats.plan import Plan, decoder_problem
+from quant_methods.formats.packed import packed_bytes
+from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import SCHEMA_VERSION, load_plan, save_plan
-from quant_methods.identity import tensor_digest
+from quant_methods.loading import calibration_blocks, check_decoder, load_model
 from quant_methods.progress import Progress, silent
 from quant_methods.registry import build_method
 from quant_methods.roundings.blockwise import round_blocks
+from quant_methods.texts import computed, stored_tokens, text_identity
 
 KIND = "plan"
-TEXT_KIND = "calibration-text"
 _FILE = "plan.safetensors"
 
 
@@ -87,9 +84,9 @@ class PlanRequest(BaseModel):
             "settings": method.settings.identity(),
         }
         if self.calibrates:
-            content |= _text_identity(checkpoint, self.calibration)
+            content |= text_identity(checkpoint, self.calibration)
         return [
-            digest(checkpoint.digest, json.dumps(content | _computed(dtype), sort_keys=True))
+            digest(checkpoint.digest, json.dumps(content | computed(dtype), sort_keys=True))
             for dtype in dtypes
         ]
 
@@ -128,6 +125,7 @@ def obtain_plan(
     made: list[Plan] = []
 
     def build(folder: Path) -> None:
+        check_space([plan_need(checkpoint, request, stages)])
         plan = _calibrate(checkpoint, request, stages, device, dtype, progress)
         plan.sources = checkpoint.tensor_digests
         save_plan(plan, folder / _FILE)
@@ -149,6 +147,42 @@ def obtain_plan(
     plan = made[0] if made else load_plan(folder / _FILE)
     plan.evict = evict
     return plan, not made
+
+
+def plan_need(checkpoint: Checkpoint, request: PlanRequest, stages: Stages | None = None) -> Need:
+    """Return the space that a calibration takes in the cache: its stages, and the plan of them.
+
+    Args:
+        checkpoint: What is quantized.
+        request: How.
+        stages: Where blocks that are finished already are; None: none is.
+    """
+    settings, config = request.build().settings, checkpoint.hf_config
+    rounding, size = settings.rounder(), 0.0
+    if rounding.needs_gram:
+        shapes, grids = linear_shapes(config), settings.grids(config)
+        size = sum(packed_bytes(grid, *shapes[n.split(".", 3)[3]]) for n, grid in grids.items())
+        if stages is not None:
+            layers = range(config.num_hidden_layers)
+            done = sum(stages.has(f"{rounding.name} {index}") for index in layers)
+            size -= size * done / len(layers) / 2
+    return Need(Store().root, 2 * size, "the rounded weights", "VLLM_COMPRESS_CACHE")
+
+
+def plan_need_left(
+    checkpoint: Checkpoint, request: PlanRequest, device: str | torch.device = "cpu"
+) -> Need:
+    """Return ``plan_need`` less what earlier runs have left. Every byte of the weights is hashed.
+
+    Args:
+        checkpoint: What is quantized.
+        request: How.
+        device: Where decoder blocks are computed.
+    """
+    dtype = computed_in(checkpoint.weight_bytes, device) if request.calibrates else None
+    store, keys = Store(), request.keys(checkpoint, None, dtype)
+    need = plan_need(checkpoint, request, Stages(keys[-1], store))
+    return replace(need, size=0) if any(store.find(KIND, key) for key in keys) else need
 
 
 def _calibrate(
@@ -183,98 +217,3 @@ def _calibrate(
     quantized = {name.split(".", 3)[3] for name in plan.grids}
     plan.report["left_at_16_bit"] = [name for name in LINEARS if name not in quantized]
     return plan
-
-
-def check_decoder(checkpoint: Checkpoint) -> None:
-    """Raise CompressError when the tensors are not those of a decoder that can be quantized."""
-    config = checkpoint.hf_config
-    prefix = architecture_of(config).layers_prefix
-    if problem := decoder_problem(checkpoint.files, prefix, config.num_hidden_layers):
-        raise CompressError(f"{checkpoint.folder} cannot be quantized: {problem}")
-
-
-def calibration_blocks(
-    checkpoint: Checkpoint,
-    model: Any,
-    tokens: torch.Tensor,
-    device: str | torch.device,
-    stages: Stages,
-    dtype: torch.dtype | None,
-) -> Blocks:
-    """Return the decoder of a loaded model, with calibration tokens.
-
-    Args:
-        checkpoint: What the model was loaded from.
-        model: As ``load_model`` returns it.
-        tokens: int64 [samples, length].
-        device: Where decoder blocks are computed.
-        stages: Where finished parts are kept.
-        dtype: What calibration computes in; None: the model's own type.
-    """
-    config = checkpoint.hf_config
-    served = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
-    arch = architecture_of(config)
-    return Blocks(model, arch, tokens, device, stages, dtype=dtype and served)
-
-
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
-    """Return the ``transformers`` model of exactly the checkpoint's files and config.
-
-    Args:
-        checkpoint: The files.
-        dtype: Of the model; None: its own.
-    """
-    config = checkpoint.hf_config
-    try:
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError as error:
-        raise CompressError(
-            f"transformers has no language model for {type(config).__name__} of "
-            f"{checkpoint.folder}; int4 needs the Hugging Face config (--config-format hf)"
-        ) from error
-    state = checkpoint.verified_tensors()
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or "auto").eval()
-
-
-def _computed(dtype: torch.dtype | None) -> dict[str, str]:
-    """The part of a key that says what calibration computes in; empty for the model's own type."""
-    return {} if dtype is None else {"computed": str(dtype)}
-
-
-def _text_identity(checkpoint: Checkpoint, settings: CalibrationSettings) -> dict[str, Any]:
-    """What the calibration tokens depend on besides the weights."""
-    if settings.source != SELF:
-        return {"tokens": tensor_digest(file_tokens(settings, checkpoint.tokenizer))}
-    return settings.model_dump() | {"start": start_token(checkpoint.tokenizer)}
-
-
-def stored_tokens(
-    checkpoint: Checkpoint,
-    settings: CalibrationSettings,
-    model: Any,
-    progress: Progress,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Return calibration tokens, int64 [samples, length]. Sampled text is stored: it is slow.
-
-    Args:
-        checkpoint: The model that the text is for.
-        settings: Where the text comes from.
-        model: The ``transformers`` model of the checkpoint, which samples the text.
-        progress: Told of each step of sampling.
-        dtype: Of the model; None: its own.
-
-    Raises:
-        CompressError: The text cannot be read, or is too short.
-    """
-    if settings.source != SELF:
-        return file_tokens(settings, checkpoint.tokenizer)
-    identity = _text_identity(checkpoint, settings) | _computed(dtype)
-    key = digest(checkpoint.digest, json.dumps(identity, sort_keys=True))
-
-    def build(folder: Path) -> None:
-        tokens = sampled_tokens(settings, model, identity["start"], progress)
-        save_file({"tokens": tokens}, folder / "tokens.safetensors")
-
-    folder = Store().make(TEXT_KIND, key, build)
-    return load_file(folder / "tokens.safetensors")["tokens"]

@@ -2,7 +2,7 @@
 """From a checkpoint and a budget to the bits of each unit: levels, probes, allocator."""
 
 import json
-import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,33 +10,32 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError
+from compress_common.space import Need, check_space
 from compress_common.store import Store, digest
 from quant_methods.allocators.allocation import Allocation
 from quant_methods.allocators.unit_sizes import UnitSizes
-from quant_methods.architecture import architecture_of
+from quant_methods.architecture import architecture_of, linear_shapes
+from quant_methods.base import GridSettings
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.levels import build_levels, stage_name
 from quant_methods.calibration.model_probe import ModelProbe
-from quant_methods.calibration.precision import computed_in
+from quant_methods.calibration.precision import check_device, computed_in
 from quant_methods.calibration.stages import Stages
-from quant_methods.calibration.text import SELF, check_length
+from quant_methods.calibration.text import SELF, CalibrationSettings, check_length
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats.packed import packed_bytes
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import SIXTEEN
 from quant_methods.identity import tensor_digest
-from quant_methods.planning import (
-    calibration_blocks,
-    check_decoder,
-    load_model,
-    stored_tokens,
-)
+from quant_methods.loading import calibration_blocks, check_decoder, load_model
+from quant_methods.memory import check_memory
 from quant_methods.progress import Progress, silent
 from quant_methods.roundings.gptq import GPTQ
 from quant_methods.search_request import TARGETS, SearchRequest
+from quant_methods.texts import known_tokens, stored_tokens
 
 KIND = "level-database"
 _REVISION = 1  # raised when the same request would give another database than before
-_SCALE_BYTES = 4  # a stored level has its scales in fp32
 
 
 def search(
@@ -61,6 +60,7 @@ def search(
     Raises:
         CompressError: Bad input, a budget below the lowest levels, no space for the database.
     """
+    check_device(device)
     config = checkpoint.hf_config
     arch, levels = architecture_of(config), request.chosen_levels()
     allocator, given = request.allocator(), request.grid_settings()
@@ -71,19 +71,24 @@ def search(
     request.check_text()
     check_length(request.calibration, config)
 
-    progress("load model", 0, 1)
     dtype = computed_in(checkpoint.weight_bytes, device)
+    probed = request.search_samples * request.calibration.length * config.num_hidden_layers
+    check_memory(checkpoint, device, states=probed)
+    known = _texts(request, lambda wanted: known_tokens(checkpoint, wanted, dtype))
+    stages = None
+    if known is not None:
+        stages = Stages(_key(checkpoint, given, known[0], dtype), kind=KIND, required=True)
+    _check_space(stages, plan, given, levels, config)
+
+    progress("load model", 0, 1)
     model = load_model(checkpoint, dtype)
-    tokens, text = _texts(checkpoint, request, model, progress, dtype)
-    identity = {
-        "revision": _REVISION,
-        "grid": given.identity() | {"bits": None},
-        "tokens": tensor_digest(tokens),
-        "dtype": str(dtype),
-    }
-    key = digest(checkpoint.digest, json.dumps(identity, sort_keys=True))
+    texts = known or _texts(
+        request, lambda wanted: stored_tokens(checkpoint, wanted, model, progress, dtype)
+    )
+    assert texts is not None  # what is not stored was sampled
+    tokens, text = texts
+    key = _key(checkpoint, given, tokens, dtype)
     stages = Stages(key, kind=KIND, required=True)
-    _check_space(stages, counted, levels, config.num_hidden_layers, request.group_size)
     blocks = calibration_blocks(checkpoint, model, tokens, device, stages, dtype)
     database = build_levels(
         plan,
@@ -136,22 +141,37 @@ def database_folder() -> Path:
     return Store().root / KIND
 
 
+def _key(
+    checkpoint: Checkpoint, given: GridSettings, tokens: torch.Tensor, dtype: torch.dtype | None
+) -> str:
+    """Return the key of a level database."""
+    identity = {
+        "revision": _REVISION,
+        "grid": given.identity() | {"bits": None},
+        "tokens": tensor_digest(tokens),
+        "dtype": str(dtype),
+    }
+    return digest(checkpoint.digest, json.dumps(identity, sort_keys=True))
+
+
 def _texts(
-    checkpoint: Checkpoint,
-    request: SearchRequest,
-    model: Any,
-    progress: Progress,
-    dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens of calibration and those of the search, int64 [samples, length] each."""
+    request: SearchRequest, read: Callable[[CalibrationSettings], torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the tokens of calibration and those of the search, int64 [samples, length] each.
+
+    Args:
+        request: Has the settings of both.
+        read: Returns tokens; None: they are not there, and neither is the result.
+    """
     given, more = request.calibration, request.search_samples
     if given.source == SELF:
         other = given.model_copy(update={"seed": given.seed + 1, "samples": more})
-        tokens = stored_tokens(checkpoint, given, model, progress, dtype)
-        return tokens, stored_tokens(checkpoint, other, model, progress, dtype)
-    every = given.model_copy(update={"samples": given.samples + more})
-    tokens = stored_tokens(checkpoint, every, model, progress, dtype)
-    return tokens[: given.samples].clone(), tokens[given.samples :].clone()
+        tokens, text = read(given), read(other)
+        return None if tokens is None or text is None else (tokens, text)
+    every = read(given.model_copy(update={"samples": given.samples + more}))
+    if every is None:
+        return None
+    return every[: given.samples].clone(), every[given.samples :].clone()
 
 
 def _check_budget(request: SearchRequest, counted: UnitSizes) -> None:
@@ -171,22 +191,34 @@ def _check_budget(request: SearchRequest, counted: UnitSizes) -> None:
 
 
 def _check_space(
-    stages: Stages, counted: UnitSizes, levels: tuple[int, ...], layers: int, group_size: int
+    stages: Stages | None,
+    plan: Plan,
+    given: GridSettings,
+    levels: tuple[int, ...],
+    config: Any,
 ) -> None:
-    """Raise CompressError when the rest of the database does not fit the disk."""
-    missing = sum(not stages.has(stage_name(levels, index)) for index in range(layers))
-    stored = sum(
-        cost for costs in counted.sizes.values() for bits, cost in costs.items() if bits != SIXTEEN
+    """Raise CompressError when the rest of the database does not fit the disk.
+
+    Args:
+        stages: Where finished blocks are; None: nothing can be there yet.
+        plan: Has the linears that are quantized.
+        given: Say what the grid of a level is.
+        levels: Bits that a unit may have.
+        config: The text model's ``transformers`` config.
+    """
+    shapes, layers = linear_shapes(config), config.num_hidden_layers
+    missing = layers
+    if stages is not None:
+        missing = sum(not stages.has(stage_name(levels, index)) for index in range(layers))
+    size = sum(
+        packed_bytes(given.grid(bits, grid.group_size), *shapes[linear.split(".", 3)[3]])
+        for linear, grid in plan.grids.items()
+        for bits in levels
+        if bits != SIXTEEN
     )
-    scales = _SCALE_BYTES * 8 / group_size * counted.weights * len(levels)
-    need = (stored + scales) / 8 * missing / layers
-    folder = stages.store.root
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise CompressError(
-            f"{stages.store.root} has {free / 2**30:.1f} GiB free, the database of "
-            f"{len(levels)} levels needs about {need / 2**30:.1f} GiB more; free space, give fewer "
-            "levels, or set VLLM_COMPRESS_CACHE to a folder with more"
-        )
+    what = f"the database of {len(levels)} levels"
+    need = Need(Store().root, size * missing / layers, what, "VLLM_COMPRESS_CACHE")
+    try:
+        check_space([need])
+    except CompressError as error:
+        raise CompressError(f"{error}, or give fewer levels") from error

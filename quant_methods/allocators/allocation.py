@@ -34,7 +34,7 @@ class Allocation(BaseModel):
     version: Literal[1] = VERSION
     model: str | None = None
     grid: dict[str, Any] = Field(default_factory=dict)
-    bits: dict[str, int]
+    bits: dict[str, int] = Field(min_length=1)
     report: dict[str, Any] = Field(default_factory=dict)
 
     def check_model(self, weights_digest: str) -> None:

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import torch
 
+from compress_common.errors import CompressError
+
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise CompressError when PyTorch has no such device."""
+    try:
+        kind = torch.device(device)
+        if kind.type != "cpu":
+            torch.empty(0, device=kind)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CompressError(f"the device {device} cannot be used ({reason}); give cpu") from error
 
 
 def slow_in_16_bit() -> bool:

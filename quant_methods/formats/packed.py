@@ -46,3 +46,15 @@ class PackedWeight:
         """Return the weight that ``tensors(name)`` stored."""
         words, scale = tensors[f"codes:{name}"], tensors[f"scale:{name}"]
         return cls(words, scale, tensors[f"zero:{name}"], grid)
+
+
+def packed_bytes(grid: Grid, outputs: int, inputs: int) -> int:
+    """Return the bytes of the tensors of a ``PackedWeight``.
+
+    Args:
+        grid: How the weight is rounded.
+        outputs: N of the weight [N, K].
+        inputs: K.
+    """
+    per_group = 4 + 1  # scale and zero point
+    return outputs * (inputs * grid.bits // 8 + grid.groups(inputs) * per_group)

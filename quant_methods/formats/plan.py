@@ -15,6 +15,7 @@ import torch
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import LINEARS
+from quant_methods.finite import check_finite
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.grid import Grid, QuantizedWeight, quantize
 from quant_methods.identity import hashed
@@ -146,7 +147,8 @@ class Plan:
             ``(tensor name, tensor)``.
 
         Raises:
-            CompressError: A tensor is not the plan's, is unknown to it, or did not come.
+            CompressError: A tensor is not the plan's, is unknown to it, did not come, or holds NaN
+                or infinity.
         """
         missing = set(self.sources if expected is None else expected)
         for name, tensor, found in hashed(tensors):
@@ -154,6 +156,7 @@ class Plan:
                 known = "has other content" if name in self.sources else "is not part of it"
                 raise self._mismatch(f"{name} {known}")
             missing.discard(name)
+            check_finite(name, tensor)
             yield self._apply(name, tensor.to(device), dtype)
             for copy, source in self.copies.items():
                 if source == name and copy not in self.sources:

@@ -16,8 +16,9 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from compress_common.errors import CompressError
+from compress_common.space import Need, check_space
 from quant_methods.architecture import architecture_of
-from quant_methods.calibration.precision import computed_in
+from quant_methods.calibration.precision import check_device
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import FORMATS, Format
 from quant_methods.formats.metadata import marker_of, write_metadata
@@ -25,12 +26,11 @@ from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import plan_digest
 from quant_methods.formats.sizes import sizes_of
 from quant_methods.grid import QuantizedWeight
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.memory import PROGRAM, check_memory, working_memory
+from quant_methods.planning import PlanRequest, obtain_plan, plan_need, plan_need_left
 from quant_methods.progress import Progress, silent
 
 _SHARD_BYTES = 2 << 30  # of source weights
-# What Python, torch and transformers take after the import and a first pass, measured on x86.
-_PROGRAM = 700 << 20
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -66,20 +66,11 @@ def estimate(
     config = checkpoint.hf_config
     architecture_of(config)
     grids = request.build().settings.grids(config)
-    shapes = checkpoint.shapes()
-    total = sum(size for _, size in shapes.values())
-    layers = max(int(config.num_hidden_layers or 1), 1)
-    linears = sum(s for n, (shape, s) in shapes.items() if "layers." in n and len(shape) == 2)
+    total = checkpoint.weight_bytes
     compressed = sizes_of(checkpoint, grids, tied=False)
-    model = total
-    if request.calibrates and computed_in(total, device):
-        model = 2 * total
+    own, mapped = working_memory(checkpoint, device, calibrates=request.calibrates)
     saved = compressed.original - compressed.compressed()
-    return Estimate(
-        memory=_PROGRAM + model + 6 * linears // layers,
-        program=_PROGRAM,
-        disk=max(total - saved, total // 16),
-    )
+    return Estimate(memory=own + mapped, program=PROGRAM, disk=max(total - saved, total // 16))
 
 
 def quantize_checkpoint(
@@ -111,6 +102,7 @@ def quantize_checkpoint(
     Raises:
         CompressError: Bad input, an existing target, or a folder that cannot be written.
     """
+    check_device(device)
     if format_name not in FORMATS:
         raise CompressError(f"unknown format {format_name!r}; valid: {', '.join(FORMATS)}")
     chosen = FORMATS[format_name]
@@ -123,10 +115,13 @@ def quantize_checkpoint(
     if target.exists():
         raise CompressError(f"{target} exists; give another folder or remove it")
     partial = target.parent / f".{target.name}.partial"
+    calibrates = request.calibrates
+    states = request.calibration.samples * request.calibration.length if calibrates else 0
+    check_memory(checkpoint, device, calibrates=calibrates, states=states)
+    _check_space(partial, checkpoint, request, device)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with FileLock(partial / ".lock", timeout=0), _kept_if_useful(partial):
-            _check_space(partial, estimate(checkpoint, request).disk)
             plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)
             marker = marker_of(checkpoint, plan)
             written = chosen.config(plan.grids, checkpoint.hf_config, marker)
@@ -152,19 +147,21 @@ def _kept_if_useful(partial: Path) -> Iterator[None]:
     """Remove the working folder after a refusal, unless it holds finished shards."""
     try:
         yield
-    except CompressError:
+    except Exception:  # not an interruption, after which the same command goes on
         if not any(partial.glob("*.safetensors")):
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _check_space(folder: Path, need: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise CompressError(
-            f"{folder.parent} has {free / 2**30:.1f} GiB free, about {need / 2**30:.1f} GiB are "
-            "needed; free space or give another --out"
-        )
+def _check_space(partial: Path, checkpoint: Checkpoint, request: PlanRequest, device: str) -> None:
+    """Raise CompressError when the disk has no room for the checkpoint, or for its plan."""
+    written = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
+    size = estimate(checkpoint, request).disk - written
+    need = Need(partial.parent, size, "the checkpoint", "--out")
+    try:
+        check_space([need, plan_need(checkpoint, request)])
+    except CompressError:  # the weights are hashed only where it matters what is there already
+        check_space([need, plan_need_left(checkpoint, request, device)])
 
 
 def _start_or_resume(partial: Path, key: str, plan: Plan, chosen: Format) -> None:

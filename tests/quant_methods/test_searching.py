@@ -152,9 +152,17 @@ def test_a_full_disk_is_one_error_and_loses_nothing(
     assert blocks == [1]
 
     cache("small")
-    with monkeypatch.context() as patch, pytest.raises(CompressError, match="needs about .* more"):
+    own = request.model_copy(update={"calibration": CalibrationSettings(samples=4, length=32)})
+    told = r"not enough disk space: .* for the database of 3 levels in .*VLLM_COMPRESS_CACHE.*fewer"
+    with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-        search(checkpoint, request)
+        patch.setattr(searching, "load_model", lambda *args: pytest.fail("loaded"))
+        for asked in (request, own):
+            with pytest.raises(CompressError, match=told):
+                search(checkpoint, asked)
+        cache("full")  # a finished database needs no space
+        with pytest.raises(pytest.fail.Exception, match="loaded"):
+            search(checkpoint, request)
 
 
 def test_a_gram_matrix_that_cannot_be_inverted_is_named_and_loses_nothing(
@@ -194,6 +202,7 @@ def test_a_gram_matrix_that_cannot_be_inverted_is_named_and_loses_nothing(
         ({"method": "probes"}, "unknown allocator 'probes'; did you mean 'probe'"),
         ({"settings": {"token": 3}}, "unknown setting 'token'; did you mean 'tokens'"),
         ({"method": "evopress", "search_samples": 1}, "measures on 2048 tokens, and .* has 32"),
+        ({"search_samples": 4096}, "text.txt has .* tokens, 131200 are needed"),
     ],
 )
 def test_what_cannot_be_asked_for(

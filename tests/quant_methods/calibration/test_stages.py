@@ -10,7 +10,7 @@ import torch
 
 from compress_common.errors import CompressError
 from compress_common.store import digest
-from quant_methods import planning
+from quant_methods import planning, texts
 from quant_methods.calibration.stages import Stages
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
@@ -66,7 +66,7 @@ def test_the_plan_equals_that_of_a_whole_run(
         monkeypatch.undo()
         monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "parts"))
         assert len(work) >= 1
-    monkeypatch.setattr(planning, "sampled_tokens", lambda *args: pytest.fail("sampled again"))
+    monkeypatch.setattr(texts, "sampled_tokens", lambda *args: pytest.fail("sampled again"))
     monkeypatch.setattr(SmoothQuantPlus, "_observe", lambda *args: pytest.fail("observed again"))
     monkeypatch.setattr(SmoothQuantPlus, "_propagate", lambda *args: pytest.fail("searched again"))
     resumed, stored = obtain_plan(checkpoint, REQUEST)

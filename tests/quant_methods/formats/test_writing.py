@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from compress_common.errors import CompressError
-from quant_methods import planning
+from quant_methods import memory, planning, texts
 from quant_methods.base import GridSettings
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint, resolve
@@ -121,8 +121,8 @@ def test_shards_of_a_plan_that_is_lost_are_not_kept(
         quantize_checkpoint(source, target, request_for())
     first, _ = obtain_plan(Checkpoint(source), request_for())
     shutil.rmtree(tmp_path / "cache")
-    sampled = planning.sampled_tokens
-    monkeypatch.setattr(planning, "sampled_tokens", lambda *args: (sampled(*args) + 1) % 1000)
+    sampled = texts.sampled_tokens
+    monkeypatch.setattr(texts, "sampled_tokens", lambda *args: (sampled(*args) + 1) % 1000)
     second, stored = obtain_plan(Checkpoint(source), request_for())
     assert not stored and plan_digest(first) != plan_digest(second)
     assert plan_digest(obtain_plan(Checkpoint(source), request_for())[0]) == plan_digest(second)
@@ -180,6 +180,19 @@ def damaged(kind: str, folder: Path) -> None:
     elif kind == "not supported":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    elif kind == "holds NaN or infinity":  # in a row that no calibration token reads
+        state = load_file(weights)
+        state["model.embed_tokens.weight"][-1, 3] = float("nan")
+        writing.save_file(state, weights, metadata={"format": "pt"})
+    elif kind == "has the shape":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    elif kind == "transformers cannot read .*expected int":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "two"}))
+    elif kind == "no tokenizer that knows any text":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
     elif kind == "already quantized":
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "gptq"}
@@ -196,16 +209,68 @@ def damaged(kind: str, folder: Path) -> None:
         "damaged or incomplete",
         "not supported",
         "already quantized",
+        "holds NaN or infinity",
+        "has the shape",
+        "transformers cannot read .*expected int",
+        "no tokenizer that knows any text",
     ],
 )
 def test_bad_checkpoints(tiny_model: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(tiny_model("llama"), folder)
+    shutil.copytree(tiny_model("qwen2"), folder)
     damaged(kind, folder)
     with pytest.raises(CompressError, match=kind):
         quantize_checkpoint(folder, tmp_path / "out", request_for())
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj.bias", "mlp.down_proj.weight"])
+def test_a_tensor_that_is_not_finite_is_named(
+    tiny_model: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """With and without calibration: each reads the weights on its own."""
+    folder, tensor = tmp_path / "model", f"model.layers.1.{name}"
+    shutil.copytree(tiny_model("qwen2"), folder)
+    state = load_file(folder / "model.safetensors")
+    state[tensor].view(-1)[3] = -torch.inf
+    writing.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    for request in (request_for(), PlanRequest(method="rtn")):
+        with pytest.raises(CompressError, match=f"^{tensor} holds NaN or infinity"):
+            quantize_checkpoint(folder, tmp_path / "out", request)
+        assert not (tmp_path / ".out.partial").exists()
+
+
+def test_no_room_is_told_before_the_work(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tiny_model("qwen2"), tmp_path / "out"
+    request = request_for(rounding="gptq", alpha=0.5)
+
+    def with_free(free: int) -> None:
+        usage = type("Usage", (), {"free": free})
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "obtain_plan", lambda *args, **kwargs: pytest.fail("calibrated"))
+        with_free(1000)
+        told = r"for the checkpoint in .* \(--out\) and .* for the rounded weights in .*VLLM_COMP"
+        with pytest.raises(CompressError, match=told):
+            quantize_checkpoint(source, target, request)
+        monkeypatch.setattr(memory, "total_memory", lambda: 1 << 20)
+        with pytest.raises(CompressError, match="not enough memory: about 0.7 GiB"):
+            quantize_checkpoint(source, target, request)
+    assert not list(tmp_path.glob(".out*"))
+    monkeypatch.undo()
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
+    obtain_plan(Checkpoint(source), request)
+    with_free(estimate(Checkpoint(source), request).disk + 1)  # enough: the plan is there already
+    quantize_checkpoint(source, target, request)
+    calibrated = tmp_path / "other"
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "new"))
+    monkeypatch.setattr(planning, "load_model", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(CompressError, match="for the rounded weights"):
+        quantize_checkpoint(source, calibrated, request)
 
 
 def test_missing_model() -> None:

@@ -14,7 +14,7 @@ import transformers
 
 from compress_common.errors import CompressError
 from kv_policies.budget.profile import load
-from quant_methods import planning
+from quant_methods import texts
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, attention_of, register
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 
@@ -109,7 +109,7 @@ def test_own_text(
     code, _, errors = profile(tiny_model("llama"), "--keep", 0.5, *QUICK, "--out", "own.json")
     assert code == 0, errors
     assert load("own.json").provenance.text == "sampled by the model itself, seed 0"
-    monkeypatch.setattr(planning, "sampled_tokens", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(texts, "sampled_tokens", lambda *_: pytest.fail("sampled again"))
     code, _, errors = profile(tiny_model("llama"), "--keep", 0.25, *QUICK, "--out", "other.json")
     assert code == 0, errors
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compress_common.errors import CompressError, joined
 from quant_methods.calibration.text import SELF, CalibrationSettings, check_length, file_tokens
 from quant_methods.checkpoint import Checkpoint, resolve
-from quant_methods.planning import stored_tokens
 from quant_methods.progress import Progress
+from quant_methods.texts import stored_tokens
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, not_reached
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 

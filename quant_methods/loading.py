@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint to a ``transformers`` model that calibration can run."""
+
+from typing import Any
+
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from compress_common.errors import CompressError
+from quant_methods.architecture import architecture_of, linear_shapes
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.stages import Stages
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats.plan import decoder_problem
+
+
+def check_decoder(checkpoint: Checkpoint) -> None:
+    """Raise CompressError when the tensors are not those of a decoder that can be quantized."""
+    config = checkpoint.hf_config
+    prefix = architecture_of(config).layers_prefix
+    problem = decoder_problem(checkpoint.files, prefix, config.num_hidden_layers)
+    if problem := problem or _shape_problem(checkpoint, prefix):
+        raise CompressError(f"{checkpoint.folder} cannot be quantized: {problem}")
+
+
+def _shape_problem(checkpoint: Checkpoint, prefix: str) -> str | None:
+    """Say which weight has another shape than the config gives it; None: none has."""
+    config, found = checkpoint.hf_config, checkpoint.shapes()
+    wanted = {
+        f"{prefix}.{index}.{name}.weight": shape
+        for index in range(config.num_hidden_layers)
+        for name, shape in linear_shapes(config).items()
+    }
+    wanted[f"{prefix.rpartition('.')[0]}.embed_tokens.weight"] = (
+        config.vocab_size,
+        config.hidden_size,
+    )
+    for name, shape in wanted.items():
+        if name in found and found[name][0] != tuple(shape):
+            return (
+                f"{name} has the shape {list(found[name][0])}, and its config gives it "
+                f"{list(shape)}; give the config that belongs to the weights"
+            )
+    return None
+
+
+def calibration_blocks(
+    checkpoint: Checkpoint,
+    model: Any,
+    tokens: torch.Tensor,
+    device: str | torch.device,
+    stages: Stages,
+    dtype: torch.dtype | None,
+) -> Blocks:
+    """Return the decoder of a loaded model, with calibration tokens.
+
+    Args:
+        checkpoint: What the model was loaded from.
+        model: As ``load_model`` returns it.
+        tokens: int64 [samples, length].
+        device: Where decoder blocks are computed.
+        stages: Where finished parts are kept.
+        dtype: What calibration computes in; None: the model's own type.
+    """
+    config = checkpoint.hf_config
+    served = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
+    arch = architecture_of(config)
+    return Blocks(model, arch, tokens, device, stages, dtype=dtype and served)
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
+    """Return the ``transformers`` model of exactly the checkpoint's files and config.
+
+    Args:
+        checkpoint: The files.
+        dtype: Of the model; None: its own.
+    """
+    config = checkpoint.hf_config
+    try:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError as error:
+        raise CompressError(
+            f"transformers has no language model for {type(config).__name__} of "
+            f"{checkpoint.folder}; int4 needs the Hugging Face config (--config-format hf)"
+        ) from error
+    state = checkpoint.verified_tensors()
+    try:
+        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or "auto")
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise CompressError(
+            f"transformers cannot build the model of {checkpoint.folder} ({reason}); its config is "
+            "damaged, or is that of another model"
+        ) from error
+    return model.eval()

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory that calibration takes, and a refusal where it cannot fit."""
+
+from typing import Any
+
+import torch
+
+from compress_common.errors import CompressError
+from quant_methods.calibration.precision import computed_in, total_memory
+from quant_methods.checkpoint import Checkpoint
+
+# What Python, torch and transformers take after the import and a first pass, measured on x86.
+PROGRAM = 700 << 20
+_STATE_BYTES = 2  # of a hidden state, at the least
+
+
+def working_memory(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", *, calibrates: bool = True
+) -> tuple[int, int]:
+    """Return the bytes of the process besides the mapped weights, and those of the weights.
+
+    Besides the weights there are the program and fp32 copies of one block. Weights are mapped from
+    their files, so the system can drop them, unless calibration computes in float32.
+
+    Args:
+        checkpoint: What is quantized.
+        device: Where decoder blocks are computed.
+        calibrates: Whether the model runs.
+    """
+    shapes = checkpoint.shapes()
+    total = sum(size for _, size in shapes.values())
+    layers = max(int(checkpoint.hf_config.num_hidden_layers or 1), 1)
+    linears = sum(s for n, (shape, s) in shapes.items() if "layers." in n and len(shape) == 2)
+    own = PROGRAM + 6 * linears // layers
+    if calibrates and computed_in(total, device):
+        return own + 2 * total, 0
+    return own, total
+
+
+def check_memory(
+    checkpoint: Checkpoint,
+    device: str | torch.device = "cpu",
+    *,
+    calibrates: bool = True,
+    states: int = 0,
+) -> None:
+    """Raise CompressError when this machine, or its container, has too little memory.
+
+    Args:
+        checkpoint: What is quantized.
+        device: Where decoder blocks are computed.
+        calibrates: Whether the model runs.
+        states: Hidden states that stay in memory: tokens, times the blocks before which they stay.
+    """
+    config: Any = checkpoint.hf_config
+    need, _ = working_memory(checkpoint, device, calibrates=calibrates)
+    need += states * config.hidden_size * _STATE_BYTES
+    if need > (have := total_memory()):
+        fewer = "; give fewer or shorter samples" if states else ""
+        raise CompressError(
+            f"not enough memory: about {need / 2**30:.1f} GiB are needed besides the weights, and "
+            f"this machine or its container has {have / 2**30:.1f} GiB{fewer}, or use a machine "
+            "with more"
+        )
