@@ -54,6 +54,7 @@ class Allocator(ABC):
         name: What users write.
         settings_type: The pydantic model of its settings. An instance is built from one.
         paper: Address of the paper, or "".
+        needs: What it measures besides the level database, in a few words.
         settings: Their values.
         report: What ``allocate`` wants users to see. JSON-able.
         stages: Where finished parts of the search are kept.
@@ -62,6 +63,7 @@ class Allocator(ABC):
     name: ClassVar[str]
     settings_type: ClassVar[type["AllocatorSettings"]]
     paper: ClassVar[str]
+    needs: ClassVar[str] = "nothing more"
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

@@ -49,6 +49,7 @@ class EvoPress(Allocator):
     name: ClassVar[str] = "evopress"
     settings_type: ClassVar[type[AllocatorSettings]] = EvoPressSettings
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.14649"
+    needs: ClassVar[str] = "the probes of `probe`, then one per candidate of each generation"
 
     def __init__(self, settings: EvoPressSettings) -> None:
         super().__init__(settings)

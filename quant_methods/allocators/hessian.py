@@ -50,6 +50,7 @@ class Hessian(Allocator):
     name: ClassVar[str] = "hessian"
     settings_type: ClassVar[type[AllocatorSettings]] = HessianSettings
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.04879"
+    needs: ClassVar[str] = "one backward pass of the 16-bit model, and probes for a bound"
 
     def __init__(self, settings: HessianSettings) -> None:
         super().__init__(settings)

@@ -49,6 +49,7 @@ class LUQ(Allocator):
     name: ClassVar[str] = "luq"
     settings_type: ClassVar[type[AllocatorSettings]] = LUQSettings
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.23729"
+    needs: ClassVar[str] = "one pass of the 16-bit model"
 
     def __init__(self, settings: LUQSettings) -> None:
         super().__init__(settings)

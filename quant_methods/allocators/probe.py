@@ -30,6 +30,7 @@ class KLProbe(Allocator):
     name: ClassVar[str] = "probe"
     settings_type: ClassVar[type[AllocatorSettings]] = KLProbeSettings
     paper: ClassVar[str] = ""
+    needs: ClassVar[str] = "one probe per unit and level"
 
     def allocate(
         self,

@@ -11,10 +11,11 @@ from vllm_plugin.commands.common import AsJson, out, serve_command
 
 
 def list_methods(as_json: AsJson = False) -> None:
-    """List the registered quantization methods, KV-cache and diffusion policies with settings."""
+    """List what is registered, with settings: methods, allocators, KV and diffusion policies."""
     from dllm_denoising.registry import policies as diffusion_policies
     from dllm_denoising.settings import Decoding
     from kv_policies.registry import policies
+    from quant_methods.allocators.registry import allocators
     from quant_methods.registry import methods
     from vllm_plugin.settings import KVSettings, WeightSettings
 
@@ -27,6 +28,15 @@ def list_methods(as_json: AsJson = False) -> None:
             "settings": _settings(kind.settings_type),
         }
         for name, kind in sorted(methods().items())
+    }
+    searches: dict[str, dict[str, Any]] = {
+        name: {
+            "search_tokens": kind.settings_type().search_tokens(),  # with the default settings
+            "needs": kind.needs,
+            "paper": kind.paper,
+            "settings": _settings(kind.settings_type),
+        }
+        for name, kind in sorted(allocators().items())
     }
     kv: dict[str, dict[str, Any]] = {
         name: {
@@ -53,8 +63,8 @@ def list_methods(as_json: AsJson = False) -> None:
         "diffusion": _settings(Decoding),
     }
     if as_json:
-        found = {"weights": weights, "kv": kv, "diffusion": diffusion, "common": common}
-        print(json.dumps(found, default=str))
+        found = {"weights": weights, "allocators": searches, "kv": kv, "diffusion": diffusion}
+        print(json.dumps(found | {"common": common}, default=str))
         return
     _print("[bold underline]weights[/]  vllm serve MODEL --quantization NAME")
     _print("  of every method, in compress.weights:")
@@ -65,6 +75,14 @@ def list_methods(as_json: AsJson = False) -> None:
         _print(
             f"  {where}; formats: {', '.join(row['formats'])}; "
             f"calibration: {'yes' if row['calibrates'] else 'none'}"
+        )
+        _print_settings(row["settings"], "--set {}={}")
+    _print("\n[bold underline]allocators[/]  vllm-compress search MODEL --method NAME")
+    for name, row in searches.items():
+        _print(f"[bold]{name}[/]  {row['paper']}")
+        _print(
+            f"  needs the level database, {row['search_tokens']} or more tokens of search text, "
+            f"and {row['needs']}"
         )
         _print_settings(row["settings"], "--set {}={}")
     example = serve_command("MODEL", policy="NAME", keep=0.25)
