@@ -17,6 +17,7 @@ from compress_common.errors import CompressError
 from quant_methods.architecture import LINEARS
 from quant_methods.finite import check_finite
 from quant_methods.formats.packed import PackedWeight
+from quant_methods.formats.scales import with_scales_in
 from quant_methods.grid import Grid, QuantizedWeight, quantize
 from quant_methods.identity import hashed
 
@@ -118,7 +119,7 @@ class Plan:
             scale_dtype: Scales are rounded to it.
         """
         if linear in self.codes:
-            return self.codes[linear].unpacked().to(weight.device)
+            return with_scales_in(self.codes[linear].unpacked().to(weight.device), scale_dtype)
         shrink = self.shrink(linear, weight.device)
         smoothed = self.smoothed(linear, weight)
         return quantize(smoothed, self.grids[linear], shrink=shrink, scale_dtype=scale_dtype)

@@ -5,6 +5,9 @@ import pytest
 import torch
 
 from compress_common.errors import CompressError
+from quant_methods.formats.packed import PackedWeight
+from quant_methods.formats.packing import from_compressed_tensors, to_compressed_tensors
+from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid, fake_quantize, quantize, searched_shrink
 from quant_methods.roundings.base import Rounding, output_error
 from quant_methods.roundings.gptq import GPTQ
@@ -53,3 +56,32 @@ def test_searches_round_scales_as_the_result_does() -> None:
     assert not torch.equal(shares, searched_shrink(weight, grid, energy))
     rounded = quantize(weight, grid, shrink=shares, scale_dtype=torch.float16)
     assert torch.equal(fake_quantize(weight, grid, shares, torch.float16), rounded.dequantize())
+
+
+@pytest.mark.parametrize("grid", [Grid(32), Grid(32, symmetric=True, bits=3)], ids=str)
+def test_codes_of_bfloat16_keep_their_values_in_float16(grid: Grid) -> None:
+    """``--dtype float16`` with a plan of codes. A group of tiny scale does not become zeros."""
+    sizes = torch.logspace(-10, 2, 64).repeat_interleave(32)
+    weight = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0)) * sizes
+    codes = quantize(weight, grid)  # scales in bfloat16
+    assert (codes.scale < 2.0**-25).any() and (codes.scale > 1).any()
+    plan = Plan("gptq", {"linear": grid}, codes={"linear": PackedWeight.of(codes)})
+    served = plan.quantized("linear", weight, torch.float16)
+    stored = to_compressed_tensors(served, torch.float16)
+    scale = stored["weight_scale"]
+    assert scale.dtype == torch.float16 and (scale > 0).all()
+    if not grid.symmetric:
+        assert torch.equal(from_compressed_tensors(stored, grid).dequantize(), served.dequantize())
+    change = (served.dequantize() - codes.dequantize()).view(4, 64, 32)
+    smallest = 2.0**-24
+    assert (change.abs() <= served.scale[..., None] / 2).all()
+    assert (change.abs().amax(-1) <= torch.where(codes.scale < 2.0**-14, smallest, 0)).all()
+    normal = codes.scale >= 2.0**-14
+    assert torch.equal(served.q.view(4, 64, 32)[normal], codes.q.view(4, 64, 32)[normal])
+    same = plan.quantized("linear", weight, torch.bfloat16)
+    assert torch.equal(same.q, codes.q) and torch.equal(same.scale, codes.scale)
+    large = Plan(
+        "gptq", {"linear": grid}, codes={"linear": PackedWeight.of(quantize(weight * 1e6, grid))}
+    )
+    with pytest.raises(CompressError, match="too large for float16; serve with --dtype bfloat16"):
+        large.quantized("linear", weight, torch.float16)
