@@ -35,6 +35,9 @@ def evaluate_models(
 ) -> None:
     """Compare models through vLLM itself: perplexity, bytes, tokens per second.
 
+    After ± is the standard error of the difference over windows, as tokens of one window are not
+    independent: it needs at least two windows, and more of them make it smaller.
+
     Speeds are single readings on this machine. Use benchmarks/ for ratios of alternating runs.
 
     Example: vllm-compress eval BASE BASE@smoothquant_plus INT4_FOLDER --text book.txt
@@ -68,10 +71,14 @@ def comparison(results: list["Evaluation"]) -> Table:
         table.add_row(
             f"#{number}",
             f"{row.perplexity:.3f}",
-            f"{row.nats_difference:+.4f} ± {row.standard_error:.4f}",
+            f"{row.nats_difference:+.4f}{_error(row.standard_error)}",
             gib(row.disk_bytes),
             gib(row.resident_bytes),
             f"{row.prefill_tokens_per_s:.0f}",
             f"{row.decode_tokens_per_s:.1f}",
         )
     return table
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.4f}"

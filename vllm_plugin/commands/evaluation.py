@@ -7,6 +7,7 @@ A model is named ``FOLDER_OR_ID``, or ``FOLDER_OR_ID@METHOD`` to quantize it whi
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,8 @@ class Evaluation:
         nats: mean negative log-likelihood per token.
         perplexity: exp(nats).
         nats_difference: nats above the first model's, per token.
-        standard_error: of the paired difference.
+        standard_error: of the paired difference, over windows: tokens of one window are not
+            independent. None with fewer than two windows.
         disk_bytes: size of the weight files.
         resident_bytes: growth of anonymous memory (CPU) or of allocated device memory (CUDA) while
             the model loads, without the KV cache.
@@ -44,7 +46,7 @@ class Evaluation:
     nats: float
     perplexity: float
     nats_difference: float
-    standard_error: float
+    standard_error: float | None
     disk_bytes: int
     resident_bytes: int
     prefill_tokens_per_s: float
@@ -79,7 +81,7 @@ def evaluate(
     if not text.is_file():
         raise CompressError(f"text file {text} does not exist")
     results: list[Evaluation] = []
-    first: list[float] = []
+    first: list[list[float]] = []
     reference: list[list[int]] | None = None
     for number, model in enumerate(models):
         progress(f"evaluate {model}", number, len(models))
@@ -108,17 +110,16 @@ def evaluate(
         )
         nats = measured["nats"]
         first = first or nats
-        differences = [a - b for a, b in zip(nats, first, strict=True)]
-        mean = sum(differences) / len(differences)
-        variance = sum((d - mean) ** 2 for d in differences) / max(len(differences) - 1, 1)
+        loss = statistics.fmean(statistics.fmean(window) for window in nats)
+        difference, error = paired(nats, first)
         files = set(Checkpoint(folder).files.values())
         results.append(
             Evaluation(
                 model=model,
-                nats=sum(nats) / len(nats),
-                perplexity=math.exp(sum(nats) / len(nats)),
-                nats_difference=mean,
-                standard_error=math.sqrt(variance / len(differences)),
+                nats=loss,
+                perplexity=math.exp(loss),
+                nats_difference=difference,
+                standard_error=error,
                 disk_bytes=sum(file.stat().st_size for file in files),
                 resident_bytes=measured["resident_bytes"],
                 prefill_tokens_per_s=measured["prefill"],
@@ -127,6 +128,27 @@ def evaluate(
         )
     progress("evaluate", len(models), len(models))
     return results
+
+
+def paired(nats: list[list[float]], base: list[list[float]]) -> tuple[float, float | None]:
+    """Return the mean difference per token of two models, and its standard error.
+
+    The error is that of the means of windows. Tokens of one window depend on each other, so an
+    error over tokens would be too small.
+
+    Args:
+        nats: Negative log-likelihood of each token of each window, all windows of one length.
+        base: The same tokens, by the model that is compared with.
+
+    Returns:
+        The error is None with fewer than two windows.
+    """
+    means = [
+        statistics.fmean(a - b for a, b in zip(window, others, strict=True))
+        for window, others in zip(nats, base, strict=True)
+    ]
+    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
+    return statistics.fmean(means), error
 
 
 def as_rows(results: list[Evaluation]) -> list[dict[str, Any]]:
@@ -193,9 +215,11 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
     outputs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     prefill = sum(map(len, request["tokens"])) / (time.perf_counter() - started)
     nats = [
-        -position[token].logprob
+        [
+            -position[token].logprob
+            for token, position in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+        ]
         for output, ids in zip(outputs, request["tokens"], strict=True)
-        for token, position in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
     ]
     short = [TokensPrompt(prompt_token_ids=ids[:16]) for ids in request["tokens"]]
     short = (short * request["batch"])[: request["batch"]]

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from compress_common.errors import CompressError
+from quant_methods.allocators.registry import allocators
 from vllm_plugin import cli
 
 COMMAND = (sys.executable, "-m", "vllm_plugin.cli")
@@ -72,7 +73,12 @@ def test_methods_and_help(run: Callable) -> None:
     assert rows["weights"]["smoothquant_plus"]["settings"]["alpha"]["default"] is None
     assert rows["kv"]["prefix_kv"]["needs_profile"]
     assert rows["kv"]["snap_kv"]["settings"]["window"]["default"] == 16
+    assert rows["allocators"].keys() == allocators().keys()
+    assert rows["allocators"]["evopress"]["settings"]["generations"]["default"] == 50
+    assert rows["allocators"]["evopress"]["search_tokens"] == 2048
+    assert "backward pass" in rows["allocators"]["hessian"]["needs"]
     _, table, _ = run("methods")
+    assert "vllm-compress search MODEL --method NAME" in table and "generations=50" in table
     assert "alpha" in table
     assert "snap_kv" in table
     _, help_text, _ = run("quantize", "--help")
@@ -165,3 +171,16 @@ def test_eval_names_models_at_80_columns() -> None:
     assert [line.split()[0] for line in lines] == ["perplexity", "#1", "#2"]
     for line in lines[1:]:
         assert "12.182" in line and "+0.1750 ± 0.0090" in line and line.rstrip().endswith("1234.5")
+
+
+def test_the_error_of_eval_is_that_of_windows() -> None:
+    """Tokens of a window that all shift together are one observation."""
+    from vllm_plugin.commands.evaluation import paired
+
+    base = [[1.0, 2.0, 3.0, 4.0]] * 3
+    shifted = [[value + shift for value in base[0]] for shift in (0.1, 0.2, 0.6)]
+    difference, error = paired(shifted, base)
+    assert difference == pytest.approx(0.3)
+    assert error == pytest.approx((0.07 / 3) ** 0.5)  # variance (0.04 + 0.01 + 0.09) / 2
+    assert paired(base, base) == (0, 0)
+    assert paired(base[:1], base[:1]) == (0, None)
