@@ -37,7 +37,7 @@ def with_scales_in(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeig
         return weight
     info = torch.finfo(dtype)
     step = info.smallest_normal * info.eps  # between the numbers near zero
-    larger = torch.where(lost, (scale / step).ceil() * step, scale)
+    larger = torch.where(lost, (scale / step).ceil() * step, cast)
     rows, columns = weight.q.shape
     codes = weight.q.view(*scale.shape, columns // scale.shape[1]).float()
     zero = weight.zero[..., None]

@@ -73,9 +73,9 @@ def test_codes_of_bfloat16_keep_their_values_in_float16(grid: Grid) -> None:
     if not grid.symmetric:
         assert torch.equal(from_compressed_tensors(stored, grid).dequantize(), served.dequantize())
     change = (served.dequantize() - codes.dequantize()).view(4, 64, 32)
-    smallest = 2.0**-24
+    most = grid.levels * 2.0**-24  # codes that do not move, on a scale of the next step
     assert (change.abs() <= served.scale[..., None] / 2).all()
-    assert (change.abs().amax(-1) <= torch.where(codes.scale < 2.0**-14, smallest, 0)).all()
+    assert (change.abs().amax(-1) <= torch.where(codes.scale < 2.0**-14, most, 0)).all()
     normal = codes.scale >= 2.0**-14
     assert torch.equal(served.q.view(4, 64, 32)[normal], codes.q.view(4, 64, 32)[normal])
     same = plan.quantized("linear", weight, torch.bfloat16)
