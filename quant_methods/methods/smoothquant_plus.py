@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmoothQuant+: one smoothing strength for the whole model, then group-wise rounding.
 
+By default GPTQ rounds and nothing is smoothed, which lost less wherever it was measured.
+
 Paper: SmoothQuant+: Accurate and Efficient 4-bit Post-Training Weight Quantization for LLM,
 https://arxiv.org/abs/2312.03788
 """
@@ -10,7 +12,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from quant_methods.architecture import Fold
@@ -34,29 +36,58 @@ from quant_methods.transforms.smoothing import (
 
 
 class SmoothQuantPlusSettings(GridSettings):
-    """Settings. The paper has ``folds="norms", clip=False, search="full"``."""
+    """Settings. Those of the paper are ``PAPER``."""
 
+    rounding: Literal["nearest", "gptq"] = Field(
+        "gptq",
+        description="gptq: later columns compensate the rounding error of each column; stores "
+        "codes as large as the quantized model. nearest (paper): each weight on its own",
+    )
     alpha: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="fixed smoothing strength; unset: searched on calibration text",
+        description="fixed smoothing strength; unset: searched on calibration text, if anything is "
+        "smoothed",
     )
     search: Literal["coarse", "full"] = Field(
         "coarse",
         description="alphas tried on the 0.05 grid: about 7 around the best, or all 21, each with "
         "its clip search (slow, for offline use)",
     )
-    folds: Literal["norms", "all"] = Field(
-        "norms", description="smooth norm-fed linears only (paper), or o_proj and down_proj too"
+    folds: Literal["none", "norms", "all"] | None = Field(
+        None,
+        description="smooth nothing, norm-fed linears only (paper), or o_proj and down_proj too; "
+        "unset: norms with rounding=nearest or a given alpha, else none",
     )
     clip: bool = Field(True, description="narrow each group's range where that lowers the error")
+
+    @property
+    def smoothed(self) -> Literal["none", "norms", "all"]:
+        """What is smoothed, when ``folds`` leaves it open."""
+        if self.folds is not None:
+            return self.folds
+        return "norms" if self.rounding == "nearest" or self.alpha is not None else "none"
+
+    @model_validator(mode="after")
+    def _alpha_has_a_use(self) -> Self:
+        if self.folds == "none" and self.alpha is not None:
+            raise ValueError("`alpha` smooths, and folds=none does not; remove one of them")
+        return self
 
     def rounder(self) -> Rounding:
         """Return the rounding; without clipping, of the whole range of each group."""
         if self.rounding == "gptq" and not self.clip:
             return GPTQ(ranges="minmax")
         return super().rounder()
+
+
+PAPER: dict[str, Any] = {
+    "rounding": "nearest",
+    "search": "full",
+    "folds": "norms",
+    "clip": False,
+}
 
 
 @dataclass
@@ -88,7 +119,8 @@ class _Statistics:
 class SmoothQuantPlus:
     """Fold ``s = amax^alpha / wmax^(1-alpha)`` into norms (and v_proj, up_proj), then round.
 
-    One alpha serves the whole model. It minimizes the top-k KL divergence of the next-token
+    Smoothing is for rounding to nearest. The default is GPTQ without it. Where it smooths, one
+    alpha serves the whole model. It minimizes the top-k KL divergence of the next-token
     distribution on the calibration text, with every block running on the output of the quantized
     block before it. That costs about 7 passes over half of the calibration text, with rounding.
     Limits: dense decoders of ``architecture.ARCHITECTURES``.
@@ -118,11 +150,14 @@ class SmoothQuantPlus:
             [fold for fold in folds if self._smooths(fold, self._grids(blocks, index))]
             for index in range(len(blocks))
         ]
+        if self.settings.smoothed == "none" and not self._clips:
+            return Plan(self.name, self.grids)
         kept = blocks.stages.tensors("statistics", lambda: self._observe(blocks, progress))
         final = kept["final"].to(blocks.device)
         self.statistics = [_Statistics.taken(kept, i, blocks.device) for i in range(len(blocks))]
         report: dict[str, Any] = {}
-        if (alpha := self.settings.alpha) is None:
+        alpha = self.settings.alpha if self.settings.smoothed != "none" else 0.0
+        if alpha is None:
             coarse = 0.2 if self.settings.search == "coarse" else 0.05
             half = blocks.first(max(1, len(final) // 2)) if coarse > 0.05 else blocks
             reference = NextTokenReference(
@@ -141,7 +176,8 @@ class SmoothQuantPlus:
 
             alpha, curve = search_alpha(loss, coarse=coarse)
             report["loss_curve"] = {f"{a:.2f}": value for a, value in curve.items()}
-        report["alpha"] = alpha
+        if self.settings.smoothed != "none":
+            report["alpha"] = alpha
         return self._assemble(blocks, alpha, report, progress)
 
     @property
@@ -154,7 +190,8 @@ class SmoothQuantPlus:
 
     def _smooths(self, fold: Fold, grids: dict[str, Grid]) -> bool:
         """Whether a fold is wanted, and all linears that it changes are quantized."""
-        wanted = fold.from_norm or self.settings.folds == "all"
+        smoothed = self.settings.smoothed
+        wanted = smoothed == "all" or (smoothed == "norms" and fold.from_norm)
         changed = fold.consumers if fold.from_norm else (*fold.consumers, fold.producer)
         return wanted and all(name in grids for name in changed)
 

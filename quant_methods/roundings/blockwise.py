@@ -62,8 +62,9 @@ def round_blocks(
                 plan.codes[linear] = packed
                 device = block.get_submodule(name).weight.device
                 weights[name] = plan.unfolded(linear, packed.unpacked().to(device).dequantize())
-            with blocks.replaced(index, weights):
-                hidden = blocks.run(index, hidden, out=hidden)
+            if index + 1 < len(blocks):
+                with blocks.replaced(index, weights):
+                    hidden = blocks.run(index, hidden, out=hidden)
 
 
 def _round_block(

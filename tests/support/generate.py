@@ -11,6 +11,7 @@ from tests.support.child import SINGLE_PROCESS, in_child, kernel
 # on a processor without AVX-512. Tests that share them share the stored plan.
 QUICK_WEIGHTS: dict[str, Any] = {
     "alpha": 0.5,
+    "rounding": "nearest",
     "clip": False,
     "calibration": {"samples": 4, "length": 16},
 }

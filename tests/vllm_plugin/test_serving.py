@@ -110,7 +110,7 @@ def test_stock_vllm_serves_the_export(written: Path, from_written: dict) -> None
 
 @pytest.mark.usefixtures("stock_int4")
 def test_stock_vllm_serves_the_awq_export(demo_model: Path, tmp_path: Path) -> None:
-    request = PlanRequest(settings={"alpha": 0.5, "clip": False})
+    request = PlanRequest(settings={"alpha": 0.5, "clip": False, "rounding": "nearest"})
     quantize_checkpoint(demo_model, tmp_path / "awq", request, format_name="awq")
     stock = generate(tmp_path / "awq", PROMPTS[:2], env={"VLLM_PLUGINS": ""})
     assert "Paris" in stock["texts"][0]

@@ -45,8 +45,8 @@ def quantize(
         str, typer.Option("--format", help="checkpoint format: compressed-tensors, awq")
     ] = "compressed-tensors",
     calibration: Annotated[str, typer.Option(help="'self', or a .txt or .jsonl file")] = SELF,
-    samples: Annotated[int, typer.Option(help="calibration sequences")] = 32,
-    length: Annotated[int, typer.Option(help="tokens per calibration sequence")] = 32,
+    samples: Annotated[int, typer.Option(help="calibration sequences")] = 64,
+    length: Annotated[int, typer.Option(help="tokens per calibration sequence")] = 128,
     tensor_parallel_size: TensorParallelSize = 1,
     device: Annotated[str, typer.Option(help="where blocks are computed: cpu, cuda")] = "cpu",
     as_json: AsJson = False,

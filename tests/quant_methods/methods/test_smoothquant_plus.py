@@ -12,6 +12,7 @@ from quant_methods.architecture import architecture_of, linear_shapes
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import load_plan, save_plan
+from quant_methods.methods.smoothquant_plus import PAPER
 from quant_methods.registry import build_method
 from tests.support.plans import TOKENS, load, with_plan
 
@@ -49,7 +50,7 @@ def test_search_picks_the_least_loss_and_covers_every_linear(
 ) -> None:
     model = load(tiny_model(arch), torch.bfloat16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = plan_for(model)
+    plan = plan_for(model, rounding="nearest")
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
     curve = plan.report["loss_curve"]
     assert plan.report["alpha"] == float(min(curve, key=curve.get))
@@ -97,3 +98,21 @@ def test_unsupported_architecture_lists_everything() -> None:
     assert "mixtral" in text
     assert "qwen3" in text
     assert "already quantized (awq)" in text
+
+
+def test_what_is_smoothed_by_default() -> None:
+    def smoothed(**settings: object) -> str:
+        return build_method("smoothquant_plus", settings).settings.smoothed
+
+    assert smoothed() == "none"
+    assert smoothed(rounding="nearest") == smoothed(alpha=0.5) == smoothed(**PAPER) == "norms"
+    assert smoothed(folds="all") == "all"
+    with pytest.raises(CompressError, match="remove one of them"):
+        build_method("smoothquant_plus", {"folds": "none", "alpha": 0.5})
+
+
+def test_nothing_is_observed_when_nothing_is_smoothed(tiny_model: Callable[..., Path]) -> None:
+    plan = plan_for(load(tiny_model("llama"), torch.float32))
+    assert not plan.vectors and not plan.shrinks and "alpha" not in plan.report
+    clipped = plan_for(load(tiny_model("llama"), torch.float32), folds="none", rounding="nearest")
+    assert not clipped.vectors and clipped.shrinks.keys() == clipped.grids.keys()
