@@ -145,7 +145,8 @@ def quantize(
         CompressError: The weight is not finite.
     """
     codes, scale, zero = _round(weight, grid, shrink, scale_dtype)
-    return QuantizedWeight(codes.to(torch.uint8).view(weight.shape), scale, zero, grid)
+    codes = codes.add_(zero[..., None]).to(torch.uint8)
+    return QuantizedWeight(codes.view(weight.shape), scale, zero, grid)
 
 
 def fake_quantize(
@@ -162,7 +163,7 @@ def fake_quantize(
         codes, scale, zero = _round(
             weight[part], grid, None if shrink is None else shrink[part], scale_dtype
         )
-        out[part] = _values(codes.sub_(zero[..., None]), scale, grid).view(-1, weight.shape[1])
+        out[part] = _values(codes, scale, grid).view(-1, weight.shape[1])
     return out
 
 
@@ -183,14 +184,17 @@ def searched_shrink(
         scale_dtype: Scales are rounded to it.
     """
     best = weight.new_empty(len(weight), grid.groups(weight.shape[1]), dtype=torch.float32)
+    importance = importance.float().view(best.shape[1], -1)
     rows = max(1, _CACHED // weight.shape[1])
     for start in range(0, len(weight), rows):
-        part = weight[start : start + rows].float()
-        found = torch.full_like(best[start : start + rows], shares[0])
-        least = torch.full_like(found, torch.inf)
+        groups = _grouped(weight[start : start + rows], grid)
+        low, whole = _range(groups, grid)
+        found = torch.full_like(low, shares[0])
+        least = torch.full_like(low, torch.inf)
         for share in shares:
-            rounded = fake_quantize(part, grid, torch.full_like(found, share), scale_dtype)
-            error = rounded.sub_(part).square_().mul_(importance).view(*found.shape, -1).sum(-1)
+            scale, zero = _scale(low * share, whole * share, grid, scale_dtype)
+            rounded = _values(_signed_codes(groups, scale, zero, grid), scale, grid)
+            error = rounded.sub_(groups).square_().mul_(importance).sum(-1)
             found = torch.where(error < least, share, found)
             least = torch.minimum(error, least)
         best[start : start + rows] = found
@@ -200,32 +204,54 @@ def searched_shrink(
 def _round(
     weight: torch.Tensor, grid: Grid, shrink: torch.Tensor | None, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return codes as fp32 [N, K/group, group], and scale and zero [N, K/group]."""
-    groups = weight.float().reshape(len(weight), grid.groups(weight.shape[1]), -1)
+    """Return codes without zero points, fp32 [N, K/group, group]; scale and zero [N, K/group]."""
+    groups = _grouped(weight, grid)
+    low, whole = _range(groups, grid)
+    if shrink is not None:
+        low, whole = low * shrink, whole * shrink
+    scale, zero = _scale(low, whole, grid, scale_dtype)
+    return _signed_codes(groups, scale, zero, grid), scale, zero
+
+
+def _grouped(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return a weight [N, K] as fp32 [N, K/group, group]."""
+    return weight.float().reshape(len(weight), grid.groups(weight.shape[1]), -1)
+
+
+def _range(groups: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the lowest value of each group's range and the scale that covers it, [N, K/group]."""
     low, high = torch.aminmax(groups, dim=-1)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
         raise CompressError("a weight holds NaN or infinity; the checkpoint is damaged")
     if grid.symmetric:
-        scale = torch.maximum(-low / grid.middle, high / (grid.middle - 1))
-    else:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / (grid.levels - 1)
-    if shrink is not None:
-        low, scale = low * shrink, scale * shrink
-    scale = scale.clamp_(min=_floor(scale_dtype)).to(scale_dtype).float()
+        return low, torch.maximum(-low / grid.middle, high / (grid.middle - 1))
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    return low, (high - low) / (grid.levels - 1)
+
+
+def _scale(
+    low: torch.Tensor, scale: torch.Tensor, grid: Grid, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales as they are served, and zero points, both [N, K/group]."""
+    scale = scale.clamp(min=_floor(scale_dtype)).to(scale_dtype).float()
     if not bool(torch.isfinite(scale).all()):
         kind = str(scale_dtype).removeprefix("torch.")
         raise CompressError(f"a weight has values too large for a scale in {kind}")
     if grid.activations == "fp8":
         scale = served_scale(scale)
     if grid.symmetric:
-        zero = torch.full_like(scale, grid.middle)
-    else:
-        zero = (-low / scale).round_().clamp_(0, grid.levels - 1)
+        return scale, torch.full_like(scale, grid.middle)
+    return scale, (-low / scale).round_().clamp_(0, grid.levels - 1)
+
+
+def _signed_codes(
+    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Return the nearest codes without their zero points, fp32 [N, K/group, group]."""
     if grid.activations == "fp8":
-        return nearest_codes(groups, scale).add_(zero[..., None]), scale, zero
-    codes = groups.div(scale[..., None]).round_().add_(zero[..., None]).clamp_(0, grid.levels - 1)
-    return codes, scale, zero
+        return nearest_codes(groups, scale)
+    lowest, highest = -zero[..., None], (grid.levels - 1 - zero)[..., None]
+    return groups.div(scale[..., None]).round_().clamp_(lowest, highest)
 
 
 def _values(codes: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
