@@ -170,13 +170,14 @@ def _announced(progress: Progress) -> Progress:
 
 
 def _log(plan: Plan, stored: bool, seconds: float) -> None:
+    alpha = plan.report.get("alpha")
     logger.info(
-        "%s plan %s in %.1f s: alpha %s, %d linears",
+        "%s plan %s in %.1f s: %d linears%s",
         plan.method,
         "from the cache" if stored else "calibrated",
         seconds,
-        plan.report.get("alpha", "-"),
         len(plan.grids),
+        "" if alpha is None else f", smoothed with alpha {alpha}",
     )
     if left := plan.report.get("left_at_16_bit"):
         allocated = (plan.report.get("settings") or {}).get("allocation")
