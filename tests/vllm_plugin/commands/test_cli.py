@@ -97,6 +97,7 @@ def test_methods_and_help(run: Callable) -> None:
         (("--calibration", "/no/such.txt"), "is not a file"),
         (("--samples", "0"), "samples"),
         (("--group-size", "48"), "group_size"),
+        (("--device", "cuda:99"), "the device cuda:99 cannot be used"),
     ],
 )
 def test_bad_options_are_one_message(
