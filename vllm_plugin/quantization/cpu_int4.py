@@ -117,6 +117,8 @@ class CpuInt4LinearKernel(MPLinearKernel):
         new: tuple[torch.Tensor | None, ...]
         if self.activations == "int8":
             new = pack_w4a8(words.data, scales.data, zeros)
+            if (bias := getattr(layer, "bias", None)) is not None:
+                bias.data = bias.data.float()  # as the kernel adds it: not again in every call
         else:
             packed, scale_zero = pack_int4(words.data, scales.data, zeros)
             crossover(packed, scale_zero, self.config.group_size)
