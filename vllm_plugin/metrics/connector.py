@@ -163,6 +163,10 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         pass
 
+    def has_connector_metadata(self) -> bool:
+        """Return False: attention then calls neither method below, twice a layer in each step."""
+        return False
+
     def start_load_kv(self, *args: Any, **kwargs: Any) -> None:
         pass
 

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import kv_transfer_utils
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
@@ -35,6 +36,9 @@ def configure(model: Path, **engine: Any) -> VllmConfig:
 
 def test_connector_implements_all_that_vllm_asks_for() -> None:
     assert not inspect.isabstract(StatsConnector)
+    # vLLM's attention asks this before it waits for and saves each layer. Nothing else asks.
+    assert "not connector.has_connector_metadata()" in inspect.getsource(kv_transfer_utils)
+    assert StatsConnector.has_connector_metadata(None) is False  # type: ignore[arg-type]
     assert {"to_dict", "aggregate", "reduce", "is_empty", "reset"} <= set(dir(KVConnectorStats))
     assert "connector.bind_kv_cache_manager" in inspect.getsource(Scheduler.__init__)
     assert RayPrometheusStatLogger._kv_connector_cls is not None
