@@ -28,10 +28,10 @@ quality  Demo model, groups of 64: nats per token above 16 bits on 32 x 512 toke
          weights that have them), so that an interrupted run goes on.
   nats_default                   `vllm-compress quantize` with default settings
   nats_at_load                   `--quantization smoothquant_plus` with default settings
-  nats_best                      plain GPTQ with searched ranges: rtn with rounding=gptq
+  nats_best                      the best setting that is known, which is the default
   nats_paper                     SmoothQuant+ as published: norms only, no clipping, full search
   nats_rtn_asym                  round to nearest, the control
-  nats_3bit_uniform              plain GPTQ
+  nats_3bit_uniform              the same GPTQ
   nats_35bit_probe, nats_35bit_evopress, nats_45bit_probe
                                  3.5 and 4.5 bits per weight in codes, among levels of 2 to 6 bits;
                                  with scales and zero points 3.80 and 4.82, which is the budget.

@@ -20,6 +20,7 @@ from benchmarks.texts import opticks, reference
 from benchmarks.weights_judge import Bench, Contender, judge
 from benchmarks.weights_served import served
 from quant_methods.calibration.precision import slow_in_16_bit
+from quant_methods.methods.smoothquant_plus import PAPER
 from vllm_plugin.demo_model import demo_model_path
 
 GROUP = 64
@@ -122,17 +123,17 @@ def contenders(options: Options, shared: Bench) -> dict[str, Contender]:
     if options.smoke:
         evopress = {"generations": 2, "offspring": 3, "survivors": [2, 1], "tokens": [32, 64]}
     gptq = {"rounding": "gptq"}
-    paper = {"folds": "norms", "clip": False, "rounding": "nearest"}
+    paper = PAPER | ({"search": "coarse"} if options.smoke else {})
     found = {
         BASELINE: Contender(),
         "nats_default": ours(),
         "nats_at_load": Contender("smoothquant_plus", {"group_size": GROUP}),
-        "nats_best": ours("rtn", **gptq),
+        "nats_best": ours(),
         "nats_rtn_asym": ours("rtn"),
         "nats_3bit_uniform": ours("rtn", bits=3, **gptq),
         "nats_35bit_probe": allocated("probe", BUDGETS[3.5]),
         "nats_45bit_probe": allocated("probe", BUDGETS[4.5]),
-        "nats_paper": ours(**paper, search="coarse" if options.smoke else "full"),
+        "nats_paper": ours(**paper),
         "nats_35bit_evopress": allocated("evopress", BUDGETS[3.5], **evopress),
     }
     if options.smoke:
