@@ -17,7 +17,6 @@ from compress_common.errors import CompressError
 from quant_methods.architecture import Architecture
 from quant_methods.calibration.collectors import Collector
 from quant_methods.calibration.stages import Stages
-from quant_methods.calibration.token_weights import TokenWeights
 
 _CHUNK_TOKENS = 4096  # 0.25 GB of fp32 inputs of an 8B model's down_proj
 
@@ -72,10 +71,11 @@ class Blocks:
 
     def inputs(self) -> torch.Tensor:
         """Return the input of the first block, a new [samples, length, hidden] for each call."""
-        parts = [self._embedded(self.tokens[part]) for part in self._chunks(len(self.tokens))]
+        parts = [self._embedded(self.tokens[part]) for part in self.chunks(len(self.tokens))]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _chunks(self, samples: int) -> Iterator[slice]:
+    def chunks(self, samples: int) -> Iterator[slice]:
+        """Return the parts of so many samples that are computed at a time."""
         step = max(1, self.chunk_tokens // self.tokens.shape[1])
         return (slice(start, start + step) for start in range(0, samples, step))
 
@@ -164,7 +164,7 @@ class Blocks:
             CompressError: The output is not finite.
         """
         result = torch.empty_like(hidden) if out is None else out
-        for part in self._chunks(len(hidden)):
+        for part in self.chunks(len(hidden)):
             chunk = hidden[part].to(self.device)
             counted = None if weights is None else weights[part].flatten()
             with self._shown(index, collectors, counted):
@@ -176,25 +176,6 @@ class Blocks:
                 )
             result[part] = value
         return result
-
-    @torch.no_grad()
-    def weigh(
-        self, index: int, hidden: torch.Tensor, token_weights: TokenWeights | None
-    ) -> torch.Tensor | None:
-        """Return how much each token counts in a resident block, fp32 [samples, length].
-
-        Call it before a linear of the block is replaced: attention of rounded queries and keys
-        gives other weights.
-
-        Args:
-            index: Of the block.
-            hidden: Its input, [samples, length, hidden].
-            token_weights: What weighs; None: all tokens count alike, and None is returned.
-        """
-        if token_weights is None:
-            return None
-        chunks = (hidden[part].to(self.device) for part in self._chunks(len(hidden)))
-        return torch.cat([token_weights(self, index, chunk) for chunk in chunks])
 
     def output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return what a resident block makes of hidden states that lie on its device.

@@ -10,7 +10,7 @@ import torch
 from compress_common.errors import CompressError
 from quant_methods.architecture import UNITS
 from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.token_weights import TokenWeights
+from quant_methods.calibration.token_weights import TokenWeights, weighed
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import SIXTEEN, Grid
@@ -121,7 +121,7 @@ def _block(
     prefix = blocks.prefix(index)
     tensors: dict[str, torch.Tensor] = {}
     names = list(plan.layer_grids(prefix))
-    counted = blocks.weigh(index, hidden, token_weights)
+    counted = weighed(blocks, index, hidden, token_weights)
     grams = unit_grams(plan, blocks, index, hidden, names, counted)
     for bits in levels:
         if bits == SIXTEEN:

@@ -2,12 +2,11 @@
 """How much each calibration token counts in the statistics of a block."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.blocks import Blocks
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -15,7 +14,7 @@ _TINY = torch.finfo(torch.float32).tiny
 class TokenWeights(Protocol):
     """Weighs the tokens of a chunk, before the block runs on them."""
 
-    def __call__(self, blocks: "Blocks", index: int, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, blocks: Blocks, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return the weight of each token, fp32 [samples, length], with a mean of 1 per sample.
 
         Args:
@@ -25,6 +24,27 @@ class TokenWeights(Protocol):
             hidden: Its input, [samples, length, hidden].
         """
         ...
+
+
+@torch.no_grad()
+def weighed(
+    blocks: Blocks, index: int, hidden: torch.Tensor, token_weights: TokenWeights | None
+) -> torch.Tensor | None:
+    """Return how much each token counts in a resident block, fp32 [samples, length].
+
+    Call it before a linear of the block is replaced: attention of rounded queries and keys gives
+    other weights.
+
+    Args:
+        blocks: The decoder.
+        index: Of the block.
+        hidden: Its input, [samples, length, hidden].
+        token_weights: What weighs; None: all tokens count alike, and None is returned.
+    """
+    if token_weights is None:
+        return None
+    chunks = (hidden[part].to(blocks.device) for part in blocks.chunks(len(hidden)))
+    return torch.cat([token_weights(blocks, index, chunk) for chunk in chunks])
 
 
 def normalized(weights: torch.Tensor) -> torch.Tensor:
@@ -64,7 +84,7 @@ class ActivationNorm:
     least: float
     power: int = 1
 
-    def __call__(self, blocks: "Blocks", index: int, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, blocks: Blocks, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """See ``TokenWeights``."""
         norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
         return rescaled(norms, self.least, self.power)
@@ -84,7 +104,7 @@ class FirstTokens:
     least: float
     power: int = 1
 
-    def __call__(self, blocks: "Blocks", index: int, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, blocks: Blocks, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """See ``TokenWeights``."""
         samples, length = hidden.shape[:2]
         scores = torch.zeros(samples, length, device=hidden.device)

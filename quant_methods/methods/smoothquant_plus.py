@@ -7,7 +7,6 @@ Paper: SmoothQuant+: Accurate and Efficient 4-bit Post-Training Weight Quantizat
 https://arxiv.org/abs/2312.03788
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,24 +14,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from quant_methods.architecture import Fold
 from quant_methods.base import Capabilities, GridSettings
 from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.collectors import Energies, Maxima
 from quant_methods.calibration.divergence import NextTokenReference
-from quant_methods.formats.plan import Plan, layer_grids
-from quant_methods.grid import Grid, fake_quantize
+from quant_methods.formats.plan import Plan
 from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
 from quant_methods.roundings.gptq import GPTQ
-from quant_methods.transforms.smoothing import (
-    add_fold,
-    clip_percents,
-    search_alpha,
-    smoothing_vector,
-    to_consumer,
-    to_producer,
-)
+from quant_methods.transforms.smoothed_decoder import Smoothed, SmoothedDecoder
+from quant_methods.transforms.smoothing import add_fold, search_alpha
 
 
 class SmoothQuantPlusSettings(GridSettings):
@@ -55,7 +45,7 @@ class SmoothQuantPlusSettings(GridSettings):
         description="alphas tried on the 0.05 grid: about 7 around the best, or all 21, each with "
         "its clip search (slow, for offline use)",
     )
-    folds: Literal["none", "norms", "all"] | None = Field(
+    folds: Smoothed | None = Field(
         None,
         description="smooth nothing, norm-fed linears only (paper), or o_proj and down_proj too; "
         "unset: norms with rounding=nearest or a given alpha, else none",
@@ -63,7 +53,7 @@ class SmoothQuantPlusSettings(GridSettings):
     clip: bool = Field(True, description="narrow each group's range where that lowers the error")
 
     @property
-    def smoothed(self) -> Literal["none", "norms", "all"]:
+    def smoothed(self) -> Smoothed:
         """What is smoothed, when ``folds`` leaves it open."""
         if self.folds is not None:
             return self.folds
@@ -88,32 +78,6 @@ PAPER: dict[str, Any] = {
     "folds": "norms",
     "clip": False,
 }
-
-
-@dataclass
-class _Statistics:
-    """What is observed of one block at full precision, by the first consumer of each fold.
-
-    Attributes:
-        amax: The largest |input| per channel, [K].
-        mean_square: Mean of the squared input per channel, [K].
-        wmax: The largest |weight| per channel over all consumers, [K].
-    """
-
-    amax: dict[str, torch.Tensor]
-    mean_square: dict[str, torch.Tensor]
-    wmax: dict[str, torch.Tensor]
-
-    @classmethod
-    def taken(cls, kept: dict[str, torch.Tensor], index: int, device: torch.device) -> Self:
-        """Return those of one block from tensors named ``<index>:<statistic>:<linear>``."""
-        found: dict[str, dict[str, torch.Tensor]] = {"amax": {}, "mean_square": {}, "wmax": {}}
-        for key, tensor in kept.items():
-            block, _, rest = key.partition(":")
-            if block == str(index):
-                statistic, _, name = rest.partition(":")
-                found[statistic][name] = tensor.to(device)
-        return cls(**found)
 
 
 class SmoothQuantPlus:
@@ -142,154 +106,63 @@ class SmoothQuantPlus:
     @torch.no_grad()
     def plan(self, blocks: Blocks, progress: Progress = silent) -> Plan:
         """Observe the model, search alpha unless it is fixed, and search the clipping."""
-        folds = blocks.arch.folds(blocks.model.config)
-        self.first_sharing = blocks.arch.first_sharing(blocks.model.config)
-        self.grids = self.settings.grids(blocks.model.config)
-        self.scale_dtype = blocks.scale_dtype
-        self.folds = [
-            [fold for fold in folds if self._smooths(fold, self._grids(blocks, index))]
-            for index in range(len(blocks))
-        ]
-        if self.settings.smoothed == "none" and not self._clips:
-            return Plan(self.name, self.grids)
-        kept = blocks.stages.tensors("statistics", lambda: self._observe(blocks, progress))
-        final = kept["final"].to(blocks.device)
-        self.statistics = [_Statistics.taken(kept, i, blocks.device) for i in range(len(blocks))]
-        report: dict[str, Any] = {}
-        alpha = self.settings.alpha if self.settings.smoothed != "none" else 0.0
-        if alpha is None:
-            coarse = 0.2 if self.settings.search == "coarse" else 0.05
-            half = blocks.first(max(1, len(final) // 2)) if coarse > 0.05 else blocks
-            reference = NextTokenReference(
-                blocks.model, blocks.arch.layers_prefix, final[: len(half.tokens)]
-            )
-            tried = 0
-
-            def loss(alpha: float) -> float:
-                nonlocal tried
-                tried += 1
-                progress(f"alpha {alpha:.2f} ({tried})", tried, 7 if coarse > 0.05 else 21)
-                return blocks.stages.number(
-                    f"alpha {alpha:.2f}",
-                    lambda: reference.divergence(self._propagate(half, alpha)),
-                )
-
-            alpha, curve = search_alpha(loss, coarse=coarse)
-            report["loss_curve"] = {f"{a:.2f}": value for a, value in curve.items()}
-        if self.settings.smoothed != "none":
-            report["alpha"] = alpha
-        return self._assemble(blocks, alpha, report, progress)
-
-    @property
-    def _clips(self) -> bool:
-        """Whether ranges are searched here, and not by the rounding."""
-        return self.settings.clip and self.settings.rounding == "nearest"
-
-    def _grids(self, blocks: Blocks, index: int) -> dict[str, Grid]:
-        return layer_grids(self.grids, blocks.prefix(index))
-
-    def _smooths(self, fold: Fold, grids: dict[str, Grid]) -> bool:
-        """Whether a fold is wanted, and all linears that it changes are quantized."""
-        smoothed = self.settings.smoothed
-        wanted = smoothed == "all" or (smoothed == "norms" and fold.from_norm)
-        changed = fold.consumers if fold.from_norm else (*fold.consumers, fold.producer)
-        return wanted and all(name in grids for name in changed)
-
-    def _observe(self, blocks: Blocks, progress: Progress) -> dict[str, torch.Tensor]:
-        """Return the statistics of each block at full precision, and ``final``, the last output."""
-        kept: dict[str, torch.Tensor] = {}
-        hidden, watched = blocks.inputs(), set(self.first_sharing.values())
+        settings = self.settings
+        plan = Plan(self.name, settings.grids(blocks.model.config))
+        clips = settings.clip and settings.rounding == "nearest"  # else the rounding does
+        if settings.smoothed == "none" and not clips:
+            return plan
+        decoder = SmoothedDecoder(blocks, plan.grids, settings.smoothed, progress)
+        alpha = settings.alpha
+        if settings.smoothed != "none":
+            if alpha is None:
+                alpha, curve = self._searched_alpha(blocks, decoder, progress)
+                plan.report["loss_curve"] = {f"{a:.2f}": value for a, value in curve.items()}
+            plan.report["alpha"] = alpha
         for index in range(len(blocks)):
-            progress("activations", index + 1, len(blocks))
-            maxima, energies = Maxima(watched), Energies(watched)
+            progress("clip search" if clips else "folds", index + 1, len(blocks))
             with blocks.resident(index) as block:
-                hidden = blocks.run(index, hidden, (maxima, energies), out=hidden)
-                for name in watched:
-                    kept[f"{index}:amax:{name}"] = maxima.value(name)
-                    kept[f"{index}:mean_square:{name}"] = energies.value(name)
-                for fold in self.folds[index]:
-                    weights = [block.get_submodule(c).weight for c in fold.consumers]
-                    wmax = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
-                    kept[f"{index}:wmax:{fold.consumers[0]}"] = wmax
-        return kept | {"final": hidden}
-
-    def _vectors(self, index: int, alpha: float) -> dict[Fold, torch.Tensor]:
-        """Return the smoothing vector of each fold of a block, by channel of its producer."""
-        seen = self.statistics[index]
-        return {
-            fold: smoothing_vector(
-                to_producer(fold, seen.amax[fold.consumers[0]]),
-                to_producer(fold, seen.wmax[fold.consumers[0]]),
-                alpha,
-            )
-            for fold in self.folds[index]
-        }
-
-    def _propagate(self, blocks: Blocks, alpha: float) -> torch.Tensor:
-        """Return the last hidden states with every block quantized at ``alpha``.
-
-        Norms are left alone, and weights are divided back after rounding, which is the same
-        function. The scale of an output row passes into its groups' scales and changes no rounding.
-        """
-        hidden = blocks.inputs()
-        for index in range(len(blocks)):
-            vectors = self._vectors(index, alpha)
-            inputs = {c: to_consumer(f, v) for f, v in vectors.items() for c in f.consumers}
-            with blocks.resident(index) as block:
-                weights = {}
-                for name, grid in self._grids(blocks, index).items():
-                    weight, scale = block.get_submodule(name).weight.float(), inputs.get(name)
-                    if scale is not None:
-                        weight = weight * scale
-                    shrink = None
-                    if self.settings.clip and self.settings.search == "full":
-                        shrink = self._clip_percents(index, name, weight, scale, grid).float() / 100
-                    weights[name] = fake_quantize(weight, grid, shrink, self.scale_dtype)
-                    if scale is not None:
-                        weights[name].div_(scale)
-                with blocks.replaced(index, weights):
-                    hidden = blocks.run(index, hidden, out=hidden)
-        return hidden
-
-    def _assemble(
-        self, blocks: Blocks, alpha: float, report: dict[str, Any], progress: Progress
-    ) -> Plan:
-        plan = Plan(self.name, self.grids, report=report)
-        for index in range(len(blocks)):
-            progress("clip search" if self._clips else "folds", index + 1, len(blocks))
-            prefix = blocks.prefix(index)
-            with blocks.resident(index) as block:
-                for fold, vector in self._vectors(index, alpha).items():
+                for fold, vector in decoder.vectors(index, alpha or 0.0).items():
                     add_fold(plan, blocks, index, fold, vector)
-                if self._clips:
+                if clips:
                     plan.shrinks |= blocks.stages.tensors(
                         f"clip {index}",
-                        partial(self._clip, plan, prefix, index, block),
+                        partial(_clipped, plan, decoder, blocks.prefix(index), index, block),
                     )
         plan.vectors = {name: vector.cpu() for name, vector in plan.vectors.items()}
         return plan
 
-    def _clip(
-        self, plan: Plan, prefix: str, index: int, block: nn.Module
-    ) -> dict[str, torch.Tensor]:
-        """Search the clipping of every quantized linear of a block, by full name."""
-        percents = {}
-        for name, grid in plan.layer_grids(prefix).items():
-            weight = plan.smoothed(prefix + name, block.get_submodule(name).weight)
-            scale = plan.vectors.get(f"{prefix}{name}.input")
-            percents[prefix + name] = self._clip_percents(index, name, weight, scale, grid).cpu()
-        return percents
+    def _searched_alpha(
+        self, blocks: Blocks, decoder: SmoothedDecoder, progress: Progress
+    ) -> tuple[float, dict[float, float]]:
+        """Return the alpha with the least loss, and the loss of each that was tried."""
+        full = self.settings.search == "full"
+        part = blocks if full else blocks.first(max(1, len(decoder.final) // 2))
+        reference = NextTokenReference(
+            blocks.model, blocks.arch.layers_prefix, decoder.final[: len(part.tokens)]
+        )
+        tried = 0
 
-    def _clip_percents(
-        self,
-        index: int,
-        name: str,
-        weight: torch.Tensor,
-        scale: torch.Tensor | None,
-        grid: Grid,
-    ) -> torch.Tensor:
-        """Search the clipping of a smoothed weight, whose inputs became ``scale`` times smaller."""
-        mean_square = self.statistics[index].mean_square[self.first_sharing[name]]
-        if scale is not None:
-            mean_square = mean_square / scale.square()
-        return clip_percents(weight, grid, mean_square, self.scale_dtype)
+        def loss(alpha: float) -> float:
+            nonlocal tried
+            tried += 1
+            progress(f"alpha {alpha:.2f} ({tried})", tried, 21 if full else 7)
+            return blocks.stages.number(
+                f"alpha {alpha:.2f}",
+                lambda: reference.divergence(
+                    decoder.propagated(part, alpha, clip=full and self.settings.clip)
+                ),
+            )
+
+        return search_alpha(loss, coarse=0.05 if full else 0.2)
+
+
+def _clipped(
+    plan: Plan, decoder: SmoothedDecoder, prefix: str, index: int, block: nn.Module
+) -> dict[str, torch.Tensor]:
+    """Search the clipping of every quantized linear of a block, by full name."""
+    percents = {}
+    for name in plan.layer_grids(prefix):
+        weight = plan.smoothed(prefix + name, block.get_submodule(name).weight)
+        scale = plan.vectors.get(f"{prefix}{name}.input")
+        percents[prefix + name] = decoder.clip_percents(index, name, weight, scale).cpu()
+    return percents

@@ -10,7 +10,7 @@ from compress_common.errors import CompressError
 from quant_methods.architecture import UNITS
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.collectors import Grams
-from quant_methods.calibration.token_weights import TokenWeights
+from quant_methods.calibration.token_weights import TokenWeights, weighed
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
 from quant_methods.progress import Progress, silent
@@ -81,7 +81,7 @@ def _round_block(
     grids = plan.layer_grids(prefix)
     weights: dict[str, torch.Tensor] = {}  # those that are rounded already
     tensors: dict[str, torch.Tensor] = {}
-    counted = blocks.weigh(index, hidden, token_weights)
+    counted = weighed(blocks, index, hidden, token_weights)
     for step in steps:
         names = [name for name in step if name in grids]
         if not names:
@@ -112,7 +112,7 @@ def unit_grams(
         index: Of the block.
         hidden: Its input.
         names: Linears of the block, by the names that they have there.
-        weights: How much each token counts, as ``Blocks.weigh`` returns it.
+        weights: How much each token counts, as ``weighed`` returns it.
     """
     first = blocks.arch.first_sharing(blocks.model.config)
     collector = Grams(first[name] for name in names)

@@ -14,9 +14,9 @@ from quant_methods import planning, texts
 from quant_methods.calibration.stages import Stages
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
-from quant_methods.methods.smoothquant_plus import SmoothQuantPlus
 from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.roundings import blockwise
+from quant_methods.transforms.smoothed_decoder import SmoothedDecoder
 
 REQUEST = PlanRequest(
     settings={"group_size": 32, "folds": "all", "rounding": "gptq"},
@@ -59,7 +59,7 @@ def test_the_plan_equals_that_of_a_whole_run(
 
         monkeypatch.setattr(owner, name, stopped)
 
-    for owner, name, at in ((SmoothQuantPlus, "_propagate", 2), (blockwise, "_round_block", 2)):
+    for owner, name, at in ((SmoothedDecoder, "propagated", 2), (blockwise, "_round_block", 2)):
         with monkeypatch.context(), pytest.raises(KeyboardInterrupt):
             stopping(owner, name, at)
             obtain_plan(checkpoint, REQUEST)
@@ -67,8 +67,8 @@ def test_the_plan_equals_that_of_a_whole_run(
         monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "parts"))
         assert len(work) >= 1
     monkeypatch.setattr(texts, "sampled_tokens", lambda *args: pytest.fail("sampled again"))
-    monkeypatch.setattr(SmoothQuantPlus, "_observe", lambda *args: pytest.fail("observed again"))
-    monkeypatch.setattr(SmoothQuantPlus, "_propagate", lambda *args: pytest.fail("searched again"))
+    monkeypatch.setattr(SmoothedDecoder, "_observe", lambda *args: pytest.fail("observed again"))
+    monkeypatch.setattr(SmoothedDecoder, "propagated", lambda *args: pytest.fail("searched again"))
     resumed, stored = obtain_plan(checkpoint, REQUEST)
     assert not stored and same(whole, resumed)
     left = list((tmp_path / "parts" / "calibration-stage").iterdir())
@@ -88,7 +88,7 @@ def test_stages_stay_until_the_plan_is_stored(
         patch.setattr(planning, "save_plan", full)
         obtain_plan(checkpoint, REQUEST)
     assert any(path.is_dir() for path in stages.iterdir())
-    monkeypatch.setattr(SmoothQuantPlus, "_observe", lambda *args: pytest.fail("observed again"))
+    monkeypatch.setattr(SmoothedDecoder, "_observe", lambda *args: pytest.fail("observed again"))
     obtain_plan(checkpoint, REQUEST)
     assert not list(stages.iterdir())
 

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder under smoothing: its statistics, and its output when it is also rounded to nearest."""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+
+from quant_methods.architecture import Fold
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.collectors import Energies, Maxima
+from quant_methods.formats.plan import layer_grids
+from quant_methods.grid import Grid, fake_quantize
+from quant_methods.progress import Progress
+from quant_methods.transforms.smoothing import (
+    clip_percents,
+    smoothing_vector,
+    to_consumer,
+    to_producer,
+)
+
+# What is smoothed: nothing, linears behind a norm, or o_proj and down_proj too.
+Smoothed = Literal["none", "norms", "all"]
+
+
+@dataclass
+class Statistics:
+    """What is observed of one block at full precision, by the first consumer of each fold.
+
+    Attributes:
+        amax: The largest |input| per channel, [K].
+        mean_square: Mean of the squared input per channel, [K].
+        wmax: The largest |weight| per channel over all consumers, [K].
+    """
+
+    amax: dict[str, torch.Tensor]
+    mean_square: dict[str, torch.Tensor]
+    wmax: dict[str, torch.Tensor]
+
+    @classmethod
+    def taken(cls, kept: dict[str, torch.Tensor], index: int, device: torch.device) -> Self:
+        """Return those of one block from tensors named ``<index>:<statistic>:<linear>``."""
+        found: dict[str, dict[str, torch.Tensor]] = {"amax": {}, "mean_square": {}, "wmax": {}}
+        for key, tensor in kept.items():
+            block, _, rest = key.partition(":")
+            if block == str(index):
+                statistic, _, name = rest.partition(":")
+                found[statistic][name] = tensor.to(device)
+        return cls(**found)
+
+
+class SmoothedDecoder:
+    """Observes a decoder once, and then tells what each smoothing strength makes of it.
+
+    Args:
+        blocks: The decoder, with calibration tokens.
+        grids: ``{linear: how it is rounded}``, by full name.
+        smoothed: What is smoothed.
+        progress: Called for each block.
+
+    Attributes:
+        final: The hidden states behind the last block at full precision.
+    """
+
+    def __init__(
+        self, blocks: Blocks, grids: dict[str, Grid], smoothed: Smoothed, progress: Progress
+    ) -> None:
+        self.grids = [layer_grids(grids, blocks.prefix(index)) for index in range(len(blocks))]
+        self.scale_dtype = blocks.scale_dtype
+        self.first_sharing = blocks.arch.first_sharing(blocks.model.config)
+        self.folds = [
+            [
+                fold
+                for fold in blocks.arch.folds(blocks.model.config)
+                if _is_smoothed(fold, smoothed, here)
+            ]
+            for here in self.grids
+        ]
+        kept = blocks.stages.tensors("statistics", lambda: self._observe(blocks, progress))
+        self.final = kept["final"].to(blocks.device)
+        self.statistics = [Statistics.taken(kept, i, blocks.device) for i in range(len(blocks))]
+
+    def _observe(self, blocks: Blocks, progress: Progress) -> dict[str, torch.Tensor]:
+        """Return the statistics of each block at full precision, and ``final``, the last output."""
+        kept: dict[str, torch.Tensor] = {}
+        hidden, watched = blocks.inputs(), set(self.first_sharing.values())
+        for index in range(len(blocks)):
+            progress("activations", index + 1, len(blocks))
+            maxima, energies = Maxima(watched), Energies(watched)
+            with blocks.resident(index) as block:
+                hidden = blocks.run(index, hidden, (maxima, energies), out=hidden)
+                for name in watched:
+                    kept[f"{index}:amax:{name}"] = maxima.value(name)
+                    kept[f"{index}:mean_square:{name}"] = energies.value(name)
+                for fold in self.folds[index]:
+                    weights = [block.get_submodule(c).weight for c in fold.consumers]
+                    wmax = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
+                    kept[f"{index}:wmax:{fold.consumers[0]}"] = wmax
+        return kept | {"final": hidden}
+
+    def vectors(self, index: int, alpha: float) -> dict[Fold, torch.Tensor]:
+        """Return the smoothing vector of each fold of a block, by channel of its producer.
+
+        Args:
+            index: Of the block.
+            alpha: Smoothing strength, 0 to 1. More moves more of the range of activations into the
+                weights.
+        """
+        seen = self.statistics[index]
+        return {
+            fold: smoothing_vector(
+                to_producer(fold, seen.amax[fold.consumers[0]]),
+                to_producer(fold, seen.wmax[fold.consumers[0]]),
+                alpha,
+            )
+            for fold in self.folds[index]
+        }
+
+    def propagated(self, blocks: Blocks, alpha: float, *, clip: bool) -> torch.Tensor:
+        """Return the last hidden states with every block smoothed and rounded to nearest.
+
+        Norms are left alone, and weights are divided back after rounding, which is the same
+        function. The scale of an output row passes into its groups' scales and changes no rounding.
+
+        Args:
+            blocks: The decoder, with all or some of the tokens.
+            alpha: As in ``vectors``.
+            clip: Whether the range of each group is searched.
+        """
+        hidden = blocks.inputs()
+        for index in range(len(blocks)):
+            vectors = self.vectors(index, alpha)
+            inputs = {c: to_consumer(f, v) for f, v in vectors.items() for c in f.consumers}
+            with blocks.resident(index) as block:
+                weights = {}
+                for name, grid in self.grids[index].items():
+                    weight, scale = block.get_submodule(name).weight.float(), inputs.get(name)
+                    if scale is not None:
+                        weight = weight * scale
+                    shrink = None
+                    if clip:
+                        shrink = self.clip_percents(index, name, weight, scale).float() / 100
+                    weights[name] = fake_quantize(weight, grid, shrink, self.scale_dtype)
+                    if scale is not None:
+                        weights[name].div_(scale)
+                with blocks.replaced(index, weights):
+                    hidden = blocks.run(index, hidden, out=hidden)
+        return hidden
+
+    def clip_percents(
+        self, index: int, name: str, weight: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the percentage of each group's range that is kept, uint8 [N, K/group].
+
+        Args:
+            index: Of the block.
+            name: Of the linear in it.
+            weight: Its smoothed weight, [N, K].
+            scale: How many times smaller smoothing made its inputs, [K]; None: it is not smoothed.
+        """
+        mean_square = self.statistics[index].mean_square[self.first_sharing[name]]
+        if scale is not None:
+            mean_square = mean_square / scale.square()
+        return clip_percents(weight, self.grids[index][name], mean_square, self.scale_dtype)
+
+
+def _is_smoothed(fold: Fold, smoothed: Smoothed, grids: dict[str, Grid]) -> bool:
+    """Whether a fold is wanted, and all linears that it changes are quantized."""
+    wanted = smoothed == "all" or (smoothed == "norms" and fold.from_norm)
+    changed = fold.consumers if fold.from_norm else (*fold.consumers, fold.producer)
+    return wanted and all(name in grids for name in changed)
