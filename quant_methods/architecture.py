@@ -17,6 +17,9 @@ DOWN = "mlp.down_proj"
 LINEARS = (*QKV, O_PROJ, *GATE_UP, DOWN)
 # Tensor parallelism cuts these along input channels, and the others along output channels.
 ROW_PARALLEL = (O_PROJ, DOWN)
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"  # of its own only where it is not tied to the embedding
+EMBEDDINGS = (EMBEDDING, HEAD)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Architecture:
         norm_offset: What a norm adds to its stored weight: 1 for Gemma.
         layers_prefix: Name of the list of decoder layers.
         qk_norms: Whether queries and keys are normalized in front of RoPE.
+        embeddings: Whether vLLM's model lets a quantization method make its embedding.
     """
 
     attn_norm: str = "input_layernorm"
@@ -81,6 +85,7 @@ class Architecture:
     norm_offset: float = 0.0
     layers_prefix: str = "model.layers"
     qk_norms: bool = False
+    embeddings: bool = True
 
     @property
     def sandwich_norms(self) -> bool:
@@ -114,7 +119,7 @@ class Architecture:
         return {c: fold.consumers[0] for fold in self.folds(config) for c in fold.consumers}
 
 
-_GEMMA = Architecture(norm_offset=1.0)
+_GEMMA = Architecture(norm_offset=1.0, embeddings=False)
 _GEMMA_SANDWICH = Architecture(mlp_norm="pre_feedforward_layernorm", norm_offset=1.0)
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -123,7 +128,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture(),
     "qwen3": Architecture(qk_norms=True),
     "gemma": _GEMMA,
-    "gemma2": _GEMMA_SANDWICH,
+    "gemma2": replace(_GEMMA_SANDWICH, embeddings=False),
     "gemma3_text": replace(_GEMMA_SANDWICH, qk_norms=True),
 }
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress_common.errors import CompressError
+from compress_common.errors import CompressError, joined
 from quant_methods.allocators.allocation import read_allocation
 from quant_methods.architecture import ROW_PARALLEL, UNITS, Unit, architecture_of, linear_shapes
 from quant_methods.calibration.blocks import Blocks
@@ -54,6 +54,11 @@ class GridSettings(BaseModel):
         "enough calibration text (8,000 tokens), takes minutes and stores codes as large as the "
         "quantized model",
     )
+    embeddings: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="bits of the token embedding and lm_head, tied or not: int8 has one scale per "
+        "token, int4 symmetric groups. Needs this plugin to serve it, on a CPU",
+    )
     uniform: bool = Field(
         False, description="one group size for all linears, as the AWQ format needs"
     )
@@ -64,10 +69,12 @@ class GridSettings(BaseModel):
     def identity(self) -> dict[str, Any]:
         """Return all that decides a plan: the settings, with the bits of the allocation's file.
 
+        Embeddings are rounded to nearest whatever the plan, so they are left out.
+
         Raises:
             CompressError: A file cannot be read.
         """
-        content = self.model_dump()
+        content = self.model_dump(exclude={"embeddings"})
         if self.allocation is not None:
             content["allocation"] = read_allocation(self.allocation).bits
         return content
@@ -132,6 +139,38 @@ class GridSettings(BaseModel):
             for unit, size in fit.items()
             for linear in units[unit]
         }
+
+    def embedding_grid(self, config: Any) -> Grid | None:
+        """Return the grid of the token embedding and lm_head; None: they stay at 16 bits.
+
+        Symmetric, because vLLM cuts the vocabulary between ranks, and zero points are packed along
+        it.
+
+        Args:
+            config: The text model's ``transformers`` config.
+
+        Raises:
+            CompressError: vLLM cannot serve such an embedding of this model.
+        """
+        if self.embeddings == "none":
+            return None
+        size, problems = pick_group_size(config.hidden_size, self.group_size), []
+        if not architecture_of(config).embeddings:
+            problems.append(
+                f"embeddings={self.embeddings}: vLLM's {config.model_type} model takes no "
+                "quantized embedding; set embeddings=none"
+            )
+        if size is None:
+            problems.append(
+                f"embeddings={self.embeddings} needs a hidden size that is a multiple of "
+                f"{GROUP_SIZES[-1]}, not {config.hidden_size}; set embeddings=none"
+            )
+        if problems:
+            raise joined(problems)
+        assert size is not None
+        if self.embeddings == "int8":
+            return Grid(PER_CHANNEL, symmetric=True, bits=8)
+        return Grid(size, symmetric=True)
 
     def grid(self, bits: int, group_size: int) -> Grid:
         """Return the grid of a level of ``bits`` bits whose groups have ``group_size`` channels."""

@@ -115,6 +115,8 @@ def obtain_plan(
     """
     request.check_model(checkpoint)
     check_decoder(checkpoint)
+    settings = request.build().settings
+    embedding = settings.embedding_grid(checkpoint.hf_config)
     store, dtype = Store(), None
     if request.calibrates:
         dtype = computed_in(checkpoint.weight_bytes, device)
@@ -145,7 +147,8 @@ def obtain_plan(
     if made:  # the plan is in the store: its parts are not needed any more
         stages.clear()
     plan = made[0] if made else load_plan(folder / _FILE)
-    plan.evict = evict
+    plan.evict, plan.embedding = evict, embedding
+    plan.report["settings"] = settings.model_dump()
     return plan, not made
 
 
@@ -213,7 +216,6 @@ def _calibrate(
         }
         del model, blocks
         gc.collect()
-    plan.report["settings"] = method.settings.model_dump()
     quantized = {name.split(".", 3)[3] for name in plan.grids}
     plan.report["left_at_16_bit"] = [name for name in LINEARS if name not in quantized]
     return plan

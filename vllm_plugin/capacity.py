@@ -115,7 +115,7 @@ def weight_footprint(
     if folder is None:
         return None
     checkpoint, config = Checkpoint(folder), text_config(folder)
-    grids = {}
+    grids, embedding = {}, None
     written = checkpoint.config.get("quantization_config")
     if not (written and MARKER in written):
         if quantization in methods():
@@ -123,10 +123,12 @@ def weight_footprint(
                 raise joined(problems)
             architecture_of(config)
             request = (settings or WeightSettings()).request(str(quantization), tensor_parallel)
-            grids = request.build().settings.grids(config)
+            chosen = request.build().settings
+            grids, embedding = chosen.grids(config), chosen.embedding_grid(config)
         elif quantization or written:
             return None
-    sizes = sizes_of(checkpoint, grids, tied=bool(config.tie_word_embeddings))
+    tied = bool(config.tie_word_embeddings)
+    sizes = sizes_of(checkpoint, grids, tied, embedding)
     return Footprint(sizes.original, sizes.compressed(packing))
 
 

@@ -27,6 +27,7 @@ from vllm_plugin.exits import end_command
 from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
 from vllm_plugin.metrics.connector import report
 from vllm_plugin.quantization.config import CONFIGS, MethodConfig
+from vllm_plugin.quantization.embedding import embedding_problems
 from vllm_plugin.quantization.fp8 import fp8_problems
 from vllm_plugin.quantization.kernels import kernel_problems
 from vllm_plugin.quantization.loader import LOAD_FORMAT
@@ -232,6 +233,7 @@ def _apply_weights(
         problems += settings.fixed_problems()
     problems += fp8_problems(config, quant_config)
     problems += kernel_problems(config)
+    problems += embedding_problems(config, quant_config.embedding_weights)
     if config.lora_config is not None and quant_config.capabilities.smooths:
         problems.append(
             f"--enable-lora: {quant_config.method} scales the inputs of linears, and adapters "
@@ -259,7 +261,9 @@ def _problems_at_load(
     try:
         architecture_of(hf_config)
         request = settings.request(quant_config.method, parallel.tensor_parallel_size)
-        quant_config.describe(request.build().settings.grids(hf_config), hf_config)
+        chosen = request.build().settings
+        embedding = chosen.embedding_grid(hf_config)
+        quant_config.describe(chosen.grids(hf_config), hf_config, embedding)
     except CompressError as error:
         problems += error.problems
     if problem := source_problem(config.model_config):

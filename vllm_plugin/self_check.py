@@ -110,9 +110,12 @@ def _weights(config: VllmConfig, settings: Settings) -> Rows:
     if (found := weights_of(config, settings)) is None:
         return [("weights", f"{method or 'not compressed'}, bytes not known")]
     before, after = (size / 2**20 for size in (found.original, found.compressed))
+    rows: Rows = []
+    if (weights := getattr(config.quant_config, "embedding_weights", None)) is not None:
+        rows.append(("embeddings, lm_head", f"int{weights.num_bits}, in the bytes above"))
     if found.ratio == 1:
         return [("weights", f"not compressed, {before:.1f} MiB")]
-    return [("weights", f"{method}, {before:.1f} -> {after:.1f} MiB ({found.ratio:.3f})")]
+    return [("weights", f"{method}, {before:.1f} -> {after:.1f} MiB ({found.ratio:.3f})"), *rows]
 
 
 def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:

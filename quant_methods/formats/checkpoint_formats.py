@@ -2,8 +2,8 @@
 """Checkpoint formats: the tensors of a quantized linear, and the ``quantization_config``.
 
 Stock vLLM reads both formats, so what we write also loads where this package is not installed. The
-exception is a checkpoint with 2- or 3-bit linears: its config names this package as the method, and
-stock vLLM refuses that by name.
+exception is a checkpoint with 2- or 3-bit linears or quantized embeddings: its config names this
+package as the method, and stock vLLM refuses that by name.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import architecture_of, split_units
+from quant_methods.architecture import EMBEDDINGS, HEAD, architecture_of, split_units
 from quant_methods.formats.packing import to_awq, to_compressed_tensors
 from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight
 
@@ -21,6 +21,9 @@ from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight
 MARKER = "vllm_compress"
 # The ``quant_method`` of a checkpoint that stock vLLM does not serve. It refuses this name.
 NEEDS_PLUGIN = "vllm_compress_plugin"
+# The config group of the token embedding and lm_head.
+EMBEDDING_GROUP = "embeddings"
+EMBEDDING_TARGETS = tuple(rf"re:.*{name.rpartition('.')[2]}$" for name in EMBEDDINGS)
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,14 @@ class Format:
 
     Attributes:
         name: As users give it.
-        config: ``config(grids, model config, marker)`` is the ``quantization_config``. Grids are
-            by full name of the linear.
+        config: ``config(grids, model config, marker, embedding)`` is the ``quantization_config``.
+            Grids are by full name of the linear; ``embedding`` is that of the embeddings, or None.
         tensors: ``tensors(weight, scale dtype)`` are the tensors of one linear.
         uniform: Whether all linears need one group size.
     """
 
     name: str
-    config: Callable[[dict[str, Grid], Any, dict[str, Any]], dict[str, Any]]
+    config: Callable[[dict[str, Grid], Any, dict[str, Any], Grid | None], dict[str, Any]]
     tensors: Callable[[QuantizedWeight, torch.dtype], dict[str, torch.Tensor]]
     uniform: bool
 
@@ -97,7 +100,7 @@ def _left(grids: dict[str, Grid], linears: list[str]) -> list[str]:
 
 
 def compressed_tensors_config(
-    grids: dict[str, Grid], config: Any, marker: dict[str, Any]
+    grids: dict[str, Grid], config: Any, marker: dict[str, Any], embedding: Grid | None = None
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of a compressed-tensors checkpoint.
 
@@ -105,6 +108,7 @@ def compressed_tensors_config(
         grids: ``{linear: grid}`` by full name. Linears without a grid are ignored by name.
         config: The text model's ``transformers`` config.
         marker: What we note about the checkpoint.
+        embedding: How the token embedding and lm_head are rounded; None: they are ignored by name.
 
     Raises:
         CompressError: The linears of a fused unit have several grids.
@@ -119,17 +123,22 @@ def compressed_tensors_config(
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if everything else patterns(names, linears)
         } | _scheme(grid)
-    stored = {_layout(grid) for grid in by_grid}
+    layouts = [_layout(grid) for grid in by_grid]
+    if embedding is not None:
+        groups[EMBEDDING_GROUP] = {"targets": list(EMBEDDING_TARGETS)} | _scheme(embedding)
+        layouts.append(_layout(embedding))
+    stored = set(layouts)
     if len(stored) > 1:
-        for group, grid in zip(groups.values(), by_grid, strict=True):
-            group["format"] = _layout(grid)
+        for group, layout in zip(groups.values(), layouts, strict=True):
+            group["format"] = layout
     narrow = any(grid.bits < 4 for grid in by_grid)  # unpacked into 4 bits by our loader
+    ours = narrow or embedding is not None
     return {
-        "quant_method": NEEDS_PLUGIN if narrow else "compressed-tensors",
+        "quant_method": NEEDS_PLUGIN if ours else "compressed-tensors",
         "format": stored.pop() if len(stored) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", *_left(grids, linears)],
+        "ignore": [*([HEAD] if embedding is None else []), *_left(grids, linears)],
         "kv_cache_scheme": None,
         MARKER: marker,
     }
@@ -169,7 +178,14 @@ def _described(grid: Grid) -> str:
     return f"{grid.bits} bits {groups}{rounded}"
 
 
-def _awq_config(grids: dict[str, Grid], config: Any, marker: dict[str, Any]) -> dict[str, Any]:
+def _awq_config(
+    grids: dict[str, Grid], config: Any, marker: dict[str, Any], embedding: Grid | None = None
+) -> dict[str, Any]:
+    if embedding is not None:
+        raise CompressError(
+            "the awq format has no quantized embeddings; use --format compressed-tensors, or set "
+            "embeddings=none"
+        )
     linears = whole_linears(grids, config)
     kinds = set(grids.values())
     if len(kinds) > 1 or any(grid.bits != 4 or grid.activations != "none" for grid in kinds):
@@ -192,7 +208,7 @@ def _awq_config(grids: dict[str, Grid], config: Any, marker: dict[str, Any]) -> 
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": [
-            "lm_head",
+            HEAD,
             *(name.rpartition(".")[2] for name in left if name not in names),
         ],
         MARKER: marker,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quant_methods.architecture import QKV
+from quant_methods.architecture import HEAD, QKV
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import NEEDS_PLUGIN, Format
 from quant_methods.formats.plan import Plan
@@ -52,11 +52,17 @@ def write_metadata(
         "bits_per_weight": round(bits_per_weight(plan.grids, checkpoint.hf_config), 4),
         **plan.report,
     }
+    if plan.embedding is not None:
+        bits = plan.embedding.stored_bits(checkpoint.hf_config.hidden_size)
+        report["embedding_bits_per_weight"] = round(bits, 4)
     config = checkpoint.config | {
         "dtype": str(dtype).removeprefix("torch."),
         "quantization_config": written,
         **plan.config,
     }
+    if plan.embedding is not None and f"{HEAD}.weight" in checkpoint.files:
+        # vLLM looks for an lm_head.weight to see that they are not tied, and there is none now.
+        config["tie_word_embeddings"] = False
     config.pop("torch_dtype", None)
     contents = {
         "config.json": config,

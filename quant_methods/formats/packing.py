@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight
 
 _WORD = 32  # bits
+_CHUNK = 1 << 24  # codes packed at a time; each needs several bytes of temporaries
 _AWQ_PER_WORD = 8  # eight 4-bit codes in one int32
 # AWQ interleaves the eight columns of a word in this order, lowest nibble first.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -28,6 +29,9 @@ def pack(codes: torch.Tensor, packed_dim: Literal[0, 1] = 1, bits: int = 4) -> t
         packed_dim: The dimension that becomes ``32 / bits`` times shorter, rounded up.
         bits: Of a code.
     """
+    if packed_dim == 1 and codes.numel() > _CHUNK and len(codes) > 1:
+        rows = max(1, _CHUNK // codes.shape[1])
+        return torch.cat([pack(part, bits=bits) for part in codes.split(rows)])
     if _WORD % bits == 0:
         # compressed-tensors takes signed codes and adds half of the range.
         signed = (codes.to(torch.int16) - (1 << bits >> 1)).to(torch.int8)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import LINEARS
+from quant_methods.architecture import EMBEDDINGS, LINEARS
 from quant_methods.finite import check_finite
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.scales import with_scales_in
 from quant_methods.grid import Grid, QuantizedWeight, quantize
 from quant_methods.identity import hashed
 
+_EMBEDDING_WEIGHTS = 1 << 22  # rounded at a time
 _LINEAR_WEIGHTS = tuple(f".{name}.weight" for name in LINEARS)
 
 
@@ -44,6 +45,8 @@ class Plan:
             turned.
         copies: ``{tensor: source}``: tensors that the checkpoint lacks and the model then has.
         config: Keys of config.json that the transforms change.
+        embedding: How the token embedding and lm_head are rounded; None: they stay at 16 bits. Not
+            stored with the plan.
         evict: Called before a mismatch is reported; removes the stored plan.
     """
 
@@ -58,6 +61,7 @@ class Plan:
     matrices: dict[str, torch.Tensor] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    embedding: Grid | None = None
     evict: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def smoothed(self, module: str, weight: torch.Tensor) -> torch.Tensor:
@@ -114,15 +118,29 @@ class Plan:
         """Return the rounded weight of a linear.
 
         Args:
-            linear: Full name.
+            linear: Full name; also that of an embedding.
             weight: [N, K] as the checkpoint has it.
             scale_dtype: Scales are rounded to it.
         """
+        if linear in EMBEDDINGS and self.embedding is not None:
+            return self._quantized_embedding(linear, weight, self.embedding, scale_dtype)
         if linear in self.codes:
             return with_scales_in(self.codes[linear].unpacked().to(weight.device), scale_dtype)
         shrink = self.shrink(linear, weight.device)
         smoothed = self.smoothed(linear, weight)
         return quantize(smoothed, self.grids[linear], shrink=shrink, scale_dtype=scale_dtype)
+
+    def _quantized_embedding(
+        self, name: str, weight: torch.Tensor, grid: Grid, scale_dtype: torch.dtype
+    ) -> QuantizedWeight:
+        """As ``quantized``, a few rows at a time: an embedding can be a tenth of a model."""
+        parts = []
+        for rows in weight.split(max(1, _EMBEDDING_WEIGHTS // weight.shape[1])):
+            parts.append(quantize(self.smoothed(name, rows), grid, scale_dtype=scale_dtype))
+        codes, scale, zero = (
+            torch.cat([getattr(part, each) for part in parts]) for each in ("q", "scale", "zero")
+        )
+        return QuantizedWeight(codes, scale, zero, grid)
 
     def transform(
         self,
@@ -169,7 +187,8 @@ class Plan:
         self, name: str, tensor: torch.Tensor, dtype: torch.dtype
     ) -> tuple[str, torch.Tensor | QuantizedWeight]:
         module, _, kind = name.rpartition(".")
-        if kind == "weight" and module in self.grids:
+        embedding = self.embedding is not None and module in EMBEDDINGS
+        if kind == "weight" and (module in self.grids or embedding):
             return module, self.quantized(module, tensor, dtype)
         if name in self.vectors:
             return name, self.vectors[name].to(tensor)

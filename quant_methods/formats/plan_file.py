@@ -32,7 +32,8 @@ def plan_digest(plan: Plan) -> str:
     Two plans of one request can differ: another device, or other sampled text, gives other vectors.
     """
     digests = {key: tensor_digest(tensor) for key, tensor in _tensors(plan).items()}
-    return digest(json.dumps([_header(plan), digests], sort_keys=True))
+    embedding = None if plan.embedding is None else asdict(plan.embedding)
+    return digest(json.dumps([_header(plan), digests, embedding], sort_keys=True))
 
 
 def _header(plan: Plan) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from quant_methods.architecture import architecture_of, linear_shapes
+from quant_methods.architecture import EMBEDDINGS, architecture_of, linear_shapes
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats.checkpoint_formats import EMBEDDING_GROUP
 from quant_methods.grid import Grid
 
 # "checkpoint": as files and CUDA kernels have it. CPU kernels hold more per group: torch's int4
@@ -38,6 +39,7 @@ class Sizes:
         groups: Scales in them.
         zero_bits: Bits of their zero points.
         rest: Elements of everything else, which stays at 16 bits.
+        embedding_groups: Scales of quantized embeddings among the groups.
     """
 
     linears: int
@@ -47,6 +49,7 @@ class Sizes:
     groups: int
     zero_bits: int
     rest: int
+    embedding_groups: int = 0
 
     @property
     def original(self) -> int:
@@ -60,19 +63,25 @@ class Sizes:
             extra = self.linears * _SHAPE_BYTES + self.groups * _HALF + self.zero_bits // 8
         else:
             codes = self.kernel_bits // 8
-            extra = self.groups * _CPU_GROUP_BYTES[packing]
+            extra = (self.groups - self.embedding_groups) * _CPU_GROUP_BYTES[packing]
+            extra += self.embedding_groups * _CPU_GROUP_BYTES["cpu-bf16"]
         return codes + extra + self.rest * _HALF
 
 
-def sizes_of(checkpoint: Checkpoint, grids: dict[str, Grid], tied: bool) -> Sizes:
+def sizes_of(
+    checkpoint: Checkpoint, grids: dict[str, Grid], tied: bool, embedding: Grid | None = None
+) -> Sizes:
     """Return the sizes of a 16-bit checkpoint, or of a quantized one in one of our formats.
 
     Args:
         checkpoint: What is measured.
         grids: ``{linear: grid}`` by full name for a 16-bit checkpoint; empty: nothing is quantized.
         tied: Whether the embedding is the head too. A second copy in the file is not counted.
+        embedding: How the embeddings of a 16-bit checkpoint are quantized; None: they are not.
     """
-    linears = weights = code_bits = kernel_bits = groups = zero_bits = rest = 0
+    linears = weights = code_bits = kernel_bits = groups = zero_bits = rest = rows = 0
+    if embedding is not None:
+        grids = grids | dict.fromkeys(EMBEDDINGS, embedding)
     written = checkpoint.config.get("quantization_config") or {}
     for name, (shape, size) in checkpoint.shapes().items():
         module, _, kind = name.rpartition(".")
@@ -81,6 +90,7 @@ def sizes_of(checkpoint: Checkpoint, grids: dict[str, Grid], tied: bool) -> Size
         if grid is not None:
             count, bits = grid.groups(shape[1]) * shape[0], grid.bits
             groups += count
+            rows += count if module in EMBEDDINGS else 0
             zero_bits += 0 if grid.symmetric else count * bits
             linears += grid.packed
         elif kind in _PACKED:
@@ -91,6 +101,7 @@ def sizes_of(checkpoint: Checkpoint, grids: dict[str, Grid], tied: bool) -> Size
             bits = 8
         elif kind in _SCALES:
             groups += elements
+            rows += elements if module in EMBEDDINGS else 0
         elif kind in _ZEROS:
             zero_bits += elements * _WORD_BITS
         elif kind != "weight_shape" and not (tied and name == "lm_head.weight"):
@@ -99,12 +110,15 @@ def sizes_of(checkpoint: Checkpoint, grids: dict[str, Grid], tied: bool) -> Size
             weights += elements
             code_bits += elements * bits
             kernel_bits += elements * (4 if bits <= 4 else 8)
-    return Sizes(linears, weights, code_bits, kernel_bits, groups, zero_bits, rest)
+    return Sizes(linears, weights, code_bits, kernel_bits, groups, zero_bits, rest, rows)
 
 
 def _written_bits(config: dict[str, Any], module: str) -> int:
     """Return the bits of a linear of a quantized checkpoint: one number, or that of its group."""
-    for group in (config.get("config_groups") or {}).values():
+    groups = config.get("config_groups") or {}
+    if module in EMBEDDINGS and EMBEDDING_GROUP in groups:
+        return int(groups[EMBEDDING_GROUP]["weights"]["num_bits"])
+    for group in groups.values():
         for target in group["targets"]:
             if target == "Linear" or re.match(target.removeprefix("re:"), module):
                 return int(group["weights"]["num_bits"])

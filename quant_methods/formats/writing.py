@@ -66,8 +66,9 @@ def estimate(
     config = checkpoint.hf_config
     architecture_of(config)
     grids = request.build().settings.grids(config)
+    embedding = request.build().settings.embedding_grid(config)
     total = checkpoint.weight_bytes
-    compressed = sizes_of(checkpoint, grids, tied=False)
+    compressed = sizes_of(checkpoint, grids, tied=False, embedding=embedding)
     own, mapped = working_memory(checkpoint, device, calibrates=request.calibrates)
     saved = compressed.original - compressed.compressed()
     return Estimate(memory=own + mapped, program=PROGRAM, disk=max(total - saved, total // 16))
@@ -109,9 +110,9 @@ def quantize_checkpoint(
     if chosen.uniform:
         request = request.model_copy(update={"settings": request.settings | {"uniform": True}})
     checkpoint = Checkpoint(source)
-    grids = request.build().settings.grids(checkpoint.hf_config)
+    settings, config = request.build().settings, checkpoint.hf_config
     # Refuses what the format cannot hold before the work, not after it.
-    chosen.config(grids, checkpoint.hf_config, {})
+    chosen.config(settings.grids(config), config, {}, settings.embedding_grid(config))
     if target.exists():
         raise CompressError(f"{target} exists; give another folder or remove it")
     partial = target.parent / f".{target.name}.partial"
@@ -124,7 +125,7 @@ def quantize_checkpoint(
         with FileLock(partial / ".lock", timeout=0), _kept_if_useful(partial):
             plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)
             marker = marker_of(checkpoint, plan)
-            written = chosen.config(plan.grids, checkpoint.hf_config, marker)
+            written = chosen.config(plan.grids, config, marker, plan.embedding)
             _start_or_resume(partial, request.key(checkpoint), plan, chosen)
             dtype = _serving_dtype(checkpoint.config)
             index = _write_shards(checkpoint, plan, chosen, dtype, partial, device, progress)

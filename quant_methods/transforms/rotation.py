@@ -11,12 +11,19 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import DOWN, GATE_UP, O_PROJ, QKV, architecture_of, head_dim_of
+from quant_methods.architecture import (
+    DOWN,
+    EMBEDDING,
+    GATE_UP,
+    HEAD,
+    O_PROJ,
+    QKV,
+    architecture_of,
+    head_dim_of,
+)
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 
-EMBEDDING = "model.embed_tokens"
-HEAD = "lm_head"
 _SMALLEST = 1e-6  # of a norm's weight that moves into its consumers
 
 

@@ -96,6 +96,8 @@ def quantize(
     if "alpha" in report:
         table.add_row("alpha", f"{report['alpha']:.2f}")
     table.add_row("bits per weight", f"{report['bits_per_weight']:.2f} with scales and zero points")
+    if (bits_each := report.get("embedding_bits_per_weight")) is not None:
+        table.add_row("embeddings, lm_head", f"{bits_each:.2f} bits per weight with scales")
     table.add_row("weights on disk", f"{gib(before)} -> {gib(after)} ({after / before:.3f})")
     if left := report["left_at_16_bit"]:
         table.add_row("left at 16 bits", ", ".join(left))
@@ -107,5 +109,8 @@ def quantize(
             table.add_row(alpha, f"{loss:.4f}{chosen}")
         out.print(table)
     if report["needs_plugin"]:
-        out.print("stock vLLM does not serve it: this plugin unpacks 2- and 3-bit codes to 4 bits")
+        out.print(
+            "stock vLLM does not serve it: 2- and 3-bit codes and quantized embeddings need this "
+            "plugin"
+        )
     out.print(f"serve it: vllm serve {target}")

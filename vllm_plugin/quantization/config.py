@@ -10,11 +10,13 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsScheme,
     CompressedTensorsWNA16,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import LINEARS
 from quant_methods.base import Capabilities, QuantMethod
 from quant_methods.formats.checkpoint_formats import (
+    EMBEDDING_TARGETS,
     MARKER,
     NEEDS_PLUGIN,
     compressed_tensors_config,
@@ -22,6 +24,7 @@ from quant_methods.formats.checkpoint_formats import (
 from quant_methods.grid import Grid
 from quant_methods.registry import served_methods
 from vllm_plugin.quantization.cpu_int4 import Activations
+from vllm_plugin.quantization.embedding import QuantizedEmbedding
 from vllm_plugin.quantization.scheme import Int4Scheme
 
 if TYPE_CHECKING:
@@ -58,17 +61,33 @@ class MethodConfig(CompressedTensorsConfig):
         """Whether the loader quantizes a 16-bit checkpoint."""
         return self.config is None
 
-    def describe(self, grids: dict[str, Grid], hf_config: Any) -> None:
+    def describe(
+        self, grids: dict[str, Grid], hf_config: Any, embedding: Grid | None = None
+    ) -> None:
         """Set the scheme of each linear that the loader will quantize.
 
         Args:
             grids: ``{linear: grid}`` by full name. The others stay at 16 bits.
             hf_config: the text model's ``transformers`` config.
+            embedding: of the token embedding and lm_head; None: they stay at 16 bits.
         """
-        config = compressed_tensors_config(grids, hf_config, {"method": self.method})
+        marker = {"method": self.method}
+        config = compressed_tensors_config(grids, hf_config, marker, embedding)
         self.target_scheme_map = self._quantization_scheme_map_from_config(config)
         self.ignore = config["ignore"]
         self.quant_format = config["format"]
+
+    @property
+    def embedding_weights(self) -> Any | None:
+        """How the token embedding and lm_head are quantized; None: they are not."""
+        return self.target_scheme_map.get(EMBEDDING_TARGETS[0], {}).get("weights")
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        # By type, not by name: vLLM's Llama gives its embedding no name.
+        weights = self.embedding_weights
+        if weights is not None and isinstance(layer, VocabParallelEmbedding):
+            return QuantizedEmbedding(weights)
+        return super().get_quant_method(layer, prefix)
 
     @classmethod
     def override_quantization_method(

@@ -15,6 +15,7 @@ from compress_common.errors import CompressError
 from quant_methods.architecture import ARCHITECTURES, QKV, ROW_PARALLEL, linear_shapes
 from vllm_plugin.quantization.config import MethodConfig
 from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
+from vllm_plugin.quantization.embedding import embedding_kernel
 from vllm_plugin.quantization.scheme import kernel_type
 
 
@@ -42,6 +43,9 @@ def kernels(config: VllmConfig) -> Iterator[tuple[str, Callable[[], str]]]:
     """
     for unit in _units(config):
         yield unit.name, partial(_described, config, unit)
+    weights = getattr(config.quant_config, "embedding_weights", None)
+    if weights is not None:
+        yield "embeddings", partial(embedding_kernel, config, weights)
 
 
 def kernel_problems(config: VllmConfig) -> list[str]:
