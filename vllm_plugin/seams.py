@@ -30,6 +30,14 @@ SEAMS: dict[str, tuple[str, ...]] = {
     f"{_COMPRESSED}._get_scheme_from_parts": ("weight_quant", "input_quant"),
     f"{_COMPRESSED}._quantization_scheme_map_from_config": ("config",),
     f"{_COMPRESSED}.get_scheme": ("layer", "layer_name"),
+    f"{_COMPRESSED}.get_quant_method": ("layer", "prefix"),
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_embedding:"
+    "CompressedTensorsEmbeddingWNA16Int.create_weights": (
+        *("layer", "input_size_per_partition", "output_partition_sizes", "input_size"),
+    ),
+    "vllm.model_executor.layers.quantization.base_config:QuantizeMethodBase.tie_weights": (
+        *("layer", "embed_tokens"),
+    ),
     "vllm.model_executor.layers.quantization.base_config:"
     "QuantizationConfig.override_quantization_method": ("hf_quant_cfg", "user_quant", "hf_config"),
     "vllm.model_executor.layers.quantization.compressed_tensors.schemes:"
