@@ -13,11 +13,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.platforms import current_platform
 
-from vllm_plugin.quantization.cpu_int4_ops import (
-    cpu_int4_linear,
-    crossover,
-    int4pack_layout,
-)
+from vllm_plugin.quantization.cpu_int4_ops import cpu_int4_linear, crossover, int4pack_layout
 from vllm_plugin.quantization.cpu_int4_packing import pack_int4
 
 _ROWS = 64  # int4pack interleaves up to so many
@@ -32,6 +28,11 @@ class QuantizedEmbedding(CompressedTensorsEmbeddingWNA16Int):
     scale 0. A lookup dequantizes the rows that it returns. The head multiplies them, with 16-bit
     activations, by torch's int8 GEMM or as ``CpuInt4LinearKernel`` does.
     """
+
+    layout = (
+        64,
+        True,
+    )  # of int4pack; kept here, because torch.compile cannot trace how it is found
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Replace the loaded parameters by those that the kernels take. A second call does nothing.
@@ -48,6 +49,7 @@ class QuantizedEmbedding(CompressedTensorsEmbeddingWNA16Int):
             more = (0, 0, 0, -len(words) % _ROWS)
             new = pack_int4(pad(words, more), pad(scales, more), None)
             crossover(*new, self.group_size)
+            self.layout = int4pack_layout() or self.layout
         for name, tensor in zip(("weight_packed", "weight_scale"), new, strict=True):
             layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
@@ -56,7 +58,7 @@ class QuantizedEmbedding(CompressedTensorsEmbeddingWNA16Int):
         weight, scale = layer.weight_packed, layer.weight_scale
         if self.num_bits == 8:
             return embedding(input_, weight).to(scale.dtype) * embedding(input_, scale)
-        rows = int4pack_rows(weight, scale, input_.reshape(-1), *(int4pack_layout() or (0, False)))
+        rows = int4pack_rows(weight, scale, input_.reshape(-1), *self.layout)
         return rows.view(*input_.shape, layer.hidden_size)
 
     def apply(
