@@ -29,10 +29,7 @@ class QuantizedEmbedding(CompressedTensorsEmbeddingWNA16Int):
     activations, by torch's int8 GEMM or as ``CpuInt4LinearKernel`` does.
     """
 
-    layout = (
-        64,
-        True,
-    )  # of int4pack; kept here, because torch.compile cannot trace how it is found
+    layout: tuple[int, bool]  # of int4pack; torch.compile could not trace how it is found
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Replace the loaded parameters by those that the kernels take. A second call does nothing.
@@ -49,7 +46,9 @@ class QuantizedEmbedding(CompressedTensorsEmbeddingWNA16Int):
             more = (0, 0, 0, -len(words) % _ROWS)
             new = pack_int4(pad(words, more), pad(scales, more), None)
             crossover(*new, self.group_size)
-            self.layout = int4pack_layout() or self.layout
+            layout = int4pack_layout()
+            assert layout is not None  # the config edge refuses int4 embeddings without it
+            self.layout = layout
         for name, tensor in zip(("weight_packed", "weight_scale"), new, strict=True):
             layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
