@@ -104,9 +104,10 @@ def _parts(requests: int, tokens: int) -> dict[str, float]:
     from vllm.platforms import current_platform
 
     from kv_policies.latents.cache import LatentCache
+    from kv_policies.latents.columns import Contents
     from kv_policies.latents.format import LatentFormat
     from kv_policies.latents.low_rank import Factor
-    from kv_policies.latents.reading import Held, Reading
+    from kv_policies.latents.reading import Reading
     from vllm_plugin.kv_cache.latent import KernelRope
     from vllm_plugin.kv_cache.latent_cpu import CPULatentCache
     from vllm_plugin.kv_cache.latent_cpu_build import load, why_not
@@ -135,7 +136,7 @@ def _parts(requests: int, tokens: int) -> dict[str, float]:
         seen=torch.full((requests, 1), 2 * BLOCK),
         raw=blocks[:, columns:].contiguous(),
         blocks=blocks[:, :columns].contiguous(),
-        held=Held(first, (tokens - first).clamp(max=form.tokens), form.tokens, tokens),
+        contents=Contents(first, (tokens - first).clamp(max=form.tokens), form.tokens, tokens),
         whole=True,
     )
     query = torch.randn(requests, heads, 64).bfloat16()

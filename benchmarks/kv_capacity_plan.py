@@ -11,11 +11,13 @@ import torch
 
 from benchmarks.common import Options, Result
 from kv_policies.compaction import workspace
+from kv_policies.latents.columns import LatentColumns
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.packing import Packer, fresh_blocks
-from kv_policies.latents.reading import LatentColumns, LatentView
-from kv_policies.layout.base import IntArray, Layout
+from kv_policies.latents.reading import LatentView
+from kv_policies.layout.base import Layout
 from kv_policies.layout.latents import LatentLayout
+from kv_policies.layout.segments import IntArray
 from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.layout.view import LiveColumns, LiveView

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kv_policies.base import KVPolicy, first_observed
-from kv_policies.layout.base import Ending, IntArray, runs
+from kv_policies.layout.segments import Ending, IntArray, runs
 from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.plan import Choice, Part, Queries, Tally, Work

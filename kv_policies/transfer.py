@@ -4,7 +4,7 @@
 import numpy as np
 import torch
 
-from kv_policies.layout.base import IntArray
+from kv_policies.layout.segments import IntArray
 
 
 def to_device(device: torch.device, *arrays: IntArray) -> list[torch.Tensor]:

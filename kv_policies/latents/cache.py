@@ -191,12 +191,12 @@ class LatentCache:
     ) -> None:
         rows = len(reading.raw)
         keys, values = (
-            x.reshape(rows, -1, x.shape[-1])[:, : reading.held.longest]
+            x.reshape(rows, -1, x.shape[-1])[:, : reading.contents.longest]
             for x in self.form.read(self.cache, reading.blocks.flatten())
         )
         out = attend(
             query[reading.tokens].transpose(1, 2),
-            Latents(keys, values, reading.held.positions, reading.held.hidden),
+            Latents(keys, values, reading.contents.positions, reading.contents.hidden),
             Raw(pages.keys(reading.raw), pages.values(reading.raw), reading.seen),
             self.keys,
             self.values,

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from kv_policies.latents.format import LatentFormat
-from kv_policies.layout.base import Ending, IntArray, runs
 from kv_policies.layout.latents import LatentLayout, latent_columns
+from kv_policies.layout.segments import Ending, IntArray, runs
 from kv_policies.layout.step import Step
 from kv_policies.plan import Tally
 from kv_policies.transfer import to_device

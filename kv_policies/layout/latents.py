@@ -29,7 +29,8 @@ from typing import NamedTuple
 import numpy as np
 
 from compress_common.errors import joined
-from kv_policies.layout.base import IntArray, Ints, Layout, positive
+from kv_policies.layout.base import Layout
+from kv_policies.layout.segments import IntArray, Ints, positive
 
 
 class LatentBlocks(NamedTuple):

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kv_policies.layout.base import Ending, IntArray, Layout, runs
+from kv_policies.layout.base import Layout
+from kv_policies.layout.segments import Ending, IntArray, runs
 
 T = TypeVar("T")
 

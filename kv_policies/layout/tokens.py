@@ -25,7 +25,8 @@ from functools import cached_property
 import numpy as np
 
 from compress_common.errors import joined
-from kv_policies.layout.base import IntArray, Ints, Layout, lesser, positive
+from kv_policies.layout.base import Layout
+from kv_policies.layout.segments import IntArray, Ints, lesser, positive
 
 # Keeps num * columns inside int64 for any realistic prompt.
 _MAX_DENOMINATOR = 10**9

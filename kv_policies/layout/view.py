@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kv_policies.layout.base import IntArray, Layout
+from kv_policies.layout.base import Layout
+from kv_policies.layout.segments import IntArray
 from kv_policies.layout.step import Step
 from kv_policies.transfer import to_device
 

@@ -144,7 +144,7 @@ def test_latents_take_no_more_than_they_state(
     assert reading is not None
     query = torch.randn(len(n), queries, HEADS.size).to(dtype)
     output = torch.empty_like(query)
-    reading.held.hidden, reading.held.positions  # noqa: B018  # made once for all layers
+    reading.contents.hidden, reading.contents.positions  # noqa: B018  # made once for all layers
     peak = peak_bytes(lambda: cache.attend(reading, pages, query, 1.0, output))
     assert 0 < peak <= stated
 

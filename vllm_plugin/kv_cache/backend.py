@@ -21,9 +21,10 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from kv_policies.compaction import Layer, Pages, compact
 from kv_policies.latents.cache import LatentCache
+from kv_policies.latents.columns import LatentColumns
 from kv_policies.latents.packing import Packer, Packings, fresh_blocks
-from kv_policies.latents.reading import LatentColumns, LatentView, Reading
-from kv_policies.layout.base import IntArray
+from kv_policies.latents.reading import LatentView, Reading
+from kv_policies.layout.segments import IntArray
 from kv_policies.layout.step import Step
 from kv_policies.layout.view import LiveColumns, LiveView
 from kv_policies.plan import Work

@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from kv_policies.compaction import Layer, Observations
-from kv_policies.layout.base import IntArray
+from kv_policies.layout.segments import IntArray
 from kv_policies.layout.step import Step
 from kv_policies.plan import Part
 from kv_policies.windows import JoinedPages, compact_windows

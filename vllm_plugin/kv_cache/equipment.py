@@ -12,9 +12,9 @@ from compress_common.errors import CompressError
 from kv_policies.base import KVPolicy, LatentPolicy, Policy
 from kv_policies.compaction import Layer, workspace
 from kv_policies.latents.bases import Bases
+from kv_policies.latents.columns import LatentColumns
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.packing import Packer
-from kv_policies.latents.reading import LatentColumns
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.view import LiveColumns
 from kv_policies.planner import Planner

@@ -119,12 +119,12 @@ class LatentSim(Sim[LatentLayout]):
         found: list[object] = []
         reading = LatentView(self.layout).update(step, table, view)
         if reading is not None:
-            held = reading.held
-            rows = (x[0].tolist() for x in (reading.blocks, held.first, held.count))
+            contents = reading.contents
+            rows = (x[0].tolist() for x in (reading.blocks, contents.first, contents.count))
             for block, first, count in zip(*rows, strict=True):
                 assert self.blocks[block][:count] == [("latent", first + i) for i in range(count)]
                 found += range(first, first + count)
-            assert held.longest == len(found)
+            assert contents.longest == len(found)
         bs = self.layout.block_size
         blocks = view[0, : -(-seen // bs)].tolist()
         raw = [token for block in blocks for token in self.blocks[block][:bs]][:seen]

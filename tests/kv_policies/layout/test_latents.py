@@ -100,10 +100,10 @@ def test_a_batch_is_what_its_requests_are_alone(
             if segments and q:
                 assert reading is not None
                 at = next(rows)
-                of_row = zip(reading.blocks[at].tolist(), reading.held.count[at], strict=True)
+                of_row = zip(reading.blocks[at].tolist(), reading.contents.count[at], strict=True)
                 columns = [at for segment in segments for at in range(*segment.destination)]
                 assert [b for b, tokens in of_row if tokens] == table[row, columns].tolist()
-                assert int(reading.held.count[at].sum()) == len(covered) * bs
+                assert int(reading.contents.count[at].sum()) == len(covered) * bs
             elif segments:
                 next(rows)
             cut |= not out and len(layout.substeps(n, c, q)) > 1

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_policies.compaction import workspace
+from kv_policies.latents.columns import LatentColumns
 from kv_policies.latents.packing import Packer
-from kv_policies.latents.reading import LatentColumns, LatentView
+from kv_policies.latents.reading import LatentView
 from kv_policies.layout.base import Layout
 from kv_policies.layout.view import LiveColumns, LiveView
 from kv_policies.planner import Planner

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_common.errors import CompressError
-from kv_policies.layout.base import Segment
+from kv_policies.layout.segments import Segment
 from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.layout.view import LiveView

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from kv_policies.latents.cache import LatentCache
+from kv_policies.latents.columns import Contents
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.low_rank import Factor
-from kv_policies.latents.reading import Held, Reading
+from kv_policies.latents.reading import Reading
 from kv_policies.latents.rope import Rope
 from tests.kv_policies.latents.test_rope import table
 from vllm_plugin.kv_cache import latent_cpu_build
@@ -82,7 +83,7 @@ def test_it_is_attention(
         seen=seen,
         raw=raw,
         blocks=blocks,
-        held=Held(first, count, tokens, 2 * tokens + form.unit),
+        contents=Contents(first, count, tokens, 2 * tokens + form.unit),
         whole=True,
     )
     factors = factor(ranks[0]), factor(ranks[1])
