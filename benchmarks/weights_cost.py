@@ -22,7 +22,8 @@ from quant_methods.calibration.precision import computed_in
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.writing import quantize_checkpoint
-from quant_methods.planning import TEXT_KIND, PlanRequest
+from quant_methods.planning import PlanRequest
+from quant_methods.texts import KIND as TEXT_KIND
 
 # Of AWQ and ours, which take turns: AWQ takes minutes on some processors.
 ROUNDS = 1

@@ -29,10 +29,12 @@ from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.sizes import bits_per_weight
 from quant_methods.grid import QuantizedWeight
 from quant_methods.identity import tensor_digest
-from quant_methods.planning import PlanRequest, load_model, obtain_plan, stored_tokens
+from quant_methods.loading import load_model
+from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.progress import Progress, silent
 from quant_methods.search_request import SearchRequest
 from quant_methods.searching import search
+from quant_methods.texts import stored_tokens
 from vllm_plugin.progress import bar
 
 _REVISION = 1  # raise it when the same weights would be judged differently than before

@@ -35,7 +35,7 @@ from quant_methods.search_request import TARGETS, SearchRequest
 from quant_methods.texts import known_tokens, stored_tokens
 
 KIND = "level-database"
-_REVISION = 1  # raised when the same request would give another database than before
+_REVISION = 2  # raised when the same request would give another database than before
 
 
 def search(

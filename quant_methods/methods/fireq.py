@@ -95,7 +95,7 @@ class FireQ:
     """
 
     name: ClassVar[str] = "fireq"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     settings_type: ClassVar[type[GridSettings]] = FireQSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
         calibrates=True,

@@ -108,7 +108,7 @@ class RSQ:
     """
 
     name: ClassVar[str] = "rsq"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     settings_type: ClassVar[type[GridSettings]] = RSQSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
         calibrates=True,

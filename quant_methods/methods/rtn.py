@@ -13,7 +13,7 @@ class RoundToNearest:
     """Group-wise min/max rounding without smoothing or calibration."""
 
     name: ClassVar[str] = "rtn"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     settings_type: ClassVar[type[GridSettings]] = GridSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
         calibrates=False,

@@ -59,10 +59,25 @@ class SmoothQuantPlusSettings(GridSettings):
             return self.folds
         return "norms" if self.rounding == "nearest" or self.alpha is not None else "none"
 
+    def identity(self) -> dict[str, Any]:
+        """See the base class. What is smoothed counts, not how that was said."""
+        content = super().identity() | {"folds": self.smoothed}
+        if self.smoothed == "none" or self.alpha is not None:
+            del content["search"]
+        return content
+
     @model_validator(mode="after")
-    def _alpha_has_a_use(self) -> Self:
+    def _settings_have_a_use(self) -> Self:
         if self.folds == "none" and self.alpha is not None:
             raise ValueError("`alpha` smooths, and folds=none does not; remove one of them")
+        if "search" in self.model_fields_set and self.search == "full":
+            if self.smoothed == "none":
+                raise ValueError(
+                    "`search` chooses how much is smoothed, and nothing is; give folds=norms, or "
+                    "remove it"
+                )
+            if self.alpha is not None:
+                raise ValueError("`search` chooses alpha, which is given; remove one of them")
         return self
 
     def rounder(self) -> Rounding:
@@ -91,7 +106,7 @@ class SmoothQuantPlus:
     """
 
     name: ClassVar[str] = "smoothquant_plus"
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     settings_type: ClassVar[type[GridSettings]] = SmoothQuantPlusSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
         calibrates=True,

@@ -28,6 +28,7 @@ class Rounding(Protocol):
         shrink: torch.Tensor | None = None,
         scale_dtype: torch.dtype = torch.bfloat16,
         reuse_gram: bool = False,
+        tokens: int | None = None,
     ) -> QuantizedWeight:
         """Return the rounded weight. Rows do not depend on each other.
 
@@ -40,6 +41,7 @@ class Rounding(Protocol):
                 rounding's own choice.
             scale_dtype: Scales are rounded to it.
             reuse_gram: Whether ``gram`` can be overwritten, which saves its memory once more.
+            tokens: How many inputs ``gram`` is the mean of; None: not known.
 
         Raises:
             CompressError: The weight or the inputs are degenerate.

@@ -168,6 +168,7 @@ def round_units(
                 shrink=torch.cat(given) if len(given) == len(sizes) else None,
                 scale_dtype=blocks.scale_dtype,
                 reuse_gram=reuse_grams,
+                tokens=blocks.tokens.numel(),
             )
         except CompressError as error:
             raise CompressError(f"{prefix}{unit.name} cannot be rounded: {error}") from error

@@ -34,13 +34,14 @@ class GPTQ:
         ranges: "search" shrinks the range of a group where that lowers its error, weighted by the
             energy of the inputs. "minmax": the whole range.
         damp: Added to the diagonal of the Gram matrix, as a share of its mean. More damping follows
-            the calibration text less closely. Where the matrix is not positive definite in fp32, it
-            is tried in fp64 with the same damping, then with ten times and a hundred times as much.
+            the calibration text less closely. None: see ``damping``. Where the matrix is not
+            positive definite in fp32, it is tried in fp64 with the same damping, then with ten
+            times and a hundred times as much.
     """
 
     order: Literal["energy", "stored"] = "energy"
     ranges: Literal["search", "minmax"] = "search"
-    damp: float = 0.01
+    damp: float | None = None
 
     name: ClassVar[str] = "gptq"
     needs_gram: ClassVar[bool] = True
@@ -54,6 +55,7 @@ class GPTQ:
         shrink: torch.Tensor | None = None,
         scale_dtype: torch.dtype = torch.bfloat16,
         reuse_gram: bool = False,
+        tokens: int | None = None,
     ) -> QuantizedWeight:
         """See ``Rounding``. A given ``shrink`` replaces the search of ranges."""
         assert gram is not None, "GPTQ needs the Gram matrix of the inputs"
@@ -61,7 +63,8 @@ class GPTQ:
         order = torch.arange(len(energy), device=gram.device)
         if self.order == "energy":
             order = energy.argsort(descending=True, stable=True)
-        inverse = inverse_factor(permuted(gram, order, reuse_gram), self.damp)
+        damp = damping(tokens) if self.damp is None else self.damp
+        inverse = inverse_factor(permuted(gram, order, reuse_gram), damp)
         rows = max(1, _ELEMENTS // weight.shape[1])
         parts = [
             self._rounded(part, grid, energy, order, inverse, given, scale_dtype)
@@ -154,6 +157,20 @@ def _compensated(
         if end < len(left):
             left[end:].addmm_(inverse[begin:end, end:].t(), errors, alpha=-1)
     return codes
+
+
+def damping(tokens: int | None) -> float:
+    """Return the damping that suits a number of calibration tokens: the fewer, the more.
+
+    Of 0.01, 0.05, 0.15 and 0.4, 0.15 lost least with 2,048 tokens (0.10 nats against 0.14 with the
+    0.01 that the paper's code has). With 8,192 tokens it made no difference.
+
+    Args:
+        tokens: See ``Rounding.round``.
+    """
+    if tokens is None:
+        return 0.01
+    return min(max(0.01, 0.15 * (2048 / tokens) ** 2), 0.3)
 
 
 def permuted(gram: torch.Tensor, order: torch.Tensor, reuse: bool) -> torch.Tensor:

@@ -25,6 +25,7 @@ class Nearest:
         shrink: torch.Tensor | None = None,
         scale_dtype: torch.dtype = torch.bfloat16,
         reuse_gram: bool = False,
+        tokens: int | None = None,
     ) -> QuantizedWeight:
         """See ``Rounding``. The Gram matrix does not matter."""
         return quantize(weight, grid, shrink=shrink, scale_dtype=scale_dtype)

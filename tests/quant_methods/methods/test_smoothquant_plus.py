@@ -109,6 +109,18 @@ def test_what_is_smoothed_by_default() -> None:
     assert smoothed(folds="all") == "all"
     with pytest.raises(CompressError, match="remove one of them"):
         build_method("smoothquant_plus", {"folds": "none", "alpha": 0.5})
+    for idle in ({"search": "full"}, {"search": "full", "alpha": 0.5}):
+        with pytest.raises(CompressError, match="`search` chooses"):
+            build_method("smoothquant_plus", idle)
+
+
+def test_settings_of_one_plan_have_one_identity() -> None:
+    def identity(**settings: object) -> dict[str, object]:
+        return build_method("smoothquant_plus", settings).settings.identity()
+
+    assert identity() == identity(folds="none") == identity(search="coarse")
+    assert identity(alpha=0.5) == identity(alpha=0.5, folds="norms")
+    assert identity() != identity(alpha=0.5) != identity(folds="norms")
 
 
 def test_nothing_is_observed_when_nothing_is_smoothed(tiny_model: Callable[..., Path]) -> None:

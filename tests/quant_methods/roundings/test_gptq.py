@@ -14,7 +14,7 @@ from quant_methods.grid import PER_CHANNEL, Grid, quantize, searched_shrink
 from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.roundings import gptq
 from quant_methods.roundings.base import output_error
-from quant_methods.roundings.gptq import GPTQ, inverse_factor
+from quant_methods.roundings.gptq import GPTQ, damping, inverse_factor
 
 
 def correlated(seed: int, k: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,3 +143,14 @@ def test_plan_with_codes_survives_its_cache(
         assert again.quantized(name, torch.empty(weight.q.shape), torch.bfloat16).grid == Grid(
             32, bits=3
         )
+
+
+def test_fewer_calibration_tokens_are_followed_less_closely() -> None:
+    damp = [damping(tokens) for tokens in (512, 1024, 2048, 4096, 8192, 1 << 18)]
+    assert damp == sorted(damp, reverse=True)
+    assert damping(2048) == 0.15 and damping(8192) == damping(None) == 0.01
+    weight, x = correlated(5)
+    gram = x.t() @ x / len(x)
+    few, many = (GPTQ().round(weight, Grid(32), gram, tokens=n).q for n in (2048, 8192))
+    assert not torch.equal(few, many)
+    assert torch.equal(few, GPTQ(damp=0.15).round(weight, Grid(32), gram).q)
