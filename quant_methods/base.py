@@ -205,7 +205,8 @@ class Capabilities:
         at_load: Whether an engine can run it while it loads a 16-bit checkpoint.
         formats: Checkpoint formats that hold its result.
         paper: Address of the paper, or "".
-        smooths: Whether it rescales weights. LoRA adapters of the original model then do not fit.
+        smooths: Whether some settings rescale or rotate weights. LoRA adapters of the original
+            model then do not fit.
     """
 
     calibrates: bool

@@ -236,8 +236,10 @@ def _apply_weights(
     problems += embedding_problems(config, quant_config.embedding_weights)
     if config.lora_config is not None and quant_config.capabilities.smooths:
         problems.append(
-            f"--enable-lora: {quant_config.method} scales the inputs of linears, and adapters "
-            "expect unscaled inputs; remove the flag, or serve with --quantization rtn"
+            f"--enable-lora: {quant_config.method} can change the inputs of linears (by folds, "
+            "alpha or a rotation), which adapters do not expect, and adapters were not tested with "
+            "settings that leave the inputs as they are; remove the flag, or serve the 16-bit "
+            "checkpoint with --quantization rtn"
         )
     if problems:
         raise joined(problems)
