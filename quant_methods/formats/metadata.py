@@ -84,8 +84,9 @@ def marker_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         "method": plan.method,
         "alpha": plan.report.get("alpha"),
         "source": checkpoint.weights_digest,
-        # Whether the values in the KV cache differ from the original model's.
+        # Whether keys or values in the KV cache differ from the original model's.
         "values_scaled": any(
-            side.endswith(f"{QKV[2]}.output") for side in (*plan.vectors, *plan.rotations)
+            side.endswith((f"{QKV[1]}.output", f"{QKV[2]}.output"))
+            for side in (*plan.vectors, *plan.rotations)
         ),
     }

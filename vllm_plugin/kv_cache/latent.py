@@ -27,6 +27,13 @@ logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
 # Those whose table depends on the position alone and does not scale keys.
 _ROTATIONS = (RotaryEmbedding, Llama3RotaryEmbedding)
 
+# How a method leaves keys and values as they are.
+_UNCHANGED = {
+    "smoothquant_plus": "without folds (the default), or with folds 'norms'",
+    "rsq": "with rotation 'none'",
+    "fireq": "with key_scale null",
+}
+
 
 class KernelRope(Rope):
     """``Rope`` with vLLM's own kernel, in place."""
@@ -56,6 +63,7 @@ def latent_problems(config: VllmConfig) -> list[str]:
     marker = dict(written).get(MARKER)
     weights = parse_settings(config.additional_config).weights
     folds = (weights.model_extra or {}).get("folds") if weights else None
+    method = str((marker or {}).get("method") or config.model_config.quantization)
     if written and marker is None:
         problems.append(
             "a checkpoint quantized by others: its values may be scaled, so that bases of the "
@@ -64,8 +72,8 @@ def latent_problems(config: VllmConfig) -> list[str]:
         )
     elif folds == "all" or (marker and marker.get("values_scaled", True)):
         problems.append(
-            "int4 weights with folds 'all' scale the values that cskv's bases were fitted to; "
-            "quantize with folds 'norms', or choose another policy"
+            f"{method} changes the keys or values that cskv's bases are fitted to; quantize "
+            f"{_UNCHANGED.get(method, 'by another method')}, or choose another policy"
         )
     return problems
 

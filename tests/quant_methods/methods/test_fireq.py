@@ -15,6 +15,8 @@ from compress_common.errors import CompressError
 from quant_methods.architecture import architecture_of
 from quant_methods.base import GridSettings
 from quant_methods.calibration.blocks import Blocks
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats.metadata import marker_of
 from quant_methods.formats.packing import from_compressed_tensors, to_compressed_tensors
 from quant_methods.formats.plan import Plan
 from quant_methods.fp8 import FP8, converted, served_activation, served_scale
@@ -168,8 +170,12 @@ def planned(model: torch.nn.Module, **given_settings: Any) -> Plan:
 
 
 def test_the_plan_is_that_of_the_grid(tiny_model: Callable[..., Path]) -> None:
-    model = load(tiny_model("qwen2"), torch.float32)
+    folder = tiny_model("qwen2")
+    model = load(folder, torch.float32)
     plan = planned(model, rounding="nearest")
+    assert marker_of(Checkpoint(folder), plan)["values_scaled"]  # keys are
+    others = planned(model, rounding="nearest", key_scale=None)
+    assert not marker_of(Checkpoint(folder), others)["values_scaled"]
     assert set(plan.grids.values()) == {GRID}
     assert len(plan.grids) == 14
     assert {name.rpartition(".")[2] for name in plan.vectors} == {"weight", "input", "output"}

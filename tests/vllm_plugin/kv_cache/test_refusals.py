@@ -26,6 +26,7 @@ from compress_common.errors import CompressError
 from quant_methods.formats.checkpoint_formats import MARKER
 from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
 from vllm_plugin.kv_cache.budget import bases_of
+from vllm_plugin.kv_cache.latent import latent_problems
 from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck, check
 from vllm_plugin.kv_cache.support import WORKER
 from vllm_plugin.settings import KVSettings
@@ -197,8 +198,24 @@ def test_latents_under_what_changes_values(demo_model: Path, bases: Path) -> Non
             tensor_parallel_size=3,
             enforce_eager=True,
         ).create_engine_config()
-    assert "folds 'norms'" in str(caught.value)
+    assert "quantize without folds (the default), or with folds 'norms'" in str(caught.value)
     assert "--tensor-parallel-size" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [("rsq", "with rotation 'none'"), ("fireq", "with key_scale null"), ("x", "by another method")],
+)
+def test_latents_name_the_setting_of_the_method_that_changed_values(
+    demo_model: Path, method: str, told: str
+) -> None:
+    config = EngineArgs(model=str(demo_model)).create_engine_config()
+    marker = {"method": method, "values_scaled": True}
+    config.model_config.hf_text_config.quantization_config = {MARKER: marker}
+    [problem] = latent_problems(config)
+    assert problem.startswith(f"{method} changes") and f"quantize {told}, or" in problem
+    marker["values_scaled"] = False
+    assert not latent_problems(config)
 
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
