@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from compress_common.errors import CompressError
 from compress_common.store import digest
+from quant_methods.architecture import EMBEDDINGS
 from quant_methods.finite import check_finite
 from quant_methods.identity import TensorDigests, hashed
 
@@ -149,6 +150,19 @@ class Checkpoint:
             if opened is None or opened[0] != file:
                 opened = (file, safe_open(file, framework="pt"))
             yield name, opened[1].get_tensor(name)
+
+    @cached_property
+    def own_head(self) -> bool:
+        """Whether lm_head.weight is there and differs from the embedding.
+
+        Such a head is served even where the config says tied. An equal one is a second copy of a
+        tied embedding, which tools for fine-tuning leave behind. Both tensors are read.
+        """
+        names = [f"{name}.weight" for name in EMBEDDINGS]
+        if not all(name in self.files for name in names):
+            return False
+        (_, embedding), (_, head) = self.tensors(names)
+        return embedding.dtype != head.dtype or not torch.equal(embedding, head)
 
     def verified_tensors(self) -> dict[str, torch.Tensor]:
         """Return every tensor, after a comparison with ``tensor_digests``.

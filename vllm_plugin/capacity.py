@@ -127,7 +127,7 @@ def weight_footprint(
             grids, embedding = chosen.grids(config), chosen.embedding_grid(config)
         elif quantization or written:
             return None
-    tied = bool(config.tie_word_embeddings)
+    tied = bool(config.tie_word_embeddings) and not checkpoint.own_head
     sizes = sizes_of(checkpoint, grids, tied, embedding)
     return Footprint(sizes.original, sizes.compressed(packing))
 

@@ -2,7 +2,7 @@
 """Bytes of a checkpoint's weights, at 16 bits and quantized, from the headers of its files.
 
 Every figure for the weights' ratio that an engine reports, in its log and its metrics, comes from
-here. No tensor is read.
+here. ``sizes_of`` reads no tensor.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from quant_methods.architecture import EMBEDDINGS, architecture_of, linear_shapes
+from quant_methods.architecture import EMBEDDINGS, HEAD, architecture_of, linear_shapes
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import EMBEDDING_GROUP
 from quant_methods.grid import Grid
@@ -84,6 +84,8 @@ def sizes_of(
         grids = grids | dict.fromkeys(EMBEDDINGS, embedding)
     written = checkpoint.config.get("quantization_config") or {}
     for name, (shape, size) in checkpoint.shapes().items():
+        if tied and name == f"{HEAD}.weight":
+            continue
         module, _, kind = name.rpartition(".")
         grid = grids.get(module) if kind == "weight" else None
         elements, bits = prod(shape), 0
@@ -104,7 +106,7 @@ def sizes_of(
             rows += elements if module in EMBEDDINGS else 0
         elif kind in _ZEROS:
             zero_bits += elements * _WORD_BITS
-        elif kind != "weight_shape" and not (tied and name == "lm_head.weight"):
+        elif kind != "weight_shape":
             rest += elements
         if bits:
             weights += elements

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from compress_common.errors import CompressError
 from compress_common.space import Need, check_space
-from quant_methods.architecture import architecture_of
+from quant_methods.architecture import HEAD, architecture_of
 from quant_methods.calibration.precision import check_device
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import FORMATS, Format
@@ -183,12 +183,24 @@ def _serving_dtype(config: dict[str, Any]) -> torch.dtype:
     return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
 
 
-def _shards(checkpoint: Checkpoint) -> Iterator[list[str]]:
-    """Cut the tensor names, in checkpoint order, into runs of about two gigabytes."""
+def _written(checkpoint: Checkpoint, plan: Plan) -> list[str]:
+    """Name the tensors to write, in checkpoint order.
+
+    The second copy of a tied embedding is left out if it would be quantized: vLLM ties such a pair
+    again only at 16 bits, and would hold both.
+    """
+    key = "tie_word_embeddings"
+    tied = plan.config.get(key, getattr(checkpoint.hf_config, key, False))
+    once = plan.embedding is not None and tied and not checkpoint.own_head
+    return [name for name in checkpoint.files if not (once and name == f"{HEAD}.weight")]
+
+
+def _shards(checkpoint: Checkpoint, names: list[str]) -> Iterator[list[str]]:
+    """Cut tensor names into runs of about two gigabytes."""
     sizes = checkpoint.shapes()
     shard: list[str] = []
     size = 0
-    for name in checkpoint.files:
+    for name in names:
         if size and size + sizes[name][1] > _SHARD_BYTES:
             yield shard
             shard, size = [], 0
@@ -207,7 +219,7 @@ def _write_shards(
     progress: Progress,
 ) -> dict[str, str]:
     """Write every shard that is not there yet. Returns ``{tensor: file}``."""
-    shards = list(_shards(checkpoint))
+    shards = list(_shards(checkpoint, _written(checkpoint, plan)))
     mode = stat.S_IMODE((folder / "state.json").stat().st_mode)  # as the umask has it
     index: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):

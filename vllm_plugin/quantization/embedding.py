@@ -2,17 +2,21 @@
 """Quantized token embeddings and lm_heads on CPU, tied or not: one copy serves both."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import embedding, pad
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_embedding import (  # noqa: E501
     CompressedTensorsEmbeddingWNA16Int,
 )
 from vllm.platforms import current_platform
 
+from compress_common.errors import CompressError
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.local import local_folder
 from vllm_plugin.quantization.cpu_int4_ops import cpu_int4_linear, crossover, int4pack_layout
 from vllm_plugin.quantization.cpu_int4_packing import pack_int4
 
@@ -129,7 +133,37 @@ def embedding_problems(config: VllmConfig, weights: Any) -> list[str]:
     if weights is None:
         return []
     hint = "or quantize without them (embeddings=none)"
-    return [f"quantized embeddings: {found}, {hint}" for found in _problems(config, weights)]
+    problems = [f"quantized embeddings: {found}, {hint}" for found in _problems(config, weights)]
+    model = config.model_config
+    if model.word_embeddings_untied_by_checkpoint:
+        folder = local_folder(model.model, model.revision, config.load_config.download_dir)
+        if folder is not None:  # else the loader asks
+            with suppress(CompressError):  # no checkpoint, which the loader refuses
+                if problem := second_copy_problem(model, Checkpoint(folder)):
+                    problems.append(problem)
+    return problems
+
+
+def second_copy_problem(model: ModelConfig, checkpoint: Checkpoint) -> str | None:
+    """Say why the embeddings of a tied model with an equal lm_head.weight cannot be quantized.
+
+    vLLM unties the two and ties them again only at 16 bits, so int8 would save nothing.
+
+    Args:
+        model: vLLM's own config.
+        checkpoint: what the engine loads.
+
+    Returns:
+        The problem; None: there is none.
+    """
+    if not model.word_embeddings_untied_by_checkpoint or checkpoint.own_head:
+        return None
+    return (
+        "quantized embeddings: lm_head.weight of the checkpoint equals the embedding that it is "
+        "tied to, and vLLM would hold both copies; write a checkpoint with one copy by "
+        "`vllm-compress quantize` with the same settings and serve that, or remove lm_head.weight "
+        "from the checkpoint, or quantize without them (embeddings=none)"
+    )
 
 
 def _problems(config: VllmConfig, weights: Any) -> Iterator[str]:

@@ -25,6 +25,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from compress_common.errors import CompressError
 from quant_methods.calibration.precision import slow_in_16_bit
 from quant_methods.checkpoint import hugging_face_files
 from quant_methods.formats.packing import to_compressed_tensors
@@ -33,6 +34,7 @@ from quant_methods.grid import QuantizedWeight
 from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.progress import Progress
 from vllm_plugin.progress import bar
+from vllm_plugin.quantization.embedding import second_copy_problem
 from vllm_plugin.quantization.reload import Source, guard_weights, present_kept, refuse_reload
 from vllm_plugin.quantization.source import source_of
 from vllm_plugin.settings import WeightSettings, parse_settings
@@ -119,6 +121,10 @@ class QuantizingLoader(DefaultModelLoader):
         request, quant_config = plan_request(vllm_config), vllm_config.quant_config
         with present_kept(quant_config, model_config):
             checkpoint = source_of(model_config, self._prepare_weights)
+            # The config edge has asked already, unless the model was not downloaded yet.
+            problem = second_copy_problem(model_config, checkpoint)
+            if problem is not None and quant_config.embedding_weights is not None:
+                raise CompressError(problem)
             if request.calibrates:
                 refuse_reload(checkpoint, quant_config.source)
             started = time.perf_counter()

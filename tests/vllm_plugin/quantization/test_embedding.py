@@ -2,6 +2,7 @@
 """Quantized token embeddings and lm_heads: rows, products, shards, engines and refusals."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,20 +223,35 @@ def test_bytes_are_those_of_the_files(
         assert less.original == plain.original and less.compressed < 0.6 * plain.compressed
 
 
-def test_a_head_of_its_own_stays_untied(
-    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_tied_config_beside_a_head(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sign: int
 ) -> None:
-    """The config says tied, and the checkpoint has a head: vLLM serves that head."""
+    """A head that differs is served. An equal one is written once, and refused at load."""
     monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
     source, model = tiny_model("llama"), tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text((source / "config.json").read_text())
+    shutil.copytree(source, model)
     tensors = dict(Checkpoint(source).tensors())
-    head = -tensors["model.embed_tokens.weight"]
+    head = sign * tensors["model.embed_tokens.weight"]
     save_file(tensors | {"lm_head.weight": head}, model / "model.safetensors")
+    own = sign < 0
     folder, _ = written(model, tmp_path / "out", "int8")
-    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
-    assert "lm_head.weight_packed" in Checkpoint(folder).files
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is not own
+    heads = {name for name in Checkpoint(folder).files if name.startswith("lm_head.")}
+    assert bool(heads) == own
+
+    settings = WeightSettings(group_size=32, embeddings="int8")
+    planned, once = (weight_footprint(each, "rtn", settings) for each in (model, source))
+    assert planned == weight_footprint(folder, None)
+    assert (planned == once) is not own
+
+    section = {"compress": {"weights": settings.model_dump(exclude_unset=True)}}
+    args: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 256}
+    assert all(check.ok for check in model_checks(EngineArgs(str(folder), **args)))
+    args |= {"quantization": "rtn", "additional_config": section}
+    check = model_checks(EngineArgs(str(model), **args))[0]
+    assert check.ok == own
+    assert own or "`vllm-compress quantize` with the same settings" in check.found
 
 
 def test_the_plan_does_not_depend_on_embeddings(tiny_model: Callable[..., Path]) -> None:
