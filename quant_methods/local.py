@@ -14,6 +14,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from compress_common.errors import CompressError
 
+# What ``transformers`` raises for a config.json that does not suit its model type.
+_UNREADABLE = (AttributeError, KeyError, OSError, TypeError, ValueError, StrictDataclassError)
+
 
 def local_folder(
     model: str, revision: str | None = None, download_dir: str | None = None
@@ -35,7 +38,7 @@ def text_config(folder: Path) -> Any:
     """Return the text model's config; CompressError when ``transformers`` cannot read it."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise CompressError(f"transformers cannot read {folder}: {reason}") from error
 
