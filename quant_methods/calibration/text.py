@@ -24,7 +24,7 @@ class CalibrationSettings(BaseModel):
         description="'self' (the model samples its own text: no data set, nothing leaks from an "
         "evaluation) or the path of a .txt or .jsonl file ('text' or 'messages' per line)",
     )
-    samples: int = Field(64, ge=1, le=4096, description="sequences; more: slower, steadier")
+    samples: int = Field(32, ge=1, le=4096, description="sequences; more: slower, steadier")
     length: int = Field(32, ge=16, le=32768, description="tokens per sequence")
     seed: int = Field(0, ge=0, description="seed of the self-sampled text")
 
