@@ -4,6 +4,7 @@
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,18 +31,22 @@ class Need:
 def check_space(needs: Iterable[Need]) -> None:
     """Raise CompressError when a file system has less free space than is needed on it.
 
+    Nothing is refused where the free space cannot be known: the folder cannot be looked at, or the
+    file system says that it has no size.
+
     Args:
         needs: Those on one file system are added up.
     """
     disks: dict[int, list[Need]] = {}
     for need in needs:
         if need.size > 0:
-            disks.setdefault(os.stat(_existing(need.folder)).st_dev, []).append(need)
+            with suppress(OSError):
+                disks.setdefault(os.stat(existing(need.folder)).st_dev, []).append(need)
     problems = []
     for here in disks.values():
-        free = shutil.disk_usage(_existing(here[0].folder)).free
+        free = _free(here[0].folder)
         total = sum(need.size for need in here)
-        if total > free:
+        if free is not None and total > free:
             parts = " and ".join(
                 f"{_shown(need.size)} for {need.what} in {need.folder} ({need.change})"
                 for need in here
@@ -55,12 +60,29 @@ def check_space(needs: Iterable[Need]) -> None:
         raise joined(problems)
 
 
-def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
+def existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists.
+
+    Raises:
+        OSError: This cannot be told, because a folder above it cannot be entered.
+    """
     folder = folder.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    while folder != folder.parent:
+        try:
+            os.stat(folder)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            folder = folder.parent
     return folder
+
+
+def _free(folder: Path) -> int | None:
+    """Return the free bytes where a folder is or would be. None: they are not known."""
+    try:
+        usage = shutil.disk_usage(existing(folder))
+    except OSError:
+        return None
+    return usage.free if usage.total else None  # some FUSE file systems report zeros only
 
 
 def _shown(size: float) -> str:

@@ -60,6 +60,17 @@ class Store:
                 return entry.folder
         return None
 
+    def place(self, kind: str) -> Path:
+        """Return the folder below which ``make`` would build an entry. Writes nothing.
+
+        Args:
+            kind: As in ``find``.
+        """
+        for root in (self.root, temp_dir()):
+            if Entry(root, kind, "").writable():
+                return root
+        return temp_dir().parent  # a folder of this process is created there
+
     def make(self, kind: str, key: str, build: Callable[[Path], None]) -> Path:
         """Return the folder of the entry, building it first when it is absent or damaged.
 

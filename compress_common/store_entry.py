@@ -15,6 +15,8 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Final
 
+from compress_common.space import existing
+
 MANIFEST: Final = "manifest.json"
 SCHEMA: Final = "vllm-compress/store"
 VERSION: Final = 1
@@ -62,6 +64,16 @@ class Entry:
         except (OSError, ValueError) as error:
             return str(error)
         return None
+
+    def writable(self) -> bool:
+        """Whether ``locked`` would go through, as far as this can be told without writing."""
+        above = self.root, self.root / self.kind
+        try:
+            if any(os.path.lexists(folder) and refusal(folder) for folder in above):
+                return False
+            return os.access(existing(above[-1]), os.W_OK | os.X_OK)  # also a read-only mount
+        except OSError:
+            return False
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ from quant_methods.formats.packed import packed_bytes
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import SCHEMA_VERSION, load_plan, save_plan
 from quant_methods.loading import calibration_blocks, check_decoder, load_model
+from quant_methods.memory import check_memory
 from quant_methods.progress import Progress, silent
 from quant_methods.registry import build_method
 from quant_methods.roundings.blockwise import round_blocks
@@ -61,6 +62,12 @@ class PlanRequest(BaseModel):
         settings = self.build().settings
         if settings.allocation is not None:  # or the weights would be hashed for nothing
             settings.check_model(checkpoint.weights_digest)
+
+    def check_memory(self, checkpoint: Checkpoint, device: str | torch.device) -> None:
+        """Raise CompressError when this machine has too little memory to make the plan."""
+        calibrates = self.calibrates
+        states = self.calibration.samples * self.calibration.length if calibrates else 0
+        check_memory(checkpoint, device, calibrates=calibrates, states=states)
 
     def key(self, checkpoint: Checkpoint) -> str:
         """Return the key of the plan that is calibrated in the model's own type: see ``keys``."""
@@ -127,7 +134,8 @@ def obtain_plan(
     made: list[Plan] = []
 
     def build(folder: Path) -> None:
-        check_space([plan_need(checkpoint, request, stages)])
+        request.check_memory(checkpoint, device)
+        check_space([plan_need(checkpoint, request, stages, folder)])
         plan = _calibrate(checkpoint, request, stages, device, dtype, progress)
         plan.sources = checkpoint.tensor_digests
         save_plan(plan, folder / _FILE)
@@ -152,24 +160,36 @@ def obtain_plan(
     return plan, not made
 
 
-def plan_need(checkpoint: Checkpoint, request: PlanRequest, stages: Stages | None = None) -> Need:
+def plan_need(
+    checkpoint: Checkpoint,
+    request: PlanRequest,
+    stages: Stages | None = None,
+    folder: Path | None = None,
+) -> Need:
     """Return the space that a calibration takes in the cache: its stages, and the plan of them.
 
     Args:
         checkpoint: What is quantized.
         request: How.
         stages: Where blocks that are finished already are; None: none is.
+        folder: Where the plan is built; None: where the store would build it.
     """
     settings, config = request.build().settings, checkpoint.hf_config
-    rounding, size = settings.rounder(), 0.0
+    rounding, size, left = settings.rounder(), 0.0, 1.0
+    store = Store()
+    folder = folder or store.place(KIND)
+    if store.root in (folder, *folder.parents):
+        folder = store.root
+    else:  # stages are kept in the root only
+        left = 0.0
     if rounding.needs_gram:
         shapes, grids = linear_shapes(config), settings.grids(config)
         size = sum(packed_bytes(grid, *shapes[n.split(".", 3)[3]]) for n, grid in grids.items())
         if stages is not None:
             layers = range(config.num_hidden_layers)
             done = sum(stages.has(f"{rounding.name} {index}") for index in layers)
-            size -= size * done / len(layers) / 2
-    return Need(Store().root, 2 * size, "the rounded weights", "VLLM_COMPRESS_CACHE")
+            left *= 1 - done / len(layers)
+    return Need(folder, size + size * left, "the rounded weights", "VLLM_COMPRESS_CACHE")
 
 
 def plan_need_left(

@@ -2,6 +2,7 @@
 """Finished parts of a calibration, kept so that an interrupted run goes on where it stopped."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +49,8 @@ class Stages:
         """Return whether a stage is there already. Its content is not checked."""
         if self.key is None:
             return False
-        return (self.store.root / self.kind / digest(self.key, name)).is_dir()
+        # Not Path.is_dir, which raises below a folder that this user cannot enter.
+        return os.path.isdir(self.store.root / self.kind / digest(self.key, name))
 
     def tensors(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
         """Return what ``compute`` returns, from an earlier run if that got so far.

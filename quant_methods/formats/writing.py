@@ -26,7 +26,7 @@ from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import plan_digest
 from quant_methods.formats.sizes import sizes_of
 from quant_methods.grid import QuantizedWeight
-from quant_methods.memory import PROGRAM, check_memory, working_memory
+from quant_methods.memory import PROGRAM, working_memory
 from quant_methods.planning import PlanRequest, obtain_plan, plan_need, plan_need_left
 from quant_methods.progress import Progress, silent
 
@@ -113,14 +113,12 @@ def quantize_checkpoint(
     settings, config = request.build().settings, checkpoint.hf_config
     # Refuses what the format cannot hold before the work, not after it.
     chosen.config(settings.grids(config), config, {}, settings.embedding_grid(config))
-    if target.exists():
-        raise CompressError(f"{target} exists; give another folder or remove it")
     partial = target.parent / f".{target.name}.partial"
-    calibrates = request.calibrates
-    states = request.calibration.samples * request.calibration.length if calibrates else 0
-    check_memory(checkpoint, device, calibrates=calibrates, states=states)
-    _check_space(partial, checkpoint, request, device)
     try:
+        if target.exists():
+            raise CompressError(f"{target} exists; give another folder or remove it")
+        request.check_memory(checkpoint, device)
+        _check_space(partial, checkpoint, request, device)
         partial.mkdir(parents=True, exist_ok=True)
         with FileLock(partial / ".lock", timeout=0), _kept_if_useful(partial):
             plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)

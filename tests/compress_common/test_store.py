@@ -17,6 +17,7 @@ import pytest
 
 from compress_common.cache import cache_dir, temp_dir
 from compress_common.errors import CompressError
+from compress_common.space import Need, check_space
 from compress_common.store import Store, digest
 from compress_common.store_entry import Entry
 
@@ -91,8 +92,10 @@ def give_to_nobody(root: Path) -> None:
 
 def test_make_then_find(store: Store) -> None:
     assert store.find("plan", KEY) is None
+    assert store.place("plan") == store.root and not store.root.exists()
     made = store.make("plan", KEY, build)
     assert made == store.root / "plan" / KEY == store.find("plan", KEY)
+    assert store.place("plan") == store.root
     assert (made / "sub" / "b").read_bytes() == b"world"
     assert store.make("plan", KEY, never) == made
     assert store.find("plan", OTHER) is None and store.find("kernel", KEY) is None
@@ -292,6 +295,7 @@ def test_a_cache_that_cannot_be_written_is_left_for_a_private_folder(
     root.mkdir(mode=0o555)
 
     def check() -> None:
+        assert Store(root).place("plan") == temp_dir()
         made = Store(root).make("plan", KEY, build)
         assert made == temp_dir() / "plan" / KEY and made.is_relative_to(reachable / "temporary")
         assert stat.S_IMODE(temp_dir().stat().st_mode) == 0o700
@@ -301,6 +305,20 @@ def test_a_cache_that_cannot_be_written_is_left_for_a_private_folder(
         assert Store(root).make("plan", KEY, never) == made == Store(root).find("plan", KEY)
 
     unprivileged(check)
+
+
+def test_a_cache_below_a_folder_that_cannot_be_entered(reachable: Path) -> None:
+    private = reachable / "private"
+    private.mkdir(mode=0o000)  # as /root is for the user of a container that has HOME=/root
+
+    def check() -> None:
+        store = Store(private / "not" / "there")
+        assert store.place("plan") == temp_dir()
+        check_space([Need(store.root, 1e18, "the plan", "VLLM_COMPRESS_CACHE")])  # not known
+        assert store.make("plan", KEY, build) == temp_dir() / "plan" / KEY
+
+    unprivileged(check)
+    private.chmod(0o700)
 
 
 @pytest.mark.parametrize("unsafe", ["world-writable", pytest.param("foreign", marks=is_root)])
@@ -313,6 +331,7 @@ def test_an_unsafe_root_is_refused(
     else:
         store.root.chmod(0o777)
     assert store.find("plan", KEY) is None
+    assert store.place("plan") == temp_dir()
     made = store.make("plan", KEY, build)
     assert made.is_relative_to(temp_dir())
     reason = "belongs to uid" if unsafe == "foreign" else "can be written by everyone"
@@ -324,6 +343,7 @@ def test_a_taken_name_in_the_temporary_folder_is_not_used(store: Store, temporar
     store.root.chmod(0o777)
     (temporary / "target").mkdir(mode=0o700)
     temp_dir().symlink_to(temporary / "target")
+    assert store.place("plan") == temporary
     made = store.make("plan", KEY, build)
     assert (made / "a").read_bytes() == b"hello"
     assert not made.is_relative_to(temp_dir()) and not any((temporary / "target").iterdir())

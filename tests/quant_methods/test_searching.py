@@ -155,7 +155,9 @@ def test_a_full_disk_is_one_error_and_loses_nothing(
     own = request.model_copy(update={"calibration": CalibrationSettings(samples=4, length=32)})
     told = r"not enough disk space: .* for the database of 3 levels in .*VLLM_COMPRESS_CACHE.*fewer"
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+        patch.setattr(
+            "shutil.disk_usage", lambda _: type("Usage", (), {"total": 9000, "free": 1000})
+        )
         patch.setattr(searching, "load_model", lambda *args: pytest.fail("loaded"))
         for asked in (request, own):
             with pytest.raises(CompressError, match=told):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An interrupted calibration goes on where it stopped, and ends with the same plan."""
 
+import os
 from collections.abc import Callable
 from errno import ENOSPC
 from pathlib import Path
@@ -99,3 +100,20 @@ def test_stages_of_other_work_are_not_used(tmp_path: Path, monkeypatch: pytest.M
     assert Stages(digest("one")).number("loss", lambda: 0.2) == 0.1
     assert Stages(digest("two")).number("loss", lambda: 0.2) == 0.2
     assert Stages().number("loss", lambda: 0.3) == 0.3
+
+
+def test_a_stage_that_cannot_be_looked_at_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path))
+    stages = Stages(digest("one"))
+    stages.number("loss", lambda: 0.1)
+    assert stages.has("loss") and not stages.has("other")
+
+    def denied(path: Path, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", denied)
+        found = stages.has("loss")
+    assert not found

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -249,7 +250,7 @@ def test_no_room_is_told_before_the_work(
     request = request_for(rounding="gptq", alpha=0.5)
 
     def with_free(free: int) -> None:
-        usage = type("Usage", (), {"free": free})
+        usage = type("Usage", (), {"total": free + 1, "free": free})
         monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
 
     with monkeypatch.context() as patch:
@@ -272,6 +273,40 @@ def test_no_room_is_told_before_the_work(
     monkeypatch.setattr(planning, "load_model", lambda *args: pytest.fail("loaded"))
     with pytest.raises(CompressError, match="for the rounded weights"):
         quantize_checkpoint(source, calibrated, request)
+    monkeypatch.setattr(memory, "total_memory", lambda: 1 << 20)
+    with pytest.raises(CompressError, match="not enough memory"):
+        obtain_plan(Checkpoint(source), request)  # as a server does
+
+
+def test_room_is_asked_for_where_the_plan_is_built(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that cannot be written is not asked: the store builds in a temporary folder."""
+    cache, temporary = tmp_path / "cache", tmp_path / "temporary"
+    for folder in (cache, temporary):
+        folder.mkdir()
+    cache.chmod(0o777)  # refused, also when root runs this
+    monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(cache))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(planning, "load_model", lambda *args: pytest.fail("loaded"))
+    source, request = tiny_model("qwen2"), request_for(rounding="gptq", alpha=0.5)
+    full: list[Path] = []
+
+    def usage(folder: Path) -> object:
+        free = 0 if any(folder.is_relative_to(path) for path in full) else 1 << 40
+        return type("Usage", (), {"total": 1 << 40, "free": free})
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    full[:] = [cache]
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        obtain_plan(Checkpoint(source), request)
+    full[:] = [temporary]
+    told = f"for the rounded weights in {temporary}"
+    with pytest.raises(CompressError, match=told):
+        obtain_plan(Checkpoint(source), request)
+    full[:] = [temporary, tmp_path]  # what the output and the plan are added up for
+    with pytest.raises(CompressError, match=told):
+        quantize_checkpoint(source, tmp_path / "out", request)
 
 
 def test_missing_model() -> None:
