@@ -96,8 +96,10 @@ def autoround(method: str, model: Any, tokenizer: Any, windows: list[list[int]],
         **AUTOROUND[method],
     )
     recipe.quantize_and_save(out, format="llm_compressor")
-    if not Path(out, "config.json").is_file():
-        raise FileNotFoundError(f"AutoRound wrote no config.json into {out}")
+    [written] = Path(out).glob("*/config.json")  # in a folder that it names itself
+    for file in written.parent.iterdir():
+        file.rename(Path(out, file.name))
+    written.parent.rmdir()
 
 
 if __name__ == "__main__":
