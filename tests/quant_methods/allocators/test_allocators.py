@@ -268,7 +268,8 @@ def test_levels_and_probe_of_a_model(
     """Losses fall with bits, a probe agrees with the whole model, and a database resumes."""
     monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path))
     model = load(tiny_model("qwen2"), torch.float32)
-    given, arch = SmoothQuantPlusSettings(group_size=32, alpha=0.5), architecture_of(model.config)
+    given = SmoothQuantPlusSettings(group_size=32, alpha=0.5, rounding="nearest")
+    arch = architecture_of(model.config)
     blocks = Blocks(model, arch, TOKENS, stages=Stages("0" * 64), chunk_tokens=32)
     plan = SmoothQuantPlus(given).plan(blocks)
     assert plan.shrinks  # of 4 bits, so no level may use them
