@@ -107,6 +107,14 @@ class QuantizedWeight:
         parts = zip(self.q.split(rows), self.scale.split(rows), self.zero.split(rows), strict=True)
         return [QuantizedWeight(q, scale, zero, self.grid) for q, scale, zero in parts]
 
+    @classmethod
+    def joined(cls, parts: Sequence["QuantizedWeight"]) -> "QuantizedWeight":
+        """Put parts of one grid below each other, along N."""
+        if len(parts) == 1:
+            return parts[0]
+        q, scale, zero = zip(*((part.q, part.scale, part.zero) for part in parts), strict=True)
+        return cls(torch.cat(q), torch.cat(scale), torch.cat(zero), parts[0].grid)
+
     def dequantize(self) -> torch.Tensor:
         """Return the weight that the codes stand for, fp32 [N, K]."""
         n, k = self.q.shape

@@ -134,13 +134,12 @@ class Plan:
         self, name: str, weight: torch.Tensor, grid: Grid, scale_dtype: torch.dtype
     ) -> QuantizedWeight:
         """As ``quantized``, a few rows at a time: an embedding can be a tenth of a model."""
-        parts = []
-        for rows in weight.split(max(1, _EMBEDDING_WEIGHTS // weight.shape[1])):
-            parts.append(quantize(self.smoothed(name, rows), grid, scale_dtype=scale_dtype))
-        codes, scale, zero = (
-            torch.cat([getattr(part, each) for part in parts]) for each in ("q", "scale", "zero")
+        return QuantizedWeight.joined(
+            [
+                quantize(self.smoothed(name, rows), grid, scale_dtype=scale_dtype)
+                for rows in weight.split(max(1, _EMBEDDING_WEIGHTS // weight.shape[1]))
+            ]
         )
-        return QuantizedWeight(codes, scale, zero, grid)
 
     def transform(
         self,

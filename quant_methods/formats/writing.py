@@ -65,8 +65,8 @@ def estimate(
     request.check_model(checkpoint)
     config = checkpoint.hf_config
     architecture_of(config)
-    grids = request.build().settings.grids(config)
-    embedding = request.build().settings.embedding_grid(config)
+    settings = request.build().settings
+    grids, embedding = settings.grids(config), settings.embedding_grid(config)
     total = checkpoint.weight_bytes
     compressed = sizes_of(checkpoint, grids, tied=False, embedding=embedding)
     own, mapped = working_memory(checkpoint, device, calibrates=request.calibrates)

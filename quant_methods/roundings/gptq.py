@@ -74,10 +74,7 @@ class GPTQ:
                 strict=False,
             )
         ]
-        if len(parts) == 1:
-            return parts[0]
-        q, scale, zero = zip(*((part.q, part.scale, part.zero) for part in parts), strict=True)
-        return QuantizedWeight(torch.cat(q), torch.cat(scale), torch.cat(zero), grid)
+        return QuantizedWeight.joined(parts)
 
     def _rounded(
         self,
