@@ -31,6 +31,7 @@ cost     Extra keys named after a policy are the same figure for it.
                                  chunks; mean over the chunks, also the last; CPU time, no engine
   plan_ms_mixed_step_long        the same at 16 times max_model_len (65,536 in place of 4,096)
                                  Extra: both for cskv, and plan_ms_decode_step for both
+  plan_long_ratio                the second over the first, in turns. Extra: the same for cskv
 
 Limits. Steps count the same on every machine; what a step costs does not: a larger batch makes a
 step longer, so the time saved is less than the steps saved. Prompts are random tokens: which of
@@ -53,6 +54,7 @@ COST = (
     "levels4_throughput_ratio",
     "plan_ms_mixed_step",
     "plan_ms_mixed_step_long",
+    "plan_long_ratio",
 )
 PARTS = {
     "pool": Part(

@@ -34,17 +34,28 @@ LATENTS = [LatentLayout(BLOCK, 96 + 32 * at, 32, 32, 128, 32) for at in range(GR
 
 
 def plan(options: Options, result: Result) -> None:
-    """Fill plan_ms_*: milliseconds of a step, all groups together."""
+    """Fill plan_*: milliseconds of a step, all groups together; the cases take turns."""
     rounds = 1 if options.smoke else max(5, options.rounds)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one step is too little work to share
-    for suffix, length in (("", LENGTH), ("_long", LONGER * LENGTH)):
-        for name, groups in (("", LEVELS), ("_cskv", LATENTS)):
-            kinds = {"mixed": True, "decode": False} if not suffix else {"mixed": True}
-            for kind, mixed in kinds.items():
-                key = f"plan_ms_{kind}_step{suffix}{name}"
-                times = [_mean_ms(groups, length, mixed, options.seed) for _ in range(rounds)]
-                result.median(key, times)
+    cases = {
+        f"plan_ms_{kind}_step{suffix}{name}": (groups, length, kind == "mixed")
+        for suffix, length, kinds in (
+            ("", LENGTH, ("mixed", "decode")),
+            ("_long", LONGER * LENGTH, ("mixed",)),
+        )
+        for name, groups in (("", LEVELS), ("_cskv", LATENTS))
+        for kind in kinds
+    }
+    turns = [
+        {key: _mean_ms(*case, options.seed) for key, case in cases.items()} for _ in range(rounds)
+    ]
+    for key in cases:
+        result.median(key, [turn[key] for turn in turns])
+    for name in ("", "_cskv"):
+        key = f"plan_ms_mixed_step{{}}{name}"
+        ratios = [turn[key.format("_long")] / turn[key.format("")] for turn in turns]
+        result.median(f"plan_long_ratio{name}", ratios)
     torch.set_num_threads(threads)
 
 

@@ -20,6 +20,7 @@ CAPACITY = {
     "decode_window_steps_ratio",
     "plan_ms_mixed_step",
     "plan_ms_mixed_step_long",
+    "plan_long_ratio",
 } | {
     f"{policy}_{key}"
     for policy in POLICIES
