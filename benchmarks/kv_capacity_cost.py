@@ -19,6 +19,7 @@ from benchmarks.kv_engine import (
     profile,
     reported,
 )
+from quant_methods.calibration.precision import slow_in_16_bit
 
 KEEP = 0.25
 PREFILL = 2000
@@ -48,17 +49,20 @@ class _Turns:
         """Once per name. ``arguments`` is called here: a policy may lack what it needs."""
         if name in self._engines or name in self._failed:
             return
+        wide = slow_in_16_bit()  # products would take ten times as long and hide all else
         common = {
+            "dtype": "float32" if wide else "bfloat16",
             "block_size": BLOCK,
             "max_model_len": 2048,
-            "kv_cache_memory_bytes": 1 << 28,
+            "kv_cache_memory_bytes": 1 << 29 if wide else 1 << 28,
             "skip_tokenizer_init": True,
             "preloaded": self.options.smoke,
         }
         with reported(self._failed, name):
             engine = KVEngine(self.model, **(common | arguments()))
             self._engines[name] = self._stack.enter_context(engine)
-            self.result.details.setdefault("cost_engines", {})[name] = engine.started
+            started = engine.started | {"dtype": common["dtype"]}
+            self.result.details.setdefault("cost_engines", {})[name] = started
 
     def samples(
         self, names: Sequence[str], method: str, title: str, **request: Any
