@@ -17,8 +17,8 @@ pool     16 prompts of 440 to 500 tokens at once, 64 new tokens each, up to 32 r
   Extra: full_preemptions.
 windows  16 prompts of 100 to 160 tokens, 512 new tokens each, a pool for 4; snap_kv at keep 0.25.
   decode_window_steps_ratio      steps with decode_window 128 over steps with decode_window 0
-cost     In float32 on x86 without AVX-512, else in bfloat16. Extra keys named after a policy are the
-         same figure for it.
+cost     In float32 on x86 without AVX-512, else in bfloat16. Extra keys named after a policy are
+         the same figure for it.
   keep100_throughput_ratio       new tokens per second, 16 prompts of 100 to 900 tokens, ample pool:
                                  snap_kv loaded at keep 1.0 over stock vLLM, both in blocks of 32.
                                  Extra: keep100_vs_default_block_ratio (stock's own block size)
