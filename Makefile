@@ -20,7 +20,7 @@ ARGS ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow lint format clean
+.PHONY: help setup serve test test-slow test-next lint format clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -53,6 +53,9 @@ test: setup  ## run the fast tests
 
 test-slow: setup  ## run the slow tests: servers, whole models
 	@$(ACTIVATE) $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-next: setup  ## run what depends on vLLM on the Python of the next vLLM (ARGS="--help")
+	@$(ACTIVATE) $(BIN)/python tools/next_vllm.py $(ARGS)
 
 lint: $(BIN)/ruff  ## check style, types and spelling, as pre-commit does
 	$(BIN)/ruff check .

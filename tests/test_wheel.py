@@ -64,7 +64,7 @@ def configured(create):
     text = str(config).replace(config.instance_id, "")
     return text, config.compute_hash(), sorted(name for name in opened if MODEL in name)
 
-version, vllm.__version__ = vllm.__version__, "0.33.1"
+version, vllm.__version__ = vllm.__version__, "0.34.0"
 EngineArgs(model=MODEL)  # vLLM loads the plugin
 other_version = told()
 vllm.__version__ = version
@@ -130,7 +130,7 @@ def test_it_leaves_stock_engines_alone(
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.split(RESULT)[-1])
 
-    for case, reason in (("version", "0.33.1; install a matching"), ("folder", "a folder of the")):
+    for case, reason in (("version", "0.34.0; install a matching"), ("folder", "a folder of the")):
         (line,) = told[case]["said"]
         assert line.startswith("vllm-compress-plugin is disabled: ") and reason in line
         section, method = told[case]["refused"]

@@ -4,7 +4,7 @@
 import logging
 from multiprocessing import parent_process
 
-SUPPORTED_VLLM = ">=0.32,<0.33"
+SUPPORTED_VLLM = ">=0.32,<0.34"
 
 logger = logging.getLogger("vllm.vllm_plugin")  # under vLLM's own, or it is not shown
 

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from compress_common.errors import CompressError
@@ -23,6 +22,7 @@ from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.local import local_folder
 from quant_methods.planning import PlanRequest
+from tests.support.grouping import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm_plugin.capacity import (
     block_bytes,
     groups_of,

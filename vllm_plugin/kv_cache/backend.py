@@ -250,6 +250,9 @@ class CustomBackend:
     an engine where another class is registered there.
     """
 
+    # New in vLLM 0.33, for layers that attend without a cache.
+    supports_kv_cache_update_bypass = False
+
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"

@@ -70,7 +70,7 @@ def test_version(run: Callable) -> None:
     code, out, _ = run("--version")
     assert code == 0
     plugin, torch = version("vllm-compress-plugin"), version("torch")
-    assert out.startswith(f"vllm-compress-plugin {plugin}, vLLM 0.32.")
+    assert out.startswith(f"vllm-compress-plugin {plugin}, vLLM {version('vllm')}")
     assert f"torch {torch}" in out
 
 

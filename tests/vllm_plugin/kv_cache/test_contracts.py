@@ -13,7 +13,6 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
@@ -24,6 +23,7 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_worker import Worker
 
 from kv_policies.layout.tokens import TokenLayout
+from tests.support.grouping import get_kv_cache_groups
 from vllm_plugin.kv_cache.cpu import CPUBackend
 from vllm_plugin.kv_cache.flash import FlashBackend
 from vllm_plugin.kv_cache.manager import CompressedManager, register
@@ -115,6 +115,7 @@ def test_metadata_fields() -> None:
 def test_backends(ours: type, theirs: type, impl: type) -> None:
     """kv_cache/cpu.py, flash.py, triton.py: the cache is written before forward is called"""
     assert theirs.forward_includes_kv_cache_update is False
+    assert not getattr(ours, "supports_kv_cache_update_bypass", False)  # vLLM 0.33
     assert issubclass(ours.get_impl_cls(), impl)
     assert issubclass(ours.get_builder_cls(), theirs.get_builder_cls())
     assert ours.get_builder_cls().supports_update_block_table is False

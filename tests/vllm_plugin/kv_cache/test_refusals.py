@@ -343,9 +343,13 @@ def test_dotted_form(demo_model: Path) -> None:
 
 def test_stock_is_left_alone(demo_model: Path) -> None:
     vllm_plugin.register()
-    config = EngineArgs(model=str(demo_model), enforce_eager=True).create_engine_config()
+    vllms_own = EngineArgs.create_engine_config.__wrapped__
+    config, stock = (
+        create(EngineArgs(model=str(demo_model), enforce_eager=True))
+        for create in (EngineArgs.create_engine_config, vllms_own)
+    )
     assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
-    assert config.cache_config.block_size == 128
+    assert config.cache_config.block_size == stock.cache_config.block_size
     assert not config.model_config.logits_processors
 
 
