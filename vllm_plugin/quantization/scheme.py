@@ -46,7 +46,9 @@ class Int4Scheme(CompressedTensorsWNA16):
         **kwargs: As in the base class.
     """
 
-    kernel: MPLinearKernel  # the base class sets it in create_weights
+    # The base class sets it in create_weights. vLLM 0.33 with VLLM_BATCH_INVARIANT=1 has none: it
+    # unpacks the weights for each multiplication.
+    kernel: MPLinearKernel | None
 
     def __init__(self, *, activations: Activations, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -56,7 +58,7 @@ class Int4Scheme(CompressedTensorsWNA16):
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
-        if not current_platform.is_cpu():
+        if not current_platform.is_cpu() or self.kernel is None:
             return
         able, reason = CpuInt4LinearKernel.can_implement(self.kernel.config)
         if able:
@@ -78,7 +80,8 @@ class Int4Scheme(CompressedTensorsWNA16):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         # A second call does nothing: the kernel has replaced the words.
-        narrow = current_platform.is_cpu() and self.num_bits < _KERNEL_BITS
+        on_kernel = current_platform.is_cpu() and self.kernel is not None
+        narrow = on_kernel and self.num_bits < _KERNEL_BITS
         if narrow and layer.weight_packed.dtype == torch.int32:
             self._widen(layer)
         super().process_weights_after_loading(layer)
