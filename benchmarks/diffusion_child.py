@@ -17,13 +17,14 @@ class DiffusionChild(Child):
     def __init__(self, arguments: dict[str, Any]) -> None:
         super().__init__(arguments)
         core = self.engine.engine_core.engine_core
-        model = core.model_executor.driver_worker.worker.model_runner.get_model()
+        worker = core.model_executor.driver_worker.worker
+        self._graphs, model = len(worker.forward.shapes), worker.model_runner.get_model()
         self._forward, self._begun = 0.0, 0.0
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end)
 
     def started(self) -> dict[str, Any]:
-        return {}
+        return {"graphs": self._graphs}
 
     def denoise(
         self,

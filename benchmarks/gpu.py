@@ -27,6 +27,7 @@ denoise   P_ratio_bB: tokens per second of B requests of 128 tokens, canvas of 1
           2 tokens a step, on LLaDA-8B's shape, over recomputing everything. elastic_probe is
           elastic that never refreshes, so what watching attention costs beside never. With random
           weights attention does not drift as a trained model's does: elastic is not measured.
+          fixed_period_graphs_ratio_bB, never_graphs_ratio_bB: over the same with --enforce-eager.
 defaults  keep1_default_decode_ratio_bB: both with torch.compile, as `vllm serve` starts them.
 
 Limits. On a device with less than 120 GB the 8B shapes have 16 layers instead of 32.

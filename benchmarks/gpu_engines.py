@@ -171,7 +171,7 @@ def pool(options: Options, result: Result) -> None:
 
 
 def denoise(options: Options, result: Result) -> None:
-    """Fill P_ratio_bB: tokens per second over recomputing everything."""
+    """Fill P_ratio_bB: tokens per second over recomputing everything, and P_graphs_ratio_bB."""
     sections: dict[str, dict[str, Any]] = {
         "fixed_period": {},
         "dual_cache": {"block_length": 32},
@@ -186,17 +186,21 @@ def denoise(options: Options, result: Result) -> None:
         )
         for name, section in sections.items()
     }
+    if _cuda():
+        starts["eager"] = partial(starts["fixed_period"], enforce_eager=True)
     asks = {
         "full": ("fixed_period", {"compress_period": 1}),
         "fixed_period": ("fixed_period", {}),
         "never": ("fixed_period", {"compress_period": 1000}),
         "dual_cache": ("dual_cache", {}),
         "elastic_probe": ("elastic", {}),
+        "fixed_period_eager": ("eager", {}),
+        "never_eager": ("eager", {"compress_period": 1000}),
     }
     more = {"max_num_batched_tokens": 4096, "max_model_len": 512, "enable_prefix_caching": False}
-    graphs: dict[str, Any] = {"compilation_config": None, "enforce_eager": True}
+    own: dict[str, Any] = {"compilation_config": None}  # the worker captures its own graphs
     model = llada(options, _layers())
-    with _started(options, result, starts, model, **more, **graphs) as engines:
+    with _started(options, result, starts, model, **more, **own) as engines:
         asks = {name: ask for name, ask in asks.items() if ask[0] in engines}
         for batch, canvas in ((1, 32),) if options.smoke else ((1, 128), (8, 32)):
 
@@ -210,6 +214,8 @@ def denoise(options: Options, result: Result) -> None:
             result.note(f"denoise_tokens_per_s_b{batch}", rates)
             for name in asks:
                 result.ratio(f"{name}_ratio_b{batch}", rates[name], rates["full"])
+                if (eager := f"{name}_eager") in rates:
+                    result.ratio(f"{name}_graphs_ratio_b{batch}", rates[name], rates[eager])
 
 
 def defaults(options: Options, result: Result) -> None:

@@ -42,6 +42,9 @@ def test_the_device_sees_what_waits() -> None:
         pinned.to("meta")
         pinned[:, :2].to("meta", non_blocking=True)
         assert len(seen.waits) == 5 and seen.copies == 2
+        kept[:4].copy_(pinned[0], non_blocking=True)
+        kept[:4].copy_(pinned[0])
+        assert len(seen.waits) == 6 and seen.copies == 3
         with pytest.raises(RuntimeError):
             kept.sum().item()
         with pytest.raises(RuntimeError):

@@ -45,7 +45,8 @@ class Device(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.operations.append(name)
         if name in ("_to_copy", "copy_"):
-            queued = kwargs.get("non_blocking", False) and all(map(self._queued, here))
+            asked = args[2:] if name == "copy_" else [kwargs.get("non_blocking", False)]
+            queued = any(asked) and all(map(self._queued, here))
             self.copies += bool(here and queued)
             waits = bool(here and not queued)
         else:

@@ -5,14 +5,15 @@
 ``engine`` (engine arguments), ``requests`` (dicts with ``prompt``, token ids, ``max_tokens``, and
 if wanted ``temperature``, ``seed``, ``extra``, ``refused``), ``alone`` (one request at a time),
 ``rounds`` (send all so many times), ``storm`` (abort at random times with this seed), ``resets``
-(engine steps after which all running requests lose their blocks), ``measure`` (see ``set_aside``,
-on CPU alone).
+(engine steps after which all running requests lose their blocks), ``padded`` (pad steps as for CUDA
+graphs), ``measure`` (see ``set_aside``; both on CPU alone).
 
 The answer has ``rounds`` (tokens per request, null if aborted), ``reasons`` (why each request of
 the last round ended), ``pieces`` (how many outputs each of them had), ``free_before`` and
 ``free_after`` blocks, ``held`` requests of the worker, ``peak_running``, ``preemptions``,
 ``resumed`` requests after resets, ``steps``, ``set_aside`` bytes for a step, and ``chunked`` and
-``cached``, whether the engine cuts prompts and caches prefixes.
+``cached``, whether the engine cuts prompts and caches prefixes. ``padded`` counts padded steps by
+their shape.
 """
 
 import os
@@ -119,12 +120,18 @@ def _run(model: str, case: dict[str, Any], v2: bool) -> dict[str, Any]:
         _pretend_triton_has_a_cpu_backend()
     from vllm import LLM
 
+    from vllm_plugin.diffusion import graphs
+
+    if case.get("padded"):
+        graphs.PADDED_ON.add("cpu")
     config = {"compress": {"diffusion": case["section"]}}
     llm = LLM(model, additional_config=config, **(ENGINE | kernel() | case.get("engine", {})))
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
     scheduler, pool = core.scheduler, core.scheduler.kv_cache_manager.block_pool
     free_before = pool.get_num_free_blocks()
+    worker = getattr(getattr(core.model_executor, "driver_worker", None), "worker", None)
+    padded = _counted(worker.forward) if worker is not None else None
     watch = _Watch(engine, scheduler, case.get("storm"), case.get("resets", ()))
     rounds = []
     for number in range(case.get("rounds", 1)):
@@ -135,7 +142,6 @@ def _run(model: str, case: dict[str, Any], v2: bool) -> dict[str, Any]:
                 watch.drain()
         watch.drain()
         rounds.append([watch.tokens(name) for name in names])
-    worker = getattr(getattr(core.model_executor, "driver_worker", None), "worker", None)
     set_aside = _set_aside(worker) if case.get("measure") else None
     engine.step()  # tells the worker of the last requests that have ended
     result = {
@@ -150,6 +156,7 @@ def _run(model: str, case: dict[str, Any], v2: bool) -> dict[str, Any]:
         "preemptions": watch.preemptions,
         "resumed": watch.resumed,
         "set_aside": set_aside,
+        "padded": padded,
         "steps": watch.steps,
         "v2": scheduler.use_v2_model_runner,
         "chunked": scheduler.scheduler_config.enable_chunked_prefill,
@@ -158,6 +165,21 @@ def _run(model: str, case: dict[str, Any], v2: bool) -> dict[str, Any]:
     if worker is None:
         engine.engine_core.shutdown()  # or its processes would be waited for
     return result
+
+
+def _counted(forward: Any) -> Counter[tuple[int, int]]:
+    """Count the passes of each shape from now on: rows and requests."""
+    counts = Counter[tuple[int, int]]()
+
+    def counting(shape: Any, run: Any) -> Any:
+        def counted() -> None:
+            counts[shape.rows, shape.requests] += 1
+            run()
+
+        return counted
+
+    forward._passes = {shape: counting(shape, run) for shape, run in forward._passes.items()}
+    return counts
 
 
 def _set_aside(worker: Any) -> int:

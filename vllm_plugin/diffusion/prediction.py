@@ -19,7 +19,7 @@ def predictions(
     logits_of: Logits,
     mask: int,
     most: int,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+) -> torch.Tensor | None:
     """Predict all active positions, those of one request after the other.
 
     Args:
@@ -31,7 +31,8 @@ def predictions(
         most: Rows that are predicted at a time.
 
     Returns:
-        Probabilities, float64 [M], and tokens, int64 [M]; None on ranks without logits.
+        Probabilities and tokens, float64 [2, M], which holds tokens exactly. They are one tensor
+        because that is sent and read back at once. None on ranks without logits.
     """
     found, first = [], 0
     for part in parts([len(one.denoiser.plan.active) for one in batch], most):
@@ -42,8 +43,7 @@ def predictions(
             found += _predicted(batch, part, logits, mask)
     if not found:
         return None
-    confidence, tokens = zip(*found, strict=True)
-    return torch.cat(confidence), torch.cat(tokens)
+    return torch.stack([torch.cat(some).double() for some in zip(*found, strict=True)])
 
 
 def _predicted(

@@ -154,9 +154,10 @@ class _Group:
         device = prepared.tables.device
         self.starts = [plan.start for plan in plans[requests]]
         self.over: list[Over] = [one.denoiser.policy.settings.similarity for one in mine]
-        self.tables = prepared.tables[requests, : max(len(one.blocks) for one in mine)]
-        width = self.tables.shape[1] * block_size
-        there = torch.arange(width) < torch.tensor([len(one) for one in canvases])[:, None]
+        width = max(len(one.blocks) for one in mine)
+        self.tables = prepared.tables[requests, :width].long()
+        length = width * block_size
+        there = torch.arange(length) < torch.tensor([len(one) for one in canvases])[:, None]
         candidates = torch.zeros_like(there)
         for row, canvas in enumerate(canvases):
             candidates[row, : canvas.limit] = torch.from_numpy(~canvas.masked[: canvas.limit])

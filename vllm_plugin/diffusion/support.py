@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which models are served by denoising, with which settings, and what rules that out."""
 
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
 from transformers import PretrainedConfig
-from vllm.config import CompilationMode, ModelConfig, VllmConfig
+from vllm.config import CompilationMode, CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -15,6 +16,7 @@ from dllm_denoising.base import CachePolicy
 from vllm_plugin.diffusion.config import MODEL_TYPE, LLaDAConfig, config_problems
 from vllm_plugin.diffusion.requests import UNSUPPORTED, check_requests
 from vllm_plugin.diffusion.settings import DiffusionSettings
+from vllm_plugin.kv_cache.backends import FULL, best
 from vllm_plugin.settings import parse_settings
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
@@ -22,6 +24,8 @@ logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
 WORKER = "vllm_plugin.diffusion.worker.DiffusionWorker"
 SCHEDULER = "vllm_plugin.diffusion.scheduler.DiffusionScheduler"
 _CPU_BLOCK = 32
+# The worker captures graphs of its own steps. vLLM's would be of decode steps.
+_OFF: dict[str, Any] = {"mode": CompilationMode.NONE, "cudagraph_mode": CUDAGraphMode.NONE}
 
 
 def denoises(config: VllmConfig) -> bool:
@@ -73,9 +77,14 @@ def choose_engine_args(args: EngineArgs) -> None:
         args.worker_cls = WORKER
     if current_platform.is_cpu() and args.block_size is None:
         args.block_size = _CPU_BLOCK
-    args.enforce_eager = True  # the number of rows changes between layers
-    # A copy, as the caller can use the same object for another engine.
+    # Copies, as the caller can use the same objects for another engine.
     args.attention_config = replace(args.attention_config, use_non_causal=True)
+    args.compilation_config = copy(args.compilation_config)
+    for name, off in _OFF.items():
+        if getattr(args.compilation_config, name) is None:
+            setattr(args.compilation_config, name, off)
+    args.kernel_config = copy(args.kernel_config)
+    args.kernel_config.enable_jit_warmup = False  # it decodes made-up requests
     # Greedy, as the published model is decoded. A generation_config.json sets defaults that no
     # client asked for; None removes such a default.
     neutral: dict[str, Any] = {name: None for name in UNSUPPORTED} | {"temperature": 0.0}
@@ -95,10 +104,27 @@ def apply_diffusion(config: VllmConfig, settings: DiffusionSettings | None) -> N
         served.decoding()
     except CompressError as error:
         problems += error.problems
+    try:
+        _choose_backend(config)
+    except CompressError as error:
+        problems += error.problems
     if problems:
         raise joined(problems)
     check_requests(config, served)
     _tell_unused_defaults(config.model_config)
+
+
+def _choose_backend(config: VllmConfig) -> None:
+    """On CUDA, take a backend whose metadata is tensors alone, which a graph can read again.
+
+    Raises:
+        CompressError: The user named another one, or none serves this model on this device.
+    """
+    if current_platform.is_cuda():
+        capability = current_platform.get_device_capability()
+        assert capability is not None
+        found = best(config, capability, "denoising", "serve the model on another device")
+        config.attention_config.backend_per_kind |= {FULL: found}
 
 
 def _tell_unused_defaults(model: ModelConfig) -> None:
@@ -158,14 +184,17 @@ def _problems(config: VllmConfig) -> list[str]:
         "spread over ranks; set them to 1": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
-        "compilation was not switched off; add --enforce-eager": (
-            config.compilation_config.mode != CompilationMode.NONE
-        ),
         f"--long-prefill-token-threshold {scheduler.long_prefill_token_threshold}: a step computes "
         "all of a canvas or none of it; remove the flag": (
             scheduler.long_prefill_token_threshold > 0
         ),
     }
+    for name, off in _OFF.items():
+        if (mode := getattr(config.compilation_config, name)) != off:
+            found[
+                f"--compilation-config with {name} {mode.name}: vLLM compiles and captures decode "
+                "steps, and the worker captures denoising steps by itself; remove it"
+            ] = True
     for name, value in model.override_generation_config.items():
         if value not in (None, *UNSUPPORTED.get(name, (value,))):
             found[

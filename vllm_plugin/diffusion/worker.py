@@ -20,14 +20,16 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.kv_connector_model_runner_mixin import (
     KVConnectorModelRunnerMixin as Connector,
 )
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from dllm_denoising.memory import StepMemory
 from vllm_plugin.diffusion.activity import Activity
-from vllm_plugin.diffusion.batch import advance, next_rows, prepare
+from vllm_plugin.diffusion.batch import advance, next_rows
+from vllm_plugin.diffusion.forward import Forward
+from vllm_plugin.diffusion.graphs import GRAPH, PADDED_ON, Shape, shapes
 from vllm_plugin.diffusion.prediction import predictions
 from vllm_plugin.diffusion.probe import Probe
 from vllm_plugin.diffusion.running import Running, RunningRequests
-from vllm_plugin.diffusion.step import DenoiseStep
 from vllm_plugin.diffusion.support import policy_of, settings_of
 from vllm_plugin.kv_cache.pages import Pages
 from vllm_plugin.transient import reserve
@@ -65,6 +67,8 @@ class DiffusionWorker(PlatformWorker):
             length=-(-model.max_model_len // block) * block,
             watches=bool(policy_of(self.vllm_config).tracks),
         )
+        if self.device.type == "cuda":
+            needed += GRAPH * len(self._shapes)
         return reserve(
             self,
             super().determine_available_memory,
@@ -93,12 +97,14 @@ class DiffusionWorker(PlatformWorker):
         layers = [layer.self_attn.attn for layer in self.model_runner.get_model().model.layers]
         self._layers = len(layers)
         at = {layer.layer_name: index for index, layer in enumerate(layers)}
-        self._builders = [
+        builders = [
             (group.get_metadata_builder(), {name: at[name] for name in group.layer_names})
             for group in groups
             if isinstance(context[group.layer_names[0]], Attention)
         ]
-        block_size = groups[0].kv_cache_spec.block_size
+        shapes, block_size = self._shapes, groups[0].kv_cache_spec.block_size
+        model = self.model_runner.get_model()
+        self.forward = Forward(self.vllm_config, model, builders, shapes, self.device)
         settings = settings_of(self.vllm_config)
         self._pages = None
         if settings.build().tracks:
@@ -118,6 +124,27 @@ class DiffusionWorker(PlatformWorker):
         if has_kv_transfer_group() and get_tp_group().rank_in_group == 0:
             get_kv_transfer_group().denoising = self.activity
 
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Warm up and capture the forward passes of padded steps, as vLLM does its own."""
+        times = super().compile_or_warm_up_model()
+        with torch.inference_mode():
+            self.forward.capture()
+        return times
+
+    @property
+    def _shapes(self) -> list[Shape]:
+        """What steps are padded to.
+
+        Nothing where the policy watches attention, which reads more than rows of a fixed number,
+        and where the user asked for no graphs.
+        """
+        eager = self.model_config.enforce_eager or self.device.type not in PADDED_ON
+        if eager or policy_of(self.vllm_config).tracks:
+            return []
+        length = self.model_config.max_model_len
+        blocks = -(-length // self.cache_config.block_size)
+        return shapes(self.scheduler_config.max_num_seqs, blocks, length)
+
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
         """Run one denoising step of each scheduled request."""
         self._running.update(scheduler_output)
@@ -131,36 +158,24 @@ class DiffusionWorker(PlatformWorker):
     @torch.inference_mode()
     def _step(self, ids: list[str], scheduled: SchedulerOutput) -> DenoisedOutput:
         batch = [self._running[name] for name in ids]
-        model, layers = self.model_runner.get_model(), self._layers
-        prepared = prepare(batch, layers, self.device)
+        prepared = self.forward.prepare(batch)
         probe = None
         if self._pages is not None:
             heads = self.model_config.hf_config.num_attention_heads
             reduce = get_tp_group().all_reduce
             probe = Probe(batch, prepared, self._pages, self._memory, heads, reduce)
-        metadata, slots = {}, {}
-        for builder, indices in self._builders:
-            built = {first: builder.build(0, common) for first, common in prepared.metadata.items()}
-            for name, index in indices.items():
-                stage = [one for one in prepared.stages if one.first <= index][-1]
-                metadata[name], slots[name] = built[stage.first], stage.slots
-        first = prepared.stages[0]
         with (
-            set_forward_context(
-                metadata, self.vllm_config, num_tokens=len(first.positions), slot_mapping=slots
-            ),
+            set_forward_context(None, self.vllm_config),  # which connectors ask for
             Connector.maybe_get_kv_connector_output(scheduled) as connector_output,
         ):
-            hidden = model(
-                prepared.tokens, first.positions, step=DenoiseStep(prepared.stages, probe)
-            )
-            confidence, tokens = self._predicted(batch, hidden, prepared.active)
+            hidden = self.forward(prepared, probe)
+            found = self._predicted(batch, hidden, prepared.active)
             seen = None
             if probe is not None:
-                seen = probe.observations(*self._agreed(*probe.seen()))
+                seen = probe.observations(*map(self._agreed, probe.seen()))
             for one in batch:
                 self.activity.step(one.denoiser)
-            final = advance(batch, confidence, tokens, seen)
+            final = advance(batch, found, seen)
             for one, tokens_now in zip(batch, final, strict=True):
                 self.activity.ended(one.denoiser, len(tokens_now))
         return DenoisedOutput(
@@ -169,14 +184,15 @@ class DiffusionWorker(PlatformWorker):
             sampled_token_ids=final,
             kv_connector_output=connector_output,
             next_rows={
-                name: next_rows(one.denoiser, layers) for name, one in zip(ids, batch, strict=True)
+                name: next_rows(one.denoiser, self._layers)
+                for name, one in zip(ids, batch, strict=True)
             },
         )
 
     def _predicted(
         self, batch: list[Running], hidden: torch.Tensor, active: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Return probability and token of each active position, the same on all ranks."""
+    ) -> torch.Tensor:
+        """Return what was predicted of the active positions, the same on all ranks."""
         found = predictions(
             batch,
             hidden,
@@ -185,17 +201,13 @@ class DiffusionWorker(PlatformWorker):
             self._mask,
             self._memory.predicted_rows,
         )
-        if get_tp_group().rank_in_group == 0:
-            assert found is not None
-            return self._agreed(*found)
-        return self._agreed(
-            torch.empty(len(active), dtype=torch.float64, device=self.device),
-            torch.empty(len(active), dtype=torch.int64, device=self.device),
-        )
+        if found is None:
+            found = torch.empty(2, len(active), dtype=torch.float64, device=self.device)
+        return self._agreed(found)
 
-    def _agreed(self, *found: torch.Tensor) -> list[torch.Tensor]:
+    def _agreed(self, found: torch.Tensor) -> torch.Tensor:
         """Return what the first rank found. Ranks must not differ, not even by rounding."""
-        return [get_tp_group().broadcast(x) for x in found]
+        return get_tp_group().broadcast(found)
 
     @property
     def _mask(self) -> int:

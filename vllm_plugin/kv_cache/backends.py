@@ -25,7 +25,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from compress_common.errors import CompressError
 
-_FULL: Final = KVCacheSpecKind.FULL_ATTENTION.value
+FULL: Final = KVCacheSpecKind.FULL_ATTENTION.value
 _CPU: Final = "vllm_plugin.kv_cache.cpu.CPUBackend"
 # What vLLM's backends are on CUDA, best first, and our class for each. FLASHINFER, vLLM's choice on
 # Blackwell, is not among them: it plans from lengths on the host that count freed tokens.
@@ -58,7 +58,7 @@ def choose_backend(config: VllmConfig) -> None:
         capability = current_platform.get_device_capability()
         assert capability is not None
         attention = config.attention_config
-        attention.backend_per_kind |= {_FULL: chosen(config, capability)}
+        attention.backend_per_kind |= {FULL: chosen(config, capability)}
     elif (named := config.attention_config.backend) is not AttentionBackendEnum.CPU_ATTN:
         raise CompressError(
             f"--attention-backend {named and named.name}: on a CPU there is only CPU_ATTN; remove "
@@ -67,19 +67,31 @@ def choose_backend(config: VllmConfig) -> None:
 
 
 def chosen(config: VllmConfig, capability: DeviceCapability) -> AttentionBackendEnum:
-    """The backend of compressed layers on a CUDA device; see ``choose_backend``.
+    """The backend of compressed layers on a CUDA device; see ``choose_backend``."""
+    _check_custom_is_free(config)
+    return best(config, capability, "KV compression", "remove compress.kv")
+
+
+def best(
+    config: VllmConfig, capability: DeviceCapability, purpose: str, remedy: str
+) -> AttentionBackendEnum:
+    """The first backend of ``CHOICES``, or that which the user named, that serves a model.
 
     Args:
         config: vLLM's own, of this engine.
         capability: Of the device.
+        purpose: What runs over the backend, for messages.
+        remedy: What the user can do where none can serve it, for messages.
+
+    Raises:
+        CompressError: see ``choose_backend``.
     """
-    _check_custom_is_free(config)
     attention = config.attention_config
-    named = attention.backend_per_kind.get(_FULL, attention.backend)
+    named = attention.backend_per_kind.get(FULL, attention.backend)
     if named is not None and named not in CHOICES:
         raise CompressError(
-            f"--attention-backend {named.name}: KV compression runs over {_NAMES}; name one of "
-            "these, or remove the flag"
+            f"--attention-backend {named.name}: {purpose} runs over {_NAMES}; name one of these, "
+            "or remove the flag"
         )
     wanted = CHOICES if named is None else (named,)
     reasons = {backend: _reasons(backend, config, capability) for backend in wanted}
@@ -88,9 +100,9 @@ def chosen(config: VllmConfig, capability: DeviceCapability) -> AttentionBackend
             return backend
     said = "; ".join(f"{name.name}: {', '.join(against)}" for name, against in reasons.items())
     raise CompressError(
-        f"compressed layers need the attention backend {_NAMES}, and vLLM cannot use "
-        f"{'it' if named else 'them'} here ({said}); remove "
-        f"{'--attention-backend' if named else 'compress.kv'}"
+        f"{purpose} needs the attention backend {_NAMES}, and vLLM cannot use "
+        f"{'it' if named else 'them'} here ({said}); "
+        f"{'remove --attention-backend' if named else remedy}"
     )
 
 
@@ -166,9 +178,9 @@ def put_ours_behind(config: VllmConfig) -> str:
 def put_behind_custom(config: VllmConfig) -> str:
     """``put_ours_behind`` on CUDA: FLASH_ATTN and TRITON_ATTN stay vLLM's own."""
     per_kind = config.attention_config.backend_per_kind
-    ours = CHOICES.get(per_kind[_FULL])
+    ours = CHOICES.get(per_kind[FULL])
     if ours is not None:  # else an earlier worker has changed this config already
         _check_custom_is_free(config)
         register_backend(AttentionBackendEnum.CUSTOM, ours)
-        per_kind[_FULL] = AttentionBackendEnum.CUSTOM
+        per_kind[FULL] = AttentionBackendEnum.CUSTOM
     return AttentionBackendEnum.CUSTOM.get_path()

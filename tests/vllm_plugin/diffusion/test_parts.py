@@ -13,6 +13,7 @@ from dllm_denoising.registry import build_policy
 from dllm_denoising.settings import Decoding
 from tests.support.peak import Peak
 from vllm_plugin.diffusion.batch import prepare
+from vllm_plugin.diffusion.inputs import StepInputs
 from vllm_plugin.diffusion.prediction import predictions
 from vllm_plugin.diffusion.probe import Probe
 from vllm_plugin.diffusion.running import Running
@@ -21,7 +22,10 @@ from vllm_plugin.kv_cache.pages import Pages
 VOCABULARY, LAYERS, HEADS, KV_HEADS, DIM, BLOCK = 900, 3, 4, 2, 16, 8
 MASK = VOCABULARY - 1
 SIZES = StepMemory(VOCABULARY, HEADS * DIM, 4, HEADS, KV_HEADS, DIM)
-CPU = torch.device("cpu")
+
+
+def inputs() -> StepInputs:
+    return StepInputs(1 << 20, torch.device("cpu"))
 
 
 def running(prompt: int, length: int, first: int, over: str, **how: float) -> Running:
@@ -56,14 +60,15 @@ def batch() -> list[Running]:
 @pytest.mark.parametrize("most", [1, 4, 7, 1000])
 def test_predictions_in_parts(most: int) -> None:
     requests = batch()
-    prepared = prepare(requests, LAYERS, CPU)
+    prepared = prepare(requests, LAYERS, inputs())
     torch.manual_seed(0)
     hidden = torch.randn(len(prepared.tokens), HEADS * DIM)
     head = torch.randn(HEADS * DIM, VOCABULARY)
     with Peak() as peak:
         found = predictions(requests, hidden, prepared.active, lambda x: x @ head, MASK, most)
     whole = predictions(batch(), hidden, prepared.active, lambda x: x @ head, MASK, 10**6)
-    assert found is not None and whole is not None and len(found[0]) == len(prepared.active)
+    assert found is not None and whole is not None
+    assert found.shape == (2, len(prepared.active)) and found.dtype == torch.float64
     assert torch.allclose(found[0], whole[0], rtol=1e-5) and torch.equal(found[1], whole[1])
     rest = 1 << 14  # what is returned
     assert peak.most < SIZES.predicted_row * min(most, len(prepared.active)) * 1.01 + rest
@@ -71,7 +76,7 @@ def test_predictions_in_parts(most: int) -> None:
 
 def test_ranks_without_logits_predict_nothing() -> None:
     requests = batch()
-    prepared = prepare(requests, LAYERS, CPU)
+    prepared = prepare(requests, LAYERS, inputs())
     hidden = torch.zeros(len(prepared.tokens), 4)
     assert predictions(requests, hidden, prepared.active, lambda x: None, MASK, 4) is None
 
@@ -93,7 +98,7 @@ def cache() -> list[Pages]:
 
 def watch(requests: list[Running]) -> tuple[torch.Tensor, torch.Tensor, int]:
     """What a step shows, and the most memory of watching it."""
-    prepared = prepare(requests, LAYERS, CPU)
+    prepared = prepare(requests, LAYERS, inputs())
     pages = cache()
     probe = Probe(requests, prepared, pages, SIZES, HEADS, lambda x: x)
     torch.manual_seed(4)

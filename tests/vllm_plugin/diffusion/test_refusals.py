@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.config import AttentionConfig, VllmConfig
+from vllm.config import (
+    AttentionConfig,
+    CompilationConfig,
+    CompilationMode,
+    CUDAGraphMode,
+    VllmConfig,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.sampling_params import StructuredOutputsParams
@@ -76,11 +82,23 @@ PUBLISHED = {
 }
 
 
-def test_the_callers_attention_config_is_left_alone(model: Path) -> None:
-    given = AttentionConfig()
-    args = EngineArgs(model=str(model), attention_config=given)
+def test_the_callers_configs_are_left_alone(model: Path) -> None:
+    attention, compilation = AttentionConfig(), CompilationConfig()
+    args = EngineArgs(model=str(model), attention_config=attention, compilation_config=compilation)
+    given = args.kernel_config
     choose_engine_args(args)
-    assert args.attention_config.use_non_causal and not given.use_non_causal
+    assert args.attention_config.use_non_causal and not attention.use_non_causal
+    assert compilation.mode is compilation.cudagraph_mode is None
+    assert given.enable_jit_warmup and not args.kernel_config.enable_jit_warmup
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_vllm_captures_nothing(model: Path, eager: bool) -> None:
+    """Whether the worker captures its own steps is what the user says."""
+    config = configure(model, enforce_eager=eager)
+    assert config.compilation_config.mode == CompilationMode.NONE
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+    assert config.model_config.enforce_eager is eager
 
 
 def test_published_config_is_read_without_remote_code(model: Path, tmp_path: Path) -> None:
@@ -120,6 +138,7 @@ def test_bad_settings(model: Path, section: dict[str, Any], expected: str) -> No
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"long_prefill_token_threshold": 64}, "--long-prefill-token-threshold 64"),
         ({"enable_chunked_prefill": True, "max_num_batched_tokens": 100}, "raise one or lower"),
+        ({"compilation_config": {"mode": 3}}, "--compilation-config with mode "),
         ({"compress": {"kv": {"policy": "recent", "keep": 0.5}}}, "compress.kv"),
     ],
 )
