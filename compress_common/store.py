@@ -14,6 +14,7 @@ from pathlib import Path
 from compress_common.cache import cache_dir, temp_dir
 from compress_common.errors import CompressError
 from compress_common.store_entry import Entry, trusted
+from compress_common.store_lock import BuildLock, Report
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM only shows loggers below its own
 
@@ -47,6 +48,7 @@ class Store:
         if os.path.islink(root) and root.lstat().st_uid in trusted():
             root = root.resolve()
         self.root = root
+        self._building: list[BuildLock] = []
 
     def find(self, kind: str, key: str) -> Path | None:
         """Return the folder of an intact entry, or None. Writes nothing and takes no lock.
@@ -71,19 +73,27 @@ class Store:
                 return root
         return temp_dir().parent  # a folder of this process is created there
 
-    def make(self, kind: str, key: str, build: Callable[[Path], None]) -> Path:
+    def make(
+        self,
+        kind: str,
+        key: str,
+        build: Callable[[Path], None],
+        waiting: Report | None = None,
+    ) -> Path:
         """Return the folder of the entry, building it first when it is absent or damaged.
 
-        Processes that ask at once wait for the first. Where the root cannot be written, the entry
-        is built in a private temporary folder, and a log line says so.
+        Processes that ask at once wait for the first. If its build fails, they fail with its
+        reason. If it is killed, the next one builds. Where the root cannot be written, the entry is
+        built in a private temporary folder, and a log line says so.
 
         Args:
             kind: As in ``find``.
             key: As in ``find``.
             build: Writes files into the empty folder that it is given. Nothing stays if it raises.
+            waiting: Told what the process that builds gives to ``report``.
 
         Raises:
-            CompressError: No folder can be written.
+            CompressError: No folder can be written, or the process that was waited for failed.
         """
         if found := self.find(kind, key):
             return found
@@ -91,13 +101,15 @@ class Store:
         for entry in self._places(kind, key):
             with ExitStack() as stack:
                 try:
-                    stack.enter_context(entry.locked())
+                    lock = stack.enter_context(entry.locked(waiting))
                 except OSError as error:
                     text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
                     problems.append(text)
                     continue
                 if (problem := entry.problem()) is None:  # another process has built it
                     return entry.folder
+                if lock.failure is not None:
+                    raise CompressError(lock.failure)
                 if problems:
                     text = "the cache cannot be used (%s); the %s is built in %s; set %s"
                     advice = "VLLM_COMPRESS_CACHE to a folder that only this user can write"
@@ -105,12 +117,31 @@ class Store:
                 if entry.exists():
                     text = "the stored %s cannot be used (%s); building it again"
                     logger.warning(text, kind, problem)
-                entry.build(build)
+                self._build(entry, build, lock)
                 return entry.folder
         raise CompressError(
             f"no folder for the {kind}: {'; '.join(problems)}; set VLLM_COMPRESS_CACHE to a folder "
             "that only this user can write"
         )
+
+    def report(self, step: str, done: int, total: int) -> None:
+        """Tell the processes that wait for a build of this store how far it is. A ``Report``."""
+        for lock in self._building:
+            lock.report(step, done, total)
+
+    def _build(self, entry: Entry, build: Callable[[Path], None], lock: BuildLock) -> None:
+        """Build an entry, and leave the reason of a failure for the processes that wait."""
+        self._building.append(lock)
+        lock.start()
+        try:
+            entry.build(build)
+        except Exception as error:  # not an interruption, after which another process builds
+            lock.fail(str(error) or type(error).__name__)
+            raise
+        else:
+            lock.clear()
+        finally:
+            self._building.pop()
 
     def remove(self, kind: str, key: str) -> None:
         """Remove an entry wherever this user may. One that cannot be removed stays.

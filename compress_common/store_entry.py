@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One folder of the store: who owns it, whether it is intact, and how it is written."""
 
-import fcntl
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from compress_common.space import existing
+from compress_common.store_lock import BuildLock, Report
 
 MANIFEST: Final = "manifest.json"
 SCHEMA: Final = "vllm-compress/store"
@@ -76,8 +76,11 @@ class Entry:
             return False
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, waiting: Report | None = None) -> Iterator[BuildLock]:
         """Create the folders and keep other processes from building this entry meanwhile.
+
+        Args:
+            waiting: Told what the process that is waited for reports.
 
         Raises:
             OSError: The store cannot be written here, or it is not safe to.
@@ -86,35 +89,12 @@ class Entry:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if reason := refusal(folder):
                 raise PermissionError(f"{folder} {reason}")
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        while True:
-            lock = os.open(self._lock, flags, 0o600)
-            try:
-                # A network share may give every new file to another user, such as nobody.
-                if (owner := os.fstat(lock).st_uid) not in trusted():
-                    raise PermissionError(f"files in {self.root / self.kind} belong to uid {owner}")
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    logger.info("waiting for another process that builds %s", self.folder)
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                if not self._locks(lock):
-                    continue
-                yield
-                return
-            finally:
-                os.close(lock)  # also unlocks
+        with BuildLock(self._lock, trusted()).held(waiting) as lock:
+            yield lock
 
     @property
     def _lock(self) -> Path:
         return self.folder.with_name(f"{self.key}.lock")
-
-    def _locks(self, lock: int) -> bool:
-        """Whether an open file still is the lock file: ``remove`` may have taken it away."""
-        try:
-            return os.path.samestat(os.fstat(lock), os.lstat(self._lock))
-        except FileNotFoundError:
-            return False
 
     def remove(self) -> None:
         """Remove the entry and its lock file.

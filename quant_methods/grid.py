@@ -13,14 +13,15 @@ import torch
 
 from compress_common.errors import CompressError
 from quant_methods.fp8 import nearest_codes, served_scale, served_weight
+from quant_methods.parts import row_parts
 
 GROUP_SIZES = (128, 64, 32)
 SIXTEEN = 16  # bits of a weight that is left as it is
 PER_CHANNEL = -1  # a group size: one scale for a whole row, as compressed-tensors and GPTQ write it
 # How a served linear rounds its inputs, with one scale per token. "none": they stay at 16 bits.
 Activations = Literal["none", "int8", "fp8"]
-# Weights that are rounded at a time, so that their fp32 temporaries stay in a core's cache.
-_CACHED = 1 << 18
+# fp32 values that rounding and the search of ranges make for each weight.
+_TEMPORARIES = 6
 # The scale of a group of zeros, where its type has one so small. Any positive number dequantizes it
 # to zero.
 _SCALE_FLOOR = 1e-8
@@ -150,9 +151,10 @@ def quantize(
         scale_dtype: The scale is rounded to it first, because kernels read it so.
 
     Raises:
-        CompressError: The weight is not finite.
+        CompressError: The weight is not finite, or is too large for the type of a scale.
     """
     codes, scale, zero = _round(weight, grid, shrink, scale_dtype)
+    _check(torch.isfinite(scale).all(), weight, scale_dtype)
     codes = codes.add_(zero[..., None]).to(torch.uint8)
     return QuantizedWeight(codes.view(weight.shape), scale, zero, grid)
 
@@ -165,13 +167,14 @@ def fake_quantize(
 ) -> torch.Tensor:
     """Return ``quantize(...).dequantize()``, fp32 [N, K], without the integer copy."""
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    rows = max(1, _CACHED // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        part = slice(start, start + rows)
+    finite = torch.ones((), dtype=torch.bool, device=weight.device)
+    for part in row_parts(weight, _TEMPORARIES):
         codes, scale, zero = _round(
             weight[part], grid, None if shrink is None else shrink[part], scale_dtype
         )
+        finite &= torch.isfinite(scale).all()
         out[part] = _values(codes, scale, grid).view(-1, weight.shape[1])
+    _check(finite, weight, scale_dtype)
     return out
 
 
@@ -192,21 +195,36 @@ def searched_shrink(
         scale_dtype: Scales are rounded to it.
     """
     best = weight.new_empty(len(weight), grid.groups(weight.shape[1]), dtype=torch.float32)
+    finite = torch.ones((), dtype=torch.bool, device=weight.device)
     importance = importance.float().view(best.shape[1], -1)
-    rows = max(1, _CACHED // weight.shape[1])
-    for start in range(0, len(weight), rows):
-        groups = _grouped(weight[start : start + rows], grid)
+    for part in row_parts(weight, _TEMPORARIES):
+        groups = _grouped(weight[part], grid)
         low, whole = _range(groups, grid)
         found = torch.full_like(low, shares[0])
         least = torch.full_like(low, torch.inf)
         for share in shares:
             scale, zero = _scale(low * share, whole * share, grid, scale_dtype)
+            finite &= torch.isfinite(scale).all()
             rounded = _values(_signed_codes(groups, scale, zero, grid), scale, grid)
             error = rounded.sub_(groups).square_().mul_(importance).sum(-1)
             found = torch.where(error < least, share, found)
             least = torch.minimum(error, least)
-        best[start : start + rows] = found
+        best[part] = found
+    _check(finite, weight, scale_dtype)
     return best
+
+
+def _check(finite: torch.Tensor, weight: torch.Tensor, scale_dtype: torch.dtype) -> None:
+    """Raise CompressError when scales are not finite. The host waits for the device here alone.
+
+    A group with NaN or infinity has such a scale too.
+    """
+    if bool(finite):
+        return
+    if not bool(torch.isfinite(weight).all()):
+        raise CompressError("a weight holds NaN or infinity; the checkpoint is damaged")
+    kind = str(scale_dtype).removeprefix("torch.")
+    raise CompressError(f"a weight has values too large for a scale in {kind}")
 
 
 def _round(
@@ -229,8 +247,6 @@ def _grouped(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 def _range(groups: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the lowest value of each group's range and the scale that covers it, [N, K/group]."""
     low, high = torch.aminmax(groups, dim=-1)
-    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        raise CompressError("a weight holds NaN or infinity; the checkpoint is damaged")
     if grid.symmetric:
         return low, torch.maximum(-low / grid.middle, high / (grid.middle - 1))
     low, high = low.clamp(max=0), high.clamp(min=0)
@@ -240,11 +256,11 @@ def _range(groups: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor
 def _scale(
     low: torch.Tensor, scale: torch.Tensor, grid: Grid, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales as they are served, and zero points, both [N, K/group]."""
+    """Return scales as they are served, and zero points, both [N, K/group].
+
+    Where the range of a group is not finite, or too large for the type, the scale is not finite.
+    """
     scale = scale.clamp(min=_floor(scale_dtype)).to(scale_dtype).float()
-    if not bool(torch.isfinite(scale).all()):
-        kind = str(scale_dtype).removeprefix("torch.")
-        raise CompressError(f"a weight has values too large for a scale in {kind}")
     if grid.activations == "fp8":
         scale = served_scale(scale)
     if grid.symmetric:

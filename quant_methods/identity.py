@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint is: the SHA-256 of every tensor, remembered per file as git's index does."""
+"""What a checkpoint is: the SHA-256 of every tensor, remembered per file as git's index does.
+
+A tensor with NaN or infinity has no digest here: whoever compares digests need not look again.
+"""
 
 import json
 import logging
@@ -17,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 
 from compress_common.errors import CompressError
 from compress_common.store import Store, digest
+from quant_methods.finite import check_finite
 
 KIND = "tensor-digests"
+_REVISION = "2"  # raised when tensors are checked for more than before
 _FILE = "digests.json"
 # A file that changed this recently can change again within one tick of its clock, unseen.
 _SETTLED_NS = 2_000_000_000
@@ -39,6 +44,11 @@ def tensor_digest(tensor: torch.Tensor) -> str:
         host = tensor.detach().cpu().contiguous()
         total.update(host.view(-1).view(torch.uint8).numpy())  # releases the GIL
     return total.hexdigest()
+
+
+def _checked_digest(name: str, tensor: torch.Tensor) -> str:
+    check_finite(name, tensor)
+    return tensor_digest(tensor)
 
 
 def hashed(
@@ -80,7 +90,7 @@ class TensorDigests:
         """Return ``{tensor: digest}``.
 
         Raises:
-            CompressError: A file cannot be read.
+            CompressError: A file cannot be read, or a tensor holds NaN or infinity.
         """
         key, settled = self._key()
         if not settled:
@@ -125,7 +135,7 @@ class TensorDigests:
             parts += [path, repr((state.st_size, state.st_ino, state.st_mtime_ns))]
             parts.append(repr(state.st_ctime_ns))
             newest = max(newest, state.st_mtime_ns, state.st_ctime_ns)
-        return digest(*parts), time.time_ns() - newest > _SETTLED_NS
+        return digest(_REVISION, *parts), time.time_ns() - newest > _SETTLED_NS
 
     def _compute(self) -> dict[str, str]:
         size = sum(file.stat().st_size for file in self.files if file.is_file())
@@ -139,7 +149,8 @@ class TensorDigests:
                         names = list(opened.keys())
                         # Tensors are views of the mapped file: the threads read the pages.
                         tensors = [opened.get_tensor(name) for name in names]
-                        digests |= zip(names, pool.map(tensor_digest, tensors), strict=True)
+                        found = pool.map(_checked_digest, names, tensors)
+                        digests |= zip(names, found, strict=True)
                 except (SafetensorError, OSError) as error:
                     raise CompressError(
                         f"{file} is damaged or incomplete ({error}); fetch the checkpoint again"

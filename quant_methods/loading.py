@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a checkpoint to a ``transformers`` model that calibration can run."""
 
+import gc
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.stages import Stages
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import decoder_problem
+from quant_methods.placement import HOST, Placement
 
 
 def check_decoder(checkpoint: Checkpoint) -> None:
@@ -48,7 +50,7 @@ def calibration_blocks(
     checkpoint: Checkpoint,
     model: Any,
     tokens: torch.Tensor,
-    device: str | torch.device,
+    placement: Placement,
     stages: Stages,
     dtype: torch.dtype | None,
 ) -> Blocks:
@@ -58,22 +60,33 @@ def calibration_blocks(
         checkpoint: What the model was loaded from.
         model: As ``load_model`` returns it.
         tokens: int64 [samples, length].
-        device: Where decoder blocks are computed.
+        placement: What computes, and where hidden states lie.
         stages: Where finished parts are kept.
         dtype: What calibration computes in; None: the model's own type.
     """
     config = checkpoint.hf_config
     served = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
     arch = architecture_of(config)
-    return Blocks(model, arch, tokens, device, stages, dtype=dtype and served)
+    device, states = placement.device, placement.states
+    return Blocks(model, arch, tokens, device, stages, dtype=dtype and served, states=states)
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
+def release(device: torch.device) -> None:
+    """Give the memory of a calibration that is over back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device = HOST
+) -> Any:
     """Return the ``transformers`` model of exactly the checkpoint's files and config.
 
     Args:
         checkpoint: The files.
         dtype: Of the model; None: its own.
+        device: Where the model lies.
     """
     config = checkpoint.hf_config
     try:
@@ -92,4 +105,4 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
             f"transformers cannot build the model of {checkpoint.folder} ({reason}); its config is "
             "damaged, or is that of another model"
         ) from error
-    return model.eval()
+    return model.eval().to(device)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a checkpoint to a stored Plan: check, load, calibrate, remember."""
 
-import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,20 +18,20 @@ from quant_methods.base import QuantMethod
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.precision import computed_in
 from quant_methods.calibration.stages import Stages
-from quant_methods.calibration.text import (
-    CalibrationSettings,
-    check_length,
-)
+from quant_methods.calibration.text import CalibrationSettings, check_length
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.packed import packed_bytes
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import SCHEMA_VERSION, load_plan, save_plan
-from quant_methods.loading import calibration_blocks, check_decoder, load_model
+from quant_methods.loading import calibration_blocks, check_decoder, load_model, release
 from quant_methods.memory import check_memory
-from quant_methods.progress import Progress, silent
+from quant_methods.placement import Sizes, chosen_device, placed, sizes_of
+from quant_methods.progress import Progress, both, silent
 from quant_methods.registry import build_method
+from quant_methods.roundings.base import Rounding
 from quant_methods.roundings.blockwise import round_blocks
-from quant_methods.texts import computed, stored_tokens, text_identity
+from quant_methods.texts import computed, known_tokens, stored_tokens, text_identity
+from quant_methods.time_limit import TimeLimit, least_operations, operations_per_second
 
 KIND = "plan"
 _FILE = "plan.safetensors"
@@ -63,11 +62,22 @@ class PlanRequest(BaseModel):
         if settings.allocation is not None:  # or the weights would be hashed for nothing
             settings.check_model(checkpoint.weights_digest)
 
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens in all; 0: it does not calibrate."""
+        return self.calibration.samples * self.calibration.length if self.calibrates else 0
+
     def check_memory(self, checkpoint: Checkpoint, device: str | torch.device) -> None:
         """Raise CompressError when this machine has too little memory to make the plan."""
-        calibrates = self.calibrates
-        states = self.calibration.samples * self.calibration.length if calibrates else 0
-        check_memory(checkpoint, device, calibrates=calibrates, states=states)
+        check_memory(checkpoint, device, calibrates=self.calibrates, states=self.tokens)
+
+    def sizes(self, checkpoint: Checkpoint) -> Sizes:
+        """Return the bytes of its calibration on a device."""
+        return sizes_of(checkpoint.hf_config, checkpoint.weight_bytes, self.tokens)
+
+    def chosen_device(self, checkpoint: Checkpoint, device: str) -> str:
+        """Return the device that a name, "auto" for one, stands for."""
+        return chosen_device(device, self.sizes(checkpoint))
 
     def key(self, checkpoint: Checkpoint) -> str:
         """Return the key of the plan that is calibrated in the model's own type: see ``keys``."""
@@ -104,21 +114,23 @@ def obtain_plan(
     *,
     device: str | torch.device = "cpu",
     progress: Progress = silent,
+    limit: TimeLimit | None = None,
 ) -> tuple[Plan, bool]:
     """Return the plan for a checkpoint, and whether it was stored already.
 
-    Ranks and processes that ask at once wait for the first. An interrupted calibration goes on
-    from its last finished stage.
+    Ranks and processes that ask at once wait for the first, and fail with its reason if it fails.
+    An interrupted calibration goes on from its last finished stage.
 
     Args:
         checkpoint: What is quantized.
         request: How.
         device: Where decoder blocks are computed.
         progress: Called as the calibration advances.
+        limit: How long a calibration may take; None: as long as it likes.
 
     Raises:
-        CompressError: The checkpoint or the calibration text cannot be used, or nothing can be
-            written.
+        CompressError: The checkpoint or the calibration text cannot be used, nothing can be
+            written, or the calibration cannot end in time.
     """
     request.check_model(checkpoint)
     check_decoder(checkpoint)
@@ -136,7 +148,11 @@ def obtain_plan(
     def build(folder: Path) -> None:
         request.check_memory(checkpoint, device)
         check_space([plan_need(checkpoint, request, stages, folder)])
-        plan = _calibrate(checkpoint, request, stages, device, dtype, progress)
+        told = both(progress, store.report)
+        if limit is not None and request.calibrates:
+            limit.check(_least_seconds(checkpoint, request, stages, device, dtype))
+            told = limit.judged(told)
+        plan = _calibrate(checkpoint, request, stages, device, dtype, told)
         plan.sources = checkpoint.tensor_digests
         save_plan(plan, folder / _FILE)
         made.append(plan)
@@ -146,7 +162,7 @@ def obtain_plan(
         checkpoint.forget_digests()
 
     try:
-        folder = store.make(KIND, key, build)
+        folder = store.make(KIND, key, build, progress)
     except OSError as error:
         raise CompressError(
             f"cannot write the plan to {store.root}: {error.strerror or error}; set "
@@ -186,10 +202,33 @@ def plan_need(
         shapes, grids = linear_shapes(config), settings.grids(config)
         size = sum(packed_bytes(grid, *shapes[n.split(".", 3)[3]]) for n, grid in grids.items())
         if stages is not None:
-            layers = range(config.num_hidden_layers)
-            done = sum(stages.has(f"{rounding.name} {index}") for index in layers)
-            left *= 1 - done / len(layers)
+            left *= _unfinished(checkpoint, rounding, stages)
     return Need(folder, size + size * left, "the rounded weights", "VLLM_COMPRESS_CACHE")
+
+
+def _unfinished(checkpoint: Checkpoint, rounding: Rounding, stages: Stages) -> float:
+    """Return the share of the blocks that were not rounded by earlier runs."""
+    layers = range(checkpoint.hf_config.num_hidden_layers)
+    return sum(not stages.has(f"{rounding.name} {index}") for index in layers) / len(layers)
+
+
+def _least_seconds(
+    checkpoint: Checkpoint,
+    request: PlanRequest,
+    stages: Stages,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> float:
+    """Return the seconds that a calibration takes on a device at the least."""
+    rounding = request.build().settings.rounder()
+    operations = least_operations(
+        checkpoint.hf_config,
+        request.tokens,
+        sampled=known_tokens(checkpoint, request.calibration, dtype) is None,
+        gram=rounding.needs_gram,
+    )
+    speed = operations_per_second(torch.device(device), dtype or torch.bfloat16)
+    return operations / speed * _unfinished(checkpoint, rounding, stages)
 
 
 def plan_need_left(
@@ -224,9 +263,10 @@ def _calibrate(
     else:
         check_length(request.calibration, config)
         progress("load model", 0, 1)
-        model = load_model(checkpoint, dtype)
+        placement = placed(device, request.sizes(checkpoint))
+        model = load_model(checkpoint, dtype, placement.model)
         tokens = stored_tokens(checkpoint, request.calibration, model, progress, dtype)
-        blocks = calibration_blocks(checkpoint, model, tokens, device, stages, dtype)
+        blocks = calibration_blocks(checkpoint, model, tokens, placement, stages, dtype)
         plan = method.plan(blocks, progress)
         if (rounding := method.settings.rounder()).needs_gram and not plan.codes:
             round_blocks(plan, blocks, rounding, progress=progress)
@@ -235,7 +275,7 @@ def _calibrate(
             "dtype": str(model.dtype).removeprefix("torch."),
         }
         del model, blocks
-        gc.collect()
+        release(placement.device)
     quantized = {name.split(".", 3)[3] for name in plan.grids}
     plan.report["left_at_16_bit"] = [name for name in LINEARS if name not in quantized]
     return plan

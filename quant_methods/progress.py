@@ -12,3 +12,13 @@ class Progress(Protocol):
 
 def silent(step: str, done: int, total: int) -> None:
     """Show no progress."""
+
+
+def both(first: Progress, second: Progress) -> Progress:
+    """Return a progress that tells two others."""
+
+    def told(step: str, done: int, total: int) -> None:
+        first(step, done, total)
+        second(step, done, total)
+
+    return told

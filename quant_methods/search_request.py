@@ -13,7 +13,9 @@ from quant_methods.allocators.base import Allocator
 from quant_methods.allocators.registry import build_allocator
 from quant_methods.base import GridSettings
 from quant_methods.calibration.text import CalibrationSettings
+from quant_methods.checkpoint import Checkpoint
 from quant_methods.grid import SIXTEEN
+from quant_methods.placement import Sizes, chosen_device, sizes_of
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,18 @@ class SearchRequest(BaseModel):
                 f"({self.search_samples} samples of {self.calibration.length}); raise the search "
                 "samples or lower `tokens`"
             )
+
+    def sizes(self, checkpoint: Checkpoint) -> Sizes:
+        """Return the bytes of the search on a device."""
+        given, config = self.calibration, checkpoint.hf_config
+        tokens = given.samples * given.length
+        states = 2 * tokens + (config.num_hidden_layers + 2) * self._search_tokens
+        most = max(tokens, self._search_tokens)
+        return sizes_of(config, checkpoint.weight_bytes, most, states)
+
+    def chosen_device(self, checkpoint: Checkpoint, device: str) -> str:
+        """Return the device that a name, "auto" for one, stands for."""
+        return chosen_device(device, self.sizes(checkpoint))
 
     @property
     def _search_tokens(self) -> int:

@@ -16,7 +16,6 @@ from quant_methods.allocators.allocation import Allocation
 from quant_methods.allocators.unit_sizes import UnitSizes
 from quant_methods.architecture import architecture_of, linear_shapes
 from quant_methods.base import GridSettings
-from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.levels import build_levels, stage_name
 from quant_methods.calibration.model_probe import ModelProbe
 from quant_methods.calibration.precision import check_device, computed_in
@@ -29,6 +28,7 @@ from quant_methods.grid import SIXTEEN
 from quant_methods.identity import tensor_digest
 from quant_methods.loading import calibration_blocks, check_decoder, load_model
 from quant_methods.memory import check_memory
+from quant_methods.placement import placed
 from quant_methods.progress import Progress, silent
 from quant_methods.roundings.gptq import GPTQ
 from quant_methods.search_request import TARGETS, SearchRequest
@@ -74,6 +74,8 @@ def search(
     dtype = computed_in(checkpoint.weight_bytes, device)
     probed = request.search_samples * request.calibration.length * config.num_hidden_layers
     check_memory(checkpoint, device, states=probed)
+    sizes = request.sizes(checkpoint)
+    placed(device, sizes)  # refuses before the weights are hashed
     known = _texts(request, lambda wanted: known_tokens(checkpoint, wanted, dtype))
     stages = None
     if known is not None:
@@ -81,7 +83,8 @@ def search(
     _check_space(stages, plan, given, levels, config)
 
     progress("load model", 0, 1)
-    model = load_model(checkpoint, dtype)
+    placement = placed(device, sizes)
+    model = load_model(checkpoint, dtype, placement.model)
     texts = known or _texts(
         request, lambda wanted: stored_tokens(checkpoint, wanted, model, progress, dtype)
     )
@@ -89,7 +92,7 @@ def search(
     tokens, text = texts
     key = _key(checkpoint, given, tokens, dtype)
     stages = Stages(key, kind=KIND, required=True)
-    blocks = calibration_blocks(checkpoint, model, tokens, device, stages, dtype)
+    blocks = calibration_blocks(checkpoint, model, tokens, placement, stages, dtype)
     database = build_levels(
         plan,
         blocks,
@@ -101,7 +104,7 @@ def search(
     stages = Stages(digest(key, str(levels), tensor_digest(text)), kind=KIND, required=True)
     blocks.stages = stages
     allocator.observe(blocks, database, progress)
-    probe = ModelProbe(Blocks(model, arch, text, device), database)
+    probe = ModelProbe(blocks.on(text), database)
     budget = counted.budget(request.budget)
     bits = allocator.allocate(database.losses, database.sizes, budget, probe, progress)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a Hugging Face decoder one block at a time on calibration tokens.
 
-The compute device holds the weights of at most one block and one chunk of samples. The rest of the
-model, and the hidden states between two blocks, stay where the model was loaded.
+A model that lies on the compute device stays there. Otherwise the device holds the weights of at
+most one block: they are copied to it, and never back. Hidden states stay where ``states`` says.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_map_only
 from compress_common.errors import CompressError
 from quant_methods.architecture import Architecture
 from quant_methods.calibration.collectors import Collector
+from quant_methods.calibration.residency import copied
 from quant_methods.calibration.stages import Stages
 
-_CHUNK_TOKENS = 4096  # 0.25 GB of fp32 inputs of an 8B model's down_proj
+CHUNK_TOKENS = 4096  # 0.25 GB of fp32 inputs of an 8B model's down_proj
 
 
 class Blocks:
@@ -30,8 +31,9 @@ class Blocks:
         tokens: Calibration tokens, int64 [samples, length]; None for a method without calibration.
         device: Where blocks are computed.
         stages: Keeps finished parts of the work; None: nothing is kept.
-        dtype: What the quantized model is served in; None: the type of ``model``.
         chunk_tokens: Tokens that run through a block at once, in whole samples.
+        dtype: What the quantized model is served in; None: the type of ``model``.
+        states: Where hidden states lie between blocks; None: where the model does.
     """
 
     def __init__(
@@ -41,22 +43,24 @@ class Blocks:
         tokens: torch.Tensor | None,
         device: str | torch.device = "cpu",
         stages: Stages | None = None,
-        chunk_tokens: int = _CHUNK_TOKENS,
+        chunk_tokens: int = CHUNK_TOKENS,
         dtype: torch.dtype | None = None,
+        states: torch.device | None = None,
     ) -> None:
         self.stages = stages or Stages()
         self.model = model
         self.arch = arch
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # "cuda" has no index
         self.layers: list[nn.Module] = list(model.get_submodule(arch.layers_prefix))  # type: ignore[arg-type]
         self.chunk_tokens = chunk_tokens
         self.dtype: torch.dtype = dtype or model.dtype  # type: ignore[assignment]
+        self.states: torch.device = states or model.device  # type: ignore[assignment]
         self._kwargs: list[dict[str, Any]] = []
         self._tokens = tokens
         if tokens is not None:
             kwargs: list[dict[str, Any]] = []
             self._embedded(tokens[:1], kwargs)  # they are the same for every sample
-            self._kwargs = [self._to_device(given) for given in kwargs]
+            self._kwargs = self._to_device(kwargs)
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -71,7 +75,10 @@ class Blocks:
 
     def inputs(self) -> torch.Tensor:
         """Return the input of the first block, a new [samples, length, hidden] for each call."""
-        parts = [self._embedded(self.tokens[part]) for part in self.chunks(len(self.tokens))]
+        parts = [
+            self._embedded(self.tokens[part]).to(self.states)
+            for part in self.chunks(len(self.tokens))
+        ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def chunks(self, samples: int) -> Iterator[slice]:
@@ -106,14 +113,18 @@ class Blocks:
             for layer in self.layers:
                 layer.forward = identity  # type: ignore[method-assign]
             backbone = self.model.get_submodule(self.arch.layers_prefix.rpartition(".")[0])
-            backbone(input_ids=tokens, use_cache=False)
+            backbone(input_ids=tokens.to(self.model.device), use_cache=False)  # type: ignore[arg-type]
         finally:
             for layer in self.layers:
                 del layer.forward
         return first[0]
 
     def _to_device(self, tree: Any) -> Any:
-        return tree_map_only(torch.Tensor, lambda t: t.to(self.device), tree)
+        """Copy tensors to the compute device. Those that blocks share are copied once."""
+        known: dict[int, torch.Tensor] = {}
+        return tree_map_only(
+            torch.Tensor, lambda t: known.setdefault(id(t), t.to(self.device)), tree
+        )
 
     def first(self, samples: int) -> "Blocks":
         """Return the same blocks on the first ``samples`` calibration sequences."""
@@ -121,7 +132,7 @@ class Blocks:
 
     def on(self, tokens: torch.Tensor) -> "Blocks":
         """Return the same blocks on other calibration tokens, int64 [samples, length]."""
-        settings = self.device, self.stages, self.chunk_tokens, self.dtype
+        settings = self.device, self.stages, self.chunk_tokens, self.dtype, self.states
         return Blocks(self.model, self.arch, tokens, *settings)
 
     def prefix(self, index: int) -> str:
@@ -133,13 +144,14 @@ class Blocks:
 
     @contextmanager
     def resident(self, index: int) -> Iterator[nn.Module]:
-        """Keep a block on the compute device for as long as the context lasts."""
+        """Keep a block on the compute device for as long as the context lasts.
+
+        Its own tensors stay where they are, so nothing is copied back. Changes of weights last as
+        long as the context.
+        """
         layer = self.layers[index]
-        home = next(layer.parameters()).device
-        try:
-            yield layer.to(self.device)
-        finally:
-            layer.to(home)
+        with copied(layer, self.device):
+            yield layer
 
     @torch.no_grad()
     def run(
@@ -151,6 +163,8 @@ class Blocks:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the output of a resident block, computed in chunks of samples.
+
+        The host waits for the device once, at the end.
 
         Args:
             index: Of the block.
@@ -164,17 +178,19 @@ class Blocks:
             CompressError: The output is not finite.
         """
         result = torch.empty_like(hidden) if out is None else out
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
         for part in self.chunks(len(hidden)):
             chunk = hidden[part].to(self.device)
             counted = None if weights is None else weights[part].flatten()
             with self._shown(index, collectors, counted):
                 value = self.output(index, chunk)
-            if not bool(torch.isfinite(value.sum(dtype=torch.float32))):
-                raise CompressError(
-                    f"decoder block {index} gives NaN or infinity on the calibration text; "
-                    "the checkpoint is damaged or its dtype overflows (try bfloat16)"
-                )
+            finite &= torch.isfinite(value.sum(dtype=torch.float32))
             result[part] = value
+        if not bool(finite):
+            raise CompressError(
+                f"decoder block {index} gives NaN or infinity on the calibration text; "
+                "the checkpoint is damaged or its dtype overflows (try bfloat16)"
+            )
         return result
 
     def output(self, index: int, hidden: torch.Tensor) -> torch.Tensor:

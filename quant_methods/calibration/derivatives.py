@@ -108,8 +108,9 @@ def _block(
                 if bits == SIXTEEN:
                     continue
                 key = f"{prefix}{unit.name}:{bits}"
-                stored[f"fisher:{key}"] = torch.zeros((), dtype=torch.float64)
-                stored[f"along:{key}"] = torch.zeros(samples, dtype=torch.float64)
+                sums = {"dtype": torch.float64, "device": blocks.device}
+                stored[f"fisher:{key}"] = torch.zeros((), **sums)
+                stored[f"along:{key}"] = torch.zeros(samples, **sums)
                 for name in unit.linears:
                     weight = block.get_submodule(name).weight.detach()
                     rounded = database.weight(prefix + name, bits, blocks.device)
@@ -125,7 +126,7 @@ def _block(
             for name, part in zip(errors, parts, strict=True):
                 for key, error in errors[name]:
                     product = part.float() * error
-                    stored[f"along:{key}"][sample] += product.sum(dtype=torch.float64).cpu()
-                    square = product.square_().sum(dtype=torch.float64).cpu()
+                    stored[f"along:{key}"][sample] += product.sum(dtype=torch.float64)
+                    square = product.square_().sum(dtype=torch.float64)
                     stored[f"fisher:{key}"] += square / (2 * samples)
     return stored

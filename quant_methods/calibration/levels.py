@@ -44,7 +44,7 @@ class LevelDatabase:
         packed = self.weights.get((linear, bits))
         if packed is None:
             raise CompressError(f"{linear} was not rounded to {bits} bits: not among the levels")
-        return self.plan.unfolded(linear, packed.unpacked().to(device).dequantize())
+        return self.plan.unfolded(linear, packed.to(device).unpacked().dequantize())
 
     def chosen(self, bits: Mapping[str, int], units: Mapping[str, tuple[str, ...]]) -> Plan:
         """Return the plan of an allocation, with the codes of its levels.
@@ -134,7 +134,7 @@ def _block(
             tensors |= weight.tensors(f"{bits}:{linear}")
             name = linear.removeprefix(prefix)
             before = plan.smoothed(linear, blocks.layers[index].get_submodule(name).weight)
-            after = weight.unpacked().to(before.device).dequantize()
+            after = weight.unpacked().dequantize()
             lost = output_error(before, after, grams[name])
             whole = output_error(before, torch.zeros_like(before), grams[name])
             tensors[f"loss:{bits}:{linear}"] = torch.tensor([lost, whole], dtype=torch.float64)
@@ -170,7 +170,7 @@ def _take(
                     sizes[bits] += SIXTEEN * outputs * inputs
                     continue
                 level = grid(bits, grids[linear])
-                taken = PackedWeight.taken(f"{bits}:{linear}", stored, level)
+                taken = PackedWeight.taken(f"{bits}:{linear}", stored, level).to("cpu")
                 database.weights[linear, bits] = taken
                 # Whole numbers, so that sums are exact in any order.
                 sizes[bits] += round(level.stored_bits(inputs) * outputs * inputs)

@@ -46,7 +46,7 @@ class ModelProbe:
         first = next((i for i in blocks if self.blocks.prefix(i)[:-1] in changed), None)
         if first is None:
             return 0.0
-        hidden = self._inputs[first][chosen]
+        hidden = self._inputs[first][chosen.to(self.blocks.states)]
         for index in blocks[first:]:
             # Made here and bound to no name: fp32 weights of one block, not of the model.
             with (
@@ -61,7 +61,7 @@ class ModelProbe:
             self._references[key] = NextTokenReference(
                 self.blocks.model,
                 self.blocks.arch.layers_prefix,
-                self._final[chosen],
+                self._final[chosen.to(self.blocks.states)],
                 positions=None,
             )
         return self._references[key].divergence(hidden)

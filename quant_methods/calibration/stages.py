@@ -69,12 +69,11 @@ class Stages:
         if found := self.store.find(self.kind, entry):
             return load_file(found / _FILE)
         result = compute()
-        self._keep(
+        kept = self._keep(
             entry, {key: tensor.detach().cpu().contiguous() for key, tensor in result.items()}
         )
         # From the file, which is mapped: what is computed need not stay in memory.
-        found = self.store.find(self.kind, entry) if self.key is not None else None
-        return load_file(found / _FILE) if found else result
+        return load_file(kept / _FILE) if kept else result
 
     def number(self, name: str, compute: Callable[[], float]) -> float:
         """Return a number, as ``tensors`` does."""
@@ -87,7 +86,9 @@ class Stages:
             for name in self._names:
                 self.store.remove(self.kind, digest(self.key, name))
 
-    def _keep(self, entry: str, tensors: Tensors) -> None:
+    def _keep(self, entry: str, tensors: Tensors) -> Path | None:
+        """Store a stage. Returns its folder; None: it could not be stored."""
+
         def build(folder: Path) -> None:
             save_file(tensors, folder / _FILE)
 
@@ -95,9 +96,11 @@ class Stages:
             kept = self.store.make(self.kind, entry, build)
         except (CompressError, OSError, SafetensorError) as error:  # safetensors has its own
             self._lost(str(error), error)
-            return
+            return None
         if self.store.root not in kept.parents:  # said once by the store, not for every stage
             self._lost(f"{self.store.root} cannot be written", None)
+            return None
+        return kept
 
     def _lost(self, reason: str, cause: Exception | None) -> None:
         """Go on without stages, or stop where they are required."""

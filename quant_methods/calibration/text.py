@@ -118,9 +118,12 @@ def sampled_tokens(
         start: The first token of every sequence.
         progress: Called for every step.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    device: torch.device = model.device  # type: ignore[assignment]
+    # Ranks that sample with one seed would differ for good if it were left in one of them.
+    seeded = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(seeded), torch.no_grad():
         torch.manual_seed(settings.seed)
-        prompt = torch.full((settings.samples, 1), start, device=model.device)
+        prompt = torch.full((settings.samples, 1), start, device=device)
         tokens = model.generate(  # type: ignore[operator]
             prompt,
             attention_mask=torch.ones_like(prompt),

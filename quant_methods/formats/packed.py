@@ -32,6 +32,11 @@ class PackedWeight:
         words = pack(weight.q, bits=weight.grid.bits)
         return cls(words, weight.scale.contiguous(), weight.zero.to(torch.uint8), weight.grid)
 
+    def to(self, device: str | torch.device) -> Self:
+        """Return the same weight on another device."""
+        tensors = (self.words.to(device), self.scale.to(device), self.zero.to(device))
+        return type(self)(*tensors, self.grid)
+
     def unpacked(self) -> QuantizedWeight:
         """Return the weight with one byte per code."""
         codes = unpack(self.words, bits=self.grid.bits)

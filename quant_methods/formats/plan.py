@@ -15,7 +15,6 @@ import torch
 
 from compress_common.errors import CompressError
 from quant_methods.architecture import EMBEDDINGS, LINEARS
-from quant_methods.finite import check_finite
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.scales import with_scales_in
 from quant_methods.grid import Grid, QuantizedWeight, quantize
@@ -38,7 +37,7 @@ class Plan:
         shrinks: ``{linear: uint8 [N, K/group]}``: percent of the min/max range that is kept.
         codes: Linears that are rounded already.
         report: What the method wants users to see. JSON-able.
-        sources: SHA-256 of every tensor of the checkpoint, see ``identity.tensor_digest``.
+        sources: SHA-256 of every tensor of the checkpoint, see ``identity.TensorDigests``.
         rotations: ``{side: matrix}``. ``<module>.input`` turns the input channels of its weight,
             ``<module>.output`` its output channels and its bias. They follow the vectors.
         matrices: Orthogonal matrices by name, fp32 [size, size]. Each run of ``size`` channels is
@@ -165,8 +164,7 @@ class Plan:
             ``(tensor name, tensor)``.
 
         Raises:
-            CompressError: A tensor is not the plan's, is unknown to it, did not come, or holds NaN
-                or infinity.
+            CompressError: A tensor is not the plan's, is unknown to it, or did not come.
         """
         missing = set(self.sources if expected is None else expected)
         for name, tensor, found in hashed(tensors):
@@ -174,7 +172,6 @@ class Plan:
                 known = "has other content" if name in self.sources else "is not part of it"
                 raise self._mismatch(f"{name} {known}")
             missing.discard(name)
-            check_finite(name, tensor)
             yield self._apply(name, tensor.to(device), dtype)
             for copy, source in self.copies.items():
                 if source == name and copy not in self.sources:

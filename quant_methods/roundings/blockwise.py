@@ -50,7 +50,7 @@ def round_blocks(
     for index in range(len(blocks)):
         progress(rounding.name, index + 1, len(blocks))
         prefix = blocks.prefix(index)
-        with blocks.resident(index) as block:
+        with blocks.resident(index):
             stored = blocks.stages.tensors(
                 f"{rounding.name} {index}",
                 partial(_round_block, plan, blocks, index, hidden, rounding, token_weights, steps),
@@ -59,9 +59,9 @@ def round_blocks(
             for name, grid in plan.layer_grids(prefix).items():
                 linear = prefix + name
                 packed = PackedWeight.taken(linear, stored, grid)
-                plan.codes[linear] = packed
-                device = block.get_submodule(name).weight.device
-                weights[name] = plan.unfolded(linear, packed.unpacked().to(device).dequantize())
+                plan.codes[linear] = packed.to("cpu")
+                rounded = packed.to(blocks.device).unpacked().dequantize()
+                weights[name] = plan.unfolded(linear, rounded)
             if index + 1 < len(blocks):
                 with blocks.replaced(index, weights):
                     hidden = blocks.run(index, hidden, out=hidden)
@@ -91,7 +91,7 @@ def _round_block(
         done = round_units(plan, blocks, index, names, rounding, grams, reuse_grams=True)
         for linear, packed in done.items():
             tensors |= packed.tensors(linear)
-            rounded = packed.unpacked().to(blocks.device).dequantize()
+            rounded = packed.unpacked().dequantize()
             weights[linear.removeprefix(prefix)] = plan.unfolded(linear, rounded)
     return tensors
 
@@ -137,6 +137,8 @@ def round_units(
 ) -> dict[str, PackedWeight]:
     """Round linears of a resident block, those of a unit stacked. Returns them by full name.
 
+    They stay on the compute device.
+
     Args:
         plan: Has transforms, grids and, from a clip search, shrinks.
         blocks: The decoder.
@@ -176,5 +178,5 @@ def round_units(
             for name in unit.linears:
                 del grams[name]
         for linear, weight in zip(linears, rounded.split(sizes), strict=True):
-            found[linear] = PackedWeight.of(weight.to("cpu"))
+            found[linear] = PackedWeight.of(weight)
     return found

@@ -6,7 +6,6 @@ https://arxiv.org/abs/2210.17323
 """
 
 from dataclasses import dataclass
-from itertools import repeat
 from typing import ClassVar, Literal
 
 import torch
@@ -14,11 +13,13 @@ import torch
 from compress_common.errors import CompressError
 from quant_methods.fp8 import converted, nearest_entries
 from quant_methods.grid import Grid, QuantizedWeight, quantize, searched_shrink
+from quant_methods.parts import row_parts
 
 _BLOCK = 64  # columns whose errors are applied to the rest of the matrix at once
 _TRIES = 4
 _FACTOR_BLOCK = 256  # columns of a Gram matrix that are factored at once
-_ELEMENTS = 1 << 23  # weights rounded at once, in whole rows; each takes seven fp32 temporaries
+_ELEMENTS = 1 << 23  # weights that a processor rounds at once, in whole rows
+_TEMPORARIES = 7  # fp32 values that each takes meanwhile
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,20 @@ class GPTQ:
             order = energy.argsort(descending=True, stable=True)
         damp = damping(tokens) if self.damp is None else self.damp
         inverse = inverse_factor(permuted(gram, order, reuse_gram), damp)
-        rows = max(1, _ELEMENTS // weight.shape[1])
-        parts = [
-            self._rounded(part, grid, energy, order, inverse, given, scale_dtype)
-            for part, given in zip(
-                weight.split(rows),
-                repeat(None) if shrink is None else shrink.split(rows),
-                strict=False,
-            )
-        ]
-        return QuantizedWeight.joined(parts)
+        return QuantizedWeight.joined(
+            [
+                self._rounded(
+                    weight[part],
+                    grid,
+                    energy,
+                    order,
+                    inverse,
+                    None if shrink is None else shrink[part],
+                    scale_dtype,
+                )
+                for part in row_parts(weight, _TEMPORARIES, _ELEMENTS)
+            ]
+        )
 
     def _rounded(
         self,
@@ -228,22 +233,25 @@ def _blocks(size: int) -> list[slice]:
 
 
 def _factor(matrix: torch.Tensor) -> bool:
-    """Replace the upper triangle of a symmetric A = V V^T by V. Returns whether A is positive."""
+    """Replace the upper triangle of a symmetric A = V V^T by V. Returns whether A is positive.
+
+    If it is not, the triangle has no meaning. The host waits for the device once, at the end.
+    """
+    positive = torch.ones((), dtype=torch.bool, device=matrix.device)
     for here in _blocks(len(matrix)):
         after, before = slice(here.stop, None), slice(0, here.start)
         rows = matrix[here, after]
         block = torch.addmm(matrix[here, here], rows, rows.t(), alpha=-1)
         block = block.triu() + block.triu(1).t()
         turned, failed = torch.linalg.cholesky_ex(block.flip(0, 1))
-        if failed or not torch.isfinite(turned.diagonal()).all():
-            return False
+        positive &= (failed == 0) & torch.isfinite(turned.diagonal()).all()
         upper = turned.flip(0, 1)
         matrix[here, here] = upper + matrix[here, here].tril(-1)
         panel = torch.addmm(matrix[before, here], matrix[before, after], rows.t(), alpha=-1)
         matrix[before, here] = torch.linalg.solve_triangular(
             upper.t(), panel, upper=False, left=False
         )
-    return True
+    return bool(positive)
 
 
 def _invert(matrix: torch.Tensor) -> torch.Tensor:

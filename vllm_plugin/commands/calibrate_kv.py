@@ -13,6 +13,7 @@ from rich.table import Table
 
 from compress_common.errors import CompressError, joined
 from vllm_plugin.commands.common import (
+    AUTO,
     SELF,
     AsJson,
     CalibrationText,
@@ -62,7 +63,7 @@ def calibrate_kv(
         typer.Option("--out", help="the file (default: kv-bases-MODEL-RATIO.safetensors)"),
     ] = None,
     plot: Plot = None,
-    device: Device = "cpu",
+    device: Device = AUTO,
     as_json: AsJson = False,
 ) -> None:
     """Fit low-rank bases of keys and values, for the policy `cskv`.

@@ -17,6 +17,7 @@ from compress_common.errors import CompressError, joined
 # quant_methods.calibration.text.SELF, which would import torch. A test compares them.
 SELF: Final = "self"
 
+AUTO: Final = "auto"  # quant_methods.placement.AUTO
 _KV: Final = "compress.kv"  # the section of --additional-config
 T = TypeVar("T")
 
@@ -41,7 +42,10 @@ MethodSettings = Annotated[
 ]
 TensorParallelSize = Annotated[int, typer.Option(help="ranks that will serve the checkpoint")]
 Plot = Annotated[Path | None, typer.Option(help="also draw it: a .png, .svg or .pdf")]
-Device = Annotated[str, typer.Option(help="where the model runs: cpu, cuda")]
+Device = Annotated[
+    str,
+    typer.Option(help="what computes: cpu, cuda, or auto (cuda where there is one and it fits)"),
+]
 AdditionalConfig = Annotated[
     str, typer.Option(help="as for `vllm serve`: a JSON object with a section 'compress'")
 ]

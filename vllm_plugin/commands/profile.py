@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from vllm_plugin.commands.common import (
+    AUTO,
     SELF,
     AsJson,
     CalibrationText,
@@ -46,7 +47,7 @@ def profile(
         typer.Option("--out", help="the file (default: kv-profile-MODEL-KEEP.json)"),
     ] = None,
     plot: Plot = None,
-    device: Device = "cpu",
+    device: Device = AUTO,
     as_json: AsJson = False,
 ) -> None:
     """Measure which share of the KV cache each layer needs, for `prefix_kv` and other policies.

@@ -9,8 +9,10 @@ import typer
 from rich.table import Table
 
 from vllm_plugin.commands.common import (
+    AUTO,
     SELF,
     AsJson,
+    Device,
     MethodSettings,
     Model,
     TensorParallelSize,
@@ -48,7 +50,7 @@ def quantize(
     samples: Annotated[int, typer.Option(help="calibration sequences")] = 64,
     length: Annotated[int, typer.Option(help="tokens per calibration sequence")] = 128,
     tensor_parallel_size: TensorParallelSize = 1,
-    device: Annotated[str, typer.Option(help="where blocks are computed: cpu, cuda")] = "cpu",
+    device: Device = AUTO,
     as_json: AsJson = False,
 ) -> None:
     """Write an int4 checkpoint that vLLM serves, with or without this plugin.
@@ -78,10 +80,12 @@ def quantize(
     )
     request.build()
     source = resolve(model)
-    need = estimate(Checkpoint(source), request, device)
+    checkpoint = Checkpoint(source)
+    device = request.chosen_device(checkpoint, device)
+    need = estimate(checkpoint, request, device)
     err.print(
-        f"needs about {gib(need.memory)} of memory ({gib(need.program)} for Python, torch and "
-        f"transformers) and {gib(need.disk)} of disk"
+        f"computes on {device}, needs about {gib(need.memory)} of memory ({gib(need.program)} for "
+        f"Python, torch and transformers) and {gib(need.disk)} of disk"
     )
     with bar() as progress:
         report = quantize_checkpoint(

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from compress_common.errors import CompressError
 from vllm_plugin.commands.common import (
+    AUTO,
     SELF,
     AsJson,
     CalibrationText,
@@ -55,7 +56,7 @@ def search(
     ] = 32,
     tensor_parallel_size: TensorParallelSize = 1,
     plot: Plot = None,
-    device: Device = "cpu",
+    device: Device = AUTO,
     as_json: AsJson = False,
 ) -> None:
     """Choose the bits of each unit: which layers' qkv, o, gate_up and down get 3, 4 or 8.
@@ -95,8 +96,11 @@ def search(
         from vllm_plugin.commands.profiling.profile_plot import canvas
 
         figure = canvas(plot)
+    checkpoint = Checkpoint(resolve(model))
+    device = request.chosen_device(checkpoint, device)
+    err.print(f"computes on {device}")
     with bar() as progress:
-        made = run(Checkpoint(resolve(model)), request, device=device, progress=progress)
+        made = run(checkpoint, request, device=device, progress=progress)
     with whole_file(file) as partial:
         made.save(partial)
     if plot:

@@ -37,6 +37,7 @@ from vllm_plugin.progress import bar
 from vllm_plugin.quantization.embedding import second_copy_problem
 from vllm_plugin.quantization.reload import Source, guard_weights, present_kept, refuse_reload
 from vllm_plugin.quantization.source import source_of
+from vllm_plugin.quantization.start_limit import start_limit
 from vllm_plugin.settings import WeightSettings, parse_settings
 
 logger = init_logger(f"vllm.{__name__}")
@@ -132,7 +133,10 @@ class QuantizingLoader(DefaultModelLoader):
                 device = _device(vllm_config)
                 if device.type == "cpu" and slow_in_16_bit():
                     progress = _announced(progress)
-                plan, stored = obtain_plan(checkpoint, request, device=device, progress=progress)
+                limit = start_limit(vllm_config, request)
+                plan, stored = obtain_plan(
+                    checkpoint, request, device=device, progress=progress, limit=limit
+                )
         quant_config.source = Source.now(checkpoint.digest, model_config)
         _log(plan, stored, time.perf_counter() - started)
         return plan

@@ -47,7 +47,7 @@ def attention_of(network: Any, tokens: torch.Tensor, layers: Sequence[int]) -> t
     rows = [row for row in received.values() if row is not None]
     if len(rows) < len(layers):
         raise not_reached(network.config)
-    return torch.stack(rows)
+    return torch.stack(rows).cpu()  # at once: the host waits for the device once
 
 
 def not_reached(config: Any) -> CompressError:
@@ -83,5 +83,5 @@ def _attention(
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         positions = torch.arange(query.shape[2], device=query.device)[None]
         heads = attention_received(query.float(), positions, key.float(), scale)
-        received[module.layer_idx] = heads.mean(1)[0].cpu()
+        received[module.layer_idx] = heads.mean(1)[0]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

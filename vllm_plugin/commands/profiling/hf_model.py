@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compress_common.errors import CompressError, joined
 from quant_methods.calibration.text import SELF, CalibrationSettings, check_length, file_tokens
 from quant_methods.checkpoint import Checkpoint, resolve
+from quant_methods.placement import Placement, chosen_device, placed, sizes_of
 from quant_methods.progress import Progress
 from quant_methods.texts import stored_tokens
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, not_reached
@@ -57,11 +58,27 @@ class HFModel:
         self._tokens = file_tokens(text, self.checkpoint.tokenizer) if given else None
         self._text_digest = hashlib.sha256(path.read_bytes()).hexdigest() if given else None
 
-    def network(self, progress: Progress, **options: Any) -> Any:
-        """Load the model in the checkpoint's dtype, on the CPU.
+    def placement(self, device: str, *, whole: bool) -> Placement:
+        """Return where a measurement keeps what.
+
+        Args:
+            device: What computes: a name, or "auto".
+            whole: Whether it needs the whole model on the device.
+
+        Raises:
+            CompressError: The device cannot be used, or has too little free memory.
+        """
+        decoder = self.config.get_text_config()
+        tokens = self.text.samples * self.text.length
+        sizes = sizes_of(decoder, self.checkpoint.weight_bytes, tokens)
+        return placed(chosen_device(device, sizes, whole=whole), sizes, whole=whole)
+
+    def network(self, progress: Progress, device: torch.device, **options: Any) -> Any:
+        """Load the model in the checkpoint's dtype.
 
         Args:
             progress: Told before the load, which may take minutes.
+            device: Where the model lies.
             **options: For ``from_pretrained``.
 
         Raises:
@@ -71,7 +88,7 @@ class HFModel:
         progress("load model", 0, 1)
         network = self._load(AutoModelForCausalLM, dtype="auto", **options).eval()
         self.checkpoint.check_unchanged()
-        return network
+        return network.to(device)
 
     def tokens(self, network: Any, progress: Progress) -> torch.Tensor:
         """Return the calibration text as token ids, int64 [samples, length].
@@ -128,17 +145,3 @@ def _layers_to_measure(name: str, config: Any) -> tuple[int, ...]:
         kind = decoder.model_type
         raise joined([f"{name} ({kind}) cannot be measured: it {p}" for p in problems])
     return layers
-
-
-def usable(device: str) -> torch.device:
-    """Return the device of this name.
-
-    Raises:
-        CompressError: This machine cannot use it.
-    """
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
-        raise CompressError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error

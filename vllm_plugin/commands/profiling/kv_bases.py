@@ -24,7 +24,7 @@ from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.progress import Progress, silent
 from vllm_plugin.commands.profiling.block_factors import BlockFactor, weights_of
-from vllm_plugin.commands.profiling.hf_model import HFModel, usable
+from vllm_plugin.commands.profiling.hf_model import HFModel
 from vllm_plugin.kv_fingerprint import weights_digest
 
 _PARTS: Final = 4  # the text is cut into so many parts; the last is held out
@@ -88,7 +88,7 @@ def make_bases(
         allocate: Give each layer's keys and values the ranks that they need, in the same bytes.
             False: all get the same.
         objective: What the error of keys and values is measured by; see ``BlockFactor``.
-        device: Where blocks run, in the checkpoint's dtype.
+        device: Where blocks run, in the checkpoint's dtype: a name, or "auto".
         progress: Told as the work advances.
 
     Raises:
@@ -109,9 +109,10 @@ def make_bases(
             f"{fitted * text.length} tokens cannot tell {features} features apart; raise the "
             "samples or the length"
         )
-    place = usable(device)
-    network = subject.network(progress)
-    blocks = Blocks(network, arch, subject.tokens(network, progress), place)
+    place = subject.placement(device, whole=False)
+    network = subject.network(progress, place.model)
+    tokens = subject.tokens(network, progress)
+    blocks = Blocks(network, arch, tokens, place.device, states=place.states)
     fits = _fits(blocks, subject.layers, fitted, objective, progress)
     if allocate:
         energies = {index: fit.energies for index, fit in fits.items()}
@@ -123,7 +124,7 @@ def make_bases(
     for done, (index, fit) in enumerate(fits.items()):
         progress("compare", done, len(fits))
         with blocks.resident(index):
-            report.append(HeldOut(index, **fit.errors(ranks[index], place)))
+            report.append(HeldOut(index, **fit.errors(ranks[index], blocks.device)))
         factors |= _cut(index, fit, ranks[index])
     progress("compare", len(fits), len(fits))
     depth = fingerprint.num_hidden_layers

@@ -17,7 +17,7 @@ from kv_policies.budget.profile import Profile, Provenance
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.progress import Progress, silent
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, attention_of, register
-from vllm_plugin.commands.profiling.hf_model import HFModel, usable
+from vllm_plugin.commands.profiling.hf_model import HFModel
 
 
 def make_profile(
@@ -40,7 +40,7 @@ def make_profile(
         keep: Mean share of the tokens that layers keep, in (0, 1].
         text: The calibration text.
         levels: Number of different shares to serve, 1 to 8; None: what suits the model.
-        device: Where the model runs, in its checkpoint's dtype.
+        device: Where the model runs, in its checkpoint's dtype: a name, or "auto".
         progress: Told as the work advances.
 
     Returns:
@@ -57,9 +57,9 @@ def make_profile(
     subject = HFModel(model, text)
     layers = subject.layers
     chosen = quantize(uniform(len(layers), keep), levels)  # refuses a bad number before the work
-    place = usable(device)
+    place = subject.placement(device, whole=True)
     register()
-    network = subject.network(progress, attn_implementation=ATTENTION).to(place)
+    network = subject.network(progress, place.model, attn_implementation=ATTENTION)
     attention_of(network, torch.zeros(1, 2, dtype=torch.int64), layers)  # refuses before the work
     tokens = subject.tokens(network, progress)
     samples = []

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refuse a calibration that cannot end before the one who waits for it gives up."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from compress_common.errors import CompressError
+from quant_methods.architecture import UNITS, linear_shapes
+from quant_methods.progress import Progress
+
+_SIDE: Final = 1024  # of the matrices whose product is timed
+_ROUNDS: Final = 3
+_SEEN: Final = 2  # items of a step whose time is known before the rest is judged
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """How long a calibration may take.
+
+    Attributes:
+        seconds: From now on.
+        advice: What to do instead, for the message.
+    """
+
+    seconds: float
+    advice: str
+
+    def check(self, needed: float) -> None:
+        """Raise CompressError when the work takes longer.
+
+        Args:
+            needed: Seconds that it takes at the least.
+        """
+        if needed > self.seconds:
+            raise CompressError(
+                f"calibration needs at least {_shown(needed)} on this machine, and has "
+                f"{_shown(max(self.seconds, 0))} until vLLM gives the engine up; {self.advice}"
+            )
+
+    def judged(self, progress: Progress, now: Callable[[], float] = time.monotonic) -> Progress:
+        """Return a progress that raises CompressError when a step cannot end in time.
+
+        Steps are told before each item, so the time from one call to the next is that of an item.
+
+        Args:
+            progress: Told too.
+            now: The clock, in seconds.
+        """
+        begin = now()
+        first: dict[str, tuple[float, int]] = {}  # of each kind of step
+
+        def judge(step: str, done: int, total: int) -> None:
+            progress(step, done, total)
+            at, kind = now(), step.split()[0]
+            started, count = first.get(kind, (at, done))
+            if done <= count:
+                first[kind] = started, count = at, done
+            left = 0.0
+            if done - count >= _SEEN:
+                left = (at - started) / (done - count) * max(total - done, 0)
+            self.check(at - begin + left)
+
+        return judge
+
+
+def least_operations(config: Any, tokens: int, *, sampled: bool, gram: bool) -> float:
+    """Return the floating-point operations that a calibration takes at the least.
+
+    Attention, the search of ranges and further passes are left out.
+
+    Args:
+        config: The text model's ``transformers`` config.
+        tokens: Calibration tokens in all.
+        sampled: Whether the model samples them.
+        gram: Whether GPTQ rounds: on Gram matrices, with a second pass of the rounded model.
+    """
+    shapes, layers = linear_shapes(config), config.num_hidden_layers
+    passes = 1 + sampled + gram
+    linears = sum(outputs * inputs for outputs, inputs in shapes.values())
+    total = 2.0 * linears * layers * tokens * passes
+    if gram:
+        for unit in UNITS:
+            inputs = shapes[unit.linears[0]][1]
+            outputs = sum(shapes[name][0] for name in unit.linears)
+            total += layers * inputs**2 * (2.0 * tokens + outputs + inputs)
+    return total
+
+
+def operations_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Return how many floating-point operations a device does in a second, by a short product."""
+    matrix = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        begin = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * _SIDE**3 / best
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 600 else f"{seconds:.0f} s"
