@@ -28,6 +28,9 @@ denoise   P_ratio_bB: tokens per second of B requests of 128 tokens, canvas of 1
           elastic that never refreshes, so what watching attention costs beside never. With random
           weights attention does not drift as a trained model's does: elastic is not measured.
           fixed_period_graphs_ratio_bB, never_graphs_ratio_bB: over the same with --enforce-eager.
+calibration  calibration_s: seconds to calibrate a random model of Llama-3.1-8B's shape as
+          `--quantization smoothquant_plus` does at load, text sampled too and nothing in the cache;
+          calibration_hash_s: to hash its weights before.
 defaults  keep1_default_decode_ratio_bB: both with torch.compile, as `vllm serve` starts them.
 
 Limits. On a device with less than 120 GB the 8B shapes have 16 layers instead of 32.
@@ -40,6 +43,7 @@ import torch
 
 from benchmarks.common import NotHere, Options, Part, Result, main
 from benchmarks.cskv_kernel import kernel
+from benchmarks.gpu_calibration import calibration
 from benchmarks.gpu_engines import decode, defaults, denoise, identity, int4, latents, pool, syncs
 
 _BLOCK, _HEADS, _KV_HEADS, _SIZE = 16, 32, 8, 128
@@ -114,6 +118,7 @@ PARTS = {
     "latents": Part(("cskv_decode_ratio_b8", "cskv_4bit_decode_ratio_b8"), latents),
     "pool": Part(("snap_kv_requests_ratio", "snap_kv_tokens_ratio"), pool),
     "denoise": Part(("fixed_period_ratio_b1", "never_ratio_b1"), denoise),
+    "calibration": Part(("calibration_s",), calibration),
     "defaults": Part(("keep1_default_decode_ratio_b1",), defaults),
 }
 

@@ -71,11 +71,13 @@ def test_the_table_says_which_targets_are_met() -> None:
     records = [
         {"key": "keep1_decode_ratio_b1", "value": 0.99},
         {"key": "snap_kv_tokens_ratio", "value": None, "why": "no GPU"},
+        {"key": "calibration_s", "value": 31.0},
         {"note": "stock_started", "value": {}},
         {"part": "decode", "ended": "ok", "seconds": 3},
     ]
     assert gpu_check.table(records).splitlines() == [
         f"  {'keep1_decode_ratio_b1':<40} 0.99  (target 0.98: met)",
         f"  {'snap_kv_tokens_ratio':<40} no GPU  (target 1.8: missed)",
+        f"  {'calibration_s':<40} 31  (target 30.0: missed)",
         "decode: ok in 3 s",
     ]

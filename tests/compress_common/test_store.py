@@ -247,6 +247,71 @@ def test_processes_that_ask_at_once_build_once(store: Store, tmp_path: Path) -> 
     assert (tmp_path / "builds").read_text() == "x"
 
 
+def test_processes_that_wait_fail_with_the_builder(store: Store, tmp_path: Path) -> None:
+    """None of them builds again, and none of them hangs. A later one does build."""
+
+    def fails(folder: Path) -> None:
+        with (tmp_path / "builds").open("a") as log:
+            log.write("x")
+        time.sleep(1)
+        raise CompressError("the device is lost")
+
+    def run() -> None:
+        with pytest.raises(CompressError, match=r"^the device is lost$"):
+            store.make("plan", KEY, fails)
+
+    children = [multiprocessing.get_context("fork").Process(target=run) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * 4
+    assert (tmp_path / "builds").read_text() == "x"
+    assert store.make("plan", KEY, build) == store.find("plan", KEY)
+
+
+def test_processes_that_wait_build_when_the_builder_is_killed(store: Store, tmp_path: Path) -> None:
+    def killed(folder: Path) -> None:
+        (tmp_path / "begun").touch()
+        time.sleep(60)
+
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: store.make("plan", KEY, killed)
+    )
+    child.start()
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    thread = Thread(target=store.make, args=("plan", KEY, build))
+    thread.start()
+    time.sleep(0.5)
+    assert thread.is_alive()
+    child.kill()
+    thread.join(10)
+    child.join(10)
+    assert store.find("plan", KEY)
+
+
+def test_processes_that_wait_see_how_far_the_builder_is(store: Store) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def slow(folder: Path) -> None:
+        store.report("gptq", 3, 32)
+        time.sleep(1)
+        build(folder)
+
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: store.make("plan", KEY, slow)
+    )
+    child.start()
+    while not (store.root / "plan").exists():
+        time.sleep(0.05)
+    time.sleep(0.2)
+    store.make("plan", KEY, never, lambda *told: seen.append(told))
+    child.join(10)
+    assert set(seen) == {("another process: gptq", 3, 32)}
+    assert not (store.root / "plan" / f"{KEY}.lock").read_bytes()
+
+
 def test_an_entry_is_found_complete_or_not_at_all(store: Store) -> None:
     seen: list[Path | None] = []
 

@@ -57,3 +57,39 @@ class Device(TorchDispatchMode):
     def _queued(self, x: torch.Tensor) -> bool:
         pinned = {known.untyped_storage().data_ptr() for known in self.pinned}
         return x.is_contiguous() and x.untyped_storage().data_ptr() in pinned
+
+
+class Counted(Device):
+    """A device whose tensors can be read: a flag is True, and every number is 0.
+
+    Attributes:
+        ups: Shapes of what is copied to the device.
+        downs: Shapes of what is copied back.
+        reads: How often the host reads one number, and so waits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ups: list[tuple[int, ...]] = []
+        self.downs: list[tuple[int, ...]] = []
+        self.reads = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        source = args[-1] if name == "copy_" else args[0] if args else None
+        if isinstance(source, torch.Tensor) and source.device.type == "meta":
+            if name == "_local_scalar_dense":
+                self.reads += 1
+                return source.dtype == torch.bool
+            if name == "_to_copy" and torch.device(kwargs.get("device", "meta")).type == "cpu":
+                self.downs.append(tuple(source.shape))
+                return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+            if name == "copy_" and args[0].device.type == "cpu":
+                self.downs.append(tuple(source.shape))
+                return args[0].zero_()
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        if name in ("_to_copy", "copy_") and source.device.type == "cpu" != made.device.type:
+            self.ups.append(tuple(source.shape))
+        return made
