@@ -10,6 +10,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from compress_common.errors import CompressError
 from quant_methods.architecture import architecture_of, linear_shapes
 from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.precision import WHOLE
+from quant_methods.calibration.residency import widen
 from quant_methods.calibration.stages import Stages
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import decoder_problem
@@ -68,7 +70,8 @@ def calibration_blocks(
     served = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
     arch = architecture_of(config)
     device, states = placement.device, placement.states
-    return Blocks(model, arch, tokens, device, stages, dtype=dtype and served, states=states)
+    served = dtype and served
+    return Blocks(model, arch, tokens, device, stages, dtype=served, states=states, computed=dtype)
 
 
 def release(device: torch.device) -> None:
@@ -85,7 +88,8 @@ def load_model(
 
     Args:
         checkpoint: The files.
-        dtype: Of the model; None: its own.
+        dtype: What it computes in; None: its own type. A model of more than ``precision.WHOLE``
+            bytes stays as it is, and modules are converted one at a time.
         device: Where the model lies.
     """
     config = checkpoint.hf_config
@@ -96,13 +100,17 @@ def load_model(
             f"transformers has no language model for {type(config).__name__} of "
             f"{checkpoint.folder}; int4 needs the Hugging Face config (--config-format hf)"
         ) from error
+    widened = dtype is not None and checkpoint.weight_bytes > WHOLE
+    loaded = "auto" if dtype is None or widened else dtype
     state = checkpoint.verified_tensors()
     try:
-        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or "auto")
+        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=loaded)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise CompressError(
             f"transformers cannot build the model of {checkpoint.folder} ({reason}); its config is "
             "damaged, or is that of another model"
         ) from error
+    if dtype is not None and widened:
+        widen(model, architecture_of(config).layers_prefix, dtype)
     return model.eval().to(device)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.calibration.precision import computed_in, total_memory
+from quant_methods.calibration.precision import WHOLE, computed_in, total_memory
 from quant_methods.checkpoint import Checkpoint
 
 # What Python, torch and transformers take after the import and a first pass, measured on x86.
@@ -19,8 +19,8 @@ def working_memory(
 ) -> tuple[int, int]:
     """Return the bytes of the process besides the mapped weights, and those of the weights.
 
-    Besides the weights there are the program and fp32 copies of one block. Weights are mapped from
-    their files, so the system can drop them, unless calibration computes in float32.
+    Besides the weights there are the program and fp32 copies of one block and of the head. Weights
+    are mapped from their files, so the system can drop them, unless the whole model is converted.
 
     Args:
         checkpoint: What is quantized.
@@ -33,7 +33,10 @@ def working_memory(
     linears = sum(s for n, (shape, s) in shapes.items() if "layers." in n and len(shape) == 2)
     own = PROGRAM + 6 * linears // layers
     if calibrates and computed_in(total, device):
-        return own + 2 * total, 0
+        if total <= WHOLE:
+            return own + 2 * total, 0
+        config: Any = checkpoint.hf_config
+        own += 4 * config.vocab_size * config.hidden_size
     return own, total
 
 

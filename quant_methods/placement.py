@@ -134,7 +134,8 @@ def placed(device: str | torch.device, sizes: Sizes, *, whole: bool = False) -> 
         raise CompressError(
             f"{there} has {free / 2**30:.1f} GiB free, and calibration needs about "
             f"{need / 2**30:.1f} GiB and {max(_LEAST, int(free * _SHARE)) / 2**30:.1f} GiB to "
-            "spare; end what else uses it, give fewer or shorter samples, or give --device cpu"
+            "spare; end what else uses it, give fewer or shorter samples, or calibrate on the CPU "
+            "(`vllm-compress ... --device cpu`)"
         )
     model, states = fit
     return Placement(there, there if model else HOST, there if states else HOST)

@@ -2,7 +2,6 @@
 """From a checkpoint to a stored Plan: check, load, calibrate, remember."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +10,27 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoModelForCausalLM
 
 from compress_common.errors import CompressError
-from compress_common.space import Need, check_space
+from compress_common.space import check_space
 from compress_common.store import Store, digest
-from quant_methods.architecture import LINEARS, architecture_of, linear_shapes
+from quant_methods.architecture import LINEARS, architecture_of
 from quant_methods.base import QuantMethod
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.precision import computed_in
 from quant_methods.calibration.stages import Stages
 from quant_methods.calibration.text import CalibrationSettings, check_length
 from quant_methods.checkpoint import Checkpoint
-from quant_methods.formats.packed import packed_bytes
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import SCHEMA_VERSION, load_plan, save_plan
 from quant_methods.loading import calibration_blocks, check_decoder, load_model, release
 from quant_methods.memory import check_memory
 from quant_methods.placement import Sizes, chosen_device, placed, sizes_of
+from quant_methods.plan_cost import KIND, least_seconds, plan_need
 from quant_methods.progress import Progress, both, silent
 from quant_methods.registry import build_method
-from quant_methods.roundings.base import Rounding
 from quant_methods.roundings.blockwise import round_blocks
-from quant_methods.texts import computed, known_tokens, stored_tokens, text_identity
-from quant_methods.time_limit import TimeLimit, least_operations, operations_per_second
+from quant_methods.texts import computed, stored_tokens, text_identity
+from quant_methods.time_limit import TimeLimit
 
-KIND = "plan"
 _FILE = "plan.safetensors"
 
 
@@ -150,7 +147,7 @@ def obtain_plan(
         check_space([plan_need(checkpoint, request, stages, folder)])
         told = both(progress, store.report)
         if limit is not None and request.calibrates:
-            limit.check(_least_seconds(checkpoint, request, stages, device, dtype))
+            limit.check(least_seconds(checkpoint, request, stages, device, dtype))
             told = limit.judged(told)
         plan = _calibrate(checkpoint, request, stages, device, dtype, told)
         plan.sources = checkpoint.tensor_digests
@@ -174,77 +171,6 @@ def obtain_plan(
     plan.evict, plan.embedding = evict, embedding
     plan.report["settings"] = settings.model_dump()
     return plan, not made
-
-
-def plan_need(
-    checkpoint: Checkpoint,
-    request: PlanRequest,
-    stages: Stages | None = None,
-    folder: Path | None = None,
-) -> Need:
-    """Return the space that a calibration takes in the cache: its stages, and the plan of them.
-
-    Args:
-        checkpoint: What is quantized.
-        request: How.
-        stages: Where blocks that are finished already are; None: none is.
-        folder: Where the plan is built; None: where the store would build it.
-    """
-    settings, config = request.build().settings, checkpoint.hf_config
-    rounding, size, left = settings.rounder(), 0.0, 1.0
-    store = Store()
-    folder = folder or store.place(KIND)
-    if store.root in (folder, *folder.parents):
-        folder = store.root
-    else:  # stages are kept in the root only
-        left = 0.0
-    if rounding.needs_gram:
-        shapes, grids = linear_shapes(config), settings.grids(config)
-        size = sum(packed_bytes(grid, *shapes[n.split(".", 3)[3]]) for n, grid in grids.items())
-        if stages is not None:
-            left *= _unfinished(checkpoint, rounding, stages)
-    return Need(folder, size + size * left, "the rounded weights", "VLLM_COMPRESS_CACHE")
-
-
-def _unfinished(checkpoint: Checkpoint, rounding: Rounding, stages: Stages) -> float:
-    """Return the share of the blocks that were not rounded by earlier runs."""
-    layers = range(checkpoint.hf_config.num_hidden_layers)
-    return sum(not stages.has(f"{rounding.name} {index}") for index in layers) / len(layers)
-
-
-def _least_seconds(
-    checkpoint: Checkpoint,
-    request: PlanRequest,
-    stages: Stages,
-    device: str | torch.device,
-    dtype: torch.dtype | None,
-) -> float:
-    """Return the seconds that a calibration takes on a device at the least."""
-    rounding = request.build().settings.rounder()
-    operations = least_operations(
-        checkpoint.hf_config,
-        request.tokens,
-        sampled=known_tokens(checkpoint, request.calibration, dtype) is None,
-        gram=rounding.needs_gram,
-    )
-    speed = operations_per_second(torch.device(device), dtype or torch.bfloat16)
-    return operations / speed * _unfinished(checkpoint, rounding, stages)
-
-
-def plan_need_left(
-    checkpoint: Checkpoint, request: PlanRequest, device: str | torch.device = "cpu"
-) -> Need:
-    """Return ``plan_need`` less what earlier runs have left. Every byte of the weights is hashed.
-
-    Args:
-        checkpoint: What is quantized.
-        request: How.
-        device: Where decoder blocks are computed.
-    """
-    dtype = computed_in(checkpoint.weight_bytes, device) if request.calibrates else None
-    store, keys = Store(), request.keys(checkpoint, None, dtype)
-    need = plan_need(checkpoint, request, Stages(keys[-1], store))
-    return replace(need, size=0) if any(store.find(KIND, key) for key in keys) else need
 
 
 def _calibrate(
@@ -272,7 +198,7 @@ def _calibrate(
             round_blocks(plan, blocks, rounding, progress=progress)
         plan.report["calibration"] = request.calibration.model_dump() | {
             "tokens": tokens.numel(),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": str(dtype or model.dtype).removeprefix("torch."),
         }
         del model, blocks
         release(placement.device)

@@ -34,6 +34,7 @@ class Blocks:
         chunk_tokens: Tokens that run through a block at once, in whole samples.
         dtype: What the quantized model is served in; None: the type of ``model``.
         states: Where hidden states lie between blocks; None: where the model does.
+        computed: What blocks compute in; None: the type of ``model``.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Blocks:
         chunk_tokens: int = CHUNK_TOKENS,
         dtype: torch.dtype | None = None,
         states: torch.device | None = None,
+        computed: torch.dtype | None = None,
     ) -> None:
         self.stages = stages or Stages()
         self.model = model
@@ -54,6 +56,7 @@ class Blocks:
         self.layers: list[nn.Module] = list(model.get_submodule(arch.layers_prefix))  # type: ignore[arg-type]
         self.chunk_tokens = chunk_tokens
         self.dtype: torch.dtype = dtype or model.dtype  # type: ignore[assignment]
+        self.computed = computed
         self.states: torch.device = states or model.device  # type: ignore[assignment]
         self._kwargs: list[dict[str, Any]] = []
         self._tokens = tokens
@@ -109,14 +112,17 @@ class Blocks:
                 recorded.append(kwargs | {"past_key_values": None, "use_cache": False})
             return hidden
 
+        own = [vars(layer).get("forward") for layer in self.layers]
         try:
             for layer in self.layers:
                 layer.forward = identity  # type: ignore[method-assign]
             backbone = self.model.get_submodule(self.arch.layers_prefix.rpartition(".")[0])
             backbone(input_ids=tokens.to(self.model.device), use_cache=False)  # type: ignore[arg-type]
         finally:
-            for layer in self.layers:
+            for layer, forward in zip(self.layers, own, strict=True):
                 del layer.forward
+                if forward is not None:  # see residency.widen
+                    layer.forward = forward
         return first[0]
 
     def _to_device(self, tree: Any) -> Any:
@@ -132,8 +138,8 @@ class Blocks:
 
     def on(self, tokens: torch.Tensor) -> "Blocks":
         """Return the same blocks on other calibration tokens, int64 [samples, length]."""
-        settings = self.device, self.stages, self.chunk_tokens, self.dtype, self.states
-        return Blocks(self.model, self.arch, tokens, *settings)
+        settings = self.device, self.stages, self.chunk_tokens, self.dtype
+        return Blocks(self.model, self.arch, tokens, *settings, self.states, self.computed)
 
     def prefix(self, index: int) -> str:
         """Return what the full names of a block's tensors start with."""
@@ -150,7 +156,7 @@ class Blocks:
         long as the context.
         """
         layer = self.layers[index]
-        with copied(layer, self.device):
+        with copied(layer, self.device, self.computed):
             yield layer
 
     @torch.no_grad()

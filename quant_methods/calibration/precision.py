@@ -10,6 +10,9 @@ import torch
 
 from compress_common.errors import CompressError
 
+# A 16-bit model up to this size is converted to float32 at once, which makes sampling faster. Of a
+# larger one there are float32 copies of one module at a time.
+WHOLE = 512 << 20
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 

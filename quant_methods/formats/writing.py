@@ -27,7 +27,8 @@ from quant_methods.formats.plan_file import plan_digest
 from quant_methods.formats.sizes import sizes_of
 from quant_methods.grid import QuantizedWeight
 from quant_methods.memory import PROGRAM, working_memory
-from quant_methods.planning import PlanRequest, obtain_plan, plan_need, plan_need_left
+from quant_methods.plan_cost import plan_need, plan_need_left
+from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.progress import Progress, silent
 
 _SHARD_BYTES = 2 << 30  # of source weights

@@ -89,8 +89,8 @@ def test_an_8b_model_fits_where_it_is_said_to() -> None:
     )
     sizes = placement.sizes_of(config, 16_060_522_496, 64 * 128)
     assert fitting(sizes, 79 * GIB) == (True, True)  # H100
-    assert fitting(sizes, 22 * GIB) == (False, True)  # L4
-    assert fitting(sizes, 7 * GIB) == (False, True)
+    assert fitting(sizes, 22 * GIB) == (True, True)  # L4
+    assert fitting(sizes, 16 * GIB) == (False, True)
     assert 3 * GIB < sizes.work < 5 * GIB
     assert sizes.block < 0.6 * GIB
 
@@ -114,8 +114,9 @@ def test_a_device_is_chosen_and_refused_by_its_free_memory(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("chunk", [LENGTH, 4096], ids=["four chunks", "one chunk"])
 def test_a_model_on_the_device_is_not_copied(chunk: int) -> None:
-    blocks = on_device(decoder(META), chunk_tokens=chunk)
     with Counted() as device:
+        blocks = on_device(decoder(META), chunk_tokens=chunk)
+        device.ups.clear()
         hidden = blocks.inputs()
         assert set(device.ups) == {(min(SAMPLES, chunk // LENGTH), LENGTH)}  # tokens
         device.ups.clear()
@@ -191,8 +192,8 @@ def test_a_whole_calibration_copies_the_model_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Up: the weights, the tokens and rounded codes. Back: codes and statistics, no hidden state
-    but the last that smoothing is judged by."""
+    """Up: the weights, the tokens and rounded codes. Back: codes and statistics, and of the hidden
+    states only the last, once, which smoothing is judged by: they are stored, and come up again."""
     monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(placement, "free_memory", lambda device: 80 * GIB)
     text = tmp_path / "text.txt"
@@ -208,5 +209,4 @@ def test_a_whole_calibration_copies_the_model_once(
         same = [name for name, (other, _) in checkpoint.shapes().items() if other == shape]
         assert device.ups.count(shape) == len(same), shape
     states = (4, 32, checkpoint.hf_config.hidden_size)
-    assert device.downs.count(states) == (1 if settings else 0)
-    assert states not in device.ups[: -1 or None] or settings
+    assert device.ups.count(states) == device.downs.count(states) == (1 if settings else 0)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compress_common.errors import CompressError, joined
 from quant_methods.calibration.text import SELF, CalibrationSettings, check_length, file_tokens
 from quant_methods.checkpoint import Checkpoint, resolve
-from quant_methods.placement import Placement, chosen_device, placed, sizes_of
+from quant_methods.placement import HOST, Placement, chosen_device, placed, sizes_of
 from quant_methods.progress import Progress
 from quant_methods.texts import stored_tokens
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, not_reached
@@ -73,7 +73,7 @@ class HFModel:
         sizes = sizes_of(decoder, self.checkpoint.weight_bytes, tokens)
         return placed(chosen_device(device, sizes, whole=whole), sizes, whole=whole)
 
-    def network(self, progress: Progress, device: torch.device, **options: Any) -> Any:
+    def network(self, progress: Progress, device: torch.device = HOST, **options: Any) -> Any:
         """Load the model in the checkpoint's dtype.
 
         Args:
