@@ -6,7 +6,6 @@ form groups. Each group has its own block table, and all groups draw blocks from
 is one page of each layer of a group. ``config`` is the text model's Hugging Face config.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -50,14 +49,19 @@ class Group:
     """Layers that share a block table.
 
     Attributes:
-        layers: how many.
+        members: their indices in the model.
         layout: how they are compressed; None: they are not.
         window: their sliding window in tokens; None: full attention.
     """
 
-    layers: int
+    members: tuple[int, ...]
     layout: Layout | None = None
     window: int | None = None
+
+    @property
+    def layers(self) -> int:
+        """How many layers it has."""
+        return len(self.members)
 
 
 @dataclass(frozen=True)
@@ -186,23 +190,41 @@ def groups_of(config: Any, layouts: Mapping[int, Layout] | None) -> list[Group]:
     """
     full = set(full_attention_layers(config))
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", 0)
-    kinds = Counter(
-        Group(0, (layouts or {}).get(layer)) if layer in full else Group(0, None, window)
-        for layer in range(config.num_hidden_layers)
-    )
-    smallest, largest = min(kinds.values()), max(kinds.values())
+    kinds: dict[tuple[Layout | None, int | None], list[int]] = {}
+    for layer in range(config.num_hidden_layers):
+        kind = ((layouts or {}).get(layer), None) if layer in full else (None, window)
+        kinds.setdefault(kind, []).append(layer)
+    counts = [len(layers) for layers in kinds.values()]
+    smallest, largest = min(counts), max(counts)
     size = largest if largest < smallest * 1.5 else smallest
     return [
-        Group(len(range(part, count, parts)), kind.layout, kind.window)
-        for kind, count in kinds.items()
-        for parts in [-(-count // size)]
+        Group(tuple(layers[part::parts]), *kind)
+        for kind, layers in kinds.items()
+        for parts in [-(-len(layers) // size)]
         for part in range(parts)
     ]
 
 
-def block_bytes(groups: Sequence[Group], block_size: int, token_bytes: int) -> int:
-    """Return the bytes of one block of the pool; ``token_bytes`` is from ``layer_token_bytes``."""
-    return max(group.layers for group in groups) * block_size * token_bytes
+def block_bytes(
+    groups: Sequence[Group],
+    block_size: int,
+    token_bytes: int,
+    stages: Sequence[range] | None = None,
+) -> int:
+    """Return the bytes of one block of the pool.
+
+    Args:
+        groups: of ``groups_of``.
+        block_size: tokens per block.
+        token_bytes: of ``layer_token_bytes``.
+        stages: the layers of each pipeline stage; None: one stage has all. All stages have as many
+            blocks as the one where a block is largest, and that is where this is counted.
+    """
+    layers = [group.members for group in groups]
+    if stages is not None:
+        layers = [tuple(x for x in members if x in stage) for members in layers for stage in stages]
+    most = max(map(len, layers))
+    return most * block_size * token_bytes
 
 
 def request_blocks(
@@ -246,7 +268,12 @@ def typical_prompt(context: int) -> int:
 
 
 def requests_in_pool(
-    config: Any, layouts: Mapping[int, Layout], block_size: int, blocks: int, context: int
+    config: Any,
+    layouts: Mapping[int, Layout],
+    block_size: int,
+    blocks: int,
+    context: int,
+    stages: Sequence[range] | None = None,
 ) -> tuple[int, int]:
     """Count the requests of ``context`` tokens that can decode at once in a pool.
 
@@ -256,12 +283,14 @@ def requests_in_pool(
         block_size: tokens per block.
         blocks: of the pool, with compression.
         context: tokens of a request when it ends.
+        stages: the layers of each pipeline stage; None: one stage has all.
 
     Returns:
         Requests without compression, in the same memory, and with compression.
     """
     groups, stock = groups_of(config, layouts), groups_of(config, None)
-    same = blocks * block_bytes(groups, block_size, 1) // block_bytes(stock, block_size, 1)
+    ours, theirs = (block_bytes(kinds, block_size, 1, stages) for kinds in (groups, stock))
+    same = blocks * ours // theirs
     before, after = (
         request_blocks(kinds, block_size, context, typical_prompt(context)).all_decoding(pool)
         for kinds, pool in ((stock, same), (groups, blocks))

@@ -218,7 +218,7 @@ def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto")
     quantized = isinstance(config.quant_config, MethodConfig)
     compressed = settings.kv is not None or quantized or diffusion.denoises(config)
     if compressed:
-        report(config)
+        report(config, settings)
     return compressed
 
 
@@ -274,10 +274,5 @@ def _problems_at_load(
         problems.append(
             f"--load-format {config.load_config.load_format} cannot be quantized at load; leave it "
             "at auto or quantize offline with `vllm-compress quantize`"
-        )
-    if parallel.pipeline_parallel_size > 1:
-        problems.append(
-            "--pipeline-parallel-size above 1 was never tested with quantization at load; "
-            "quantize offline with `vllm-compress quantize` or use --tensor-parallel-size"
         )
     return problems

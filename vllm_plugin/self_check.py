@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping
 
 from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -54,7 +55,7 @@ def log_table(vllm_config: VllmConfig, settings: Settings, num_blocks: int | Non
 
 def log_nothing() -> None:
     """Log that a ``compress`` section was given from which nothing follows."""
-    sections = ", ".join(Settings.model_fields)
+    sections = ", ".join(name for name in Settings.model_fields if name != "metrics")
     logger.warning(
         "What is compressed:\n  nothing: the section %r of --additional-config is empty; give it "
         "one of %s, or remove it",
@@ -105,6 +106,13 @@ def layouts(config: VllmConfig, settings: Settings) -> Mapping[int, Layout] | No
     )
 
 
+def stages(config: VllmConfig) -> list[range]:
+    """Return the layers of each pipeline stage."""
+    count = config.parallel_config.pipeline_parallel_size
+    layers = config.model_config.get_total_num_hidden_layers()
+    return [range(*get_pp_indices(layers, stage, count)) for stage in range(count)]
+
+
 def _weights(config: VllmConfig, settings: Settings) -> Rows:
     method = getattr(config.quant_config, "method", None)
     if (found := weights_of(config, settings)) is None:
@@ -134,7 +142,9 @@ def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:
     ]
     if num_blocks is not None:
         longest = model.max_model_len
-        before, after = requests_in_pool(text, chosen, cache.block_size, num_blocks, longest)
+        before, after = requests_in_pool(
+            text, chosen, cache.block_size, num_blocks, longest, stages(config)
+        )
         rows.append(("requests that fit", f"{before} -> {after} of {longest:,} tokens"))
     return rows
 

@@ -146,13 +146,18 @@ class KVSettings(BaseModel):
 
 
 class Settings(BaseModel):
-    """``compress``: one section per kind of compression."""
+    """``compress``: one section per kind of compression, and what is measured of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     weights: WeightSettings | None = None
     kv: KVSettings | None = None
     diffusion: DiffusionSettings | None = None
+    metrics: bool = Field(
+        True,
+        description="false: no series of this plugin on /metrics. Then ranks other than the first "
+        "need not answer in each step",
+    )
 
 
 def parse_settings(additional_config: Any) -> Settings:

@@ -56,6 +56,9 @@ def _generate(request: dict[str, Any]) -> dict[str, Any]:
     sampling = SamplingParams(
         temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, prompt_logprobs=0
     )
+    if request["engine_args"].get("pipeline_parallel_size", 1) > 1:
+        # On a CPU vLLM makes what a stage receives into in a warm-up, which eager engines skip.
+        llm.collective_rpc("execute_dummy_batch")
     outputs = llm.generate(request["prompts"], sampling, use_tqdm=False)
     quantization = str(llm.llm_engine.vllm_config.model_config.quantization)
     llm.llm_engine.engine_core.shutdown()  # its processes, if it has some, would be waited for

@@ -5,8 +5,8 @@
 are those sections, ``stop`` has token ids. The answer has ``start``, the plugin's series before
 the first request, ``steps``: per step the pool's ``free`` blocks, the ``columns`` of all block
 tables, whether a request ``finished``, and the plugin's series; ``end``, its series when all is
-done, and ``refused``, the places of prompts that were refused. A series is its name and labels as
-Prometheus prints them.
+done, ``refused``, the places of prompts that were refused, and ``tokens`` per request. A series is
+its name and labels as Prometheus prints them.
 """
 
 import os
@@ -58,8 +58,12 @@ def _watch(case: dict[str, Any]) -> dict[str, Any]:
         **arguments,
     )
     engine = llm.llm_engine
+    if arguments.get("pipeline_parallel_size", 1) > 1:
+        # On a CPU vLLM makes what a stage receives into in a warm-up, which eager engines skip.
+        llm.collective_rpc("execute_dummy_batch")
     manager = engine.engine_core.engine_core.scheduler.kv_cache_manager
     start, steps, refused = series(), [], []
+    tokens: dict[str, list[int]] = {}
     free = manager.block_pool.get_num_free_blocks()
     for index, (prompt, extra) in enumerate(zip(case["prompts"], case["extra"], strict=True)):
         sampling = SamplingParams(
@@ -76,6 +80,7 @@ def _watch(case: dict[str, Any]) -> dict[str, Any]:
             refused.append(index)
     while engine.has_unfinished_requests():
         outputs = engine.step()
+        tokens |= {one.request_id: list(one.outputs[0].token_ids) for one in outputs}
         tables = (m.req_to_blocks for m in manager.coordinator.single_type_managers)
         steps.append(
             {
@@ -85,4 +90,13 @@ def _watch(case: dict[str, Any]) -> dict[str, Any]:
                 "series": series(),
             }
         )
-    return {"start": start, "free": free, "steps": steps, "end": series(), "refused": refused}
+    end = series()
+    engine.engine_core.shutdown()  # its processes, if it has some, would be waited for
+    return {
+        "start": start,
+        "free": free,
+        "steps": steps,
+        "end": end,
+        "refused": refused,
+        "tokens": [tokens.get(str(index)) for index in range(len(case["prompts"]))],
+    }

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
 from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from compress_common.errors import CompressError
@@ -22,7 +23,11 @@ from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.local import local_folder
 from quant_methods.planning import PlanRequest
-from tests.support.grouping import get_kv_cache_config_from_groups, get_kv_cache_groups
+from tests.support.grouping import (
+    get_kv_cache_config_from_groups,
+    get_kv_cache_groups,
+    projected,
+)
 from vllm_plugin.capacity import (
     block_bytes,
     groups_of,
@@ -73,11 +78,20 @@ def test_groups_and_block_bytes_are_those_of_vllm(
     theirs_config.cache_config.kv_cache_layout = "LBHNC"
     theirs = get_kv_cache_groups(theirs_config, specs)
     ours = groups_of(config, layouts)
-    assert sorted(group.layers for group in ours) == sorted(len(t.layer_names) for t in theirs)
-    memory = 1 << 28
-    blocks = get_kv_cache_config_from_groups(theirs_config, theirs, memory).num_blocks
-    each = layer_token_bytes(config, torch.bfloat16)
-    assert memory // block_bytes(ours, BLOCK, each) == blocks
+    members = [{int(name.rpartition(".")[2]) for name in group.layer_names} for group in theirs]
+    assert sorted(map(sorted, members)) == sorted(sorted(group.members) for group in ours)
+    memory, each = 1 << 28, layer_token_bytes(config, torch.bfloat16)
+    for count in (1, 2, 3):
+        stages = [range(*get_pp_indices(len(specs), at, count)) for at in range(count)]
+        assert [layer for stage in stages for layer in stage] == list(range(len(specs)))
+        blocks = []
+        for stage in stages:  # vLLM gives all stages as many blocks as the one with the fewest
+            there = projected(theirs, {f"layers.{at}": specs[f"layers.{at}"] for at in stage})
+            found = get_kv_cache_config_from_groups(theirs_config, there, memory)
+            blocks.append(found.num_blocks)
+        assert memory // block_bytes(ours, BLOCK, each, stages) == min(blocks)
+        if count == 1:
+            assert block_bytes(ours, BLOCK, each) == block_bytes(ours, BLOCK, each, stages)
 
 
 @pytest.mark.parametrize(

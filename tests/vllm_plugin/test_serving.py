@@ -189,12 +189,11 @@ def test_linears_that_no_group_divides_are_served_at_16_bits(
     assert (nats - torch.tensor(reference_nats(folder, request))).abs().mean() < 0.05
 
 
-def test_two_tensor_parallel_ranks_agree_with_one(
-    tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_two_ranks_agree_with_one(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Of tensors in halves, and of stages with half of the layers each."""
     folder = tiny_model("qwen2")
     nats = []
-    for ranks in (1, 2):
+    for ranks, stages in ((1, 1), (2, 1), (1, 2)):
         answer = generate(
             folder,
             PROMPTS,
@@ -202,6 +201,7 @@ def test_two_tensor_parallel_ranks_agree_with_one(
             quantization="smoothquant_plus",
             additional_config=settings(**QUICK, activations="bf16"),
             tensor_parallel_size=ranks,
+            pipeline_parallel_size=stages,
             env={
                 **EAGER,
                 "VLLM_COMPRESS_CACHE": str(tmp_path),
@@ -210,8 +210,9 @@ def test_two_tensor_parallel_ranks_agree_with_one(
             },
         )
         nats.append(torch.tensor(sum(answer["prompt_nats"], [])))
-    # Same codes on both; ranks only change the order of sums in bf16.
+    # Same codes on all; ranks only change the order of sums in bf16, and stages nothing.
     assert (nats[0] - nats[1]).abs().mean() < 0.03
+    assert torch.equal(nats[0], nats[2])
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,10 @@ KV = {"policy": "snap_kv", "keep": 0.25}
         ({"compressor": {"kv": KV}}, "did you mean 'compress'?"),
         ({"weights": {"alpha": 0.5}}, "'weights' at its top level"),
         ({"diffusion": {"policy": "elastic"}}, "'diffusion' at its top level"),
-        ({"compress": KV}, "setting 'policy' (valid: weights, kv, diffusion); it is a setting of"),
+        (
+            {"compress": KV},
+            "setting 'policy' (valid: weights, kv, diffusion, metrics); it is a setting of",
+        ),
         ({"compress": {"kw": KV}}, "unknown setting 'kw'; did you mean 'kv'?"),
         ({"compress": [KV]}, "must be an object"),
     ],

@@ -3,10 +3,11 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from kv_policies.layout.base import Layout
 from kv_policies.plan import Tally
 
 
@@ -18,7 +19,7 @@ class Done:
         segments: Compacted prompts and windows, by kind.
         tokens: Tokens of these segments, mean over the compressed layers.
         evicted: Tokens among them whose room was freed, mean over the compressed layers.
-        seconds: Host time of observing and compacting, over all layers.
+        seconds: Host time of observing and compacting, over all layers of a stage.
     """
 
     segments: dict[str, int] = field(default_factory=dict)
@@ -28,10 +29,19 @@ class Done:
 
 
 class Activity:
-    """Counts a step's work. ``layers``: compressed layers of the model."""
+    """Counts a step's work.
 
-    def __init__(self, layers: int) -> None:
+    With pipeline parallelism each stage counts, and the front end adds the counts up. Tokens are
+    means over the layers of all stages. Segments and seconds are those of one stage.
+
+    Args:
+        layers: Compressed layers of the model, on all stages.
+        counts_segments: Whether this is the stage that counts segments and seconds.
+    """
+
+    def __init__(self, layers: int, counts_segments: bool = True) -> None:
         self._layers = layers
+        self._counts_segments = counts_segments
         self._done = Done()
 
     def plan(self, tallies: Iterable[Tally], layers: int) -> None:
@@ -46,6 +56,8 @@ class Activity:
             self._done.tokens += tokens * share
             self._done.evicted += (tokens - kept) * share
             segments[kind] += count
+        if not self._counts_segments:
+            return
         for kind, count in segments.items():
             self._done.segments[kind] = max(self._done.segments.get(kind, 0), count)
 
@@ -54,9 +66,21 @@ class Activity:
         """Add the time of the block. On a GPU it is what the host spends on queueing the work."""
         started = time.perf_counter()
         yield
-        self._done.seconds += time.perf_counter() - started
+        if self._counts_segments:
+            self._done.seconds += time.perf_counter() - started
 
     def take(self) -> Done:
         """What was done since the last call: vLLM asks once per step."""
         done, self._done = self._done, Done()
         return done
+
+
+def counting_layer(layouts: Mapping[int, Layout]) -> int:
+    """The layer whose pipeline stage counts segments.
+
+    Of the layers that keep least: no other compacts a segment that these leave alone.
+
+    Args:
+        layouts: Of all compressed layers of the model, by index.
+    """
+    return min(layouts, key=lambda layer: (layouts[layer].share, layer))

@@ -30,12 +30,12 @@ class Batch:
     Args:
         runner: The worker's model runner.
         v2: Whether it is vLLM's second one.
-        layers: Compressed layers of the model.
+        activity: Counts what is compacted.
     """
 
-    def __init__(self, runner: Any, v2: bool, layers: int) -> None:
+    def __init__(self, runner: Any, v2: bool, activity: Activity) -> None:
         self.observations = Observations()
-        self.activity = Activity(layers)
+        self.activity = activity
         self._runner = runner
         self._read = self._v2 if v2 else self._v1
         self._opted_out: set[str] = set()

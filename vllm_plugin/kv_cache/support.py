@@ -126,9 +126,6 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
         "spread over ranks; set them to 1": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
-        "--pipeline-parallel-size above 1 was never tested; use --tensor-parallel-size": (
-            parallel.pipeline_parallel_size > 1
-        ),
         "--enable-dbo: a batch in two halves was never tested; remove it": bool(
             parallel.use_ubatching
         ),
@@ -147,6 +144,7 @@ def layer_problems(
     full: Mapping[str, int],
     layers: Mapping[str, Any],
     config: Any,
+    stage: range,
     latents_of: torch.nn.Module | None = None,
 ) -> list[str]:
     """List what rules compression out once the model's layers exist.
@@ -159,16 +157,18 @@ def layer_problems(
         full: the full-attention layers among them, with their index in the model.
         layers: the attention layers, by name.
         config: the text model's.
+        stage: the layers of the model that this worker has. With pipeline parallelism a stage can
+            be without a full-attention layer.
         latents_of: the model, if kept blocks are latents.
 
     Returns:
         One line per problem; empty when there is none.
     """
-    if not full:
+    expected = set(full_attention_layers(config)).intersection(stage)
+    if not full and len(stage) == config.num_hidden_layers:
         kinds = ", ".join(sorted({type(spec).__name__ for spec in specs.values()}))
         return [f"no full-attention layer, all layers are {kinds}; remove compress.kv"]
     problems = []
-    expected = set(full_attention_layers(config))
     if unlike := sorted(expected.symmetric_difference(full.values())):
         problems.append(
             f"vLLM and the model's config differ on which layers have full attention: layers "

@@ -21,6 +21,7 @@ from compress_common.errors import joined
 from kv_policies.base import KVPolicy
 from kv_policies.compaction import describe_windows, observed_bytes, workspace
 from kv_policies.latents.bases import Bases
+from vllm_plugin.kv_cache.activity import Activity, counting_layer
 from vllm_plugin.kv_cache.backends import put_ours_behind
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.budget import bases_of, layouts_of
@@ -65,6 +66,7 @@ class CompressedWorker(PlatformWorker):
             full,
             context,
             self.model_config.hf_text_config,
+            self._stage,
             network if settings.latents else None,
         )
         if supports_realtime(network):
@@ -76,7 +78,9 @@ class CompressedWorker(PlatformWorker):
             settings, self.cache_config.block_size, model.model, model.hf_text_config
         )
         self.settings, self.policy = settings, settings.build()
-        shares = Counter(float(layout.share) for layout in layouts.values())
+        self._counts_segments = counting_layer(layouts) in self._stage
+        self._layers = len(layouts)
+        shares = Counter(float(layouts[index].share) for index in full.values())
         one = next(iter(layouts.values()))
         logger.info(
             "KV cache: %s keeps %s; %d of %d layers compressed, prompts from %d tokens on, %s, "
@@ -141,15 +145,20 @@ class CompressedWorker(PlatformWorker):
             for group in groups
             if isinstance(group.kv_cache_spec, CompressedSpec)
         ]
-        layers = sum(len(group.layer_names) for group in groups)
-        self.batch = Batch(self.model_runner, self.use_v2_model_runner, layers)
+        activity = Activity(self._layers, self._counts_segments)
+        self.batch = Batch(self.model_runner, self.use_v2_model_runner, activity)
         model = self.model_runner.get_model()
         equipment = Equipment(
             self.vllm_config, self.policy, self._bases, self.batch, model, self._backend
         )
         equipment.hand_out(groups)
         if has_kv_transfer_group() and get_tensor_model_parallel_rank() == 0:
-            get_kv_transfer_group().activity = self.batch.activity
+            get_kv_transfer_group().activity = activity
+
+    @property
+    def _stage(self) -> range:
+        """The layers of the model that this worker has: all without pipeline parallelism."""
+        return range(*self.model_config.get_layers_start_end_indices(self.parallel_config))
 
     @cached_property
     def _bases(self) -> Bases | None:

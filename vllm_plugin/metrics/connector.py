@@ -27,7 +27,7 @@ from vllm_plugin.kv_cache.requests import opts_out
 from vllm_plugin.metrics.prometheus import CompressMetrics, publish
 from vllm_plugin.metrics.stats import CompressStats
 from vllm_plugin.self_check import log_table
-from vllm_plugin.settings import parse_settings
+from vllm_plugin.settings import Settings, parse_settings
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
 
@@ -184,7 +184,7 @@ class _Nothing(KVConnectorMetadata):
     """The object that vLLM asks for in each step."""
 
 
-def report(config: VllmConfig) -> None:
+def report(config: VllmConfig, settings: Settings) -> None:
     """Have this engine report what it compresses.
 
     vLLM has one connector. The config edge allows a user's own beside quantized weights only. Their
@@ -192,8 +192,12 @@ def report(config: VllmConfig) -> None:
 
     Args:
         config: Completed in place, unless it names a connector.
+        settings: The ``compress`` section.
     """
     chosen = config.kv_transfer_config
+    if not settings.metrics:
+        log_table(config, settings)
+        return
     if chosen is None:
         # A consumer would make the scheduler hold back blocks that are freed.
         config.kv_transfer_config = KVTransferConfig(
@@ -207,7 +211,7 @@ def report(config: VllmConfig) -> None:
     if StatsConnector.__name__ not in names:
         try:
             publish(config)
-            log_table(config, parse_settings(config.additional_config))
+            log_table(config, settings)
         except Exception as error:  # figures must not end an engine that could serve
             logger.warning(
                 "The figures of vllm-compress-plugin are missing from /metrics: %s: %s",

@@ -12,7 +12,7 @@ import ctypes
 import gc
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.config.load import LoadConfig
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from compress_common.errors import CompressError
 from quant_methods.calibration.precision import slow_in_16_bit
@@ -53,6 +54,8 @@ class QuantizedStream:
         tensors: ``(name, tensor)`` as the checkpoint has them.
         dtype: What the model runs in.
         device: Where tensors are rounded.
+        needed: Whether the model takes a tensor of the checkpoint, by name. The others are skipped:
+            those of other pipeline stages.
     """
 
     def __init__(
@@ -61,12 +64,17 @@ class QuantizedStream:
         tensors: Iterable[tuple[str, torch.Tensor]],
         dtype: torch.dtype,
         device: torch.device,
+        needed: Callable[[str], bool] = lambda name: True,
     ) -> None:
-        self.plan, self.tensors, self.dtype, self.device = plan, tensors, dtype, device
+        self.plan, self.dtype, self.device = plan, dtype, device
+        self.tensors = ((name, tensor) for name, tensor in tensors if needed(name))
+        self.expected = [name for name in plan.sources if needed(name)]
         self.started = False  # whether a tensor was handed on
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, value in self.plan.transform(self.tensors, self.dtype, device=self.device):
+        for name, value in self.plan.transform(
+            self.tensors, self.dtype, device=self.device, expected=self.expected
+        ):
             self.started = True
             if isinstance(value, QuantizedWeight):
                 for part, tensor in to_compressed_tensors(value, self.dtype).items():
@@ -116,7 +124,8 @@ class QuantizingLoader(DefaultModelLoader):
         if not _quantizes(config, model_config):
             return tensors
         plan = self.plan or self._obtain_plan(config, model_config)
-        return QuantizedStream(plan, tensors, model_config.dtype, _device(config))
+        needed = needed_by(model, plan.copies)
+        return QuantizedStream(plan, tensors, model_config.dtype, _device(config), needed)
 
     def _obtain_plan(self, vllm_config: VllmConfig, model_config: ModelConfig) -> Plan:
         request, quant_config = plan_request(vllm_config), vllm_config.quant_config
@@ -129,7 +138,8 @@ class QuantizingLoader(DefaultModelLoader):
             if request.calibrates:
                 refuse_reload(checkpoint, quant_config.source)
             started = time.perf_counter()
-            with bar(disable=get_tensor_model_parallel_rank() != 0) as progress:
+            first = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
+            with bar(disable=not first) as progress:
                 device = _device(vllm_config)
                 if device.type == "cpu" and slow_in_16_bit():
                     progress = _announced(progress)
@@ -149,6 +159,19 @@ def plan_request(vllm_config: VllmConfig) -> PlanRequest:
         str(vllm_config.model_config.quantization),
         vllm_config.parallel_config.tensor_parallel_size,
     )
+
+
+def needed_by(model: nn.Module, copies: Mapping[str, str]) -> Callable[[str], bool]:
+    """Return what tells whether a pipeline stage takes a tensor of the checkpoint, by name.
+
+    Args:
+        model: Of the stage; layers of other stages are placeholders in it.
+        copies: As in ``Plan``. A stage with a copy alone needs its source.
+    """
+    sources = {
+        source for copy, source in copies.items() if not is_pp_missing_parameter(copy, model)
+    }
+    return lambda name: name in sources or not is_pp_missing_parameter(name, model)
 
 
 def _quantizes(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:

@@ -5,12 +5,13 @@ import pytest
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from vllm_plugin.kv_cache.activity import Activity
 from vllm_plugin.kv_cache.batch import Batch
 
 
 @pytest.mark.parametrize("event", ["finished_req_ids", "preempted_req_ids"])
 def test_observations_of_a_request_that_leaves_are_forgotten(event: str) -> None:
-    batch = Batch(None, v2=False, layers=1)
+    batch = Batch(None, v2=False, activity=Activity(1))
     for request in ("stays", "leaves"):
         batch.observations.keep(request, "layer", torch.zeros(1, 4))
     scheduled = SchedulerOutput.make_empty()

@@ -30,6 +30,7 @@ from kv_policies.policies.key_diff import KeyDiff
 from kv_policies.workspace import Heads
 from tests.support.device import Device
 from tests.vllm_plugin.kv_cache.test_refusals import configure
+from vllm_plugin.kv_cache.activity import Activity
 from vllm_plugin.kv_cache.backend import CompressedBuilder, CompressedImpl
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.cpu import CPUBuilder
@@ -200,7 +201,7 @@ def equipped(kind: type, config: VllmConfig, device: str = "cpu") -> Any:
     builder = kind(CompressedSpec.of(SPEC, LAYOUT), ["layer"], config, torch.device(device))
     states = SimpleNamespace(prompt_len=SimpleNamespace(np=None), num_computed_tokens_np=None)
     states.index_to_req_id = {at: str(at) for at in range(4)}
-    builder.batch = Batch(SimpleNamespace(req_states=states), v2=True, layers=1)
+    builder.batch = Batch(SimpleNamespace(req_states=states), v2=True, activity=Activity(1))
     policy, heads = KeyDiff(KeyDiff.settings_type()), Heads(3, 3, 64, 2, "cpu")
     space = workspace(policy, heads)
     builder.planner = Planner([LAYOUT], policy, space)

@@ -250,7 +250,6 @@ def test_unsupported_combinations(demo_model: Path, engine: dict[str, Any], expe
     [
         ("decode_context_parallel_size", 2, "--decode-context-parallel-size"),
         ("prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
-        ("pipeline_parallel_size", 2, "--pipeline-parallel-size"),
         ("enable_dbo", True, "--enable-dbo"),
     ],
 )

@@ -24,7 +24,7 @@ from vllm_plugin.metrics.catalogue import METRICS
 from vllm_plugin.metrics.connector import StatsConnector
 from vllm_plugin.metrics.prometheus import CompressMetrics, publish
 from vllm_plugin.self_check import table
-from vllm_plugin.settings import parse_settings
+from vllm_plugin.settings import Settings, parse_settings
 
 
 def configure(model: Path, **engine: Any) -> VllmConfig:
@@ -97,6 +97,15 @@ def test_a_diffusion_model_is_reported_and_described(
     assert found == rows
 
 
+def test_metrics_can_be_switched_off(demo_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Then vLLM has no connector, for which each rank would answer in each step."""
+    section = {"kv": {"policy": "key_diff", "keep": 0.5}, "metrics": False}
+    with caplog.at_level("INFO", "vllm.vllm_plugin.self_check"):
+        config = configure(demo_model, additional_config={"compress": section})
+    assert config.kv_transfer_config is None
+    assert "key_diff" in caplog.text.partition("What is compressed")[2]
+
+
 def test_nothing_is_reported_where_nothing_is_compressed(demo_model: Path) -> None:
     assert configure(demo_model).kv_transfer_config is None
 
@@ -129,7 +138,7 @@ def test_figures_that_fail_beside_a_users_own_connector_end_no_engine(
     own = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
     config = VllmConfig(kv_transfer_config=own)
     with caplog.at_level("WARNING", "vllm.vllm_plugin.metrics.connector"):
-        connector.report(config)
+        connector.report(config, Settings())
     assert config.kv_transfer_config is own
     (warning,) = [each for each in caplog.records if "missing from /metrics" in each.message]
     assert "OSError: the prometheus directory is full" in warning.message
