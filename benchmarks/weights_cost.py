@@ -24,6 +24,7 @@ from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.planning import PlanRequest
 from quant_methods.texts import KIND as TEXT_KIND
+from vllm_plugin.demo_model import demo_model_path
 
 # Of AWQ and ours, which take turns: AWQ takes minutes on some processors.
 ROUNDS = 1
@@ -66,11 +67,25 @@ def _memory(options: Options, result: Result) -> None:
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         size = 64 if options.smoke else 128
         tokens = {"samples": 4, "length": 32} if options.smoke else TOKENS
-        found = in_process(_quantize, model, Path(scratch), size, tokens, preloaded=options.smoke)
+        folder = _with_tokenizer(model, Path(scratch) / "model")
+        found = in_process(_quantize, folder, Path(scratch), size, tokens, preloaded=options.smoke)
     result.note("calibration_peak", found)
     for what in ("peak", "anonymous"):
         ratio = found[f"{what}_bytes"] / found["weight_bytes"]
         result.put(f"calibration_{what}_ratio", ratio)
+
+
+def _with_tokenizer(model: Path, folder: Path) -> Path:
+    """A folder of links to a model and to the demo model's tokenizer.
+
+    Only its start token is used, whose id is below every vocabulary.
+    """
+    folder.mkdir()
+    demo = demo_model_path()
+    for file in (*model.iterdir(), *demo.glob("tokenizer*")):
+        if not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file.resolve())
+    return folder
 
 
 def _quantize(

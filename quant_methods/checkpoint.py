@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from compress_common.errors import CompressError
 from compress_common.store import digest
 from quant_methods.architecture import EMBEDDINGS
-from quant_methods.identity import TensorDigests, hashed
+from quant_methods.identity import TensorDigests, hashed, hashing_threads
 
 INDEX = "model.safetensors.index.json"
 # Mistral's own copy of the weights, which its repositories publish beside the Hugging Face files.
@@ -173,7 +173,7 @@ class Checkpoint:
         tensors: dict[str, torch.Tensor] = {}
         expected = self.tensor_digests
         try:
-            for name, tensor, found in hashed(self.tensors()):
+            for name, tensor, found in hashed(self.tensors(), hashing_threads()):
                 if found != expected.get(name):
                     raise self._changed(f"{name} has other content")
                 tensors[name] = tensor

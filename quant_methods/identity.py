@@ -28,6 +28,7 @@ _FILE = "digests.json"
 # A file that changed this recently can change again within one tick of its clock, unseen.
 _SETTLED_NS = 2_000_000_000
 _LOOKAHEAD = 2  # tensors that are hashed ahead of the one in use
+_THREADS = 8  # where all tensors are at hand
 _LARGE = 4 << 30  # takes seconds: said in the log
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM only shows loggers below its own
@@ -52,23 +53,29 @@ def _checked_digest(name: str, tensor: torch.Tensor) -> str:
 
 
 def hashed(
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor]], threads: int = 1
 ) -> Iterator[tuple[str, torch.Tensor, str]]:
     """Yield ``(name, tensor, digest)``. The next tensors are hashed while the caller works.
 
     Args:
-        tensors: ``(name, tensor)``, read two ahead.
+        tensors: ``(name, tensor)``. For each thread two are read ahead.
+        threads: How many tensors are hashed at once.
     """
     waiting: deque[tuple[str, torch.Tensor, Future[str]]] = deque()
-    with ThreadPoolExecutor(1, "compress-digest") as pool:
+    with ThreadPoolExecutor(threads, "compress-digest") as pool:
         for name, tensor in tensors:
             waiting.append((name, tensor, pool.submit(tensor_digest, tensor)))
-            if len(waiting) > _LOOKAHEAD:
+            if len(waiting) > _LOOKAHEAD * threads:
                 name, tensor, value = waiting.popleft()
                 yield name, tensor, value.result()
         while waiting:
             name, tensor, value = waiting.popleft()
             yield name, tensor, value.result()
+
+
+def hashing_threads() -> int:
+    """Return how many tensors of a mapped file are hashed at once."""
+    return min(_THREADS, os.cpu_count() or 1)
 
 
 class TensorDigests:
@@ -141,7 +148,7 @@ class TensorDigests:
         size = sum(file.stat().st_size for file in self.files if file.is_file())
         if size > _LARGE:
             logger.info("hashing %.1f GiB of weights once, to know them again", size / 2**30)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "compress-digest") as pool:
+        with ThreadPoolExecutor(hashing_threads(), "compress-digest") as pool:
             digests: dict[str, str] = {}
             for file in self.files:
                 try:

@@ -4,13 +4,14 @@
 The sizes are estimates from shapes. A margin is added for what PyTorch rounds up and leaves unused.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import LINEARS, linear_shapes
+from quant_methods.architecture import head_dim_of
 from quant_methods.calibration.blocks import CHUNK_TOKENS
 from quant_methods.calibration.precision import check_device
 from quant_methods.parts import free_memory
@@ -71,22 +72,22 @@ def sizes_of(config: Any, weight_bytes: int, tokens: int, states: int | None = N
         states: Tokens times the blocks whose hidden states stay; None: the inputs of one block, and
             the output of the last.
     """
-    shapes, layers = linear_shapes(config), config.num_hidden_layers
-    hidden, inner, inputs = config.hidden_size, config.intermediate_size, {}
-    for name in LINEARS:  # those of a unit share their input
-        inputs[name] = shapes[name][1]
-    heads, kv = shapes[LINEARS[0]][0], shapes[LINEARS[1]][0]
-    widest = max(inputs.values())
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, list) else inner  # a model can have one for each layer
+    count = config.num_attention_heads
+    heads = count * head_dim_of(config)
+    kv = heads // count * (getattr(config, "num_key_value_heads", None) or count)
+    widest = max(hidden, heads, inner)
     chunk = min(CHUNK_TOKENS, tokens)
     activations = chunk * (_ITEM * (4 * hidden + 2 * heads + 2 * kv + 3 * inner) + 8 * widest)
     grams = 4 * (2 * hidden**2 + heads**2 + inner**2 + widest**2)
     largest = max(2 * inner * hidden, (heads + 2 * kv) * hidden)  # a unit of stacked linears
     rounding = 2 * 4 * largest + _ROUNDED * _ROUNDED_BYTES
     sampling = tokens * layers * 2 * kv * _ITEM + 16 * config.vocab_size * min(tokens, 256)
-    linears = sum(outputs * width for outputs, width in shapes.values())
     return Sizes(
         model=weight_bytes,
-        block=_ITEM * linears,
+        block=weight_bytes // layers,
         work=max(activations + grams + rounding + _SCORES_BYTES, sampling),
         states=(2 * tokens if states is None else states) * hidden * _ITEM,
     )
@@ -141,13 +142,13 @@ def placed(device: str | torch.device, sizes: Sizes, *, whole: bool = False) -> 
     return Placement(there, there if model else HOST, there if states else HOST)
 
 
-def chosen_device(device: str, sizes: Sizes, *, whole: bool = False) -> str:
+def chosen_device(device: str, sizes: Callable[[], Sizes], *, whole: bool = False) -> str:
     """Return the device that a name stands for.
 
     Args:
         device: As the user gave it. "auto" is CUDA where there is a GPU and the work fits it, else
             the CPU.
-        sizes: Of the calibration.
+        sizes: Returns those of the calibration. Called where there is a GPU to choose.
         whole: As in ``placed``.
     """
     if device != AUTO:
@@ -155,7 +156,7 @@ def chosen_device(device: str, sizes: Sizes, *, whole: bool = False) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     try:
-        placed("cuda", sizes, whole=whole)
+        placed("cuda", sizes(), whole=whole)
     except CompressError:
         return "cpu"
     return "cuda"

@@ -2,6 +2,7 @@
 """From a checkpoint to a stored Plan: check, load, calibrate, remember."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,13 @@ class PlanRequest(BaseModel):
 
     def sizes(self, checkpoint: Checkpoint) -> Sizes:
         """Return the bytes of its calibration on a device."""
-        return sizes_of(checkpoint.hf_config, checkpoint.weight_bytes, self.tokens)
+        config = checkpoint.hf_config
+        architecture_of(config)  # refuses others
+        return sizes_of(config, checkpoint.weight_bytes, self.tokens)
 
     def chosen_device(self, checkpoint: Checkpoint, device: str) -> str:
         """Return the device that a name, "auto" for one, stands for."""
-        return chosen_device(device, self.sizes(checkpoint))
+        return chosen_device(device, partial(self.sizes, checkpoint))
 
     def key(self, checkpoint: Checkpoint) -> str:
         """Return the key of the plan that is calibrated in the model's own type: see ``keys``."""

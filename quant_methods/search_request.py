@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +12,7 @@ from compress_common.errors import CompressError
 from quant_methods.allocators.allocation import LEVELS
 from quant_methods.allocators.base import Allocator
 from quant_methods.allocators.registry import build_allocator
+from quant_methods.architecture import architecture_of
 from quant_methods.base import GridSettings
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
@@ -115,6 +117,7 @@ class SearchRequest(BaseModel):
     def sizes(self, checkpoint: Checkpoint) -> Sizes:
         """Return the bytes of the search on a device."""
         given, config = self.calibration, checkpoint.hf_config
+        architecture_of(config)  # refuses others
         tokens = given.samples * given.length
         states = 2 * tokens + (config.num_hidden_layers + 2) * self._search_tokens
         most = max(tokens, self._search_tokens)
@@ -122,7 +125,7 @@ class SearchRequest(BaseModel):
 
     def chosen_device(self, checkpoint: Checkpoint, device: str) -> str:
         """Return the device that a name, "auto" for one, stands for."""
-        return chosen_device(device, self.sizes(checkpoint))
+        return chosen_device(device, partial(self.sizes, checkpoint))
 
     @property
     def _search_tokens(self) -> int:

@@ -5,7 +5,10 @@ Paper: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Tran
 https://arxiv.org/abs/2210.17323
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import ClassVar, Literal
 
 import torch
@@ -138,27 +141,70 @@ def _compensated(
         table: For FP8 activations the scales that the kernel makes: of each weight's group [K, N],
             and of each output channel [N].
     """
+    fused = _fused() if left.is_cuda and table is None else None
+    if fused is not None:
+        left, scales = left.contiguous(), scales.contiguous()
+        lowest, highest = lowest.contiguous(), highest.contiguous()
     codes = torch.empty_like(left)
     for begin in range(0, len(left), _BLOCK):
-        end = min(begin + _BLOCK, len(left))
-        errors = torch.empty_like(left[begin:end])
-        for column in range(begin, end):
-            value, scale, code = left[column], scales[column], codes[column]
-            error = errors[column - begin]
-            if table is None:
-                torch.div(value, scale, out=code).round_()
-                code.clamp_(lowest[column], highest[column])
-                torch.addcmul(value, code, scale, value=-1, out=error)
-            else:
-                nearest, entries = nearest_entries(value, table[0][column], table[1])
-                code.copy_(nearest)
-                torch.sub(value, entries, out=error)
-            error.div_(inverse[column, column])
-            if column + 1 < end:
-                left[column + 1 : end].addr_(inverse[column, column + 1 : end], error, alpha=-1)
-        if end < len(left):
-            left[end:].addmm_(inverse[begin:end, end:].t(), errors, alpha=-1)
+        here, behind = slice(begin, begin + _BLOCK), slice(begin + _BLOCK, None)
+        parts = left[here], scales[here], lowest[here], highest[here], inverse[here, here]
+        errors = torch.empty_like(parts[0])
+        if fused is not None:
+            fused(*parts, codes[here], errors)
+        else:
+            _round_block(*parts, codes[here], errors, table and (table[0][here], table[1]))
+        if behind.start < len(left):
+            left[behind].addmm_(inverse[here, behind].t(), errors, alpha=-1)
     return codes
+
+
+def _round_block(
+    left: torch.Tensor,
+    scales: torch.Tensor,
+    lowest: torch.Tensor,
+    highest: torch.Tensor,
+    inverse: torch.Tensor,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+    table: tuple[torch.Tensor, torch.Tensor] | None,
+) -> None:
+    """Do what ``gptq_triton.round_block`` does. ``left`` is used up.
+
+    Args:
+        left: As there, and so are ``scales``, ``lowest``, ``highest``, ``inverse``, ``codes`` and
+            ``errors``.
+        scales: See ``left``.
+        lowest: See ``left``.
+        highest: See ``left``.
+        inverse: See ``left``.
+        codes: See ``left``.
+        errors: See ``left``.
+        table: As in ``_compensated``.
+    """
+    for column in range(len(left)):
+        value, scale, code, error = left[column], scales[column], codes[column], errors[column]
+        if table is None:
+            torch.div(value, scale, out=code).round_()
+            code.clamp_(lowest[column], highest[column])
+            torch.addcmul(value, code, scale, value=-1, out=error)
+        else:
+            nearest, entries = nearest_entries(value, table[0][column], table[1])
+            code.copy_(nearest)
+            torch.sub(value, entries, out=error)
+        error.div_(inverse[column, column])
+        if column + 1 < len(left):
+            left[column + 1 :].addr_(inverse[column, column + 1 :], error, alpha=-1)
+
+
+@cache
+def _fused() -> Callable[..., None] | None:
+    """Return the kernel that rounds a block at once; None: Triton is not installed."""
+    if find_spec("triton") is None:
+        return None
+    from quant_methods.roundings.gptq_triton import round_block
+
+    return round_block
 
 
 def damping(tokens: int | None) -> float:

@@ -105,11 +105,11 @@ def test_a_device_is_chosen_and_refused_by_its_free_memory(monkeypatch: pytest.M
         placed("meta", LARGE, whole=True)
     with pytest.raises(CompressError, match="device cuda:99 cannot be used"):
         placed("cuda:99", TINY)
-    assert chosen_device("meta", HUGE) == "meta"  # only auto is chosen for the user
-    assert chosen_device("auto", TINY) == "cpu"  # no GPU here
+    assert chosen_device("meta", lambda: HUGE) == "meta"  # only auto is chosen for the user
+    assert chosen_device("auto", lambda: TINY) == "cpu"  # no GPU here
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(placement, "placed", lambda *args, **kwargs: ON_HOST)
-    assert chosen_device("auto", TINY) == "cuda"
+    assert chosen_device("auto", lambda: TINY) == "cuda"
 
 
 @pytest.mark.parametrize("chunk", [LENGTH, 4096], ids=["four chunks", "one chunk"])

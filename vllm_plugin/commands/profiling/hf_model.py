@@ -71,7 +71,7 @@ class HFModel:
         decoder = self.config.get_text_config()
         tokens = self.text.samples * self.text.length
         sizes = sizes_of(decoder, self.checkpoint.weight_bytes, tokens)
-        return placed(chosen_device(device, sizes, whole=whole), sizes, whole=whole)
+        return placed(chosen_device(device, lambda: sizes, whole=whole), sizes, whole=whole)
 
     def network(self, progress: Progress, device: torch.device = HOST, **options: Any) -> Any:
         """Load the model in the checkpoint's dtype.
