@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two layouts drawn at random, and simulations of engines that use them."""
+"""The layouts drawn at random, and simulations of engines that use them."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.packing import Packer
 from kv_policies.latents.reading import LatentView
+from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.layout.view import LiveView
@@ -28,6 +29,13 @@ def token_layouts(draw: st.DrawFn) -> TokenLayout:
         min_blocks=draw(st.integers(1, 3)),
         min_prompt=block_size * draw(st.integers(0, 6)),
     )
+
+
+@st.composite
+def bounded_layouts(draw: st.DrawFn) -> BoundedLayout:
+    block_size, window = draw(st.integers(2, 8)), draw(st.integers(1, 3))
+    budget = 2 * window + draw(st.integers(0, 8))
+    return BoundedLayout(block_size, block_size * budget, block_size * window)
 
 
 @st.composite
@@ -92,6 +100,48 @@ class TokenSim(Sim[TokenLayout]):
             ]
             kept = self.chosen(segment.start, segment.stop, segment.kept)
             assert source == [("raw", p) for p in range(segment.start * bs, segment.stop * bs)]
+            for i, column in enumerate(range(*segment.destination)):
+                self.blocks[self.own(column)] = kept[i * bs : (i + 1) * bs]
+
+
+class BoundedSim(Sim[BoundedLayout]):
+    """Tokens are chosen by a number that each has, also those that were chosen before."""
+
+    def attend(self, c: int, q: int) -> None:
+        view, seen = LiveView(self.layout).update(
+            step_of((self.n, c, q)), torch.tensor([self.table]), torch.tensor([c + q])
+        )
+        tokens = [token for block in view[0].tolist() for token in self.blocks[block]]
+        assert tokens[: int(seen)] == self.expected(c) + [("raw", p) for p in range(c, c + q)]
+
+    def expected(self, c: int) -> list[object]:
+        """What is live at c, from the rules in words, one token after the other."""
+        bs, budget, window = self.layout.block_size, self.layout.budget, self.layout.window
+        full = self.n // bs * bs
+        whole = full + bs if full + bs + 2 * window <= budget else 0
+        live: list[object] = []
+        for position in range(c):
+            live.append(("raw", position))
+            behind = position + 1 - (full + bs)
+            if position + 1 == self.n and full > budget:
+                live = self.chosen(live[:full], budget) + live[full:]
+            elif behind > 0 and behind % window == 0 and position >= self.n:
+                live = live[:whole] + self.chosen(live[whole:], budget - whole)
+        return live
+
+    def chosen(self, tokens: list[object], kept: int) -> list[object]:
+        order = sorted(tokens, key=lambda token: (token[1] * 7919) % 101)[:kept]  # type: ignore[index]
+        return [token for token in tokens if token in order]
+
+    def compact(self, c: int, q: int) -> None:
+        bs = self.layout.block_size
+        for segment in self.layout.segments(self.n, c + q, after=c):
+            source = [
+                token
+                for column in range(segment.start, segment.stop)
+                for token in self.blocks[self.table[column]]
+            ]
+            kept = self.chosen(source, segment.kept * bs)
             for i, column in enumerate(range(*segment.destination)):
                 self.blocks[self.own(column)] = kept[i * bs : (i + 1) * bs]
 
@@ -170,6 +220,12 @@ class LatentSim(Sim[LatentLayout]):
 @st.composite
 def token_sims(draw: st.DrawFn) -> TokenSim:
     return TokenSim(draw(token_layouts()), n=draw(st.integers(1, 70)), lag=draw(st.integers(0, 2)))
+
+
+@st.composite
+def bounded_sims(draw: st.DrawFn) -> BoundedSim:
+    layout = draw(bounded_layouts())
+    return BoundedSim(layout, n=draw(st.integers(1, 120)), lag=draw(st.integers(0, 2)))
 
 
 @st.composite

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_policies.layout.base import Layout
-from tests.kv_policies.layout.sims import latent_layouts, latent_sims, token_layouts, token_sims
+from tests.kv_policies.layout.sims import (
+    bounded_layouts,
+    bounded_sims,
+    latent_layouts,
+    latent_sims,
+    token_layouts,
+    token_sims,
+)
 from tests.support.layout_sim import Sim, live
 
 
@@ -21,8 +28,8 @@ def test_every_interleaving_reads_the_right_tokens(
 
 @pytest.mark.parametrize(
     "layouts",
-    [token_layouts(), latent_layouts().map(lambda drawn: drawn[0])],
-    ids=["tokens", "latents"],
+    [token_layouts(), bounded_layouts(), latent_layouts().map(lambda drawn: drawn[0])],
+    ids=["tokens", "bounded", "latents"],
 )
 @given(data=st.data(), n=st.integers(1, 120), longest=st.integers(1, 300))
 @settings(deadline=None)
