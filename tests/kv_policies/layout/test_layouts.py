@@ -17,7 +17,9 @@ from tests.kv_policies.layout.sims import (
 from tests.support.layout_sim import Sim, live
 
 
-@pytest.mark.parametrize("sims", [token_sims(), latent_sims()], ids=["tokens", "latents"])
+@pytest.mark.parametrize(
+    "sims", [token_sims(), bounded_sims(), latent_sims()], ids=["tokens", "bounded", "latents"]
+)
 @given(data=st.data())
 @settings(deadline=None, max_examples=100)
 def test_every_interleaving_reads_the_right_tokens(
