@@ -85,6 +85,13 @@ class KVSettings(BaseModel):
         description="share of the KV cache that is kept, in (0, 1]; smaller: more requests fit, "
         "more is forgotten. Can be left out with a profile, which has its own",
     )
+    budget: int | None = Field(
+        None,
+        ge=1,
+        description="in place of keep: tokens that stay per request, prompt and generated ones "
+        "together, however many there are; rounded up to whole blocks. Smaller: less memory, more "
+        "is forgotten",
+    )
     profile: Path | None = Field(
         None,
         description="file of per-layer shares, made by `vllm-compress profile`; none: every layer "
@@ -116,13 +123,33 @@ class KVSettings(BaseModel):
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> "KVSettings":
-        if self.keep is None and self.profile is None and self.bases is None:
-            raise ValueError(
-                "needs `keep`, the share that stays, or a `profile`, or `bases` for cskv"
+        problems = []
+        given = {self.keep, self.budget, self.profile, self.bases} - {None}
+        if not given:
+            problems.append(
+                "needs `keep`, the share that stays, or `budget`, the tokens that stay, or a "
+                "`profile`, or `bases` for cskv"
             )
         if self.levels is not None and self.profile is None:
-            raise ValueError("`levels` cuts a profile's layers; add `profile` or remove it")
+            problems.append("`levels` cuts a profile's layers; add `profile` or remove it")
+        if self.budget is not None:
+            problems += self._beside_a_budget()
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
+
+    def _beside_a_budget(self) -> list[str]:
+        """What contradicts ``budget``."""
+        problems = [
+            f"`{name}` has no use beside `budget`; remove it"
+            for name in ("keep", "min_prompt", "min_blocks")
+            if name in self.model_fields_set
+        ]
+        if self.latents:
+            problems.append(f"{self.policy} keeps every token; remove `budget`")
+        if self.decode_window == 0:
+            problems.append("`budget` bounds generated tokens too; remove `decode_window: 0`")
+        return problems
 
     @property
     def bases(self) -> str | None:

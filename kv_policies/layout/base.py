@@ -3,8 +3,9 @@
 
 A request's logical block list has columns 0, 1, 2, ...; column j holds the KV of the token
 positions ``[j * bs, (j + 1) * bs)``. The columns are cut into *segments*. When a segment is
-complete, its content is rewritten into fewer columns and the others are freed. There are two kinds
-of layout: ``TokenLayout`` keeps chosen tokens, ``LatentLayout`` keeps latents of all tokens.
+complete, its content is rewritten into fewer columns and the others are freed. There are three
+kinds of layout: ``TokenLayout`` keeps a share of the tokens, ``BoundedLayout`` a fixed number of
+them, and ``LatentLayout`` latents of all tokens.
 
 Everything is a function of (N, c): N is the number of prompt tokens, c the number of tokens
 computed before a step. It does not matter how the tokens were cut into steps. So both sides agree
@@ -15,9 +16,9 @@ In a step that computes tokens ``[c, c + q)`` the engine does this:
 1. It writes K/V of the new tokens at their positions, as always.
 2. It attends to what is live at c. Segments that were complete *at c* are compacted there.
    Segments that complete during this step are still raw.
-3. It compacts each segment of ``segments(n, c + q, after=c)``. These are raw for certain: no step
-   since the request (re)started has compacted them, and their tokens were all computed since then,
-   or were found in the cache in front of the destination.
+3. It compacts each segment of ``segments(n, c + q, after=c)``, in order. Their content is known for
+   certain: tokens that were computed since the request (re)started, or found in the cache in front
+   of the destination, or what an earlier segment of the same request kept (``BoundedLayout``).
 4. The scheduler frees ``freed(n, processed)`` once a step has settled. ``processed`` is the
    computed tokens without those in flight. Steps in flight never read these columns, because their
    c is past the segment already.
@@ -71,7 +72,14 @@ class Layout(ABC):
     @property
     @abstractmethod
     def share(self) -> Fraction:
-        """Blocks that stay per block that is compacted, in (0, 1], without rounding."""
+        """Blocks that stay per block of a long prompt, in [0, 1], without rounding.
+
+        0: what stays does not grow with the prompt. 1: nothing is ever compacted.
+        """
+
+    def __str__(self) -> str:
+        """What a layer of this layout keeps, for a log."""
+        return f"keep {float(self.share):.3f}"
 
     @property
     @abstractmethod

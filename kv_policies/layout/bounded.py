@@ -71,7 +71,10 @@ class BoundedLayout(Layout):
 
     @property
     def share(self) -> Fraction:
-        return Fraction(1)  # of a short request; a long one has ``budget`` tokens
+        return Fraction(0)
+
+    def __str__(self) -> str:
+        return f"budget {self.budget:,} tokens"
 
     @cached_property
     def timing(self) -> tuple[object, ...]:

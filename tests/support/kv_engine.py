@@ -7,7 +7,7 @@ or None for stock), ``engine`` (engine arguments), ``prompts`` (lists of token i
 ``storm`` (abort at random times with this seed).
 
 The answer has ``rounds`` (per prompt ``tokens`` and ``cached`` tokens, null if aborted early),
-``free_before`` and ``free_after`` blocks, ``freed`` blocks per group, ``held`` block tables and
+``free_before``, ``free_least`` and ``free_after`` blocks, ``freed`` blocks per group, ``held`` block tables and
 ``remembered`` prompts at the end, ``preemptions``, ``peak_running`` and ``steps``.
 """
 
@@ -61,7 +61,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
     scheduler, pool = core.scheduler, core.scheduler.kv_cache_manager.block_pool
-    free_before = pool.get_num_free_blocks()
+    free_before = free_least = pool.get_num_free_blocks()
     keeps = case.get("keep") or [None] * len(case["prompts"])
     draw = random.Random(case.get("storm"))
     rounds, peak, steps, preemptions = [], 0, 0, 0
@@ -81,6 +81,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
             for output in engine.step():
                 seen[output.request_id] = output
             steps += 1
+            free_least = min(free_least, pool.get_num_free_blocks())
             peak = max(peak, len(scheduler.running))
             for name, one in scheduler.requests.items():
                 counts[name] = max(counts.get(name, 0), one.num_preemptions)
@@ -99,6 +100,7 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
     return {
         "rounds": rounds,
         "free_before": free_before,
+        "free_least": free_least,
         "free_after": pool.get_num_free_blocks(),
         "freed": [getattr(manager, "freed_blocks", None) for manager in managers],
         "held": sum(len(manager.req_to_blocks) for manager in managers),

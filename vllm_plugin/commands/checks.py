@@ -5,7 +5,6 @@ import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from typing import Literal
 
@@ -208,10 +207,10 @@ def _latents(config: VllmConfig, settings: Settings) -> Iterator[Check]:
 
 
 def _shares(config: VllmConfig, settings: Settings) -> Iterator[tuple[str, str]]:
-    """Each share of the KV cache, and the layers that keep it."""
+    """What is kept of the KV cache, and the layers that keep it."""
     chosen = layouts(config, settings) or {}
-    layers: dict[Fraction, list[int]] = {}
+    layers: dict[str, list[int]] = {}
     for layer, layout in chosen.items():
-        layers.setdefault(layout.share, []).append(layer)
-    for keep, indices in sorted(layers.items()):
-        yield f"keep {float(keep):.3f}", f"layer{'s' if len(indices) > 1 else ''} {ranges(indices)}"
+        layers.setdefault(str(layout), []).append(layer)
+    for kept, indices in sorted(layers.items()):
+        yield kept, f"layer{'s' if len(indices) > 1 else ''} {ranges(indices)}"

@@ -31,6 +31,9 @@ Quantization = Annotated[
 ]
 Policy = Annotated[str | None, typer.Option(help="KV policy: see `vllm-compress methods`")]
 Keep = Annotated[str | None, typer.Option(help="share of the KV cache that stays, in (0, 1]")]
+Budget = Annotated[
+    str | None, typer.Option(help="tokens that stay per request and layer, in place of --keep")
+]
 ProfileFile = Annotated[Path | None, typer.Option(help="per-layer shares, in place of --keep")]
 BasesFile = Annotated[Path | None, typer.Option(help="low-rank bases, for cskv")]
 CalibrationText = Annotated[
@@ -103,6 +106,7 @@ def config_of(
     additional_config: str,
     policy: str | None,
     keep: str | None,
+    budget: str | None,
     profile: Path | None,
     bases: Path | None,
 ) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def config_of(
 
     given = json_object("--additional-config", additional_config)
     files = {"profile": profile and str(profile), "bases": bases and str(bases)}
-    options = {"policy": policy, "keep": keep} | files
+    options = {"policy": policy, "keep": keep, "budget": budget} | files
     chosen = {name: value for name, value in options.items() if value is not None}
     section = given.get(KEY) or {}
     kv = section.get("kv") or {} if isinstance(section, dict) else None

@@ -14,6 +14,7 @@ from vllm_plugin.commands.common import (
     AdditionalConfig,
     AsJson,
     BasesFile,
+    Budget,
     Keep,
     Policy,
     ProfileFile,
@@ -33,6 +34,7 @@ def doctor(
     quantization: Quantization = None,
     policy: Policy = None,
     keep: Keep = None,
+    budget: Budget = None,
     profile: ProfileFile = None,
     bases: BasesFile = None,
     additional_config: AdditionalConfig = "{}",
@@ -53,7 +55,7 @@ def doctor(
 
     from vllm_plugin.commands.checks import installation, model_checks
 
-    config = config_of(additional_config, policy, keep, profile, bases)
+    config = config_of(additional_config, policy, keep, budget, profile, bases)
     checks = installation()
     if model is not None:
         checks += model_checks(

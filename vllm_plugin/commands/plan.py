@@ -15,6 +15,7 @@ from vllm_plugin.commands.common import (
     AdditionalConfig,
     AsJson,
     BasesFile,
+    Budget,
     Keep,
     Model,
     Policy,
@@ -53,6 +54,7 @@ def plan(
     ] = None,
     policy: Policy = None,
     keep: Keep = None,
+    budget: Budget = None,
     profile: ProfileFile = None,
     bases: BasesFile = None,
     quantization: Quantization = None,
@@ -100,7 +102,9 @@ def plan(
         problems.found.append(
             f"--prompt {start} leaves no room for an answer in --context {tokens}; lower it"
         )
-    config = problems.collect(lambda: config_of(additional_config, policy, keep, profile, bases))
+    config = problems.collect(
+        lambda: config_of(additional_config, policy, keep, budget, profile, bases)
+    )
     load = Load(tokens, start, block_size, max_num_batched_tokens)
     found = compare(
         model,

@@ -12,6 +12,7 @@ from kv_policies.budget.profile import load
 from kv_policies.latents.bases import Bases
 from kv_policies.latents.format import GROUP
 from kv_policies.layout.base import Layout
+from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.registry import policies
@@ -47,10 +48,12 @@ def layouts_of(
         return _latent_layouts(settings, block_size, name, config)
     model, layers = fingerprint_of(name, config), full_attention_layers(config)
     policy = policies().get(settings.policy)  # ``settings.build`` reports an unknown policy
-    shares = dict.fromkeys(layers, settings.keep or Fraction(1))
+    whole = Fraction(1)  # of a budget: what every layer gets without a profile
+    shares = dict.fromkeys(layers, settings.keep or whole)
     if settings.profile is not None:
         exact = fingerprint_of(name, config, published_weights(name, config))
         profile = load(settings.profile, exact, layers)
+        whole = profile.keep
         if settings.keep not in (None, profile.keep):
             raise CompressError(
                 f"keep is {float(settings.keep)}, the profile {settings.profile} was made for "
@@ -59,13 +62,16 @@ def layouts_of(
             )
         shares = dict(zip(layers, profile.cut(settings.levels).per_layer, strict=True))
     elif policy and policy.capabilities.needs_profile and settings.keep != 1:
+        share = float(settings.keep or 0.25)  # of a budget, a profile tells only how layers differ
         raise CompressError(
             f"{settings.policy} takes each layer's share from a profile: make one with "
-            f"`vllm-compress profile {model.name} --keep {float(settings.keep or 0)}` and name it "
+            f"`vllm-compress profile {model.name} --keep {share}` and name it "
             "as compress.kv.profile, or choose another policy"
         )
     window = settings.decode_window
     window = _whole(_WINDOW, block_size) if window is None else window
+    if settings.budget is not None:
+        return _bounded_layouts(settings.budget, block_size, window, shares, whole)
     return {
         layer: TokenLayout(
             block_size=block_size,
@@ -75,6 +81,24 @@ def layouts_of(
             min_prompt=_whole(settings.min_prompt, block_size),
         )
         for layer, share in shares.items()
+    }
+
+
+def _bounded_layouts(
+    budget: int, block_size: int, window: int, shares: Mapping[int, Fraction], mean: Fraction
+) -> dict[int, Layout]:
+    """The layouts of a budget, which a profile's shares scale: their mean is the budget."""
+    tokens = {layer: math.ceil(budget * share / mean) for layer, share in shares.items()}
+    if (least := min(tokens.values())) < 2 * window:
+        where = "" if least == budget else f", {least} tokens in the layer with the least,"
+        raise CompressError(
+            f"a budget of {budget} tokens{where} is less than two decode windows of {window}; set "
+            f"compress.kv.decode_window to at most {least // 2 // block_size * block_size}, or "
+            f"raise compress.kv.budget to {math.ceil(2 * window * Fraction(budget, least))}"
+        )
+    return {
+        layer: BoundedLayout(block_size, _whole(each, block_size), window)
+        for layer, each in tokens.items()
     }
 
 

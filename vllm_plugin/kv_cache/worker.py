@@ -80,13 +80,13 @@ class CompressedWorker(PlatformWorker):
         self.settings, self.policy = settings, settings.build()
         self._counts_segments = counting_layer(layouts) in self._stage
         self._layers = len(layouts)
-        shares = Counter(float(layouts[index].share) for index in full.values())
+        kept = Counter(str(layouts[index]) for index in full.values())
         one = next(iter(layouts.values()))
         logger.info(
-            "KV cache: %s keeps %s; %d of %d layers compressed, prompts from %d tokens on, %s, "
+            "KV cache: %s, %s; %d of %d layers compressed, prompts from %d tokens on, %s, "
             "blocks of %d",
             settings.policy,
-            ", ".join(f"{share:.3f} of {count} layers" for share, count in sorted(shares.items())),
+            ", ".join(f"{what} in {count} layers" for what, count in sorted(kept.items())),
             len(full),
             len(specs),
             one.min_prompt,

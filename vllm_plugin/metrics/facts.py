@@ -37,7 +37,7 @@ def facts_of(config: VllmConfig) -> Facts:
     metric. Nothing is raised for it.
     """
     settings = parse_settings(config.additional_config)
-    info = dict.fromkeys(("policy", "keep", "levels", "decode_window", "profile"), NONE)
+    info = dict.fromkeys(("policy", "keep", "budget", "levels", "decode_window", "profile"), NONE)
     info["method"] = getattr(config.quant_config, "method", NONE)
     gauges = {("kv_kept_ratio", ""): 1.0}
     gauges |= {(name, ""): 0.0 for name in ("kv_saved_bytes", "kv_saved_bytes_peak")}
@@ -67,10 +67,12 @@ def _kv_info(config: VllmConfig, settings: Settings, kv: KVSettings) -> dict[str
     except Exception as error:  # for instance a file that is gone since the engine read it
         logger.debug("the layout of the KV cache is not known: %s", error)
         return info
-    shares = [layout.share for layout in chosen.values()]
+    kept = list(chosen.values())
+    mean = sum((layout.share for layout in kept), Fraction(0)) / len(kept)
     return info | {
-        "keep": f"{float(sum(shares, Fraction(0)) / len(shares)):.4g}",
-        "levels": str(len(set(shares))),
+        "keep": NONE if kv.budget else f"{float(mean):.4g}",
+        "budget": str(kv.budget) if kv.budget else NONE,
+        "levels": str(len(set(map(str, kept)))),
         "decode_window": str(next(iter(chosen.values())).window),
     }
 

@@ -98,7 +98,8 @@ def assert_stock(
 ) -> None:
     engine = {"max_num_batched_tokens": chunk, "enable_prefix_caching": caching}
     case = {"prompts": text_prompts(model, lengths), "engine": engine}
-    kvs = [None, *({"policy": policy, "keep": 1} for policy in policies)]
+    kvs: list[dict[str, Any] | None] = [None, {"policy": "snap_kv", "budget": 1600}]
+    kvs += [{"policy": policy, "keep": 1} for policy in policies]
     stock, *ours = run(model, [case | {"kv": kv} for kv in kvs])
     for answer in ours:
         assert tokens(answer) == tokens(stock)
@@ -171,12 +172,16 @@ def test_freed_blocks_are_used_by_others_and_nothing_mixes(
     assert_nothing_left(ample)
 
 
-@pytest.mark.parametrize("policy", ["key_diff", "cskv"])
-def test_windows_survive_preemption(model: Path, bases: Path, policy: str) -> None:
+@pytest.mark.parametrize("kind", ["share", "budget", "latents"])
+def test_windows_survive_preemption(model: Path, bases: Path, kind: str) -> None:
     """A resumed request recomputes prompt and windows, and says what it would have said."""
-    budget = {"bases": str(bases)} if policy == "cskv" else {"keep": 0.5}
+    kvs: dict[str, dict[str, Any]] = {
+        "share": {"policy": "key_diff", "keep": 0.5},
+        "budget": {"policy": "key_diff", "budget": 192},
+        "latents": {"policy": "cskv", "bases": str(bases)},
+    }
     case = {
-        "kv": {"policy": policy, "decode_window": 64} | budget,
+        "kv": kvs[kind] | {"decode_window": 64},
         "prompts": needle_prompts(model, 6, 260),
         "max_tokens": 200,
     }
@@ -187,12 +192,31 @@ def test_windows_survive_preemption(model: Path, bases: Path, policy: str) -> No
     assert_nothing_left(tight)
 
 
-@pytest.mark.parametrize("policy", ["snap_kv", "prefix_kv", "cskv"])
+def test_a_budget_bounds_what_a_request_takes(model: Path) -> None:
+    """However much it generates: the longer request takes no block more."""
+    kv = {"policy": "snap_kv", "budget": 256, "decode_window": 64}
+    for prompt in text_prompts(model, [40, 700]):
+        case = {"kv": kv, "prompts": [prompt], "engine": pool(model, 60) | {"max_model_len": 1600}}
+        short, long = run(model, [case | {"max_tokens": tokens} for tokens in (350, 800)])
+        taken = [answer["free_before"] - answer["free_least"] for answer in (short, long)]
+        if len(prompt) < 256:
+            assert taken == [(256 + 64 + 32) // 32] * 2
+        assert taken[1] == max(taken[0], -(-len(prompt) // 32))
+        assert long["freed"] == [-(-(len(prompt) + 800) // 32) - 8 - (len(prompt) > 256) - 1]
+        assert_nothing_left(long)
+
+
+@pytest.mark.parametrize("policy", ["snap_kv", "budget", "prefix_kv", "cskv"])
 def test_prefix_cache_hits_and_changes_nothing(
     model: Path, profile: Path, bases: Path, policy: str
 ) -> None:
-    budgets = {"prefix_kv": {"profile": str(profile)}, "cskv": {"bases": str(bases)}}
-    kv = {"policy": policy} | budgets.get(policy, {"keep": 0.25})
+    kvs: dict[str, dict[str, Any]] = {
+        "snap_kv": {"keep": 0.25},
+        "budget": {"policy": "snap_kv", "budget": 192, "decode_window": 64},
+        "prefix_kv": {"profile": str(profile)},
+        "cskv": {"bases": str(bases)},
+    }
+    kv = {"policy": policy} | kvs[policy]
     first = needle_prompts(model, 1, 700)[0]
     prompts = [first, *(first[:cut] + first[-30:] for cut in (500, 560))]
     case = {"kv": kv, "prompts": prompts, "max_tokens": 16}
@@ -237,13 +261,15 @@ def test_a_request_may_keep_everything(model: Path, bases: Path, policy: str) ->
     assert_nothing_left(mixed)
 
 
-@pytest.mark.parametrize("kind", ["one level", "three levels", "latents"])
+@pytest.mark.parametrize("kind", ["one level", "three levels", "budget", "latents"])
 def test_a_storm_of_aborts_and_preemptions_leaves_nothing(
     model: Path, profile: Path, bases: Path, kind: str
 ) -> None:
     kv: dict[str, Any] = {"policy": "snap_kv", "keep": 0.25, "decode_window": 32}
     if kind == "three levels":
         kv = {"policy": "prefix_kv", "profile": str(profile), "decode_window": 32, "queries": 64}
+    elif kind == "budget":
+        kv = {"policy": "key_diff", "budget": 96, "decode_window": 32}
     elif kind == "latents":
         kv = {"policy": "cskv", "bases": str(bases)}
     lengths = [40 + 97 * number % 460 for number in range(200 if kind == "one level" else 60)]
