@@ -7,8 +7,8 @@ or None for stock), ``engine`` (engine arguments), ``prompts`` (lists of token i
 ``storm`` (abort at random times with this seed).
 
 The answer has ``rounds`` (per prompt ``tokens`` and ``cached`` tokens, null if aborted early),
-``free_before``, ``free_least`` and ``free_after`` blocks, ``freed`` blocks per group, ``held`` block tables and
-``remembered`` prompts at the end, ``preemptions``, ``peak_running`` and ``steps``.
+``free_before``, ``free_least`` and ``free_after`` blocks, ``freed`` blocks per group, ``held``
+block tables and ``remembered`` prompts at the end, ``preemptions``, ``peak_running`` and ``steps``.
 """
 
 import os
