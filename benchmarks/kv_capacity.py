@@ -17,8 +17,7 @@ pool     16 prompts of 440 to 500 tokens at once, 64 new tokens each, up to 32 r
   Extra: full_preemptions.
 windows  16 prompts of 100 to 160 tokens, 512 new tokens each, a pool for 4; snap_kv at keep 0.25.
   decode_window_steps_ratio      steps with decode_window 128 over steps with decode_window 0
-cost     In float32 on x86 without AVX-512, else in bfloat16. Extra keys named after a policy are
-         the same figure for it.
+cost     Extra keys named after a policy are the same figure for it.
   keep100_throughput_ratio       new tokens per second, 16 prompts of 100 to 900 tokens, ample pool:
                                  snap_kv loaded at keep 1.0 over stock vLLM, both in blocks of 32.
                                  Extra: keep100_vs_default_block_ratio (stock's own block size)
@@ -34,7 +33,8 @@ cost     In float32 on x86 without AVX-512, else in bfloat16. Extra keys named a
                                  Extra: both for cskv, and plan_ms_decode_step for both
   plan_long_ratio                the second over the first, in turns. Extra: the same for cskv
 
-Limits. Steps count the same on every machine; what a step costs does not: a larger batch makes a
+Limits. On x86 without AVX-512 all runs are in float32, with as many blocks: products in bfloat16
+would take ten times as long. Steps count the same on every machine; what a step costs does not: a larger batch makes a
 step longer, so the time saved is less than the steps saved. Prompts are random tokens: which of
 them are kept does not matter here, see kv_quality.
 Timings need a machine that does nothing else.

@@ -20,6 +20,7 @@ from benchmarks.kv_engine import (
     reported,
     shape_of,
 )
+from quant_methods.calibration.precision import slow_in_16_bit
 
 KEEP = 0.25
 KEEP_OF = {"cskv": 0.2, "cskv_halves": 0.2}  # its paper's ratio of 0.8
@@ -98,9 +99,11 @@ class _Served:
     def __init__(self, load: Load, options: Options, result: Result, part: str) -> None:
         self._load, self._seed = load, options.seed
         self._model = bench_model(options)
-        self._bytes = load.pool_bytes(shape_of(self._model))
-        self._block_bytes = shape_of(self._model).block_bytes
+        wide = slow_in_16_bit()  # then in float32, with as many blocks: they are what counts
+        self._bytes = load.pool_bytes(shape_of(self._model)) * (2 if wide else 1)
+        self._block_bytes = shape_of(self._model).block_bytes * (2 if wide else 1)
         self._arguments = {
+            "dtype": "float32" if wide else "bfloat16",
             "block_size": BLOCK,
             "kv_cache_memory_bytes": self._bytes,
             "max_model_len": load.request_blocks * BLOCK,
