@@ -34,9 +34,9 @@ cost     Extra keys named after a policy are the same figure for it.
   plan_long_ratio                the second over the first, in turns. Extra: the same for cskv
 
 Limits. On x86 without AVX-512 all runs are in float32, with as many blocks: products in bfloat16
-would take ten times as long. Steps count the same on every machine; what a step costs does not: a larger batch makes a
-step longer, so the time saved is less than the steps saved. Prompts are random tokens: which of
-them are kept does not matter here, see kv_quality.
+would take ten times as long. Steps count the same on every machine; what a step costs does not: a
+larger batch makes a step longer, so the time saved is less than the steps saved. Prompts are random
+tokens: which of them are kept does not matter here, see kv_quality.
 Timings need a machine that does nothing else.
 """
 

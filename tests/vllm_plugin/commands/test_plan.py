@@ -100,6 +100,18 @@ def test_figures_are_those_of_running_engines(
     assert planned["with"]["requests"] > 4 * planned["without"]["requests"]
 
 
+def test_a_budget_bounds_a_request_that_decodes(plan: Callable, demo_model: Path) -> None:
+    options = ("--gpu-memory", "2GB", "--policy", "snap_kv", "--budget", "1024", "--block-size", 32)
+    found = []
+    for context in ("4000", "8000"):
+        code, text = plan(demo_model, *options, "--context", context, "--prompt", "2000", "--json")
+        assert code == 0, text
+        found.append(json.loads(text.splitlines()[-1])["with"])
+    # The budget, a window, and the block that is being filled.
+    assert found[0]["decoding_blocks"] == found[1]["decoding_blocks"] <= (1024 + 256 + 32) // 32
+    assert found[0]["kv_bytes_per_token"] == 0  # of a long prompt: what stays does not grow
+
+
 def test_the_table_says_what_a_prompt_needs(plan: Callable, demo_model: Path) -> None:
     options = ("--context", "8K", "--policy", "recent", "--keep", ".5")
     code, text = plan(demo_model, "--gpu-memory", "2GB", *options)

@@ -2,17 +2,20 @@
 """From settings to layouts, with policies of somebody else's."""
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
+from compress_common.errors import CompressError
 from kv_policies.base import LatentPolicy
 from kv_policies.latents.format import LatentFormat
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.policies.cskv import CSKV
 from kv_policies.registry import KV_POLICIES
 from tests.compress_common.test_registry import Entry
+from tests.vllm_plugin.kv_cache.conftest import save_profile
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.settings import KVSettings
 
@@ -31,6 +34,24 @@ class Coarse(CSKV):
 
     def form(self, key_rank: int, value_rank: int, tokens: int) -> LatentFormat:
         return LatentFormat(key_rank, value_rank, 16, tokens)
+
+
+def test_a_profile_scales_a_budget(demo_model: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(demo_model)
+    file = save_profile(demo_model, tmp_path / "kv.json", Fraction(1, 4), 3)
+    given = {"policy": "prefix_kv", "profile": str(file), "decode_window": 256}
+    made = [
+        layouts_of(KVSettings(**given, budget=budget), 32, str(demo_model), config)  # type: ignore[arg-type]
+        for budget in (2048, 1024)
+    ]
+    budgets = [[layout.budget for layout in of.values()] for of in made]  # type: ignore[attr-defined]
+    assert len(set(budgets[0])) == 3 and min(budgets[0]) < 2048 < max(budgets[0])
+    assert sum(budgets[0]) / len(budgets[0]) == pytest.approx(2048, rel=0.02)
+    assert sum(budgets[1]) / len(budgets[1]) == pytest.approx(1024, rel=0.04)
+    with pytest.raises(CompressError, match="in the layer with the least") as caught:
+        layouts_of(KVSettings(**given, budget=600), 32, str(demo_model), config)  # type: ignore[arg-type]
+    raised = int(str(caught.value).rsplit(" ", 1)[1])
+    layouts_of(KVSettings(**given, budget=raised), 32, str(demo_model), config)  # type: ignore[arg-type]
 
 
 def test_a_second_latent_policy_needs_its_file_only(

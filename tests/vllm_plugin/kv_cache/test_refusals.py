@@ -62,7 +62,25 @@ def refusal(model: Path | str, kv: dict[str, Any] | None = None, **engine: Any) 
         ({"policy": "snap_kv", "keep": 1.5}, "must be in (0, 1], got 1.5"),
         ({"policy": "snap_kv", "keep": -1}, "must be in (0, 1], got -1"),
         ({"policy": "snap_kv", "keep": "abc"}, "must be a number in (0, 1], got 'abc'"),
-        ({"policy": "snap_kv"}, "needs `keep`, the share that stays, or a `profile`"),
+        ({"policy": "snap_kv"}, "needs `keep`, the share that stays, or `budget`, the tokens"),
+        ({"policy": "snap_kv", "budget": 0}, "budget"),
+        ({"policy": "snap_kv", "budget": 0.5}, "budget"),
+        (SNAP | {"budget": 512}, "`keep` has no use beside `budget`; remove it"),
+        (
+            {"policy": "cskv", "budget": 64, "min_prompt": 0, "decode_window": 0},
+            (
+                "`min_prompt` has no use beside `budget`; remove it; cskv keeps every token; remove "
+                "`budget`; `budget` bounds generated tokens too; remove `decode_window: 0`"
+            ),
+        ),
+        (
+            {"policy": "snap_kv", "budget": 300},
+            (
+                "less than two decode windows of 256; set compress.kv.decode_window to at most 128, or "
+                "raise compress.kv.budget to 512"
+            ),
+        ),
+        ({"policy": "prefix_kv", "budget": 512}, "vllm-compress profile"),
         ({"policy": "prefix_kv", "keep": 0.25}, "vllm-compress profile"),
         (SNAP | {"levels": 3}, "add `profile`"),
         (SNAP | {"decode_window": 100}, "window must be 0 or a multiple of the block size 32"),
