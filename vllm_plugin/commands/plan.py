@@ -168,10 +168,7 @@ def _print(
     out.print(table)
     aside = gib(found.activation_memory)
     notes = [
-        (
-            "A prompt needs all its blocks while it is computed (the peak); then it keeps "
-            "or its budget."
-        ),
+        "A prompt needs all its blocks while it is computed (the peak); then it is compacted.",
         f"Set aside for activations and graphs: {aside}; vLLM measures it when it starts.",
     ]
     if not changed:

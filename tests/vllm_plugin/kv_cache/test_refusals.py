@@ -69,15 +69,15 @@ def refusal(model: Path | str, kv: dict[str, Any] | None = None, **engine: Any) 
         (
             {"policy": "cskv", "budget": 64, "min_prompt": 0, "decode_window": 0},
             (
-                "`min_prompt` has no use beside `budget`; remove it; cskv keeps every token; remove "
-                "`budget`; `budget` bounds generated tokens too; remove `decode_window: 0`"
+                "`min_prompt` has no use beside `budget`; remove it; cskv keeps every token; "
+                "remove `budget`; `budget` bounds generated tokens too; remove `decode_window: 0`"
             ),
         ),
         (
             {"policy": "snap_kv", "budget": 300},
             (
-                "less than two decode windows of 256; set compress.kv.decode_window to at most 128, or "
-                "raise compress.kv.budget to 512"
+                "less than two decode windows of 256; set compress.kv.decode_window to at most "
+                "128, or raise compress.kv.budget to 512"
             ),
         ),
         ({"policy": "prefix_kv", "budget": 512}, "vllm-compress profile"),
