@@ -77,6 +77,11 @@ class Layout(ABC):
         0: what stays does not grow with the prompt. 1: nothing is ever compacted.
         """
 
+    @property
+    def amount(self) -> Fraction:
+        """What sorts the layouts of one engine by how much they keep."""
+        return self.share
+
     def __str__(self) -> str:
         """What a layer of this layout keeps, for a log."""
         return f"keep {float(self.share):.3f}"

@@ -73,6 +73,10 @@ class BoundedLayout(Layout):
     def share(self) -> Fraction:
         return Fraction(0)
 
+    @property
+    def amount(self) -> Fraction:
+        return Fraction(self.budget)
+
     def __str__(self) -> str:
         return f"budget {self.budget:,} tokens"
 

@@ -83,4 +83,4 @@ def counting_layer(layouts: Mapping[int, Layout]) -> int:
     Args:
         layouts: Of all compressed layers of the model, by index.
     """
-    return min(layouts, key=lambda layer: (layouts[layer].share, layer))
+    return min(layouts, key=lambda layer: (layouts[layer].amount, layer))
