@@ -150,8 +150,12 @@ def chosen_device(device: str, sizes: Callable[[], Sizes], *, whole: bool = Fals
             the CPU.
         sizes: Returns those of the calibration. Called where there is a GPU to choose.
         whole: As in ``placed``.
+
+    Raises:
+        CompressError: PyTorch has no such device.
     """
     if device != AUTO:
+        check_device(device)
         return device
     if not torch.cuda.is_available():
         return "cpu"

@@ -105,6 +105,9 @@ def test_a_device_is_chosen_and_refused_by_its_free_memory(monkeypatch: pytest.M
         placed("meta", LARGE, whole=True)
     with pytest.raises(CompressError, match="device cuda:99 cannot be used"):
         placed("cuda:99", TINY)
+    for name in ("cuda:99", "gpu"):
+        with pytest.raises(CompressError, match=f"^the device {name} cannot be used .*; give cpu$"):
+            chosen_device(name, lambda: TINY)
     assert chosen_device("meta", lambda: HUGE) == "meta"  # only auto is chosen for the user
     assert chosen_device("auto", lambda: TINY) == "cpu"  # no GPU here
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
