@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress_common.errors import CompressError, joined
 from quant_methods.allocators.allocation import read_allocation
-from quant_methods.architecture import ROW_PARALLEL, UNITS, Unit, architecture_of, linear_shapes
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import GROUP_SIZES, PER_CHANNEL, SIXTEEN, Grid, pick_group_size
@@ -16,8 +15,12 @@ from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
 from quant_methods.roundings.gptq import GPTQ
 from quant_methods.roundings.nearest import Nearest
+from quant_methods.structure.derive import structure_of
+from quant_methods.structure.structure import Structure, Unit
 
 _WORD_BITS = 32  # zero points are packed along the output channels, in whole words
+# Models whose vLLM class lets a quantization method make its embedding.
+_EMBEDDINGS_SERVED = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 _KERNEL_OUTPUTS = 16  # the CPU kernels take whole tiles of output channels
 
 
@@ -109,16 +112,16 @@ class GridSettings(BaseModel):
             CompressError: Nothing can be quantized, the ranks do not divide a linear, or the
                 allocation does not suit.
         """
-        arch = architecture_of(config)
-        units, shapes = arch.units(config), linear_shapes(config)
+        structure = structure_of(config)
+        units, shapes = structure.all_units, structure.shapes
         bits = dict.fromkeys(units, self.bits)
         if self.allocation is not None:
             allocation = read_allocation(self.allocation)
             allocation.check_grid(self.model_dump())
             bits |= allocation.checked(units)
-        kinds = {unit.name: unit for unit in UNITS}
+        kinds = {unit.name: unit for unit in structure.units}
         sizes = {
-            unit: self._group_size(kinds[unit.rpartition(".")[2]], shapes, count)
+            unit: self._group_size(kinds[unit.rpartition(".")[2]], structure, count)
             for unit, count in bits.items()
             if count != SIXTEEN
         }
@@ -155,10 +158,11 @@ class GridSettings(BaseModel):
         if self.embeddings == "none":
             return None
         size, problems = pick_group_size(config.hidden_size, self.group_size), []
-        if not architecture_of(config).embeddings:
+        if config.model_type not in _EMBEDDINGS_SERVED:
             problems.append(
                 f"embeddings={self.embeddings}: vLLM's {config.model_type} model takes no "
-                "quantized embedding; set embeddings=none"
+                f"quantized embedding, or none was tested; models that do: "
+                f"{', '.join(_EMBEDDINGS_SERVED)}. Set embeddings=none"
             )
         if size is None:
             problems.append(
@@ -178,11 +182,12 @@ class GridSettings(BaseModel):
             return Grid(PER_CHANNEL, symmetric=True, bits=8, activations="int8")
         return Grid(group_size, self.symmetric, bits)
 
-    def _group_size(self, unit: Unit, shapes: dict[str, tuple[int, int]], bits: int) -> int | None:
+    def _group_size(self, unit: Unit, structure: Structure, bits: int) -> int | None:
         """Return the group size that the linears of a unit share; None: they stay at 16 bits."""
+        shapes = structure.shapes
         ranks, inputs = self.tensor_parallel, shapes[unit.linears[0]][1]
         outputs = [shapes[name][0] for name in unit.linears]
-        if unit.linears[0] in ROW_PARALLEL:
+        if unit.linears[0] in structure.row_parallel:
             if inputs % ranks:
                 raise CompressError(
                     f"{unit.linears[0]} has {inputs} input channels, which {ranks} ranks do not "

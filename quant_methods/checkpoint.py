@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from compress_common.errors import CompressError
 from compress_common.store import digest
-from quant_methods.architecture import EMBEDDINGS
 from quant_methods.identity import TensorDigests, hashed, hashing_threads
+from quant_methods.structure.structure import EMBEDDINGS
 
 INDEX = "model.safetensors.index.json"
 # Mistral's own copy of the weights, which its repositories publish beside the Hugging Face files.

@@ -8,7 +8,6 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import architecture_of, linear_shapes
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.precision import WHOLE
 from quant_methods.calibration.residency import widen
@@ -16,26 +15,28 @@ from quant_methods.calibration.stages import Stages
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import decoder_problem
 from quant_methods.placement import HOST, Placement
+from quant_methods.structure.derive import structure_of
+from quant_methods.structure.structure import Structure
 
 
 def check_decoder(checkpoint: Checkpoint) -> None:
     """Raise CompressError when the tensors are not those of a decoder that can be quantized."""
     config = checkpoint.hf_config
-    prefix = architecture_of(config).layers_prefix
-    problem = decoder_problem(checkpoint.files, prefix, config.num_hidden_layers)
-    if problem := problem or _shape_problem(checkpoint, prefix):
+    structure = structure_of(config)
+    problem = decoder_problem(checkpoint.files, structure)
+    if problem := problem or _shape_problem(checkpoint, structure):
         raise CompressError(f"{checkpoint.folder} cannot be quantized: {problem}")
 
 
-def _shape_problem(checkpoint: Checkpoint, prefix: str) -> str | None:
+def _shape_problem(checkpoint: Checkpoint, structure: Structure) -> str | None:
     """Say which weight has another shape than the config gives it; None: none has."""
     config, found = checkpoint.hf_config, checkpoint.shapes()
     wanted = {
-        f"{prefix}.{index}.{name}.weight": shape
-        for index in range(config.num_hidden_layers)
-        for name, shape in linear_shapes(config).items()
+        f"{structure.layers}.{index}.{name}.weight": shape
+        for index in range(structure.depth)
+        for name, shape in structure.shapes.items()
     }
-    wanted[f"{prefix.rpartition('.')[0]}.embed_tokens.weight"] = (
+    wanted[f"{structure.embedding}.weight"] = (
         config.vocab_size,
         config.hidden_size,
     )
@@ -68,10 +69,12 @@ def calibration_blocks(
     """
     config = checkpoint.hf_config
     served = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
-    arch = architecture_of(config)
+    structure = structure_of(config)
     device, states = placement.device, placement.states
     served = dtype and served
-    return Blocks(model, arch, tokens, device, stages, dtype=served, states=states, computed=dtype)
+    return Blocks(
+        model, structure, tokens, device, stages, dtype=served, states=states, computed=dtype
+    )
 
 
 def release(device: torch.device) -> None:
@@ -112,5 +115,5 @@ def load_model(
             "damaged, or is that of another model"
         ) from error
     if dtype is not None and widened:
-        widen(model, architecture_of(config).layers_prefix, dtype)
+        widen(model, structure_of(config), dtype)
     return model.eval().to(device)

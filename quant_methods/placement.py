@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import head_dim_of
 from quant_methods.calibration.blocks import CHUNK_TOKENS
 from quant_methods.calibration.precision import check_device
 from quant_methods.parts import free_memory
@@ -76,7 +75,7 @@ def sizes_of(config: Any, weight_bytes: int, tokens: int, states: int | None = N
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     inner = max(inner) if isinstance(inner, list) else inner  # a model can have one for each layer
     count = config.num_attention_heads
-    heads = count * head_dim_of(config)
+    heads = count * (getattr(config, "head_dim", None) or hidden // count)
     kv = heads // count * (getattr(config, "num_key_value_heads", None) or count)
     widest = max(hidden, heads, inner)
     chunk = min(CHUNK_TOKENS, tokens)

@@ -9,12 +9,12 @@ import torch
 
 from compress_common.space import Need
 from compress_common.store import Store
-from quant_methods.architecture import linear_shapes
 from quant_methods.calibration.precision import computed_in
 from quant_methods.calibration.stages import Stages
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.packed import packed_bytes
 from quant_methods.roundings.base import Rounding
+from quant_methods.structure.derive import structure_of
 from quant_methods.texts import known_tokens
 from quant_methods.time_limit import least_operations, operations_per_second
 
@@ -47,8 +47,8 @@ def plan_need(
     else:  # stages are kept in the root only
         left = 0.0
     if rounding.needs_gram:
-        shapes, grids = linear_shapes(config), settings.grids(config)
-        size = sum(packed_bytes(grid, *shapes[n.split(".", 3)[3]]) for n, grid in grids.items())
+        structure, grids = structure_of(config), settings.grids(config)
+        size = sum(packed_bytes(grid, *structure.shape(n)) for n, grid in grids.items())
         if stages is not None:
             left *= _unfinished(checkpoint, rounding, stages)
     return Need(folder, size + size * left, "the rounded weights", "VLLM_COMPRESS_CACHE")

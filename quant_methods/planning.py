@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from compress_common.errors import CompressError
 from compress_common.space import check_space
 from compress_common.store import Store, digest
-from quant_methods.architecture import LINEARS, architecture_of
 from quant_methods.base import QuantMethod
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.precision import computed_in
@@ -29,6 +28,7 @@ from quant_methods.plan_cost import KIND, least_seconds, plan_need
 from quant_methods.progress import Progress, both, silent
 from quant_methods.registry import build_method
 from quant_methods.roundings.blockwise import round_blocks
+from quant_methods.structure.derive import structure_of
 from quant_methods.texts import computed, stored_tokens, text_identity
 from quant_methods.time_limit import TimeLimit
 
@@ -72,7 +72,7 @@ class PlanRequest(BaseModel):
     def sizes(self, checkpoint: Checkpoint) -> Sizes:
         """Return the bytes of its calibration on a device."""
         config = checkpoint.hf_config
-        architecture_of(config)  # refuses others
+        structure_of(config)  # refuses others
         return sizes_of(config, checkpoint.weight_bytes, self.tokens)
 
     def chosen_device(self, checkpoint: Checkpoint, device: str) -> str:
@@ -188,7 +188,7 @@ def _calibrate(
     if not request.calibrates:
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config)
-            plan = method.plan(Blocks(network, architecture_of(config), None))
+            plan = method.plan(Blocks(network, structure_of(config), None))
     else:
         check_length(request.calibration, config)
         progress("load model", 0, 1)
@@ -205,6 +205,7 @@ def _calibrate(
         }
         del model, blocks
         release(placement.device)
-    quantized = {name.split(".", 3)[3] for name in plan.grids}
-    plan.report["left_at_16_bit"] = [name for name in LINEARS if name not in quantized]
+    plan.structure = structure = structure_of(config)
+    quantized = {structure.place(name)[1] for name in plan.grids}
+    plan.report["left_at_16_bit"] = [name for name in structure.names if name not in quantized]
     return plan

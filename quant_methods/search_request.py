@@ -12,12 +12,12 @@ from compress_common.errors import CompressError
 from quant_methods.allocators.allocation import LEVELS
 from quant_methods.allocators.base import Allocator
 from quant_methods.allocators.registry import build_allocator
-from quant_methods.architecture import architecture_of
 from quant_methods.base import GridSettings
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.grid import SIXTEEN
 from quant_methods.placement import Sizes, chosen_device, sizes_of
+from quant_methods.structure.derive import structure_of
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class SearchRequest(BaseModel):
     def sizes(self, checkpoint: Checkpoint) -> Sizes:
         """Return the bytes of the search on a device."""
         given, config = self.calibration, checkpoint.hf_config
-        architecture_of(config)  # refuses others
+        structure_of(config)  # refuses others
         tokens = given.samples * given.length
         states = 2 * tokens + (config.num_hidden_layers + 2) * self._search_tokens
         most = max(tokens, self._search_tokens)

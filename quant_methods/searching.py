@@ -14,7 +14,6 @@ from compress_common.space import Need, check_space
 from compress_common.store import Store, digest
 from quant_methods.allocators.allocation import Allocation
 from quant_methods.allocators.unit_sizes import UnitSizes
-from quant_methods.architecture import architecture_of, linear_shapes
 from quant_methods.base import GridSettings
 from quant_methods.calibration.levels import build_levels, stage_name
 from quant_methods.calibration.model_probe import ModelProbe
@@ -32,6 +31,7 @@ from quant_methods.placement import placed
 from quant_methods.progress import Progress, silent
 from quant_methods.roundings.gptq import GPTQ
 from quant_methods.search_request import TARGETS, SearchRequest
+from quant_methods.structure.derive import structure_of
 from quant_methods.texts import known_tokens, stored_tokens
 
 KIND = "level-database"
@@ -62,7 +62,7 @@ def search(
     """
     check_device(device)
     config = checkpoint.hf_config
-    arch, levels = architecture_of(config), request.chosen_levels()
+    structure, levels = structure_of(config), request.chosen_levels()
     allocator, given = request.allocator(), request.grid_settings()
     check_decoder(checkpoint)
     plan = Plan("levels", given.grids(config))
@@ -134,7 +134,7 @@ def search(
     return Allocation(
         model=checkpoint.weights_digest,
         grid=request.shared_grid(),
-        bits={unit: bits.get(unit, SIXTEEN) for unit in arch.units(config)},
+        bits={unit: bits.get(unit, SIXTEEN) for unit in structure.all_units},
         report=report,
     )
 
@@ -209,12 +209,12 @@ def _check_space(
         levels: Bits that a unit may have.
         config: The text model's ``transformers`` config.
     """
-    shapes, layers = linear_shapes(config), config.num_hidden_layers
+    structure, layers = structure_of(config), config.num_hidden_layers
     missing = layers
     if stages is not None:
         missing = sum(not stages.has(stage_name(levels, index)) for index in range(layers))
     size = sum(
-        packed_bytes(given.grid(bits, grid.group_size), *shapes[linear.split(".", 3)[3]])
+        packed_bytes(given.grid(bits, grid.group_size), *structure.shape(linear))
         for linear, grid in plan.grids.items()
         for bits in levels
         if bits != SIXTEEN

@@ -9,8 +9,8 @@ from typing import Any, Final
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import UNITS, linear_shapes
 from quant_methods.progress import Progress
+from quant_methods.structure.derive import structure_of
 
 _SIDE: Final = 1024  # of the matrices whose product is timed
 _ROUNDS: Final = 3
@@ -78,12 +78,13 @@ def least_operations(config: Any, tokens: int, *, sampled: bool, gram: bool) -> 
         sampled: Whether the model samples them.
         gram: Whether GPTQ rounds: on Gram matrices, with a second pass of the rounded model.
     """
-    shapes, layers = linear_shapes(config), config.num_hidden_layers
+    structure = structure_of(config)
+    shapes, layers = structure.shapes, structure.depth
     passes = 1 + sampled + gram
     linears = sum(outputs * inputs for outputs, inputs in shapes.values())
     total = 2.0 * linears * layers * tokens * passes
     if gram:
-        for unit in UNITS:
+        for unit in structure.units:
             inputs = shapes[unit.linears[0]][1]
             outputs = sum(shapes[name][0] for name in unit.linears)
             total += layers * inputs**2 * (2.0 * tokens + outputs + inputs)

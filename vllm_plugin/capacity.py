@@ -17,12 +17,12 @@ import torch
 
 from compress_common.errors import CompressError, joined
 from kv_policies.layout.base import Layout
-from quant_methods.architecture import architecture_of
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import MARKER
 from quant_methods.formats.sizes import Packing, sizes_of
 from quant_methods.local import local_folder, text_config
 from quant_methods.registry import methods
+from quant_methods.structure.derive import structure_of
 from vllm_plugin.compatibility import weight_model_problems
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, unknown_kinds
 from vllm_plugin.settings import WeightSettings
@@ -125,7 +125,7 @@ def weight_footprint(
         if quantization in methods():
             if problems := weight_model_problems(checkpoint.config):
                 raise joined(problems)
-            architecture_of(config)
+            structure_of(config)
             request = (settings or WeightSettings()).request(str(quantization), tensor_parallel)
             chosen = request.build().settings
             grids, embedding = chosen.grids(config), chosen.embedding_grid(config)

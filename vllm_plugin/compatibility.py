@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import ARCHITECTURES
 from vllm_plugin.diffusion.config import ARCHITECTURE, MODEL_TYPE
 from vllm_plugin.kv_fingerprint import full_attention_layers, shapes_per_layer, unknown_kinds
 
@@ -33,6 +32,8 @@ _LENGTHS = (
 )
 # Prefixes of settings of recurrent layers, for configs that do not list the kinds of their layers.
 _RECURRENT = ("mamba_", "ssm_", "linear_attn_", "conv_L_cache", "state_size", "full_attention_int")
+# Models whose biases, norms and rotations of keys cskv was tested with.
+MODELS_WITH_BASES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 # Rotations that ``kv_cache.latent.rope_of`` can undo.
 _ROTATIONS = ("default", "llama3")
 # Keys of a multimodal or otherwise wrapped config under which the text model's lies.
@@ -89,7 +90,7 @@ def kv_model_problems(
 
 
 def weight_model_problems(config: Mapping[str, Any]) -> list[str]:
-    """What rules out int4 weights at load, beside what ``architecture_of`` refuses.
+    """What rules out int4 weights at load, beside what ``structure_of`` refuses.
 
     Args:
         config: the content of ``config.json``: of the whole model, not of its text part.
@@ -176,9 +177,9 @@ def _ropes(config: Any) -> list[Mapping[str, Any]]:
 
 def _latent_problems(config: Any) -> list[str]:
     problems = []
-    if config.model_type not in ARCHITECTURES:
+    if config.model_type not in MODELS_WITH_BASES:
         problems.append(
-            f"cskv has bases for models of type {', '.join(sorted(ARCHITECTURES))}, this one is "
+            f"cskv has bases for models of type {', '.join(MODELS_WITH_BASES)}, this one is "
             f"{config.model_type}; choose another policy"
         )
     if getattr(config, "attn_logit_softcapping", None):

@@ -20,7 +20,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 from compress_common.errors import CompressError, joined, nearest
-from quant_methods.architecture import architecture_of
+from quant_methods.structure.derive import structure_of
 from vllm_plugin.compatibility import refuse_diffusion, weight_model_problems
 from vllm_plugin.diffusion import support as diffusion
 from vllm_plugin.exits import end_command
@@ -261,7 +261,7 @@ def _problems_at_load(
             "serve that without the flag"
         )
     try:
-        architecture_of(hf_config)
+        structure_of(hf_config)
         request = settings.request(quant_config.method, parallel.tensor_parallel_size)
         chosen = request.build().settings
         embedding = chosen.embedding_grid(hf_config)

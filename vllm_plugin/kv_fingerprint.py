@@ -11,12 +11,12 @@ from pydantic import ValidationError
 
 from compress_common.errors import CompressError
 from kv_policies.model_file import ModelFingerprint
-from quant_methods.architecture import QKV
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import MARKER
 from quant_methods.local import local_folder
 
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
+_KEYS_VALUES: Final = ("self_attn.k_proj", "self_attn.v_proj")
 _HEX_DIGITS: Final = 64  # of a SHA-256
 
 
@@ -145,7 +145,7 @@ def weights_digest(checkpoint: Checkpoint, prefix: str, depth: int) -> str:
     Raises:
         CompressError: The checkpoint has no key and value projections of these names.
     """
-    names = [f"{prefix}.{i}.{name}.weight" for i in (0, depth - 1) for name in QKV[1:]]
+    names = [f"{prefix}.{i}.{name}.weight" for i in (0, depth - 1) for name in _KEYS_VALUES]
     if missing := [name for name in names if name not in checkpoint.files]:
         raise CompressError(f"{checkpoint.folder} has no weight {missing[0]}")
     return checkpoint.weights_digest

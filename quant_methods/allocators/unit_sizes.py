@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from quant_methods.allocators.budget import total
-from quant_methods.architecture import architecture_of, linear_shapes
 from quant_methods.base import GridSettings
 from quant_methods.grid import SIXTEEN, Grid
+from quant_methods.structure.derive import structure_of
 
 
 class UnitSizes:
@@ -37,12 +37,12 @@ class UnitSizes:
             levels: Bits that a unit may have.
             config: The text model's ``transformers`` config.
         """
-        shapes, levels = linear_shapes(config), tuple(levels)
+        structure, levels = structure_of(config), tuple(levels)
         sizes: dict[str, dict[int, float]] = {}
         weights = left = 0
-        for unit, linears in architecture_of(config).units(config).items():
+        for unit, linears in structure.all_units.items():
             for name in linears:
-                outputs, inputs = shapes[name.split(".", 3)[3]]
+                outputs, inputs = structure.shape(name)
                 weights += outputs * inputs
                 if name not in grids:
                     left += outputs * inputs

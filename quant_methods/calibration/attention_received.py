@@ -14,13 +14,11 @@ import torch
 from transformers import AttentionInterface
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import O_PROJ
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.token_weights import rescaled
 
 _NAME: Final = "vllm_compress_received"  # in transformers' AttentionInterface
 _CHUNK = 1 << 24  # attention scores that are in memory at once
-_ATTENTION = O_PROJ.partition(".")[0]
 
 
 def attention_received(
@@ -97,9 +95,9 @@ def scores_of(blocks: Blocks, index: int, hidden: torch.Tensor) -> torch.Tensor:
     Raises:
         CompressError: The attention of the model does not go through AttentionInterface.
     """
-    block = blocks.layers[index]
-    attention = block.get_submodule(_ATTENTION)
-    inputs = block.get_submodule(blocks.arch.attn_norm)(hidden)
+    block, known = blocks.layers[index], blocks.structure.attention
+    attention = block.get_submodule(known.module)
+    inputs = hidden if known.norm is None else block.get_submodule(known.norm)(hidden)
     found: list[torch.Tensor] = []
     with _captured(attention.config):
         attention(hidden_states=inputs, received=found, **blocks.arguments(index))

@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import Architecture
 from quant_methods.calibration.collectors import Collector
 from quant_methods.calibration.residency import copied
 from quant_methods.calibration.stages import Stages
+from quant_methods.structure.structure import Structure
 
 CHUNK_TOKENS = 4096  # 0.25 GB of fp32 inputs of an 8B model's down_proj
 
@@ -27,7 +27,7 @@ class Blocks:
 
     Args:
         model: A ``transformers`` causal language model.
-        arch: Its family.
+        structure: Of the model.
         tokens: Calibration tokens, int64 [samples, length]; None for a method without calibration.
         device: Where blocks are computed.
         stages: Keeps finished parts of the work; None: nothing is kept.
@@ -40,7 +40,7 @@ class Blocks:
     def __init__(
         self,
         model: nn.Module,
-        arch: Architecture,
+        structure: Structure,
         tokens: torch.Tensor | None,
         device: str | torch.device = "cpu",
         stages: Stages | None = None,
@@ -51,9 +51,9 @@ class Blocks:
     ) -> None:
         self.stages = stages or Stages()
         self.model = model
-        self.arch = arch
+        self.structure = structure
         self.device = torch.empty(0, device=device).device  # "cuda" has no index
-        self.layers: list[nn.Module] = list(model.get_submodule(arch.layers_prefix))  # type: ignore[arg-type]
+        self.layers: list[nn.Module] = list(model.get_submodule(structure.layers))  # type: ignore[arg-type]
         self.chunk_tokens = chunk_tokens
         self.dtype: torch.dtype = dtype or model.dtype  # type: ignore[assignment]
         self.computed = computed
@@ -109,14 +109,15 @@ class Blocks:
                 )
             first.append(hidden)
             if recorded is not None:
-                recorded.append(kwargs | {"past_key_values": None, "use_cache": False})
+                off = {"past_key_values": None, "use_cache": False}
+                recorded.append(kwargs | {key: off[key] for key in off if key in kwargs})
             return hidden
 
         own = [vars(layer).get("forward") for layer in self.layers]
         try:
             for layer in self.layers:
                 layer.forward = identity  # type: ignore[method-assign]
-            backbone = self.model.get_submodule(self.arch.layers_prefix.rpartition(".")[0])
+            backbone = self.model.get_submodule(self.structure.backbone)
             backbone(input_ids=tokens.to(self.model.device), use_cache=False)  # type: ignore[arg-type]
         finally:
             for layer, forward in zip(self.layers, own, strict=True):
@@ -139,11 +140,11 @@ class Blocks:
     def on(self, tokens: torch.Tensor) -> "Blocks":
         """Return the same blocks on other calibration tokens, int64 [samples, length]."""
         settings = self.device, self.stages, self.chunk_tokens, self.dtype
-        return Blocks(self.model, self.arch, tokens, *settings, self.states, self.computed)
+        return Blocks(self.model, self.structure, tokens, *settings, self.states, self.computed)
 
     def prefix(self, index: int) -> str:
         """Return what the full names of a block's tensors start with."""
-        return f"{self.arch.layers_prefix}.{index}."
+        return f"{self.structure.layers}.{index}."
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch.nn.functional import cross_entropy
 
-from quant_methods.architecture import UNITS
 from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.divergence import last_norm
 from quant_methods.calibration.levels import LevelDatabase
 from quant_methods.calibration.stages import Tensors
 from quant_methods.grid import SIXTEEN
@@ -59,7 +59,9 @@ def derivatives(
             partial(_block, blocks, database, index, inputs.pop(), gradient),
         )
         gradient = stored["gradient"]
-        for unit in (prefix + kind.name for kind in UNITS if prefix + kind.name in database.losses):
+        for unit in (prefix + kind.name for kind in blocks.structure.units):
+            if unit not in database.losses:
+                continue
             found.fisher[unit] = dict.fromkeys(database.losses[unit], 0.0)
             found.along[unit] = {
                 bits: torch.zeros(len(hidden), dtype=torch.float64)
@@ -78,7 +80,7 @@ def _at_output(blocks: Blocks, final: torch.Tensor) -> torch.Tensor:
     The loss is that of the next token. On text that the model samples itself, the mean of its
     outer products is the Fisher matrix.
     """
-    norm = blocks.model.get_submodule(blocks.arch.layers_prefix.rpartition(".")[0]).norm
+    norm = last_norm(blocks.model, blocks.structure)
     head = blocks.model.get_output_embeddings()  # type: ignore[operator]
     gradient = torch.empty_like(final)
     for sample, row in enumerate(final):
@@ -103,7 +105,7 @@ def _block(
     stored: Tensors = {"gradient": torch.empty_like(gradient)}
     with blocks.resident(index) as block:
         errors: dict[str, list[tuple[str, torch.Tensor]]] = {}  # {linear: [(unit:bits, error)]}
-        for unit in UNITS:
+        for unit in blocks.structure.units:
             for bits in database.losses.get(prefix + unit.name, {}):
                 if bits == SIXTEEN:
                     continue

@@ -6,8 +6,15 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from quant_methods.structure.structure import Structure
+
 _KL_POSITIONS = 256
 _KL_TOP = 128
+
+
+def last_norm(model: nn.Module, structure: Structure) -> nn.Module:
+    """Return what stands between the last layer and the head: a norm, or nothing."""
+    return nn.Identity() if structure.norm is None else model.get_submodule(structure.norm)
 
 
 class NextTokenReference:
@@ -15,7 +22,7 @@ class NextTokenReference:
 
     Args:
         model: The original ``transformers`` model.
-        layers_prefix: Name of its list of decoder layers.
+        structure: Of the model.
         final: Output of its last layer, [samples, length, hidden].
         positions: How many, spread evenly; None: all.
     """
@@ -23,11 +30,11 @@ class NextTokenReference:
     def __init__(
         self,
         model: nn.Module,
-        layers_prefix: str,
+        structure: Structure,
         final: torch.Tensor,
         positions: int | None = _KL_POSITIONS,
     ) -> None:
-        self.norm = model.get_submodule(layers_prefix.rpartition(".")[0]).norm
+        self.norm = last_norm(model, structure)
         self.head = model.get_output_embeddings()
         total = final.shape[0] * final.shape[1]
         self.positions = torch.linspace(0, total - 1, min(total, positions or total)).long()

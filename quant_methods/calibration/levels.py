@@ -8,7 +8,6 @@ from functools import partial
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import UNITS
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.token_weights import TokenWeights, weighed
 from quant_methods.formats.packed import PackedWeight
@@ -151,7 +150,7 @@ def _take(
 ) -> None:
     """Put what ``_block`` returned into a database."""
     prefix, grids = blocks.prefix(index), database.plan.grids
-    for unit in UNITS:
+    for unit in blocks.structure.units:
         linears = [prefix + name for name in unit.linears if prefix + name in grids]
         if not linears:
             continue

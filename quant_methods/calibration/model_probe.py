@@ -6,7 +6,6 @@ from math import ceil
 
 import torch
 
-from quant_methods.architecture import UNITS
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.divergence import NextTokenReference
 from quant_methods.calibration.levels import LevelDatabase
@@ -60,7 +59,7 @@ class ModelProbe:
                 self._references.clear()
             self._references[key] = NextTokenReference(
                 self.blocks.model,
-                self.blocks.arch.layers_prefix,
+                self.blocks.structure,
                 self._final[chosen.to(self.blocks.states)],
                 positions=None,
             )
@@ -79,7 +78,7 @@ class ModelProbe:
         """Return the quantized weights of a block, as they are between original neighbors."""
         prefix = self.blocks.prefix(index)
         weights = {}
-        for unit in UNITS:
+        for unit in self.blocks.structure.units:
             count = bits.get(prefix + unit.name, SIXTEEN)
             if count == SIXTEEN:
                 continue

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quant_methods.structure.structure import Structure
+
 
 @contextmanager
 def copied(
@@ -41,7 +43,7 @@ def copied(
             tensors[name] = tensor
 
 
-def widen(model: Any, layers_prefix: str, dtype: torch.dtype) -> None:
+def widen(model: Any, structure: Structure, dtype: torch.dtype) -> None:
     """Let a 16-bit model compute in a wider type, with a copy of one module at a time.
 
     What it computes equals that of the whole model in that type, bit for bit: 16-bit numbers are
@@ -49,15 +51,15 @@ def widen(model: Any, layers_prefix: str, dtype: torch.dtype) -> None:
 
     Args:
         model: A ``transformers`` causal language model.
-        layers_prefix: Name of its list of decoder layers.
+        structure: Of the model.
         dtype: What it computes in.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if hasattr(embedding, "scalar_embed_scale"):  # Gemma rounds it to the type of its weight
         embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, dtype=dtype)
     _widen_rows(embedding, dtype)
-    norm = model.get_submodule(layers_prefix.rpartition(".")[0]).norm
-    for module in (*model.get_submodule(layers_prefix), norm, head):
+    norm = () if structure.norm is None else (model.get_submodule(structure.norm),)
+    for module in (*model.get_submodule(structure.layers), *norm, head):
         _widen(module, dtype)
 
 

@@ -6,6 +6,7 @@ exception is a checkpoint with 2- or 3-bit linears or quantized embeddings: its 
 package as the method, and stock vLLM refuses that by name.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import EMBEDDINGS, HEAD, architecture_of, split_units
 from quant_methods.formats.packing import to_awq, to_compressed_tensors
 from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight
+from quant_methods.structure.derive import structure_of
+from quant_methods.structure.structure import EMBEDDINGS, Structure, split_units
 
 # Marks a quantization_config as ours. Stock loaders ignore the key.
 MARKER = "vllm_compress"
@@ -44,18 +46,18 @@ class Format:
     uniform: bool
 
 
-def whole_linears(grids: dict[str, Grid], config: Any) -> list[str]:
+def whole_linears(grids: dict[str, Grid], structure: Structure) -> list[str]:
     """Return the full names of all linears of a decoder.
 
     Args:
         grids: ``{linear: grid}`` of those that are quantized.
-        config: The text model's ``transformers`` config.
+        structure: Of the model.
 
     Raises:
         CompressError: The linears of a fused unit have several grids. vLLM dies on such a
             checkpoint without a hint.
     """
-    units = architecture_of(config).units(config)
+    units = structure.all_units
     if split := split_units(units, grids):
         raise CompressError(
             f"{len(split)} units have linears with different grids, {split[0]} for one; vLLM fuses "
@@ -64,39 +66,45 @@ def whole_linears(grids: dict[str, Grid], config: Any) -> list[str]:
     return [linear for linears in units.values() for linear in linears]
 
 
-def patterns(names: Iterable[str], linears: list[str]) -> list[str]:
+def patterns(names: Iterable[str], structure: Structure) -> list[str]:
     """Return regular expressions that match some linears of a decoder, and no others.
 
     Args:
         names: Full names of the linears.
-        linears: Full names of all linears.
+        structure: Of the model.
     """
-    layers: dict[str, list[str]] = {}  # linear of a layer -> the layers that are meant
-    for name in names:
-        _, _, layer, linear = name.split(".", 3)
-        layers.setdefault(linear, []).append(layer)
-    total = len({name.split(".", 3)[2] for name in linears})
-    everywhere = sorted(n.rpartition(".")[2] for n, which in layers.items() if len(which) == total)
+    layers: dict[str, list[str]] = {}  # end of a linear's name -> the layers that are meant
+    for full in names:
+        layer, name = structure.place(full)
+        layers.setdefault(_end(name, structure), []).append(str(layer))
+    everywhere = sorted(end for end, which in layers.items() if len(which) == structure.depth)
     found = [rf"re:.*\.({'|'.join(everywhere)})$"] if everywhere else []
     somewhere: dict[tuple[str, ...], list[str]] = {}
-    for linear, which in layers.items():
-        if len(which) < total:
-            somewhere.setdefault(tuple(which), []).append(linear.rpartition(".")[2])
-    for some, last in somewhere.items():
-        found.append(rf"re:.*\.layers\.({'|'.join(some)})\..*\.({'|'.join(sorted(last))})$")
+    for end, which in layers.items():
+        if len(which) < structure.depth:
+            somewhere.setdefault(tuple(which), []).append(end)
+    stack = structure.layers.rpartition(".")[2]
+    for some, ends in somewhere.items():
+        parents = r"(.*\.)?" if any("." in end for end in ends) else r".*\."
+        found.append(rf"re:.*\.{stack}\.({'|'.join(some)})\.{parents}({'|'.join(sorted(ends))})$")
     return found
 
 
-def _left(grids: dict[str, Grid], linears: list[str]) -> list[str]:
+def _end(name: str, structure: Structure) -> str:
+    """Return the end of a linear's name that no other linear of its layer has, as a pattern."""
+    last = name.rpartition(".")[2]
+    alike = [other for other in structure.names if other.rpartition(".")[2] == last]
+    return last if len(alike) == 1 else re.escape(name)
+
+
+def _left(grids: dict[str, Grid], linears: list[str], structure: Structure) -> list[str]:
     """Regular expressions of the linears that stay at 16 bits."""
-    left = [name for name in linears if name not in grids]
-    everywhere = [
-        name.rpartition(".")[2]
-        for name in dict.fromkeys(n.split(".", 3)[3] for n in linears)
-        if not any(quantized.endswith(f".{name}") for quantized in grids)
-    ]
-    rest = [name for name in left if name.rpartition(".")[2] not in everywhere]
-    return [rf"re:.*\.{name}$" for name in everywhere] + patterns(rest, linears)
+    quantized = {structure.place(name)[1] for name in grids}
+    nowhere = [name for name in structure.names if name not in quantized]
+    rest = [n for n in linears if n not in grids and structure.place(n)[1] not in nowhere]
+    outside = [rf"re:.*{re.escape(name.rpartition('.')[2])}$" for name in structure.others]
+    ends = [rf"re:.*\.{_end(name, structure)}$" for name in nowhere]
+    return [*outside, *ends, *patterns(rest, structure)]
 
 
 def compressed_tensors_config(
@@ -113,7 +121,8 @@ def compressed_tensors_config(
     Raises:
         CompressError: The linears of a fused unit have several grids.
     """
-    linears = whole_linears(grids, config)
+    structure = structure_of(config)
+    linears = whole_linears(grids, structure)
     by_grid: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
         by_grid.setdefault(grid, []).append(name)
@@ -121,7 +130,7 @@ def compressed_tensors_config(
     for number, (grid, names) in enumerate(by_grid.items()):
         everything = len(by_grid) == 1 and len(names) == len(linears)
         groups[f"group_{number}"] = {
-            "targets": ["Linear"] if everything else patterns(names, linears)
+            "targets": ["Linear"] if everything else patterns(names, structure)
         } | _scheme(grid)
     layouts = [_layout(grid) for grid in by_grid]
     if embedding is not None:
@@ -138,7 +147,10 @@ def compressed_tensors_config(
         "format": stored.pop() if len(stored) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [*([HEAD] if embedding is None else []), *_left(grids, linears)],
+        "ignore": [
+            *([structure.head] if embedding is None else []),
+            *_left(grids, linears, structure),
+        ],
         "kv_cache_scheme": None,
         MARKER: marker,
     }
@@ -186,7 +198,8 @@ def _awq_config(
             "the awq format has no quantized embeddings; use --format compressed-tensors, or set "
             "embeddings=none"
         )
-    linears = whole_linears(grids, config)
+    structure = structure_of(config)
+    whole_linears(grids, structure)
     kinds = set(grids.values())
     if len(kinds) > 1 or any(grid.bits != 4 or grid.activations != "none" for grid in kinds):
         found = ", ".join(sorted(map(_described, kinds)))
@@ -194,13 +207,12 @@ def _awq_config(
             f"the awq format has 4 bits and one group size for all linears, not {found}; use "
             "--format compressed-tensors"
         )
-    names = {name.split(".", 3)[3] for name in grids}
-    if len(grids) != len(names) * config.num_hidden_layers:
+    names = {structure.place(name)[1] for name in grids}
+    if len(grids) != len(names) * structure.depth:
         raise CompressError(
             "the awq format quantizes the same linears in every layer; use --format "
             "compressed-tensors for a mixed allocation"
         )
-    left = dict.fromkeys(name.split(".", 3)[3] for name in linears)
     return {
         "quant_method": "awq",
         "bits": 4,
@@ -208,8 +220,9 @@ def _awq_config(
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": [
-            HEAD,
-            *(name.rpartition(".")[2] for name in left if name not in names),
+            structure.head,
+            *(name.rpartition(".")[2] for name in structure.others),
+            *(name.rpartition(".")[2] for name in structure.names if name not in names),
         ],
         MARKER: marker,
     }

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from quant_methods.architecture import HEAD, QKV
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import NEEDS_PLUGIN, Format
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.sizes import bits_per_weight
+from quant_methods.structure.derive import structure_of
+from quant_methods.structure.structure import HEAD
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 
@@ -79,14 +80,13 @@ def write_metadata(
 
 def marker_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """What the config notes about the checkpoint."""
+    known = structure_of(checkpoint.hf_config).attention
+    stored = f"{known.key}.output", f"{known.value}.output"
     return {
         "schema": 1,
         "method": plan.method,
         "alpha": plan.report.get("alpha"),
         "source": checkpoint.weights_digest,
         # Whether keys or values in the KV cache differ from the original model's.
-        "values_scaled": any(
-            side.endswith((f"{QKV[1]}.output", f"{QKV[2]}.output"))
-            for side in (*plan.vectors, *plan.rotations)
-        ),
+        "values_scaled": any(side.endswith(stored) for side in (*plan.vectors, *plan.rotations)),
     }

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import EMBEDDINGS, LINEARS
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.scales import with_scales_in
 from quant_methods.grid import Grid, QuantizedWeight, quantize
 from quant_methods.identity import hashed
+from quant_methods.structure.structure import EMBEDDINGS, Structure
 
 _EMBEDDING_WEIGHTS = 1 << 22  # rounded at a time
-_LINEAR_WEIGHTS = tuple(f".{name}.weight" for name in LINEARS)
 
 
 @dataclass
@@ -44,6 +43,7 @@ class Plan:
             turned.
         copies: ``{tensor: source}``: tensors that the checkpoint lacks and the model then has.
         config: Keys of config.json that the transforms change.
+        structure: Of the decoder. ``obtain_plan`` sets it.
         embedding: How the token embedding and lm_head are rounded; None: they stay at 16 bits. Not
             stored with the plan.
         evict: Called before a mismatch is reported; removes the stored plan.
@@ -60,6 +60,7 @@ class Plan:
     matrices: dict[str, torch.Tensor] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    structure: Structure | None = None
     embedding: Grid | None = None
     evict: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
@@ -228,17 +229,17 @@ def layer_grids(grids: dict[str, Grid], prefix: str) -> dict[str, Grid]:
     return {n.removeprefix(prefix): grid for n, grid in grids.items() if n.startswith(prefix)}
 
 
-def decoder_problem(names: Iterable[str], prefix: str, layers: int) -> str | None:
+def decoder_problem(names: Iterable[str], structure: Structure) -> str | None:
     """Say why the tensors of a checkpoint are not those of a supported decoder; None: they are.
 
     Args:
         names: Of all tensors of the checkpoint.
-        prefix: Of the decoder layers, such as ``model.layers``.
-        layers: How many the config has.
+        structure: Of the model that its config describes.
     """
-    have = set(names)
-    wanted = {f"{prefix}.{i}{name}" for i in range(layers) for name in _LINEAR_WEIGHTS}
-    linears = {name for name in have if name.endswith(_LINEAR_WEIGHTS)}
+    have, prefix, layers = set(names), structure.layers, structure.depth
+    endings = tuple(f".{name}.weight" for name in structure.names)
+    wanted = {f"{prefix}.{i}{name}" for i in range(layers) for name in endings}
+    linears = {n for n in have if n.startswith(f"{prefix}.") and n.endswith(endings)}
     if not any(name.startswith(f"{prefix}.") for name in have):
         if any(".attention.wq." in name for name in have):
             return (
@@ -248,7 +249,7 @@ def decoder_problem(names: Iterable[str], prefix: str, layers: int) -> str | Non
             )
         if any(name.startswith("layers.") for name in have):
             return (
-                "its tensors are named layers.*, not model.layers.*: it is an embedding model or "
+                f"its tensors are named layers.*, not {prefix}.*: it is an embedding model or "
                 "a body without a language-model head, which is not quantized; serve it at 16 bits"
             )
         first = min(have, default="none")

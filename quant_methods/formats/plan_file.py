@@ -16,8 +16,9 @@ from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid
 from quant_methods.identity import tensor_digest
+from quant_methods.structure.structure import Structure
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 def save_plan(plan: Plan, path: Path) -> None:
@@ -45,6 +46,7 @@ def _header(plan: Plan) -> dict[str, Any]:
         "rotations": plan.rotations,
         "copies": plan.copies,
         "config": plan.config,
+        "structure": None if plan.structure is None else plan.structure.to_json(),
     }
 
 
@@ -94,5 +96,6 @@ def load_plan(path: Path) -> Plan:
         matrices=named("matrix"),
         copies=header["copies"],
         config=header["config"],
+        structure=None if header["structure"] is None else Structure.from_json(header["structure"]),
         sources=header["sources"],
     )

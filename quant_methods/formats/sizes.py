@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from quant_methods.architecture import EMBEDDINGS, HEAD, architecture_of, linear_shapes
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import EMBEDDING_GROUP
 from quant_methods.grid import Grid
+from quant_methods.structure.derive import structure_of
+from quant_methods.structure.structure import EMBEDDINGS, HEAD
 
 # "checkpoint": as files and CUDA kernels have it. CPU kernels hold more per group: torch's int4
 # GEMM two bfloat16, vLLM's AMX kernel a float32, an int32 and an int8.
@@ -134,11 +135,11 @@ def bits_per_weight(grids: dict[str, Grid], config: Any) -> float:
         grids: ``{linear: grid}`` by full name. Linears without one have 16 bits.
         config: The text model's ``transformers`` config.
     """
-    shapes = linear_shapes(config)
+    structure = structure_of(config)
     bits = weights = 0.0
-    for linears in architecture_of(config).units(config).values():
+    for linears in structure.all_units.values():
         for name in linears:
-            outputs, inputs = shapes[name.split(".", 3)[3]]
+            outputs, inputs = structure.shape(name)
             grid = grids.get(name)
             bits += outputs * inputs * (grid.stored_bits(inputs) if grid else 16)
             weights += outputs * inputs

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 from compress_common.errors import CompressError
 from compress_common.space import Need, check_space
-from quant_methods.architecture import HEAD, architecture_of
 from quant_methods.calibration.precision import check_device
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import FORMATS, Format
@@ -30,6 +29,8 @@ from quant_methods.memory import PROGRAM, working_memory
 from quant_methods.plan_cost import plan_need, plan_need_left
 from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.progress import Progress, silent
+from quant_methods.structure.derive import structure_of
+from quant_methods.structure.structure import HEAD
 
 _SHARD_BYTES = 2 << 30  # of source weights
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,7 +66,7 @@ def estimate(
     """
     request.check_model(checkpoint)
     config = checkpoint.hf_config
-    architecture_of(config)
+    structure_of(config)
     settings = request.build().settings
     grids, embedding = settings.grids(config), settings.embedding_grid(config)
     total = checkpoint.weight_bytes

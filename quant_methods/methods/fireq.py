@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from compress_common.errors import CompressError, joined
-from quant_methods.architecture import UNITS, Unit, architecture_of, linear_shapes
 from quant_methods.base import Capabilities, GridSettings
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid
 from quant_methods.progress import Progress, silent
+from quant_methods.structure.derive import structure_of
+from quant_methods.structure.structure import Structure, Unit
 from quant_methods.transforms.rope_keys import ScaleKeys, check_keys
 from quant_methods.transforms.weight_folds import WeightFolds
 
@@ -57,15 +58,15 @@ class FireQSettings(GridSettings):
                 "bfloat16 first"
             )
         try:
-            architecture_of(config)
+            structure_of(config)
             if self.key_scale is not None:
                 check_keys(config)
         except CompressError as error:
             problems += error.problems
         if problems:
             raise joined(problems)
-        shapes = linear_shapes(config)
-        if all(self._group_size(unit, shapes, self.bits) is None for unit in UNITS):
+        structure = structure_of(config)
+        if all(self._group_size(unit, structure, self.bits) is None for unit in structure.units):
             raise CompressError(
                 f"fireq needs linears whose inputs and outputs are multiples of {_TILE}, and the "
                 f"model has none: hidden size {config.hidden_size}, intermediate size "
@@ -79,9 +80,9 @@ class FireQSettings(GridSettings):
             raise CompressError(f"fireq has units of 4 and of 16 bits, not of {bits}")
         return Grid(group_size, symmetric=True, bits=4, activations="fp8")
 
-    def _group_size(self, unit: Unit, shapes: dict[str, tuple[int, int]], bits: int) -> int | None:
-        outputs = sum(shapes[name][0] for name in unit.linears)
-        size = super()._group_size(unit, shapes, bits)
+    def _group_size(self, unit: Unit, structure: Structure, bits: int) -> int | None:
+        outputs = sum(structure.shapes[name][0] for name in unit.linears)
+        size = super()._group_size(unit, structure, bits)
         return size if size == self.group_size and outputs % _TILE == 0 else None
 
 

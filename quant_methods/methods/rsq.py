@@ -18,10 +18,15 @@ from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid
 from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
-from quant_methods.roundings.blockwise import TOGETHER, UNIT_BY_UNIT, round_blocks
+from quant_methods.roundings.blockwise import round_blocks
 from quant_methods.roundings.gptq import GPTQ
 from quant_methods.transforms.base import Transform
-from quant_methods.transforms.rotation import RotateHeads, RotateResidual, check_residual
+from quant_methods.transforms.rotation import (
+    RotateHeads,
+    RotateResidual,
+    check_heads,
+    check_residual,
+)
 
 
 class RSQSettings(GridSettings):
@@ -79,6 +84,8 @@ class RSQSettings(GridSettings):
 
     def grids(self, config: Any) -> dict[str, Grid]:
         """See the base class. Also refuses architectures that cannot be rotated."""
+        if self.rotation != "none":
+            check_heads(config)
         if self.rotation == "both":
             check_residual(config)
         return super().grids(config)
@@ -103,8 +110,9 @@ class RSQ:
     """GPTQ whose Gram matrices count tokens by the attention that they receive.
 
     Weights are taken in each block on the output of the quantized blocks before it, and stay the
-    same for all linears of the block. Limits: dense decoders of ``architecture.ARCHITECTURES``, and
-    Gemma 2 and 3 without a rotation of the residual stream.
+    same for all linears of the block. Limits: dense decoders. A rotation of the residual stream
+    needs one RMSNorm in front of the linears and none behind them (not Gemma 2 and 3), one of heads
+    a v_proj and an o_proj.
     """
 
     name: ClassVar[str] = "rsq"
@@ -134,7 +142,7 @@ class RSQ:
             blocks,
             settings.rounder(),
             token_weights=settings.weigher(),
-            steps=UNIT_BY_UNIT if settings.steps == "unit" else TOGETHER,
+            by_unit=settings.steps == "unit",
             progress=progress,
         )
         return plan

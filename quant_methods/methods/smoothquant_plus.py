@@ -102,7 +102,7 @@ class SmoothQuantPlus:
     alpha serves the whole model. It minimizes the top-k KL divergence of the next-token
     distribution on the calibration text, with every block running on the output of the quantized
     block before it. That costs about 7 passes over half of the calibration text, with rounding.
-    Limits: dense decoders of ``architecture.ARCHITECTURES``.
+    Limits: dense decoders, and folds that ``structure.prove`` proves on them.
     """
 
     name: ClassVar[str] = "smoothquant_plus"
@@ -153,7 +153,7 @@ class SmoothQuantPlus:
         full = self.settings.search == "full"
         part = blocks if full else blocks.first(max(1, len(decoder.final) // 2))
         reference = NextTokenReference(
-            blocks.model, blocks.arch.layers_prefix, decoder.final[: len(part.tokens)]
+            blocks.model, blocks.structure, decoder.final[: len(part.tokens)]
         )
         tried = 0
 

@@ -7,7 +7,6 @@ from functools import partial
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import UNITS
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.collectors import Grams
 from quant_methods.calibration.token_weights import TokenWeights, weighed
@@ -15,11 +14,6 @@ from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
 from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
-
-# Linears that are rounded on one pass: all of a block, or unit by unit, each on the output of the
-# rounded ones before it.
-TOGETHER: tuple[tuple[str, ...], ...] = (tuple(name for unit in UNITS for name in unit.linears),)
-UNIT_BY_UNIT: tuple[tuple[str, ...], ...] = tuple(unit.linears for unit in UNITS)
 
 
 @torch.no_grad()
@@ -29,7 +23,7 @@ def round_blocks(
     rounding: Rounding,
     *,
     token_weights: TokenWeights | None = None,
-    steps: Sequence[tuple[str, ...]] = TOGETHER,
+    by_unit: bool = False,
     progress: Progress = silent,
 ) -> None:
     """Round every linear of a plan, and put the codes into the plan.
@@ -43,7 +37,8 @@ def round_blocks(
         blocks: The decoder, with calibration tokens.
         rounding: How a weight is rounded.
         token_weights: How much each token counts in the Gram matrices; None: all count alike.
-        steps: Linears that are rounded together: ``TOGETHER`` or ``UNIT_BY_UNIT``.
+        by_unit: Whether each unit is rounded on the output of the rounded ones before it in its
+            block (a pass for each), not all of a block on one pass.
         progress: Called for each block.
     """
     hidden = blocks.inputs()
@@ -53,7 +48,9 @@ def round_blocks(
         with blocks.resident(index):
             stored = blocks.stages.tensors(
                 f"{rounding.name} {index}",
-                partial(_round_block, plan, blocks, index, hidden, rounding, token_weights, steps),
+                partial(
+                    _round_block, plan, blocks, index, hidden, rounding, token_weights, by_unit
+                ),
             )
             weights = {}
             for name, grid in plan.layer_grids(prefix).items():
@@ -74,7 +71,7 @@ def _round_block(
     hidden: torch.Tensor,
     rounding: Rounding,
     token_weights: TokenWeights | None,
-    steps: Sequence[tuple[str, ...]],
+    by_unit: bool,
 ) -> dict[str, torch.Tensor]:
     """Round the linears of a resident block. Returns their codes as a plan file stores them."""
     prefix = blocks.prefix(index)
@@ -82,7 +79,8 @@ def _round_block(
     weights: dict[str, torch.Tensor] = {}  # those that are rounded already
     tensors: dict[str, torch.Tensor] = {}
     counted = weighed(blocks, index, hidden, token_weights)
-    for step in steps:
+    units = [unit.linears for unit in blocks.structure.units]
+    for step in units if by_unit else [blocks.structure.names]:
         names = [name for name in step if name in grids]
         if not names:
             continue
@@ -114,7 +112,7 @@ def unit_grams(
         names: Linears of the block, by the names that they have there.
         weights: How much each token counts, as ``weighed`` returns it.
     """
-    first = blocks.arch.first_sharing(blocks.model.config)
+    first = blocks.structure.first_sharing
     collector = Grams(first[name] for name in names)
     blocks.run(index, hidden, (collector,), weights)
     prefix = blocks.prefix(index)
@@ -150,7 +148,7 @@ def round_units(
     """
     prefix, block = blocks.prefix(index), blocks.layers[index]
     found: dict[str, PackedWeight] = {}
-    units = [unit for unit in UNITS if unit.linears[0] in names]
+    units = [unit for unit in blocks.structure.units if unit.linears[0] in names]
     for unit in sorted(units, key=lambda unit: len(grams[unit.linears[0]]), reverse=True):
         linears = [prefix + name for name in unit.linears]
         parts = [

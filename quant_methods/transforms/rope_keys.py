@@ -12,29 +12,40 @@ import torch
 from torch import nn
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import QKV, architecture_of, head_dim_of
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.collectors import Collector
 from quant_methods.formats.plan import Plan
 from quant_methods.progress import Progress, silent
+from quant_methods.structure.derive import structure_of
+from quant_methods.structure.prove import Proof
+from quant_methods.structure.structure import Attention, Fold
 from quant_methods.transforms.smoothing import to_consumer
 
-_Q, _K = QKV[:2]
 _FLOOR = 1e-5  # of the largest norm of a pair
 _LIMIT = 1e4  # of a factor, and of its inverse
 
 
-def check_keys(config: Any) -> None:
-    """Raise CompressError when the keys of an architecture cannot be scaled.
+def check_keys(config: Any) -> Attention:
+    """Return the attention of an architecture whose keys can be scaled.
 
     Args:
         config: The text model's ``transformers`` config.
+
+    Raises:
+        CompressError: They cannot.
     """
-    if architecture_of(config).qk_norms:
+    known = structure_of(config).attention
+    leave = "set key_scale to null (--set key_scale=null) to leave keys alone"
+    if not known.separate:
+        raise CompressError(
+            f"{config.model_type} has no linears of its own for queries and keys; {leave}"
+        )
+    if known.key_norms:
         raise CompressError(
             f"{config.model_type} normalizes queries and keys in front of RoPE, which would undo a "
-            "scaling of keys; set key_scale to null (--set key_scale=null) to leave keys alone"
+            f"scaling of keys; {leave}"
         )
+    return known
 
 
 def pair_factors(largest: torch.Tensor, scale: float) -> torch.Tensor:
@@ -55,12 +66,13 @@ class PairMaxima(Collector):
     """The largest norm of each rotary pair of the keys of a block, [heads, head_dim / 2].
 
     Args:
-        k_proj: Gives the keys.
+        name: Of the linear that gives the keys.
+        k_proj: That linear.
         head_dim: Channels of a head.
     """
 
-    def __init__(self, k_proj: nn.Linear, head_dim: int) -> None:
-        super().__init__((_K,))
+    def __init__(self, name: str, k_proj: nn.Linear, head_dim: int) -> None:
+        super().__init__((name,))
         self.k_proj, self.head_dim = k_proj, head_dim
 
     def joined(
@@ -90,24 +102,41 @@ class ScaleKeys:
 
     def add(self, plan: Plan, blocks: Blocks) -> None:
         """See ``Transform``."""
-        check_keys(blocks.model.config)
-        kept = blocks.stages.tensors("rotary pairs", lambda: self._observed(blocks))
-        folds = {fold.producer: fold for fold in blocks.arch.folds(blocks.model.config)}
-        groups = folds[QKV[2]]  # values are repeated for the same query heads as keys
+        known = check_keys(blocks.model.config)
+        kept = blocks.stages.tensors("rotary pairs", lambda: self._observed(blocks, known))
+        shapes = blocks.structure.shapes
+        repeat = shapes[known.query][0] // shapes[known.key][0]
+        groups = Fold(known.key, (known.query,), False, 0.0, repeat, known.head_dim)
+        hidden = blocks.first(1).inputs()
         for index in range(len(blocks)):
             prefix, factors = blocks.prefix(index), pair_factors(kept[str(index)], self.scale)
-            plan.vectors[f"{prefix}{_K}.output"] = 1 / factors
-            plan.vectors[f"{prefix}{_Q}.output"] = to_consumer(groups, factors)
+            sides = {
+                f"{known.key}.output": 1 / factors,
+                f"{known.query}.output": to_consumer(groups, factors),
+            }
+            _check_rope(Proof(blocks, index, hidden), sides, blocks.structure.model_type)
+            plan.vectors |= {f"{prefix}{side}": vector for side, vector in sides.items()}
 
     @torch.no_grad()
-    def _observed(self, blocks: Blocks) -> dict[str, torch.Tensor]:
+    def _observed(self, blocks: Blocks, known: Attention) -> dict[str, torch.Tensor]:
         """Return the largest norms of all blocks on the calibration text."""
         found: dict[str, torch.Tensor] = {}
-        hidden, size = blocks.inputs(), head_dim_of(blocks.model.config)
+        hidden = blocks.inputs()
         for index in range(len(blocks)):
             self.progress("keys", index + 1, len(blocks))
             with blocks.resident(index) as block:
-                maxima = PairMaxima(block.get_submodule(_K), size)  # type: ignore[arg-type]
+                k_proj = block.get_submodule(known.key)
+                maxima = PairMaxima(known.key, k_proj, known.head_dim)  # type: ignore[arg-type]
                 hidden = blocks.run(index, hidden, (maxima,), out=hidden)
-                found[str(index)] = maxima.value(_K).cpu()
+                found[str(index)] = maxima.value(known.key).cpu()
         return found
+
+
+def _check_rope(proof: Proof, sides: dict[str, torch.Tensor], model_type: str) -> None:
+    """Raise CompressError where factors and the rotation do not commute: RoPE has other pairs."""
+    if not proof.unchanged(sides, needed=()):
+        raise CompressError(
+            f"RoPE of {model_type} does not turn channel d together with channel "
+            "d + head_dim / 2, so keys cannot be scaled; set key_scale to null (--set "
+            "key_scale=null) to leave keys alone"
+        )

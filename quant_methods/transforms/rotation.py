@@ -11,18 +11,11 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import (
-    DOWN,
-    EMBEDDING,
-    GATE_UP,
-    HEAD,
-    O_PROJ,
-    QKV,
-    architecture_of,
-    head_dim_of,
-)
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
+from quant_methods.structure.derive import structure_of
+from quant_methods.structure.norms import norm_offset
+from quant_methods.structure.structure import EMBEDDING, HEAD, Attention
 
 _SMALLEST = 1e-6  # of a norm's weight that moves into its consumers
 
@@ -50,11 +43,30 @@ def check_residual(config: Any) -> None:
     Args:
         config: The text model's ``transformers`` config.
     """
-    if architecture_of(config).sandwich_norms:
+    structure = structure_of(config)
+    if not structure.rotates or (structure.embedding, structure.head) != (EMBEDDING, HEAD):
         raise CompressError(
-            f"{config.model_type} has norms behind attention and MLP, which a rotation of the "
-            "residual stream cannot pass; rotate heads alone"
+            f"{config.model_type} has norms behind attention and MLP, or other readers of hidden "
+            "states, which a rotation of the residual stream cannot pass; rotate heads alone"
         )
+
+
+def check_heads(config: Any) -> Attention:
+    """Return the attention of an architecture whose heads can be rotated.
+
+    Args:
+        config: The text model's ``transformers`` config.
+
+    Raises:
+        CompressError: Its values and its output are not one linear each.
+    """
+    known = structure_of(config).attention
+    if not known.separate or known.output is None:
+        raise CompressError(
+            f"{config.model_type} has no linears of its own for values and for the output of "
+            "attention, so its heads cannot be rotated; set rotation=none"
+        )
+    return known
 
 
 @dataclass(frozen=True)
@@ -65,12 +77,14 @@ class RotateHeads:
 
     def add(self, plan: Plan, blocks: Blocks) -> None:
         """See ``Transform``. Layers whose v_proj or o_proj stays at 16 bits are left alone."""
-        plan.matrices["heads"] = hadamard(head_dim_of(blocks.model.config), self.seed)
+        known = check_heads(blocks.model.config)
+        plan.matrices["heads"] = hadamard(known.head_dim, self.seed)
         for index in range(len(blocks)):
             prefix = blocks.prefix(index)
-            if prefix + QKV[2] in plan.grids and prefix + O_PROJ in plan.grids:
-                plan.rotations[f"{prefix}{QKV[2]}.output"] = "heads"
-                plan.rotations[f"{prefix}{O_PROJ}.input"] = "heads"
+            value, output = f"{prefix}{known.value}", f"{prefix}{known.output}"
+            if value in plan.grids and output in plan.grids:
+                plan.rotations[f"{value}.output"] = "heads"
+                plan.rotations[f"{output}.input"] = "heads"
 
 
 @dataclass(frozen=True)
@@ -86,29 +100,32 @@ class RotateResidual:
             CompressError: The architecture has norms behind attention and MLP (Gemma 2 and 3),
                 which a rotation cannot pass.
         """
-        arch, model, config = blocks.arch, blocks.model, blocks.model.config
+        structure, model, config = blocks.structure, blocks.model, blocks.model.config
         check_residual(config)
         plan.matrices["residual"] = hadamard(config.hidden_size, self.seed)
         for index in range(len(blocks)):
             prefix, layer = blocks.prefix(index), blocks.layers[index]
-            for norm, consumers in ((arch.attn_norm, QKV), (arch.mlp_norm, GATE_UP)):
-                linears = [prefix + name for name in consumers]
-                _empty(plan, prefix + norm, layer.get_submodule(norm), linears, arch.norm_offset)
-                plan.rotations |= {f"{name}.input": "residual" for name in linears}
-            for name in (O_PROJ, DOWN):
+            for fold in structure.folds:
+                if fold.from_norm:
+                    linears = [prefix + name for name in fold.consumers]
+                    _empty(
+                        plan, prefix + fold.producer, layer.get_submodule(fold.producer), linears
+                    )
+                    plan.rotations |= {f"{name}.input": "residual" for name in linears}
+            for name in structure.row_parallel:
                 plan.rotations[f"{prefix}{name}.output"] = "residual"
-        backbone = arch.layers_prefix.rpartition(".")[0]
-        _empty(
-            plan, f"{backbone}.norm", model.get_submodule(backbone).norm, [HEAD], arch.norm_offset
-        )
+        assert structure.norm is not None
+        _empty(plan, structure.norm, model.get_submodule(structure.norm), [HEAD])
         plan.rotations |= {f"{EMBEDDING}.input": "residual", f"{HEAD}.input": "residual"}
         if getattr(config, "tie_word_embeddings", False):
             plan.copies[f"{HEAD}.weight"] = f"{EMBEDDING}.weight"
             plan.config["tie_word_embeddings"] = False
 
 
-def _empty(plan: Plan, name: str, norm: Any, consumers: list[str], offset: float) -> None:
+def _empty(plan: Plan, name: str, norm: Any, consumers: list[str]) -> None:
     """Move the weight of a norm into its consumers, so that the norm scales no channel."""
+    offset = norm_offset(norm)
+    assert offset is not None  # or it would be no fold
     stored = plan.vectors.get(f"{name}.weight", norm.weight.detach().float().cpu())
     total = stored.float() + offset
     total = torch.where(total.abs() < _SMALLEST, _SMALLEST, total)

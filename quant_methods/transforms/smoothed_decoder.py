@@ -6,12 +6,13 @@ from typing import Literal, Self
 
 import torch
 
-from quant_methods.architecture import Fold
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.collectors import Energies, Maxima
 from quant_methods.formats.plan import layer_grids
 from quant_methods.grid import Grid, fake_quantize
 from quant_methods.progress import Progress
+from quant_methods.structure.prove import proved_folds
+from quant_methods.structure.structure import Fold
 from quant_methods.transforms.smoothing import (
     clip_percents,
     smoothing_vector,
@@ -67,15 +68,13 @@ class SmoothedDecoder:
     ) -> None:
         self.grids = [layer_grids(grids, blocks.prefix(index)) for index in range(len(blocks))]
         self.scale_dtype = blocks.scale_dtype
-        self.first_sharing = blocks.arch.first_sharing(blocks.model.config)
-        self.folds = [
-            [
-                fold
-                for fold in blocks.arch.folds(blocks.model.config)
-                if _is_smoothed(fold, smoothed, here)
+        self.first_sharing = blocks.structure.first_sharing
+        self.folds: list[list[Fold]] = [[] for _ in self.grids]
+        if smoothed != "none":
+            self.folds = [
+                [fold for fold in folds if _is_smoothed(fold, smoothed, here)]
+                for folds, here in zip(proved_folds(blocks), self.grids, strict=True)
             ]
-            for here in self.grids
-        ]
         kept = blocks.stages.tensors("statistics", lambda: self._observe(blocks, progress))
         self.final = kept["final"].to(blocks.device)
         self.statistics = [Statistics.taken(kept, i, blocks.device) for i in range(len(blocks))]

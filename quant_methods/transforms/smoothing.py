@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from quant_methods.architecture import Fold
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid, searched_shrink
+from quant_methods.structure.structure import Fold
 
 _FLOOR = 1e-5
 _LIMIT = 1e4
@@ -84,9 +84,12 @@ def add_fold(plan: Plan, blocks: Blocks, index: int, fold: Fold, vector: torch.T
     """
     prefix = blocks.prefix(index)
     if fold.from_norm:
-        norm = blocks.layers[index].get_submodule(fold.producer).weight.to(blocks.dtype)  # type: ignore[operator]
-        stored, vector = fold_into_norm(norm, vector, blocks.arch.norm_offset)
+        norm = blocks.layers[index].get_submodule(fold.producer)
+        weight = norm.weight.to(blocks.dtype)  # type: ignore[operator, union-attr]
+        stored, vector = fold_into_norm(weight, vector, fold.offset)
         plan.vectors[f"{prefix}{fold.producer}.weight"] = stored.float()
+        if (bias := getattr(norm, "bias", None)) is not None:
+            plan.vectors[f"{prefix}{fold.producer}.bias"] = bias.detach().float() / vector
     else:
         plan.vectors[f"{prefix}{fold.producer}.output"] = vector
     for consumer in fold.consumers:

@@ -11,10 +11,9 @@ import torch
 
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
+from quant_methods.structure.prove import proved_folds
+from quant_methods.structure.structure import Fold
 from quant_methods.transforms.smoothing import add_fold, smoothing_vector
-
-# The folds whose constant is not 0 in the authors' code: norm to gate and up, and up to down.
-_FOLDS = ("mlp_norm", "up_proj")
 
 
 @dataclass(frozen=True)
@@ -22,15 +21,17 @@ class WeightFolds:
     """Scale the input channels of gate, up and down so that their mean |weight| is equal.
 
     The paper divides a constant of its own by that mean. A constant passes into the scales of the
-    groups and changes no rounding, so here the geometric mean of the factors is one.
+    groups and changes no rounding, so here the geometric mean of the factors is one. The folds are
+    those whose constant is not 0 in the authors' code: norm to gate and up, and up to down.
     """
 
     def add(self, plan: Plan, blocks: Blocks) -> None:
         """See ``Transform``. Folds with a linear that stays at 16 bits are left out."""
-        folds = [fold for fold in blocks.arch.folds(blocks.model.config) if fold.key in _FOLDS]
-        for index in range(len(blocks)):
+        for index, folds in enumerate(proved_folds(blocks)):
             prefix = blocks.prefix(index)
             for fold in folds:
+                if _of_attention(blocks, fold):
+                    continue
                 changed = (*fold.consumers, *(() if fold.from_norm else (fold.producer,)))
                 if not all(prefix + name in plan.grids for name in changed):
                     continue
@@ -39,3 +40,10 @@ class WeightFolds:
                 mean = torch.cat([weight.detach().float().abs() for weight in weights]).mean(0)
                 vector = smoothing_vector(torch.ones_like(mean), mean, alpha=0)
                 add_fold(plan, blocks, index, fold, vector.cpu())
+
+
+def _of_attention(blocks: Blocks, fold: Fold) -> bool:
+    """Whether a fold changes what attention reads or gives."""
+    known = blocks.structure.attention
+    names = known.query, known.key, known.value, known.output
+    return any(name in names for name in fold.consumers)

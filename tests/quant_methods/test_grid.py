@@ -7,7 +7,6 @@ from transformers import LlamaConfig
 
 from compress_common.errors import CompressError
 from compress_common.store import digest
-from quant_methods.architecture import DOWN, GATE_UP, LINEARS, QKV
 from quant_methods.base import GridSettings
 from quant_methods.grid import (
     GROUP_SIZES,
@@ -18,6 +17,11 @@ from quant_methods.grid import (
     quantize,
 )
 from quant_methods.identity import tensor_digest
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN = "mlp.down_proj"
+LINEARS = (*QKV, "self_attn.o_proj", *GATE_UP, DOWN)
 
 grids = st.builds(
     Grid, st.sampled_from([*GROUP_SIZES, PER_CHANNEL]), st.booleans(), st.integers(2, 8)

@@ -13,13 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress_common.errors import CompressError
 from quant_methods import parts, placement
-from quant_methods.architecture import LINEARS, architecture_of
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.collectors import Grams
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.grid import Grid, fake_quantize, quantize, searched_shrink
 from quant_methods.placement import ON_HOST, Placement, Sizes, chosen_device, fitting, placed
 from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.structure.derive import structure_of
 from tests.support.device import Counted
 
 GIB = 1 << 30
@@ -44,7 +44,7 @@ def decoder(home: torch.device) -> LlamaForCausalLM:
 
 
 def on_device(model: Any, states: torch.device | None = None, **options: Any) -> Blocks:
-    return Blocks(model, architecture_of(CONFIG), TOKENS, META, states=states, **options)
+    return Blocks(model, structure_of(CONFIG), TOKENS, META, states=states, **options)
 
 
 # of a tiny model, of 8B with 8,192 tokens, of 70B
@@ -126,7 +126,7 @@ def test_a_model_on_the_device_is_not_copied(chunk: int) -> None:
         device.reads = 0
         for index in range(LAYERS):
             with blocks.resident(index):
-                hidden = blocks.run(index, hidden, (Grams(LINEARS),), out=hidden)
+                hidden = blocks.run(index, hidden, (Grams(blocks.structure.names),), out=hidden)
     assert (device.ups, device.downs, device.waits.count("copy_")) == ([], [], 0)
     assert device.reads == LAYERS  # one a block, however many chunks
 

@@ -15,7 +15,6 @@ import torch
 from compress_common.errors import CompressError
 from quant_methods import searching
 from quant_methods.allocators.allocation import Allocation
-from quant_methods.architecture import architecture_of
 from quant_methods.base import GridSettings
 from quant_methods.calibration import levels as level_module
 from quant_methods.calibration.blocks import Blocks
@@ -30,6 +29,7 @@ from quant_methods.formats.plan import Plan
 from quant_methods.roundings.nearest import Nearest
 from quant_methods.search_request import SearchRequest
 from quant_methods.searching import search
+from quant_methods.structure.derive import structure_of
 from tests.support.plans import TOKENS, load
 
 EVOLUTION = {"generations": 4, "offspring": 3, "survivors": [2, 1], "tokens": [32, 64]}
@@ -226,7 +226,7 @@ def test_derivatives_are_those_of_the_whole_model(
     model = load(tiny_model(arch), torch.float32)
     given = GridSettings(group_size=32)
     plan = Plan("levels", given.grids(model.config))
-    blocks = Blocks(model, architecture_of(model.config), TOKENS)
+    blocks = Blocks(model, structure_of(model.config), TOKENS)
 
     def grid(bits: int, of: Any) -> Any:
         return given.grid(bits, of.group_size)
@@ -240,7 +240,7 @@ def test_derivatives_are_those_of_the_whole_model(
         log_p = model(TOKENS).logits.double().log_softmax(-1)[:, :-1]
         return -log_p.gather(-1, TOKENS[:, 1:, None]).sum((1, 2)) / length**0.5
 
-    for unit, linears in architecture_of(model.config).units(model.config).items():
+    for unit, linears in structure_of(model.config).all_units.items():
         assert found.along[unit][16].abs().sum() == found.fisher[unit][16] == 0
         assert found.fisher[unit][4] > found.fisher[unit][8] > 0
         values = []

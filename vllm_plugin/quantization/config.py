@@ -13,7 +13,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import LINEARS
 from quant_methods.base import Capabilities, QuantMethod
 from quant_methods.formats.checkpoint_formats import (
     EMBEDDING_TARGETS,
@@ -125,7 +124,7 @@ class MethodConfig(CompressedTensorsConfig):
             raise CompressError(
                 "the engine was not configured through EngineArgs.create_engine_config, so the "
                 f"settings of --quantization {self.method} are unknown; use LLM, vllm serve or "
-                f"EngineArgs (linears expected: {', '.join(LINEARS)})"
+                "EngineArgs"
             )
         return super().get_scheme(layer, layer_name)
 

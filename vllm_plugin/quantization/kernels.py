@@ -12,7 +12,8 @@ from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_li
 from vllm.platforms import current_platform
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import ARCHITECTURES, QKV, ROW_PARALLEL, linear_shapes
+from quant_methods.structure.derive import known_structure
+from quant_methods.structure.structure import Structure
 from vllm_plugin.quantization.config import MethodConfig
 from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
 from vllm_plugin.quantization.embedding import embedding_kernel
@@ -66,15 +67,17 @@ def kernel_problems(config: VllmConfig) -> list[str]:
 
 def _units(config: VllmConfig) -> Iterator[_Unit]:
     quant, hf_config = config.quant_config, config.model_config.hf_text_config
-    # Not ``architecture_of``, which refuses a checkpoint that is quantized already.
-    arch = ARCHITECTURES.get(hf_config.model_type)
-    if not isinstance(quant, MethodConfig) or arch is None:
+    if not isinstance(quant, MethodConfig):
+        return
+    # Not ``structure_of``, which refuses a checkpoint that is quantized already.
+    structure = known_structure(hf_config)
+    if structure is None:
         return
     found: dict[tuple[tuple[str, ...], str | None], list[int]] = {}
-    for linears in arch.units(hf_config).values():
+    for linears in structure.all_units.values():
         target = next((t for t in quant.target_scheme_map if _matches(t, linears[0])), None)
-        parts = tuple(name.split(".", 3)[3] for name in linears)
-        found.setdefault((parts, target), []).append(int(linears[0].split(".")[2]))
+        parts = tuple(structure.place(name)[1] for name in linears)
+        found.setdefault((parts, target), []).append(structure.place(linears[0])[0])
     for (parts, target), layers in sorted(found.items(), key=lambda item: item[1]):
         name = "+".join(part.rpartition(".")[2].removesuffix("_proj") for part in parts)
         where = "" if len(layers) == hf_config.num_hidden_layers else f"layers {ranges(layers)}"
@@ -113,13 +116,14 @@ def _layer(config: VllmConfig, unit: _Unit) -> MPLinearLayerConfig:
     assert unit.scheme is not None
     hf_config = config.model_config.hf_text_config
     ranks = config.parallel_config.tensor_parallel_size
-    shapes, weights = linear_shapes(hf_config), unit.scheme["weights"]
+    structure = known_structure(hf_config)
+    assert structure is not None
+    shapes, weights = structure.shapes, unit.scheme["weights"]
     inputs, outputs = shapes[unit.linears[0]][1], sum(shapes[name][0] for name in unit.linears)
-    if unit.linears[0] in ROW_PARALLEL:
+    if unit.linears[0] in structure.row_parallel:
         part = inputs // ranks, outputs
     else:  # vLLM repeats key and value heads that are fewer than the ranks
-        cuts = dict.fromkeys(QKV[1:], min(ranks, hf_config.num_key_value_heads))
-        part = inputs, sum(shapes[name][0] // cuts.get(name, ranks) for name in unit.linears)
+        part = inputs, sum(_cut(structure, name, ranks, hf_config) for name in unit.linears)
     return MPLinearLayerConfig(
         full_weight_shape=(inputs, outputs),
         partition_weight_shape=part,
@@ -128,6 +132,18 @@ def _layer(config: VllmConfig, unit: _Unit) -> MPLinearLayerConfig:
         group_size=weights.group_size or -1,
         zero_points=not weights.symmetric,
     )
+
+
+def _cut(structure: Structure, linear: str, ranks: int, hf_config: Any) -> int:
+    """Return the output channels of a linear on one rank: key and value heads may be repeated."""
+    outputs, known = structure.shapes[linear][0], structure.attention
+    if linear not in (known.key, known.value):
+        return outputs // ranks
+    heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
+    if known.separate:
+        return outputs // min(ranks, heads)
+    stored = 2 * heads * known.head_dim
+    return (outputs - stored) // ranks + stored // min(ranks, heads)
 
 
 def _no_kernel(bits: int, layer: MPLinearLayerConfig, reasons: str) -> str:

@@ -19,7 +19,6 @@ from quant_methods.allocators.budget import fill, total
 from quant_methods.allocators.evopress import Space
 from quant_methods.allocators.hessian import lowering
 from quant_methods.allocators.registry import allocators, build_allocator
-from quant_methods.architecture import architecture_of
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.derivatives import Derivatives
 from quant_methods.calibration.divergence import NextTokenReference
@@ -29,6 +28,7 @@ from quant_methods.calibration.stages import Stages
 from quant_methods.formats.plan import Plan
 from quant_methods.methods.smoothquant_plus import SmoothQuantPlus, SmoothQuantPlusSettings
 from quant_methods.roundings.gptq import GPTQ
+from quant_methods.structure.derive import structure_of
 from tests.support.plans import TOKENS, load, with_plan
 
 Table = dict[str, dict[int, float]]
@@ -269,7 +269,7 @@ def test_levels_and_probe_of_a_model(
     monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path))
     model = load(tiny_model("qwen2"), torch.float32)
     given = SmoothQuantPlusSettings(group_size=32, alpha=0.5, rounding="nearest")
-    arch = architecture_of(model.config)
+    arch = structure_of(model.config)
     blocks = Blocks(model, arch, TOKENS, stages=Stages("0" * 64), chunk_tokens=32)
     plan = SmoothQuantPlus(given).plan(blocks)
     assert plan.shrinks  # of 4 bits, so no level may use them
@@ -286,7 +286,7 @@ def test_levels_and_probe_of_a_model(
         return made.losses, made.sizes
 
     losses, sizes = database_of()
-    units = arch.units(model.config)
+    units = arch.all_units
     assert losses.keys() == sizes.keys() == units.keys()
     for curve in losses.values():
         assert curve[3] > curve[4] > curve[8] > curve[16] == 0
@@ -302,7 +302,7 @@ def test_levels_and_probe_of_a_model(
     with pytest.raises(CompressError, match="was not rounded to 5 bits"):
         probe({"model.layers.0.o": 5})
     low = dict.fromkeys(units, 3) | {"model.layers.0.qkv": 16}
-    reference = NextTokenReference(model, arch.layers_prefix, final(blocks))
+    reference = NextTokenReference(model, arch, final(blocks))
     unfolded, made = Plan.unfolded, []
 
     def watched(self: Plan, module: str, weight: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant_methods.architecture import LINEARS, architecture_of
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.collectors import Energies, Grams, Maxima
+from quant_methods.structure.derive import structure_of
 from tests.support.plans import load
 
 TOKENS = torch.randint(0, 1000, (3, 96), generator=torch.Generator().manual_seed(0))
@@ -23,15 +23,16 @@ def test_chunks_change_nothing(tiny_model: Callable[..., Path], family: str) -> 
     found = []
     for samples in (1, 2, 3):
         blocks = Blocks(
-            model, architecture_of(model.config), TOKENS, chunk_tokens=samples * TOKENS.shape[1]
+            model, structure_of(model.config), TOKENS, chunk_tokens=samples * TOKENS.shape[1]
         )
         hidden, values = blocks.inputs(), {}
         for index in range(len(blocks)):
-            collectors = Maxima(LINEARS), Energies(LINEARS), Grams(LINEARS)
+            names = blocks.structure.names
+            collectors = Maxima(names), Energies(names), Grams(names)
             hidden = blocks.run(index, hidden, collectors, weights)
             for collector in collectors:
                 assert set(collector.tokens.values()) == {TOKENS.numel()}
-                for name in LINEARS:
+                for name in names:
                     values[type(collector).__name__, index, name] = collector.value(name)
             values["output", index, ""] = hidden
         found.append(values)

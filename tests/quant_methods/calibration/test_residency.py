@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from quant_methods import loading
-from quant_methods.architecture import architecture_of
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.residency import copied
 from quant_methods.calibration.text import CalibrationSettings, sampled_tokens
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.structure.derive import structure_of
 from tests.support.peak import Peak
 
 
@@ -29,7 +29,7 @@ def test_a_widened_model_is_the_converted_one(
         tokens = sampled_tokens(text, model, start=1)
         with torch.no_grad():
             values = [tokens, model(input_ids=tokens).logits]
-        arch = architecture_of(checkpoint.hf_config)
+        arch = structure_of(checkpoint.hf_config)
         blocks = Blocks(model, arch, tokens, computed=torch.float32)
         hidden = blocks.inputs()
         for index in range(len(blocks)):

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from quant_methods.architecture import architecture_of
 from quant_methods.calibration import attention_received as received
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.token_weights import (
@@ -20,6 +19,7 @@ from quant_methods.calibration.token_weights import (
     normalized,
     rescaled,
 )
+from quant_methods.structure.derive import structure_of
 from tests.support.plans import TOKENS
 
 
@@ -38,7 +38,7 @@ def test_scores_are_those_of_the_whole_matrix(
     with torch.no_grad():
         whole = eager(tokens, output_attentions=True, output_hidden_states=True, use_cache=False)
     model = AutoModelForCausalLM.from_pretrained(each_tiny_model, dtype=torch.float64)
-    blocks = Blocks(model, architecture_of(model.config), tokens)
+    blocks = Blocks(model, structure_of(model.config), tokens)
     monkeypatch.setattr(
         received.attention_received, "__defaults__", (None, None, 7 * 4 * 2 * length)
     )
@@ -110,7 +110,7 @@ def test_weights_have_a_mean_of_one_and_the_order_of_scores(
 @pytest.mark.parametrize("weigh", [ActivationNorm(0.1), FirstTokens(0.25, 0.1, power=2)])
 def test_controls(weigh: TokenWeights, tiny_model: Callable[..., Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
-    blocks = Blocks(model, architecture_of(model.config), TOKENS)
+    blocks = Blocks(model, structure_of(model.config), TOKENS)
     hidden = blocks.inputs()
     weights = weigh(blocks, 0, hidden)
     torch.testing.assert_close(weights.mean(1), torch.ones(2))

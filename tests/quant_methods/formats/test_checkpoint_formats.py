@@ -11,7 +11,6 @@ import pytest
 from transformers import LlamaConfig
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import architecture_of
 from quant_methods.base import GridSettings
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import FORMATS, compressed_tensors_config
@@ -20,6 +19,7 @@ from quant_methods.formats.sizes import bits_per_weight, sizes_of
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import Grid
 from quant_methods.planning import PlanRequest
+from quant_methods.structure.derive import structure_of
 
 CONFIG = LlamaConfig(
     hidden_size=128, intermediate_size=256, num_attention_heads=4, num_hidden_layers=12
@@ -46,7 +46,7 @@ def test_each_linear_is_in_its_group_alone(tmp_path: Path) -> None:
     grids = GridSettings(allocation=allocation(tmp_path, MIXED)).grids(CONFIG)
     config = compressed_tensors_config(grids, CONFIG, {})
     assert config["format"] == "mixed-precision"
-    for linears in architecture_of(CONFIG).units(CONFIG).values():
+    for linears in structure_of(CONFIG).all_units.values():
         for linear in linears:
             ignored = any(re.match(e.removeprefix("re:"), linear) for e in config["ignore"])
             assert ignored == (linear not in grids)
@@ -88,7 +88,7 @@ def test_files_that_are_no_allocation(tmp_path: Path) -> None:
     (tmp_path / "bits.json").write_text("{")
     with pytest.raises(CompressError, match="is not JSON"):
         GridSettings(allocation=str(tmp_path / "bits.json")).grids(CONFIG)
-    everything = dict.fromkeys(architecture_of(CONFIG).units(CONFIG), 16)
+    everything = dict.fromkeys(structure_of(CONFIG).all_units, 16)
     with pytest.raises(CompressError, match="nothing to quantize"):
         GridSettings(allocation=allocation(tmp_path, everything)).grids(CONFIG)
     with pytest.raises(CompressError, match="awq format has 4 bits"):

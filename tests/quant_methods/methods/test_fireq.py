@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import architecture_of
 from quant_methods.base import GridSettings
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.checkpoint import Checkpoint
@@ -23,6 +22,7 @@ from quant_methods.fp8 import FP8, converted, served_activation, served_scale
 from quant_methods.grid import Grid, QuantizedWeight, fake_quantize, quantize
 from quant_methods.registry import build_method
 from quant_methods.roundings.gptq import GPTQ
+from quant_methods.structure.derive import structure_of
 from quant_methods.transforms.rope_keys import ScaleKeys, pair_factors
 from quant_methods.transforms.weight_folds import WeightFolds
 from tests.support.plans import TOKENS, load, with_plan
@@ -115,7 +115,7 @@ def test_folds_leave_the_logits(each_tiny_model: Path, scale_keys: bool) -> None
     model = load(each_tiny_model, torch.float32)
     with torch.no_grad():
         reference = model(TOKENS).logits
-    blocks = Blocks(model, architecture_of(model.config), TOKENS)
+    blocks = Blocks(model, structure_of(model.config), TOKENS)
     plan = Plan("folded", GridSettings(group_size=32).grids(model.config))
     WeightFolds().add(plan, blocks)
     assert len(plan.vectors) == 2 * 5  # a norm, gate, up, up's rows, down in each block
@@ -153,7 +153,7 @@ def test_pairs_have_one_factor_and_means_become_equal(seed: int) -> None:
 def test_mean_weights_of_the_mlp_become_equal(tiny_model: Callable[..., Path]) -> None:
     model = load(tiny_model("llama"), torch.float32)
     plan = Plan("folded", GridSettings(group_size=32).grids(model.config))
-    WeightFolds().add(plan, Blocks(model, architecture_of(model.config), TOKENS))
+    WeightFolds().add(plan, Blocks(model, structure_of(model.config), TOKENS))
     for names in (("gate_proj", "up_proj"), ("down_proj",)):
         weights = []
         for name in names:
@@ -165,7 +165,7 @@ def test_mean_weights_of_the_mlp_become_equal(tiny_model: Callable[..., Path]) -
 
 
 def planned(model: torch.nn.Module, **given_settings: Any) -> Plan:
-    blocks = Blocks(model, architecture_of(model.config), TOKENS)
+    blocks = Blocks(model, structure_of(model.config), TOKENS)
     return build_method("fireq", given_settings).plan(blocks)
 
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import architecture_of
 from quant_methods.calibration.attention_received import AttentionReceived
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.checkpoint import Checkpoint
@@ -22,13 +21,14 @@ from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.registry import build_method
 from quant_methods.roundings import blockwise
 from quant_methods.roundings.blockwise import round_blocks
+from quant_methods.structure.derive import structure_of
 from tests.support.plans import TOKENS, load, with_plan
 
 PLAIN = {"group_size": 32, "bits": 3, "rotation": "none"}
 
 
 def planned(model: torch.nn.Module, method: str = "rsq", **settings: Any) -> Plan:
-    blocks = Blocks(model, architecture_of(model.config), TOKENS, chunk_tokens=32)
+    blocks = Blocks(model, structure_of(model.config), TOKENS, chunk_tokens=32)
     return build_method(method, settings).plan(blocks)
 
 
@@ -44,7 +44,7 @@ def same_codes(first: Plan, second: Plan) -> bool:
 def test_uniform_weights_give_the_codes_of_plain_gptq(tiny_model: Callable[..., Path]) -> None:
     model = load(tiny_model("qwen2"), torch.float32)
     settings = {"group_size": 32, "bits": 3, "rounding": "gptq"}
-    blocks = Blocks(model, architecture_of(model.config), TOKENS, chunk_tokens=32)
+    blocks = Blocks(model, structure_of(model.config), TOKENS, chunk_tokens=32)
     method = build_method("rtn", settings)
     plain = method.plan(blocks)
     round_blocks(plain, blocks, method.settings.rounder())

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import architecture_of, linear_shapes
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import load_plan, save_plan
 from quant_methods.methods.smoothquant_plus import PAPER
 from quant_methods.registry import build_method
+from quant_methods.structure.derive import structure_of
 from tests.support.plans import TOKENS, load, with_plan
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
@@ -21,7 +22,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 
 def plan_for(model: torch.nn.Module, **settings: object) -> Plan:
     method = build_method("smoothquant_plus", {"group_size": 32} | settings)
-    return method.plan(Blocks(model, architecture_of(model.config), TOKENS))
+    return method.plan(Blocks(model, structure_of(model.config), TOKENS))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -54,7 +55,7 @@ def test_search_picks_the_least_loss_and_covers_every_linear(
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
     curve = plan.report["loss_curve"]
     assert plan.report["alpha"] == float(min(curve, key=curve.get))
-    linears = linear_shapes(model.config)
+    linears = structure_of(model.config).shapes
     assert len(plan.grids) == len(linears) * model.config.num_hidden_layers
     for name in plan.grids:
         weight = before[f"{name}.weight"]
@@ -86,17 +87,12 @@ def test_non_finite_activations_are_refused(tiny_model: Callable[..., Path]) -> 
 
 
 def test_unsupported_architecture_lists_everything() -> None:
-    class Config:
-        model_type = "mixtral"
-        num_local_experts = 8
-        quantization_config = {"quant_method": "awq"}
-
+    config = MixtralConfig(quantization_config={"quant_method": "awq"})
     with pytest.raises(CompressError) as caught:
-        architecture_of(Config())
+        structure_of(config)
     text = str(caught.value)
-    assert "3 problems" in text
-    assert "mixtral" in text
-    assert "qwen3" in text
+    assert "2 problems" in text
+    assert "model_type 'mixtral' is not supported: mixture-of-experts" in text
     assert "already quantized (awq)" in text
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from compress_common.errors import CompressError
-from quant_methods.architecture import architecture_of
 from quant_methods.base import GridSettings
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import load_plan, plan_digest, save_plan
 from quant_methods.registry import build_method
+from quant_methods.structure.derive import structure_of
 from quant_methods.transforms.base import Transform
 from quant_methods.transforms.rotation import RotateHeads, RotateResidual, hadamard
 from tests.support.plans import TOKENS, load, with_plan
@@ -24,7 +24,7 @@ BOTH = (RotateHeads(), RotateResidual())
 def plan_of(
     model: torch.nn.Module, transforms: tuple[Transform, ...], smooth: bool = False
 ) -> Plan:
-    blocks = Blocks(model, architecture_of(model.config), TOKENS)
+    blocks = Blocks(model, structure_of(model.config), TOKENS)
     if smooth:
         settings = {"group_size": 32, "alpha": 0.5, "folds": "all", "clip": False}
         plan = build_method("smoothquant_plus", settings).plan(blocks)

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant_methods.architecture import Fold
 from quant_methods.grid import Grid, fake_quantize
+from quant_methods.structure.structure import Fold
 from quant_methods.transforms.smoothing import (
     clip_percents,
     fold_into_norm,
@@ -15,7 +15,7 @@ from quant_methods.transforms.smoothing import (
     to_producer,
 )
 
-GQA = Fold("v_proj", "self_attn.v_proj", ("self_attn.o_proj",), repeat=3, head_dim=4)
+GQA = Fold("self_attn.v_proj", ("self_attn.o_proj",), False, repeat=3, head_dim=4)
 
 
 @given(st.integers(0, 20), st.integers(0, 1000))

@@ -25,8 +25,8 @@ class BlockFactor:
     """The factor of a block's keys or values, fitted to what its projections get.
 
     Args:
-        attention: The block's attention module, of an architecture in
-            ``quant_methods.architecture``. It has ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``
+        attention: The block's attention module, of a model in
+            ``MODELS_WITH_BASES``. It has ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``
             and perhaps the norms per head ``q_norm`` and ``k_norm``. RoPE comes after these, so
             their output is the key to be stored.
         side: Keys or values.

@@ -19,12 +19,13 @@ from kv_policies.latents.bases import Bases
 from kv_policies.latents.bases_header import SIDES, Header, Layer, Objective, Side
 from kv_policies.latents.low_rank import Factor
 from kv_policies.model_file import Calibration
-from quant_methods.architecture import QKV, architecture_of
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.progress import Progress, silent
+from quant_methods.structure.derive import structure_of
 from vllm_plugin.commands.profiling.block_factors import BlockFactor, weights_of
 from vllm_plugin.commands.profiling.hf_model import HFModel
+from vllm_plugin.compatibility import MODELS_WITH_BASES
 from vllm_plugin.kv_fingerprint import weights_digest
 
 _PARTS: Final = 4  # the text is cut into so many parts; the last is held out
@@ -98,7 +99,12 @@ def make_bases(
     if fitted == text.samples:
         raise CompressError(f"{text.samples} samples are too few: one of {_PARTS} is held out")
     subject = HFModel(model, text)
-    arch, fingerprint = architecture_of(subject.config), subject.fingerprint
+    if subject.config.model_type not in MODELS_WITH_BASES:
+        raise CompressError(
+            f"model_type {subject.config.model_type!r} is not supported; supported: "
+            f"{', '.join(MODELS_WITH_BASES)}"
+        )
+    structure, fingerprint = structure_of(subject.config), subject.fingerprint
     if cap := getattr(subject.config, "attn_logit_softcapping", None):
         raise CompressError(
             f"{subject.name} caps its attention scores (at {cap}), which cskv does not serve"
@@ -112,7 +118,7 @@ def make_bases(
     place = subject.placement(device, whole=False)
     network = subject.network(progress, place.model)
     tokens = subject.tokens(network, progress)
-    blocks = Blocks(network, arch, tokens, place.device, states=place.states)
+    blocks = Blocks(network, structure, tokens, place.device, states=place.states)
     fits = _fits(blocks, subject.layers, fitted, objective, progress)
     if allocate:
         energies = {index: fit.energies for index, fit in fits.items()}
@@ -130,7 +136,7 @@ def make_bases(
     depth = fingerprint.num_hidden_layers
     header = Header(
         model=fingerprint,
-        weights=weights_digest(subject.checkpoint, arch.layers_prefix, depth),
+        weights=weights_digest(subject.checkpoint, structure.layers, depth),
         ratio=ratio,
         objective=objective,
         layers=tuple(fit.row(index, ranks[index]) for index, fit in fits.items()),
@@ -166,7 +172,10 @@ def _fits(
 def _step(blocks: Blocks, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what a block's projections get and what it gives, both [samples, length, hidden]."""
     seen: list[torch.Tensor] = []
-    with blocks.watch(index, QKV[1:2], lambda _, inputs: seen.append(inputs)):
+    assert blocks.structure.attention is not None
+    with blocks.watch(
+        index, (blocks.structure.attention.key,), lambda _, inputs: seen.append(inputs)
+    ):
         hidden = blocks.run(index, hidden, out=hidden)
     return torch.cat(seen), hidden
 
