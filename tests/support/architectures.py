@@ -161,13 +161,26 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     ),
     "bloom": ("BloomConfig", "BloomForCausalLM", {"n_layer": 4, "n_head": 4}, None),
 }
+# Dense decoders that only int4 weights are asked of.
+DENSE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
+    "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", {"sliding_window": None}, None),
+    "stablelm": ("StableLmConfig", "StableLmForCausalLM", {}, None),
+    "cohere": ("CohereConfig", "CohereForCausalLM", {}, None),
+    "glm": ("GlmConfig", "GlmForCausalLM", {}, None),
+    "ernie 4.5": ("Ernie4_5Config", "Ernie4_5ForCausalLM", {}, None),
+    "exaone 4": ("Exaone4Config", "Exaone4ForCausalLM", _SLIDING, None),
+    "nemotron": ("NemotronConfig", "NemotronForCausalLM", {}, None),
+    "olmo 3": ("Olmo3Config", "Olmo3ForCausalLM", _SLIDING, None),
+    "seed-oss": ("SeedOssConfig", "SeedOssForCausalLM", {}, None),
+    "gpt neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}, None),
+}
 
 
 def write(family: str, folder: Path) -> Path:
     """Write the config of a family, and one small tensor, so that it passes for a checkpoint."""
     import transformers
 
-    name, architecture, own, encoder = FAMILIES[family]
+    name, architecture, own, encoder = (FAMILIES | DENSE)[family]
     kind, fields = getattr(transformers, name), TEXT | own
     if encoder is None:
         config = kind(**fields)

@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.support.architectures import FAMILIES, write
+from tests.support.architectures import DENSE, FAMILIES, write
 from tests.support.child import SINGLE_PROCESS, in_child
 
+ALL = FAMILIES | DENSE
 Answers = dict[str, str | None]
 
 
@@ -38,13 +39,13 @@ def _ask_all(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     answers = []
     for number, (family, engine) in enumerate(cases):
         try:
-            _load_in_this_process(FAMILIES[family][1])
+            _load_in_this_process(ALL[family][1])
         except ImportError as error:
             answers.append({"unavailable": str(error)})
             continue
         folder = write(family, root / str(number))
         with contextlib.redirect_stdout(io.StringIO()):
-            answers.append(_ask(folder, engine, worker=FAMILIES[family][3] is None))
+            answers.append(_ask(folder, engine, worker=ALL[family][3] is None))
     return answers
 
 

@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 import vllm_plugin
 from compress_common.errors import CompressError
 from tests.support import one_answer
-from tests.support.architectures import FAMILIES, TEXT
+from tests.support.architectures import DENSE, FAMILIES, TEXT
 from vllm_plugin.compatibility import kv_model_problems, model_length, weight_model_problems
 from vllm_plugin.config_edge import apply_settings
 from vllm_plugin.kv_fingerprint import full_attention_layers
@@ -34,10 +34,15 @@ KV: dict[str, str | None] = dict.fromkeys(FAMILIES) | {
     "deepseek v2": "MLA",
     "bloom": "ALiBi",
 }
-WEIGHTS: dict[str, str | None] = dict.fromkeys(FAMILIES, "is not supported; supported: ") | {
-    **dict.fromkeys(("llama", "llama yarn", "mistral", "mistral windowed", "qwen2", "qwen3")),
-    **dict.fromkeys(("gemma2", "gemma3 text")),
-    **dict.fromkeys(("gemma3", "mistral3", "qwen2 audio"), "lies inside another model"),
+_WRAPPED = ("gemma3", "mistral3", "qwen2 audio", "qwen2.5 vl", "qwen3 vl")
+_EXPERTS = ("qwen3 moe", "mixtral", "gpt-oss", "qwen3 next", "deepseek v2", "llama4 text")
+WEIGHTS: dict[str, str | None] = dict.fromkeys(FAMILIES | DENSE) | {
+    **dict.fromkeys(_WRAPPED, "lies inside another model"),
+    **dict.fromkeys(_EXPERTS, "mixture-of-experts layers are not supported"),
+    **dict.fromkeys(("granite 4", "falcon h1"), "weights that are not linears: mamba.conv1d"),
+    "gemma4 text": "given more than hidden states by position",
+    "bloom": "0 times through transformers' AttentionInterface",
+    "gpt neox": "gives queries, keys and values head by head",
 }
 LATENTS: dict[str, str | None] = {
     "llama": None,
