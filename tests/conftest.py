@@ -44,6 +44,26 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Other dense decoders: nothing in the package knows them by name.
+MORE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere": ("CohereConfig", {"logit_scale": 1.0}),  # attention and MLP read one LayerNorm
+    "ernie4_5": ("Ernie4_5Config", {}),
+    "exaone4": (  # norms behind attention and MLP alone
+        "Exaone4Config",
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
+    ),
+    "glm": ("GlmConfig", {"tie_word_embeddings": False}),  # gate and up in one linear
+    "glm4": ("Glm4Config", {"tie_word_embeddings": False}),
+    "granite": ("GraniteConfig", {"residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "nemotron": ("NemotronConfig", {"tie_word_embeddings": False}),  # LayerNorm with 1 + w
+    "olmo2": ("Olmo2Config", {"tie_word_embeddings": False}),
+    "phi3": ("Phi3Config", {"sliding_window": None, "tie_word_embeddings": False}),
+    "seed_oss": ("SeedOssConfig", {"tie_word_embeddings": False}),
+    "smollm3": ("SmolLM3Config", {}),
+    "stablelm": ("StableLmConfig", {"tie_word_embeddings": False}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": None}),  # biases, LayerNorm, no gate
+}
+
 # Groups of 32, 64 and 128 divide every width; 32 is the smallest head vLLM's CPU attention takes.
 SHARED: dict[str, Any] = {
     "hidden_size": 128,
@@ -71,9 +91,9 @@ def demo_model() -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Callable[..., Path]:
     """Return ``make(arch, seed=0, **config)``: the folder of a random bfloat16 model.
 
-    ``arch`` is a key of TINY_MODELS, ``config`` overrides fields of its Hugging Face config. The
-    same call gives the same folder, so tests must copy it before they change anything in it. The
-    tokenizer is the demo model's.
+    ``arch`` is a key of TINY_MODELS or MORE_MODELS, ``config`` overrides fields of its Hugging Face
+    config. The same call gives the same folder, so tests must copy it before they change anything
+    in it. The tokenizer is the demo model's.
     """
     made: dict[str, Path] = {}
 
@@ -102,7 +122,7 @@ def _save_tiny_model(
 
     source = transformers.AutoConfig.from_pretrained(tokenizer)
     tokens = {k: getattr(source, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    class_name, own = TINY_MODELS[arch]
+    class_name, own = (TINY_MODELS | MORE_MODELS)[arch]
     fields = SHARED | {"vocab_size": source.vocab_size} | tokens | own | overrides
     config = getattr(transformers, class_name)(**fields)
     with torch.random.fork_rng(devices=[]):

@@ -37,3 +37,12 @@ def with_plan(model: torch.nn.Module, plan: Plan, rounded: bool) -> torch.Tensor
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     model.load_state_dict(new, strict=False)
     return model(TOKENS).logits.float()
+
+
+def rounded_weights(model: torch.nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """The weights of quantized linears as a plan without transforms rounds them."""
+    state = model.state_dict()
+    return {
+        f"{name}.weight": plan.quantized(name, state[f"{name}.weight"], torch.bfloat16).dequantize()
+        for name in plan.grids
+    }
