@@ -60,7 +60,7 @@ def pool(options: Options, result: Result) -> None:
     full = served("full", contender("full", 1, model, options))
     result.put("full_peak_running", full["peak_running"])
     result.put("full_preemptions", full["preemptions"])
-    for name in (bar := tqdm((*POLICIES, "cskv_halves"), "pool", leave=False)):
+    for name in (bar := tqdm((*POLICIES, "cskv_halves", "snap_kv_fp8"), "pool", leave=False)):
         bar.set_postfix_str(name)
         failed: dict[str, str] = {}
         if options.smoke and name not in SMOKE_POLICIES:

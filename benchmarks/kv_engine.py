@@ -74,7 +74,7 @@ def policy(name: str, **settings: Any) -> dict[str, Any]:
 
 
 def contender(name: str, keep: float, model: Path, options: Options) -> dict[str, Any]:
-    """The engine arguments of ``full``, ``fp8`` or a policy with its defaults.
+    """The engine arguments of ``full``, ``fp8``, a policy with its defaults, or ``snap_kv_fp8``.
 
     ``prefix_kv`` has a profile, made here if there is none yet. ``snap_kv_profile`` is snap_kv with
     the sizes of that profile. ``cskv`` has bases, made here too, of ratio 1 - keep;
@@ -85,6 +85,8 @@ def contender(name: str, keep: float, model: Path, options: Options) -> dict[str
         return {"plugin": False}
     if name == "fp8":
         return {"plugin": False, "kv_cache_dtype": "fp8"}
+    if name == "snap_kv_fp8":
+        return policy("snap_kv", keep=keep) | {"kv_cache_dtype": "fp8"}
     if name == "prefix_kv":
         return policy(name, profile=str(profile(model, keep, options)))
     if name == "snap_kv_profile":

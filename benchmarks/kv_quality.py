@@ -18,6 +18,7 @@ P_K_nats, fp8_nats         Nats per token above the full cache, of 64 tokens aft
                            standard error, paired by context.
 Extra: cskv_020_*, ratio 0.8; cskv_int4_020_*, the same latents in 4 bits, which is a keep of 0.06;
 cskv_halves_020_*, ratio 0.8 with the same ranks in all layers, for keys and for values;
+snap_kv_fp8_K_*, snap_kv in vLLM's fp8 cache, which needs AVX-512 or AMX on a CPU;
 snap_kv_profile_K_*, scored by snap_kv with prefix_kv's shares per layer (a row of the per-head
 choice with the per-layer sizes); full_nats; forced_minus_prompt_nats, full_nats less the same
 figure from prompt log-probabilities, 0 but for rounding.

@@ -18,7 +18,7 @@ from vllm_plugin.demo_model import demo_model_path
 
 KEEPS = (0.50, 0.25, 0.10)
 MEASURES = ("passkey", "needles", "nats")
-ROWS = (*POLICIES, "snap_kv_profile", "cskv_int4", "cskv_halves")
+ROWS = (*POLICIES, "snap_kv_profile", "snap_kv_fp8", "cskv_int4", "cskv_halves")
 # cskv at the ratio of its paper, too, and only there in 4 bits and without allocation.
 KEEPS_OF = {"cskv": (*KEEPS, 0.20), "cskv_int4": (0.20,), "cskv_halves": (0.20,)}
 SMOKE_SIZES = Sizes((160,), (0.5,), (160,), 2, 1, 2, 160, 8)

@@ -14,7 +14,7 @@ def attention_transient(heads: Heads) -> Transient:
     """Memory that ``attention_received`` takes beside its arguments and its result."""
     each = 16  # bytes per probability: logits in two types, a mask in two, rounded up
     block = _CPU_BLOCK if heads.device == "cpu" else _BLOCK
-    keys_in_float = 4 * heads.size if heads.itemsize == 2 else 0
+    keys_in_float = 4 * heads.size if heads.itemsize in (2, 3) else 0  # 3: with a byte of FP8
     return Transient(
         per_token=keys_in_float + heads.group * each + 8,
         per_row=QUERIES * heads.group * (8 * heads.size + 8),

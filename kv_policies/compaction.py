@@ -23,7 +23,8 @@ class Pages(Protocol):
     """K and V of one layer by physical block.
 
     Reads are copies [R, heads, C * block_size, D] of blocks int64 [R, C]. Writes are whole blocks,
-    int64 [M], of content [M, heads, block_size, D]. Both are of some KV heads only.
+    int64 [M], of content [M, heads, block_size, D]. Both are of some KV heads only, and bit for
+    bit: ``key_numbers`` and ``value_numbers`` say what the bits of a quantized cache stand for.
     """
 
     def keys(self, blocks: torch.Tensor, heads: slice = ALL) -> torch.Tensor: ...
@@ -35,6 +36,10 @@ class Pages(Protocol):
     def write_values(
         self, blocks: torch.Tensor, values: torch.Tensor, heads: slice = ALL
     ) -> None: ...
+
+    def key_numbers(self, keys: torch.Tensor) -> torch.Tensor: ...
+
+    def value_numbers(self, values: torch.Tensor) -> torch.Tensor: ...
 
 
 class Observations:
@@ -180,7 +185,9 @@ def compact_part(
         seen = []
         for heads in slices:
             keys = _zeroed(layer.pages.keys(part.blocks, heads), part)
-            seen.append(_observe(policy, part.queries, keys, query, heads, layer, scale))
+            numbers = layer.pages.key_numbers(keys)
+            seen.append(_observe(policy, part.queries, numbers, query, heads, layer, scale))
+            del numbers
         observed = seen[0] if len(seen) == 1 else torch.cat(seen, 1)
         observed = observed if per_head else observed.mean(1, keepdim=True)
         _sum_up(observed, part, layer)
@@ -194,8 +201,11 @@ def compact_part(
         values = None
         if "values" in needs:
             values = _zeroed(layer.pages.values(part.blocks, scored), part)
+            values = layer.pages.value_numbers(values)
         seen_here = observed if observed is None or not per_head else observed[:, scored]
-        seen_keys = keys if "keys" in needs else None
+        seen_keys = None
+        if keys is not None and "keys" in needs:
+            seen_keys = layer.pages.key_numbers(keys)
         context = Context(layer.index, part.lengths, part.tokens, seen_here, seen_keys, values)
         choosable, kept, most, *_ = part.choice
         chosen = select(policy.score(context), choosable, kept, most)

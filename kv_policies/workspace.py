@@ -18,7 +18,8 @@ class Heads(NamedTuple):
         kv: KV heads.
         group: Query heads per KV head.
         size: Channels of a head.
-        itemsize: Bytes of a number in the cache.
+        itemsize: Bytes of a number in the cache, with those of the copy that is scored where the
+            cache is quantized.
         device: "cpu" or "cuda".
     """
 

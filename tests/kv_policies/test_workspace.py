@@ -59,6 +59,12 @@ class Pages:
     def write_values(self, blocks: torch.Tensor, values: torch.Tensor, heads: slice = ALL) -> None:
         self._sides[1][blocks, heads] = values
 
+    def key_numbers(self, keys: torch.Tensor) -> torch.Tensor:
+        return keys
+
+    def value_numbers(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
 
 def prompts(lengths: list[int], chunk: int = 0) -> tuple[Step, torch.Tensor]:
     """A step in which they all end, the last ``chunk`` tokens of each being new; 0: all."""

@@ -32,6 +32,7 @@ from kv_policies.planner import Planner
 from kv_policies.transfer import to_device
 from kv_policies.windows import JoinedPages
 from vllm_plugin.kv_cache.batch import Batch
+from vllm_plugin.kv_cache.quantized import plain_queries
 from vllm_plugin.settings import parse_settings
 
 _PARTS = "vllm_compress_parts"
@@ -239,7 +240,8 @@ class CompressedImpl:
                         assert self.latents is not None
                         self.latents.pack(part.work.parts, self.pages)
                     else:
-                        compact(part.work, self.chosen, query, scale)
+                        observed = plain_queries(query, layer, output.dtype)
+                        compact(part.work, self.chosen, observed, scale)
         return output
 
 

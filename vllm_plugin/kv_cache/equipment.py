@@ -23,6 +23,7 @@ from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.joined import join
 from vllm_plugin.kv_cache.latent import latent_cache, rope_of
 from vllm_plugin.kv_cache.pages import Pages
+from vllm_plugin.kv_cache.quantized import FP8
 from vllm_plugin.kv_cache.spec import CompressedSpec
 
 
@@ -135,8 +136,10 @@ class Equipment:
 def heads_of(config: VllmConfig, name: str, spec: CompressedSpec, device: torch.device) -> Heads:
     """The heads of a layer on this rank."""
     layer: Any = config.compilation_config.static_forward_context[name]
-    kv, size = spec.num_kv_heads, spec.head_size
-    return Heads(kv, layer.num_heads // kv, size, spec.dtype.itemsize, device.type)
+    kv, size, itemsize = spec.num_kv_heads, spec.head_size, spec.dtype.itemsize
+    if layer.kv_cache_dtype in FP8:
+        itemsize += layer.dtype.itemsize
+    return Heads(kv, layer.num_heads // kv, size, itemsize, device.type)
 
 
 def form_of(policy: Policy, bases: Bases, name: str, spec: CompressedSpec) -> LatentFormat:

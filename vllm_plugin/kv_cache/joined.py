@@ -17,8 +17,11 @@ def join(layers: Sequence[Pages]) -> JoinedPages | None:
     at multiples of one distance, which becomes the step from one number to the next.
 
     Returns:
-        None where layers differ in more than in where they begin, or their blocks would overlap.
+        None where layers differ in more than in where they begin, such as in scales, or their
+        blocks would overlap.
     """
+    if any(pages.quantized is not None for pages in layers):
+        return None
     blocks = [pages.blocks for pages in layers]
     alike = {
         (x.untyped_storage().data_ptr(), x.dtype, x.shape, x.stride(), pages.orders)

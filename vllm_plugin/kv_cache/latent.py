@@ -20,6 +20,7 @@ from quant_methods.formats.checkpoint_formats import MARKER
 from vllm_plugin.kv_cache import latent_cpu_build
 from vllm_plugin.kv_cache.latent_cpu import CPULatentCache
 from vllm_plugin.kv_cache.pages import Pages
+from vllm_plugin.kv_cache.quantized import FP8
 from vllm_plugin.settings import parse_settings
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
@@ -54,6 +55,8 @@ def latent_problems(config: VllmConfig) -> list[str]:
             "--tensor-parallel-size above 1: a latent of cskv is of all KV heads; set it to 1 or "
             "choose another policy"
         )
+    if config.cache_config.cache_dtype in FP8:
+        problems.append(no_latents(config.cache_config.cache_dtype))
     if config.lora_config is not None:
         problems.append(
             "--enable-lora: bases are fitted to the key and value weights of one model, and an "
@@ -76,6 +79,14 @@ def latent_problems(config: VllmConfig) -> list[str]:
             f"{_UNCHANGED.get(method, 'by another method')}, or choose another policy"
         )
     return problems
+
+
+def no_latents(cache_dtype: str) -> str:
+    """Why latents are not kept in an FP8 cache, with what to change."""
+    return (
+        f"--kv-cache-dtype {cache_dtype}: latents of cskv lie in a 16-bit cache, as 16-bit numbers "
+        "or, with bits 4, in a quarter of that; leave it at auto, or choose another policy"
+    )
 
 
 def rope_of(model: torch.nn.Module, layer: str) -> KernelRope:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kv_policies.compaction import ALL
+from vllm_plugin.kv_cache.quantized import Quantized
 
 Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -27,15 +28,27 @@ class Pages:
     """
 
     def __init__(
-        self, blocks: torch.Tensor, keys: "Order", values: "Order", shape: tuple[int, ...]
+        self,
+        blocks: torch.Tensor,
+        keys: "Order",
+        values: "Order",
+        shape: tuple[int, ...],
+        quantized: Quantized | None = None,
     ) -> None:
         self.blocks = blocks  # [blocks, elements], each in one piece
         self._keys, self._values = self.orders = keys, values
         self.shape = shape  # KV heads, tokens of a block, head size
+        self.quantized = quantized  # what the bits stand for; None: themselves
 
     @classmethod
     def of(
-        cls, cache: torch.Tensor, heads: int, block_size: int, head_size: int, write: Write
+        cls,
+        cache: torch.Tensor,
+        heads: int,
+        block_size: int,
+        head_size: int,
+        write: Write,
+        quantized: Quantized | None = None,
     ) -> "Pages":
         """Probe a cache. Block 0, vLLM's null block, is used and restored.
 
@@ -46,9 +59,10 @@ class Pages:
             head_size: Channels of a head.
             write: ``write(key, value, slots)`` with key and value [tokens, heads, head_size], as
                 the backend's ``do_kv_cache_update``.
+            quantized: How the cache is quantized; None: it is not.
 
         Raises:
-            PackedCache: For instance for quantized caches.
+            PackedCache: For instance for caches with a scale per token.
         """
         block = cache[0]
         # In the order of memory: heads or tokens may come first, as the engine's layout has it.
@@ -59,16 +73,18 @@ class Pages:
         # Wide integers must also fit where blocks start.
         starts = math.gcd(cache.stride(0), cache.storage_offset())
         keys, values = (
-            Order.of(places, cache.dtype, starts) for places in _places(block, shape, write)
+            Order.of(places, cache.dtype, starts)
+            for places in _places(block, shape, write, quantized)
         )
         blocks = cache.as_strided((len(cache), block.numel()), (cache.stride(0), 1))
-        return cls(blocks, keys, values, shape)
+        return cls(blocks, keys, values, shape, quantized)
 
     @classmethod
     def of_layer(cls, layer: Any, heads: int, block_size: int, head_size: int) -> "Pages":
         """Probe the cache of an attention layer, through its own backend."""
         write = partial(_write, layer)
-        return cls.of(layer.kv_cache, heads, block_size, head_size, write)
+        quantized = Quantized.of_layer(layer)
+        return cls.of(layer.kv_cache, heads, block_size, head_size, write, quantized)
 
     def places(self) -> torch.Tensor:
         """Of each element in a block: int64 [K and V, Hkv, block_size, D]."""
@@ -104,6 +120,14 @@ class Pages:
     def write_values(self, blocks: torch.Tensor, values: torch.Tensor, heads: slice = ALL) -> None:
         """Overwrite the values of some heads of whole blocks, as ``write_keys``."""
         self._write(self._values, blocks, values, heads)
+
+    def key_numbers(self, keys: torch.Tensor) -> torch.Tensor:
+        """What keys as ``keys`` returns them stand for: themselves, unless they are quantized."""
+        return keys if self.quantized is None else self.quantized.keys(keys)
+
+    def value_numbers(self, values: torch.Tensor) -> torch.Tensor:
+        """What values stand for, as ``key_numbers``."""
+        return values if self.quantized is None else self.quantized.values(values)
 
     def _read(self, order: "Order", blocks: torch.Tensor, heads: slice) -> torch.Tensor:
         view = order.view(self.blocks)[:, heads]
@@ -200,23 +224,28 @@ def _run(rest: torch.Tensor) -> int:
 
 
 def _places(
-    block: torch.Tensor, shape: tuple[int, int, int], write: Write
+    block: torch.Tensor, shape: tuple[int, int, int], write: Write, quantized: Quantized | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the kernel puts each element of K and of V within a block.
 
-    Elements are numbered from 1, K before V, and written one digit of base 128 after the other, as
-    small whole numbers survive any floating-point type.
+    Elements are numbered from 1, K before V, and written one digit after the other, as small whole
+    numbers survive any floating-point type: those below 128 in 16 bits, those below 8 in FP8.
     """
+    bits, dtype, stored, scales = 7, block.dtype, block.dtype, (1, 1)
+    if quantized is not None:  # the kernel divides what is written by the scale
+        bits, dtype, stored = 3, quantized.numbers, quantized.stored
+        scales = quantized.scales
     heads, tokens, size = shape
     count = 2 * heads * tokens * size
     numbers = torch.arange(1, count + 1, device=block.device).view(2, heads, tokens, size)
     slots = torch.arange(tokens, device=block.device)
     before, found = block.clone(), torch.zeros(block.numel(), dtype=torch.int64)
     try:
-        for shift in range(0, count.bit_length(), 7):
-            key, value = (numbers >> shift & 127).to(block.dtype).transpose(2, 1).contiguous()
+        for shift in range(0, count.bit_length(), bits):
+            digits = (numbers >> shift & (1 << bits) - 1).transpose(2, 1).contiguous()
+            key, value = (x.mul(by).to(dtype) for x, by in zip(digits, scales, strict=True))
             write(key, value, slots)
-            found += block.flatten().cpu().double().round().long() << shift
+            found += block.flatten().cpu().view(stored).double().round().long() << shift
     finally:
         block.copy_(before)
     if not torch.equal(found.sort().values, torch.arange(1, count + 1)):

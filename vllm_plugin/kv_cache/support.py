@@ -14,7 +14,8 @@ from compress_common.errors import CompressError, joined
 from vllm_plugin.compatibility import ENCODER, MLA, STATE, drop_wide_window, kv_model_problems
 from vllm_plugin.kv_cache.backends import choose_backend, name_cpu_backend
 from vllm_plugin.kv_cache.budget import layouts_of
-from vllm_plugin.kv_cache.latent import latent_problems, rope_of
+from vllm_plugin.kv_cache.latent import latent_problems, no_latents, rope_of
+from vllm_plugin.kv_cache.quantized import FP8
 from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck
 from vllm_plugin.kv_fingerprint import full_attention_layers
 from vllm_plugin.settings import KVSettings
@@ -106,14 +107,21 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
         One line per problem, with the flag to change.
     """
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    dtype = cache.cache_dtype
     found = {
         f"platform {current_platform.device_name}: KV compression runs on CPU and CUDA": not (
             current_platform.is_cpu() or current_platform.is_cuda()
         ),
         "a pooling model keeps no KV cache; remove compress.kv": (model.runner_type != "generate"),
-        f"--kv-cache-dtype {cache.cache_dtype}: quantized caches cannot be rearranged yet; leave "
-        "it at auto or remove compress.kv": cache.cache_dtype
-        not in ("auto", "bfloat16", "float16"),
+        f"--kv-cache-dtype {dtype}: caches of 16 bits, or of FP8 with one scale per layer, can be "
+        f"compacted; take auto or {', '.join(FP8)}, or remove compress.kv": (
+            dtype not in ("auto", "bfloat16", "float16", *FP8)
+        ),
+        f"--kv-cache-dtype {dtype}: on a CPU vLLM needs AVX-512 or AMX for it, which this one has "
+        "not; leave it at auto": dtype in FP8 and lacks_fp8(),
+        "--kv-cache-dtype-skip-layers: layers with different caches were never tested; remove it": (
+            bool(cache.kv_cache_dtype_skip_layers)
+        ),
         "--disable-hybrid-kv-cache-manager: layers that keep different shares need it; remove the "
         "flag": config.scheduler_config.disable_hybrid_kv_cache_manager is True,
         "--kv-transfer-config: the connector would store compacted blocks under the hashes of "
@@ -137,6 +145,12 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
         ),
     }
     return [problem for problem, present in found.items() if present]
+
+
+def lacks_fp8() -> bool:
+    """Whether this is a CPU on which vLLM has no FP8 cache."""
+    fast = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+    return current_platform.is_cpu() and not fast
 
 
 def layer_problems(
@@ -182,10 +196,17 @@ def layer_problems(
         )
     for name in full:
         impl = layers[name].impl
+        if layers[name]._k_scale.numel() > 1 or layers[name]._v_scale.numel() > 1:
+            problems.append(
+                f"layer {name} has an FP8 cache with a scale per head, and a policy scores it with "
+                "one per layer; serve with --kv-cache-dtype bfloat16"
+            )
         for what in ("alibi_slopes", "sinks", "kv_sharing_target_layer_name"):
             if getattr(impl, what, None) is not None:
                 problems.append(f"layer {name} has {what}, which no policy knows")
         if latents_of is not None:
+            if layers[name].kv_cache_dtype in FP8:
+                problems.append(f"layer {name}: {no_latents(layers[name].kv_cache_dtype)}")
             if getattr(impl, "logits_soft_cap", None):
                 problems.append(f"layer {name} caps its logits, which latents do not; use snap_kv")
             try:

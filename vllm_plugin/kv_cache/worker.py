@@ -27,6 +27,7 @@ from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.budget import bases_of, layouts_of
 from vllm_plugin.kv_cache.equipment import Equipment, form_of, heads_of, not_compressed
 from vllm_plugin.kv_cache.latent import latent_cache_type
+from vllm_plugin.kv_cache.quantized import FP8
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.support import layer_problems
 from vllm_plugin.settings import parse_settings
@@ -123,7 +124,15 @@ class CompressedWorker(PlatformWorker):
                 needed.append(kind.peak(form, features, heads.size, longest, queries))
             else:
                 raise not_compressed(self.policy, name)
-        return max(needed) + observed
+        return max(needed) + observed + self._queries_in_16_bits()
+
+    def _queries_in_16_bits(self) -> int:
+        """Bytes of a step's queries of one layer, which an FP8 cache can come with in FP8."""
+        if self.cache_config.cache_dtype not in FP8:
+            return 0
+        heads = self.model_config.get_num_attention_heads(self.parallel_config)
+        each = heads * self.model_config.get_head_size() * self.model_config.dtype.itemsize
+        return self.vllm_config.scheduler_config.max_num_batched_tokens * each
 
     @property
     def _partial_prompts(self) -> int:

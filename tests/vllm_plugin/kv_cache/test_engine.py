@@ -18,6 +18,7 @@ from kv_policies.layout.bounded import BoundedLayout
 from tests.support.kv_engine import run
 from tests.support.kv_prompts import needle_prompts, text_prompts
 from tests.vllm_plugin.kv_cache.conftest import save_bases, save_low_rank, save_profile
+from vllm_plugin.kv_cache.support import lacks_fp8
 
 LENGTHS = [5, 17, 32, 33, 64, 90, 127, 128, 129, 160, 200, 256, 300, 400, 512, 640, 800, 1000, 1250]
 LENGTHS += [1500]
@@ -233,6 +234,29 @@ def test_prefix_cache_hits_and_changes_nothing(
     assert tokens(warm, 0) == tokens(warm, 1) == tokens(cold)
     assert all(cached(warm, 1)) and all(cached(warm, 0)[1:]) and not any(cached(cold, 0))
     assert_nothing_left(warm)
+
+
+@pytest.mark.skipif(lacks_fp8(), reason="vLLM's FP8 cache needs AVX-512 or AMX on a CPU")
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
+def test_fp8_cache(model: Path, dtype: str) -> None:
+    """Stock at keep 1; below it blocks are freed and used by others, and nothing mixes."""
+    case = {"prompts": needle_prompts(model, 8, 450), "max_tokens": 24}
+    kv = {"policy": "snap_kv", "keep": 0.25, "decode_window": 64}
+    fp8 = {"kv_cache_dtype": dtype}
+    stock, same, tight, ample = run(
+        model,
+        [
+            case | {"kv": None, "engine": pool(model, 300) | fp8},
+            case | {"kv": kv | {"keep": 1}, "engine": pool(model, 300) | fp8},
+            case | {"kv": kv, "engine": pool(model, 10) | fp8},  # of 40 blocks of a byte
+            case | {"kv": kv, "engine": pool(model, 300) | fp8},
+        ],
+    )
+    assert tokens(same) == tokens(stock) and same["freed"] == [0]
+    assert tokens(tight) == tokens(ample) != tokens(stock)
+    assert min(tight["freed"]) > 0
+    for answer in (same, tight, ample):
+        assert_nothing_left(answer)
 
 
 @pytest.mark.parametrize("policy", ["recent", "cskv"])

@@ -28,7 +28,7 @@ from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
 from vllm_plugin.kv_cache.budget import bases_of
 from vllm_plugin.kv_cache.latent import latent_problems
 from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck, check
-from vllm_plugin.kv_cache.support import WORKER
+from vllm_plugin.kv_cache.support import WORKER, lacks_fp8
 from vllm_plugin.settings import KVSettings
 
 SNAP = {"policy": "snap_kv", "keep": 0.25}
@@ -242,7 +242,8 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 @pytest.mark.parametrize(
     ("engine", "expected"),
     [
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"kv_cache_dtype": "fp8_per_token_head"}, "--kv-cache-dtype fp8_per_token_head"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers"),
         ({"speculative_config": NGRAM}, "--speculative-config"),
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
@@ -261,6 +262,18 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 )
 def test_unsupported_combinations(demo_model: Path, engine: dict[str, Any], expected: str) -> None:
     assert expected in refusal(demo_model, **engine)
+
+
+def test_fp8_caches(demo_model: Path, tmp_path: Path) -> None:
+    bases = save_bases(demo_model, tmp_path / "kv.safetensors", Fraction(4, 5))
+    latents = {"policy": "cskv", "bases": str(bases)}
+    text = refusal(demo_model, latents, kv_cache_dtype="fp8")
+    assert "--kv-cache-dtype fp8: latents of cskv lie in a 16-bit cache" in text
+    if lacks_fp8():
+        assert "needs AVX-512 or AMX" in text
+        assert "needs AVX-512 or AMX" in refusal(demo_model, SNAP, kv_cache_dtype="fp8_e4m3")
+    else:
+        assert configure(demo_model, SNAP, kv_cache_dtype="fp8").cache_config.cache_dtype == "fp8"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +337,7 @@ def test_everything_is_listed_at_once(demo_model: Path) -> None:
     text = refusal(
         demo_model,
         SNAP | {"window": 0, "decode_window": 100},
-        kv_cache_dtype="fp8",
+        kv_cache_dtype="fp8_per_token_head",
         disable_hybrid_kv_cache_manager=True,
     )
     assert text.startswith("4 problems")
