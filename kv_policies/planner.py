@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from kv_policies.base import KVPolicy, first_observed
+from kv_policies.layout.base import Layout
 from kv_policies.layout.segments import Ending, IntArray, runs
 from kv_policies.layout.step import Step
-from kv_policies.layout.tokens import TokenLayout
 from kv_policies.plan import Choice, Part, Queries, Tally, Work
 from kv_policies.transfer import to_device
 from kv_policies.workspace import Workspace
@@ -28,10 +28,10 @@ class Planner:
         space: What bounds a part.
     """
 
-    def __init__(self, layouts: Sequence[TokenLayout], policy: KVPolicy, space: Workspace) -> None:
+    def __init__(self, layouts: Sequence[Layout], policy: KVPolicy, space: Workspace) -> None:
         self.layouts, self.policy, self.space = list(dict.fromkeys(layouts)), policy, space
 
-    def work(self, layout: TokenLayout, step: Step, table: torch.Tensor) -> Work | None:
+    def work(self, layout: Layout, step: Step, table: torch.Tensor) -> Work | None:
         """What a step has to do; None for nothing, as in most steps.
 
         Args:
@@ -68,7 +68,7 @@ class _Plan:
         self._reads: dict[tuple[bytes, ...], Part] = {}
         self._observed: dict[tuple[tuple[int, _Watched], ...], Queries] = {}
 
-    def works(self) -> dict[TokenLayout, Work]:
+    def works(self) -> dict[Layout, Work]:
         """By layout; one that has nothing to do is not there."""
         ending = self._step.ending(self._planner.layouts[0])
         wanted = self._wanted()
@@ -100,7 +100,7 @@ class _Plan:
         ]
 
     def _watched(
-        self, layout: TokenLayout, wanted: list[tuple[int, int, int, int]]
+        self, layout: Layout, wanted: list[tuple[int, int, int, int]]
     ) -> dict[int, _Watched]:
         """By row, what is observed in this step."""
         watched = {}
@@ -114,7 +114,7 @@ class _Plan:
         return watched
 
     def _compact_all(
-        self, kind: str, segments: Ending, watched: dict[TokenLayout, dict[int, _Watched]]
+        self, kind: str, segments: Ending, watched: dict[Layout, dict[int, _Watched]]
     ) -> None:
         """Add parts that compact segments of this kind."""
         size = segments.stop - segments.start
@@ -122,7 +122,7 @@ class _Plan:
             layout: layout.stays(segments.n, segments.start, segments.stop)
             for layout in self._works
         }
-        alike: dict[bytes, list[TokenLayout]] = {}  # layouts that compact the same of them
+        alike: dict[bytes, list[Layout]] = {}  # layouts that compact the same of them
         for layout, stays in kept.items():
             alike.setdefault((stays < size).tobytes(), []).append(layout)
         for compacted, layouts in alike.items():
@@ -135,9 +135,9 @@ class _Plan:
         self,
         kind: str,
         segments: Ending,
-        layouts: list[TokenLayout],
+        layouts: list[Layout],
         kept: IntArray,
-        watched: dict[TokenLayout, dict[int, _Watched]],
+        watched: dict[Layout, dict[int, _Watched]],
     ) -> None:
         """Add parts that compact segments, of which ``kept`` [layouts, S] columns stay."""
         size = layouts[0].block_size
@@ -155,7 +155,7 @@ class _Plan:
         for layout, columns in zip(layouts, kept.sum(1).tolist(), strict=True):
             self._works[layout].tallies.append(Tally(kind, count, total, columns * size))
 
-    def _observe(self, layout: TokenLayout, watched: dict[int, _Watched]) -> None:
+    def _observe(self, layout: Layout, watched: dict[int, _Watched]) -> None:
         """Add parts of prompts that do not end in this step."""
         if not watched:
             return

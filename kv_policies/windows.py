@@ -2,8 +2,9 @@
 """Decode windows of all layers of a group at once.
 
 They need no queries, so they are compacted after the forward pass. A window is small: a few hundred
-tokens of one request. Layer by layer the host would take longer to queue the work than a GPU to do
-it, so a row of the work is a window of one layer, and one pass takes as many as fit in memory.
+tokens of one request, or what a budget holds. Layer by layer the host would take longer to queue
+the work than a GPU to do it, so a row of the work is a window of one layer, and one pass takes as
+many as fit in memory.
 """
 
 from collections.abc import Sequence

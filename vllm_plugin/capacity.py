@@ -164,7 +164,11 @@ def layer_token_bytes(config: Any, dtype: torch.dtype, cache_dtype: str = "auto"
 
 
 def kv_footprint(
-    config: Any, dtype: torch.dtype, cache_dtype: str, layouts: Mapping[int, Layout] | None
+    config: Any,
+    dtype: torch.dtype,
+    cache_dtype: str,
+    layouts: Mapping[int, Layout] | None,
+    prompt: int = 1,
 ) -> Footprint:
     """Compute the KV bytes that each token of a long prompt costs, without and with compression.
 
@@ -175,10 +179,12 @@ def kv_footprint(
         dtype: of the model.
         cache_dtype: ``--kv-cache-dtype``.
         layouts: by layer; None: nothing is compressed.
+        prompt: its tokens, which matter where a budget is kept, whatever its length.
     """
     layers = full_attention_layers(config)
     each = layer_token_bytes(config, dtype, cache_dtype)
-    kept = sum((layouts[i].share if layouts else Fraction(1) for i in layers), Fraction(0))
+    shares = (layouts[i].share_of(prompt) if layouts else Fraction(1) for i in layers)
+    kept = sum(shares, Fraction(0))
     return Footprint(len(layers) * each, ceil(each * kept))
 
 

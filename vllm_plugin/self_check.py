@@ -130,7 +130,7 @@ def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:
     model, cache = config.model_config, config.cache_config
     text = model.hf_text_config
     chosen = layouts(config, settings)
-    size = kv_footprint(text, model.dtype, cache.cache_dtype, chosen)
+    size = kv_footprint(text, model.dtype, cache.cache_dtype, chosen, model.max_model_len)
     if chosen is None or settings.kv is None:
         return [("KV cache", f"not compressed, {size.original:,} bytes a token")]
     first = next(iter(chosen.values()))
@@ -138,7 +138,7 @@ def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:
     rows = [
         ("KV cache", f"{settings.kv.policy}, {len(chosen)} of {text.num_hidden_layers} layers"),
         ("KV bytes a token", f"{size.original:,} -> {size.compressed:,} ({size.ratio:.3f})"),
-        ("compacted", f"prompts from {first.min_prompt} tokens on{windows}"),
+        ("compacted", f"prompts from {first.compacted_from} tokens on{windows}"),
     ]
     if num_blocks is not None:
         longest = model.max_model_len

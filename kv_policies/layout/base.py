@@ -77,6 +77,15 @@ class Layout(ABC):
         0: what stays does not grow with the prompt. 1: nothing is ever compacted.
         """
 
+    def share_of(self, tokens: int) -> Fraction:
+        """Blocks that stay per block of a prompt of so many tokens, without rounding."""
+        return self.share
+
+    @property
+    def compacted_from(self) -> int:
+        """Tokens of the shortest prompt that can be compacted when it ends."""
+        return self.min_prompt
+
     @property
     def amount(self) -> Fraction:
         """What sorts the layouts of one engine by how much they keep."""

@@ -73,6 +73,13 @@ class BoundedLayout(Layout):
     def share(self) -> Fraction:
         return Fraction(0)
 
+    def share_of(self, tokens: int) -> Fraction:
+        return Fraction(min(self.budget, tokens), tokens)
+
+    @property
+    def compacted_from(self) -> int:
+        return self.budget + self.block_size
+
     @property
     def amount(self) -> Fraction:
         return Fraction(self.budget)

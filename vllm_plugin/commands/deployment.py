@@ -134,7 +134,7 @@ def compare(
     aside = activation_memory
     if aside is None:
         aside = activation_allowance(config, load.batch)
-    kv = kv_footprint(config, torch.bfloat16, "auto", layouts)
+    kv = kv_footprint(config, torch.bfloat16, "auto", layouts, load.prompt)
     without, compressed = (
         _column(groups_of(config, chosen), load, memory - aside, taken, per_token, each)
         for chosen, taken, per_token in (

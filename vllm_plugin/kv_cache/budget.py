@@ -88,18 +88,21 @@ def _bounded_layouts(
     budget: int, block_size: int, window: int, shares: Mapping[int, Fraction], mean: Fraction
 ) -> dict[int, Layout]:
     """The layouts of a budget, which a profile's shares scale: their mean is the budget."""
-    tokens = {layer: math.ceil(budget * share / mean) for layer, share in shares.items()}
-    if (least := min(tokens.values())) < 2 * window:
-        where = "" if least == budget else f", {least} tokens in the layer with the least,"
-        raise CompressError(
-            f"a budget of {budget} tokens{where} is less than two decode windows of {window}; set "
-            f"compress.kv.decode_window to at most {least // 2 // block_size * block_size}, or "
-            f"raise compress.kv.budget to {math.ceil(2 * window * Fraction(budget, least))}"
-        )
-    return {
-        layer: BoundedLayout(block_size, _whole(each, block_size), window)
-        for layer, each in tokens.items()
+    smallest = min(shares.values()) / mean
+    tokens = {
+        layer: _whole(math.ceil(budget * share / mean), block_size)
+        for layer, share in shares.items()
     }
+    if (least := min(tokens.values())) < 2 * window:
+        where = "" if smallest == 1 else f", {least} in the layer with the least,"
+        advice = f"raise compress.kv.budget to {math.ceil(2 * window / smallest)}"
+        if fitting := least // 2 // block_size * block_size:
+            advice += f", or set compress.kv.decode_window to at most {fitting}"
+        raise CompressError(
+            f"a budget of {budget} tokens{where} is less than two decode windows of {window}; "
+            f"{advice}"
+        )
+    return {layer: BoundedLayout(block_size, each, window) for layer, each in tokens.items()}
 
 
 def _whole(tokens: int, block_size: int) -> int:

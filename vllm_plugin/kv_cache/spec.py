@@ -11,7 +11,7 @@ from kv_policies.layout.base import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedSpec(FullAttentionSpec):
-    """A full-attention layer that keeps ``layout.share`` of its blocks.
+    """A full-attention layer that keeps what ``layout`` says of its blocks.
 
     Layers of one layout form one KV-cache group with one block table. Layers of different layouts
     never share a group. The longest request takes as much memory as under full attention, because

@@ -71,7 +71,14 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
 def _layouts(settings: KVSettings, config: VllmConfig) -> None:
     """Make the layouts, for the errors that this raises."""
     model = config.model_config
-    layouts_of(settings, config.cache_config.block_size, model.model, model.hf_text_config)
+    made = layouts_of(settings, config.cache_config.block_size, model.model, model.hf_text_config)
+    longest = model.max_model_len
+    if settings.budget and not any(each.freed(longest, longest) for each in made.values()):
+        raise CompressError(
+            f"compress.kv.budget is {settings.budget}, and requests have at most {longest} tokens "
+            "(--max-model-len): nothing would ever be compacted; set a smaller budget, or remove "
+            "compress.kv"
+        )
 
 
 def _model_problems(config: VllmConfig, latents: bool) -> list[str]:

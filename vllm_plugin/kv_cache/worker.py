@@ -90,7 +90,7 @@ class CompressedWorker(PlatformWorker):
             ", ".join(f"{what} in {count} layers" for what, count in sorted(kept.items())),
             len(full),
             len(specs),
-            one.min_prompt,
+            one.compacted_from,
             describe_windows(self.policy, one.window),
             self.cache_config.block_size,
         )

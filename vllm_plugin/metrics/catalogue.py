@@ -69,12 +69,12 @@ METRICS = (
     Metric(
         "kv_eligible_requests",
         "counter",
-        "requests whose prompt was computed and long enough to be compacted",
+        "requests whose prompt was computed, and of which something was compacted",
     ),
     Metric(
         "kv_skipped_requests",
         "counter",
-        "requests whose prompt was computed and kept whole, by reason",
+        "requests whose prompt was computed, and of which nothing was compacted, by reason",
         ("reason",),
         ("short_prompt", "nothing_to_evict", "opted_out"),
     ),

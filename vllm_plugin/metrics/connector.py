@@ -126,7 +126,8 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
         layouts = [manager.layout for manager in self._managers]
         if opts_out(request.sampling_params):
             return "opted_out"
-        if any(layout.gap(n) for layout in layouts):
+        # Windows too: a budget may leave a prompt whole, and evict generated tokens.
+        if any(layout.freed(n, request.num_computed_tokens) for layout in layouts):
             return None
         return "short_prompt" if n < layouts[0].min_prompt else "nothing_to_evict"
 

@@ -56,7 +56,8 @@ def facts_of(config: VllmConfig) -> Facts:
 
 def _kv_bytes(config: VllmConfig, settings: Settings) -> Footprint:
     model, cache = config.model_config, config.cache_config.cache_dtype
-    return kv_footprint(model.hf_text_config, model.dtype, cache, layouts(config, settings))
+    chosen = layouts(config, settings)
+    return kv_footprint(model.hf_text_config, model.dtype, cache, chosen, model.max_model_len)
 
 
 def _kv_info(config: VllmConfig, settings: Settings, kv: KVSettings) -> dict[str, str]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From settings to layouts, with policies of somebody else's."""
 
+import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_a_profile_scales_a_budget(demo_model: Path, tmp_path: Path) -> None:
     assert sum(budgets[1]) / len(budgets[1]) == pytest.approx(1024, rel=0.04)
     with pytest.raises(CompressError, match="in the layer with the least") as caught:
         layouts_of(KVSettings(**given, budget=600), 32, str(demo_model), config)  # type: ignore[arg-type]
-    raised = int(str(caught.value).rsplit(" ", 1)[1])
+    raised = int(re.findall(r"budget to (\d+)", str(caught.value))[0])
     layouts_of(KVSettings(**given, budget=raised), 32, str(demo_model), config)  # type: ignore[arg-type]
 
 

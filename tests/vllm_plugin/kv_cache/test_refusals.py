@@ -76,10 +76,12 @@ def refusal(model: Path | str, kv: dict[str, Any] | None = None, **engine: Any) 
         (
             {"policy": "snap_kv", "budget": 300},
             (
-                "less than two decode windows of 256; set compress.kv.decode_window to at most "
-                "128, or raise compress.kv.budget to 512"
+                "less than two decode windows of 256; raise compress.kv.budget to 512, or set "
+                "compress.kv.decode_window to at most 160"
             ),
         ),
+        ({"policy": "snap_kv", "budget": 40}, "raise compress.kv.budget to 512"),
+        ({"policy": "snap_kv", "budget": 8192}, "nothing would ever be compacted"),
         ({"policy": "prefix_kv", "budget": 512}, "vllm-compress profile"),
         ({"policy": "prefix_kv", "keep": 0.25}, "vllm-compress profile"),
         (SNAP | {"levels": 3}, "add `profile`"),
