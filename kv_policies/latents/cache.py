@@ -53,6 +53,9 @@ class LatentCache:
     def _block_size(self) -> int:
         return self.cache.shape[1] // (2 * self._features)
 
+    def warm_up(self, heads: int) -> None:
+        """Compile what attention needs, before requests come; heads: query heads of the layer."""
+
     def clear(self, blocks: torch.Tensor) -> None:
         """Zero blocks, int64 [M]."""
         self.cache[blocks] = 0
@@ -111,7 +114,7 @@ class LatentCache:
         tokens = reading.blocks.shape[1] * self.form.tokens
         tokens += reading.raw.shape[1] * self._block_size
         _, heads, size = query.shape
-        room = LIMIT - self.attend_fixed(self.form, size, heads * size // self._features)
+        room = LIMIT - self.attend_fixed(self.form, heads)
 
         def needed(queries: int) -> int:
             return self.attend_bytes(self.form, self._features, size, tokens, heads * queries)
@@ -126,13 +129,12 @@ class LatentCache:
             self._attend(part, pages, query, scale, output)
 
     @staticmethod
-    def attend_fixed(form: LatentFormat, size: int, group: int) -> int:
+    def attend_fixed(form: LatentFormat, heads: int) -> int:
         """Memory that ``attend`` takes whatever the number of requests.
 
         Args:
             form: How latents lie in a block.
-            size: Channels of a head.
-            group: Query heads per KV head.
+            heads: Query heads.
         """
         return 0
 
@@ -177,7 +179,7 @@ class LatentCache:
         return max(
             LIMIT + tokens * encoded + piece,
             LIMIT
-            + cls.attend_fixed(form, size, queries * size // features)
+            + cls.attend_fixed(form, queries)
             + cls.attend_bytes(form, features, size, tokens, queries),
         )
 

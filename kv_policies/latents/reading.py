@@ -34,18 +34,22 @@ class Reading:
 
     @cached_property
     def narrow(self) -> dict[str, torch.Tensor]:
-        """For kernels, int32: ``row`` and ``seen`` [R * Q], ``raw``, ``blocks``, ``first`` and
-        ``count``. Converted once for all layers.
+        """For kernels, int32. Converted once for all layers.
+
+        ``tokens``, ``raw_lens`` and ``row``, of each query [R * Q]: itself, raw tokens that it sees
+        and its request. ``raw_table`` and ``table``: ``raw`` and ``blocks``. ``lengths`` and
+        ``starts``, of each request [R]: its latents and the position of the first.
         """
         requests, queries = self.tokens.shape
         row = torch.arange(requests, device=self.tokens.device).repeat_interleave(queries)
         tensors = {
+            "tokens": self.tokens.flatten(),
+            "raw_lens": self.seen.flatten(),
             "row": row,
-            "seen": self.seen.flatten(),
-            "raw": self.raw,
-            "blocks": self.blocks,
-            "first": self.contents.first,
-            "count": self.contents.count,
+            "raw_table": self.raw,
+            "table": self.blocks,
+            "lengths": self.contents.count.sum(1),
+            "starts": self.contents.first[:, 0],
         }
         return {name: tensor.int() for name, tensor in tensors.items()}
 

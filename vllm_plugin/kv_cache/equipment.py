@@ -98,6 +98,7 @@ class Equipment:
                 rope = rope_of(self._model, name)
                 cache = layer.kv_cache
                 impl.latents = latent_cache(self._bases, index, form, impl.pages, rope, cache)
+                impl.latents.warm_up(layer.num_heads)
                 builder.latents.append(impl.latents)
             elif spec.layout.share != 1:
                 raise not_compressed(self._policy, name)

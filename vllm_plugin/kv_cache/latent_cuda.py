@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents read by the Triton kernel."""
+"""Latents read by Triton kernels."""
 
 from typing import Any
 
@@ -10,72 +10,88 @@ from kv_policies.latents.attention import Decoder
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.reading import Reading
-from vllm_plugin.kv_cache.latent_triton import latent_decode, resident
+from vllm_plugin.kv_cache.latent_kernels import FRONT
+from vllm_plugin.kv_cache.latent_triton import (
+    Context,
+    Latents,
+    latent_decode,
+    resident,
+    shared_bytes,
+    tiles_for,
+    turns,
+)
 
 
 class TritonLatentCache(LatentCache):
     """``LatentCache`` whose attention rebuilds keys on chip.
 
-    cache: the layer's, [blocks, Hkv, block_size, 2 * D], as vLLM's Triton attention takes it.
+    cache: the layer's, [blocks, Hkv, block_size, 2 * D], as vLLM's FlashAttention and Triton
+        attention take it.
     """
 
     def __init__(self, blocks: torch.Tensor, *latents: Any, cache: torch.Tensor) -> None:
         super().__init__(blocks, *latents)
         self._raw_keys, self._raw_values = cache.transpose(1, 2).chunk(2, dim=-1)
-        if not self.rope.neox or self.rope.table.shape[1] != self._raw_keys.shape[-1]:
+        heads, size = self._raw_keys.shape[2:]
+        if not self.rope.neox or self.rope.table.shape[1] != size:
             raise CompressError(
                 "the CUDA kernel of cskv turns all of a head in halves, as Llama does; this model "
                 "turns a part of it or pairs of neighbours; choose another policy"
             )
-        self._bytes = blocks.view(torch.uint8)
         # Products are in the type of the cache, for the tensor cores.
-        self._decoders = [Decoder(side.affine.to(blocks)) for side in (self.keys, self.values)]
-
-    def _attend(
-        self, reading: Reading, pages: Any, query: torch.Tensor, scale: float, output: torch.Tensor
-    ) -> None:
-        index, narrow = reading.tokens.flatten(), reading.narrow
-        wanted = query[index]
-        out = torch.empty_like(wanted)
-        keys, values = self._decoders
-        latent_decode(
-            wanted,
-            narrow["row"],
-            narrow["raw"],
-            narrow["seen"],
-            self._raw_keys,
-            self._raw_values,
-            self._bytes,
-            narrow["blocks"],
-            narrow["count"],
-            narrow["first"],
+        keys, values = (Decoder(side.affine.to(blocks)) for side in (self.keys, self.values))
+        form, itemsize = self.form, blocks.element_size()
+        tiles = tiles_for(
+            form.key_rank, form.bits, heads, size, itemsize, shared_bytes(blocks.device)
+        )
+        self._latents = Latents(
+            blocks.view(torch.uint8),
+            form.tokens,
+            form.bits,
             keys.decode,
             keys.mean,
             values.decode,
             values.mean,
             self.rope.table,
-            scale,
-            tokens=self.form.tokens,
-            bits=self.form.bits,
-            out=out,
+            turns(self.rope.table, tiles.tokens, form.bits, blocks.dtype),
+            tiles,
         )
-        output[index] = out
+
+    def warm_up(self, heads: int) -> None:
+        """Compile the kernels, by a request without tokens; heads: query heads of the layer."""
+        size, device = self._raw_keys.shape[-1], self.cache.device
+        query = torch.zeros(1, heads, size, dtype=self.cache.dtype, device=device)
+        none = torch.zeros(1, dtype=torch.int32, device=device)
+        context = Context(none, none, none, none[:, None], none[:, None], none, none)
+        self._decode(query, context, size**-0.5, query)
+
+    def _attend(
+        self, reading: Reading, pages: Any, query: torch.Tensor, scale: float, output: torch.Tensor
+    ) -> None:
+        self._decode(query, Context(**reading.narrow), scale, output)
+
+    def _decode(
+        self, query: torch.Tensor, context: Context, scale: float, output: torch.Tensor
+    ) -> None:
+        latent_decode(
+            query, context, self._latents, self._raw_keys, self._raw_values, scale, output
+        )
 
     @staticmethod
     def attend_bytes(
         form: LatentFormat, features: int, size: int, tokens: int, queries: int
     ) -> int:
-        """One partial sum per query and head, the query, and the result."""
-        return queries * (_partial_bytes(form, size) + 8 * size)
+        """Logits of latents, padded, and a sum of value latents."""
+        return queries * (4 * (tokens + 128) + _sum_bytes(form))
 
     @staticmethod
-    def attend_fixed(form: LatentFormat, size: int, group: int) -> int:
-        """The partial sums of splits: a context is split only to fill the device."""
-        return resident(_device()) * group * _partial_bytes(form, size)
+    def attend_fixed(form: LatentFormat, heads: int) -> int:
+        """Sums of more splits: a context is split only to fill the device."""
+        return resident(_device()) * heads * _sum_bytes(form)
 
 
-def _partial_bytes(form: LatentFormat, size: int) -> int:
-    return 4 * (size + form.value_rank + 8)
+def _sum_bytes(form: LatentFormat) -> int:
+    return 4 * (FRONT + form.value_rank + 16)
 
 
 def _device() -> torch.device:
