@@ -2,7 +2,7 @@
 """The CUDA kernel of cskv beside vLLM's attention over raw keys and values. Needs a GPU.
 
 One layer of Llama-3.1-8B's shape at ratio 0.8: 32 heads of 128 over 8 KV heads, latents of 208 and
-200 numbers, blocks of 32 tokens, the last 32 tokens raw, one query token a request.
+200 numbers, blocks of 64 tokens, the last 64 tokens raw, one query token a request.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from benchmarks.common import NotHere, Options, Result
 
 HEADS, KV_HEADS, WIDTH, RANKS = 32, 8, 128, (208, 200)
-BLOCK, RECENT = 32, 32
+BLOCK, RECENT = 64, 64
 SHAPES = ((8, 2048), (8, 8192), (64, 2048), (64, 8192))  # requests, tokens of each
 
 
@@ -142,7 +142,14 @@ def _flash(requests: int, tokens: int) -> Any:
 def _latents(requests: int, tokens: int, bits: int) -> tuple[Any, int]:
     """Our kernel, and the bytes of latents and raw tokens that it has to read."""
     from kv_policies.latents.format import LatentFormat
-    from vllm_plugin.kv_cache.latent_triton import latent_decode
+    from vllm_plugin.kv_cache.latent_triton import (
+        Context,
+        Latents,
+        latent_decode,
+        shared_bytes,
+        tiles_for,
+        turns,
+    )
 
     features, elements = KV_HEADS * WIDTH, 2 * KV_HEADS * WIDTH * BLOCK
     form = LatentFormat(*RANKS, bits, LatentFormat.most_tokens(elements, *RANKS, bits))
@@ -151,9 +158,6 @@ def _latents(requests: int, tokens: int, bits: int) -> tuple[Any, int]:
     keys, values = cache.chunk(2, dim=-1)
     blocks = cache.view(len(cache), -1)
     table = torch.randperm(len(cache), device="cuda").int().view(requests, columns + 1)
-    first = form.tokens * torch.arange(columns, device="cuda", dtype=torch.int32)
-    first = first.expand(requests, -1).contiguous()
-    held = (tokens - RECENT - first).clamp(max=form.tokens).int()
     units = form.tokens // form.unit
     form.write(
         blocks,
@@ -165,28 +169,34 @@ def _latents(requests: int, tokens: int, bits: int) -> tuple[Any, int]:
         ),
     )
     angles = torch.randn(tokens, WIDTH // 2, device="cuda")
-    query = _random(requests, HEADS, WIDTH)
-    arguments = (
-        query,
-        torch.arange(requests, device="cuda", dtype=torch.int32),
-        table[:, :1].contiguous(),
-        torch.full((requests,), RECENT, device="cuda", dtype=torch.int32),
-        keys,
-        values,
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    tiles = tiles_for(RANKS[0], bits, KV_HEADS, WIDTH, 2, shared_bytes(cache.device))
+    latents = Latents(
         blocks.view(torch.uint8),
-        table[:, 1:].contiguous(),
-        held,
-        first,
+        form.tokens,
+        bits,
         _random(RANKS[0], features) / RANKS[0] ** 0.5,
         _random(features),
         _random(RANKS[1], features) / RANKS[1] ** 0.5,
         _random(features),
-        torch.cat((angles.cos(), angles.sin()), -1),
-        WIDTH**-0.5,
+        cos_sin,
+        turns(cos_sin, tiles.tokens, bits, torch.bfloat16),
+        tiles,
     )
+    each = torch.arange(requests, device="cuda", dtype=torch.int32)
+    context = Context(
+        tokens=each,
+        row=each,
+        raw_lens=torch.full_like(each, RECENT),
+        raw_table=table[:, :1].contiguous(),
+        table=table[:, 1:].contiguous(),
+        lengths=torch.full_like(each, tokens - RECENT),
+        starts=torch.zeros_like(each),
+    )
+    query = _random(requests, HEADS, WIDTH)
     used = requests * (columns * form.bytes(2) + 4 * features * RECENT)
     out = torch.empty_like(query)
-    return lambda: latent_decode(*arguments, tokens=form.tokens, bits=bits, out=out), used
+    return lambda: latent_decode(query, context, latents, keys, values, WIDTH**-0.5, out), used
 
 
 def _random(*shape: int) -> torch.Tensor:

@@ -85,7 +85,7 @@ def _configured(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfi
     """
     settings = _settings(args)
     if settings.kv is not None:
-        choose_engine_args(args)
+        choose_engine_args(args, settings.kv)
     if settings.diffusion is not None:
         refuse_diffusion(diffusion.model_type_of(args))
     given, worker = vars(args).copy(), args.worker_cls

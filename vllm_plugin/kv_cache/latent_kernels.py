@@ -126,11 +126,10 @@ def latent_logits(
         if RESIDENT:
             parts = ()
             for part in tl.static_range(PARTS):
-                parts += (
-                    _latent(
-                        latents, at_row, scales, at_scale, tile, part * C, rk, P, T, C, BITS, TYPE
-                    ),
+                x = _latent(
+                    latents, at_row, scales, at_scale, tile, part * C, rk, P, T, C, BITS, TYPE
                 )
+                parts += (x,)  # type: ignore[assignment]
         for other in tl.static_range(HEADS):
             head = first_head + other
             at_mean = mean + head * D + h

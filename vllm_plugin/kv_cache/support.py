@@ -21,17 +21,22 @@ from vllm_plugin.kv_fingerprint import full_attention_layers
 from vllm_plugin.settings import KVSettings
 
 _CPU_BLOCK = 32
+_LATENT_BLOCK = 64  # on a GPU
 WORKER = "vllm_plugin.kv_cache.worker.CompressedWorker"
 
 
-def choose_engine_args(args: EngineArgs) -> None:
+def choose_engine_args(args: EngineArgs, settings: KVSettings) -> None:
     """Set the engine arguments that depend on compression and that the user left unset.
 
     vLLM's default of 128 tokens per block on a CPU would keep far more of a short prompt than asked
-    for, because whole blocks are kept.
+    for, because whole blocks are kept. On a GPU, latents would lie in many small pieces in vLLM's
+    blocks of 16.
     """
-    if current_platform.is_cpu() and args.block_size is None:
-        args.block_size = _CPU_BLOCK
+    if args.block_size is None:
+        if current_platform.is_cpu():
+            args.block_size = _CPU_BLOCK
+        elif settings.keeps_latents:
+            args.block_size = _LATENT_BLOCK
     name_cpu_backend(args)
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -28,7 +29,7 @@ from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
 from vllm_plugin.kv_cache.budget import bases_of
 from vllm_plugin.kv_cache.latent import latent_problems
 from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck, check
-from vllm_plugin.kv_cache.support import WORKER, lacks_fp8
+from vllm_plugin.kv_cache.support import WORKER, choose_engine_args, lacks_fp8
 from vllm_plugin.settings import KVSettings
 
 SNAP = {"policy": "snap_kv", "keep": 0.25}
@@ -362,6 +363,18 @@ def test_what_works_is_configured(demo_model: Path, tiny_model: Callable[..., Pa
     assert config.model_config.logits_processors == [UncachedKVRequestCheck]
     assert configure(tiny_model("gemma3")).parallel_config.worker_cls == WORKER
     assert configure(demo_model, {"policy": "prefix_kv", "keep": 1})  # nothing to share out
+
+
+@pytest.mark.parametrize(
+    ("policy", "given", "chosen"), [("cskv", None, 64), ("cskv", 32, 32), ("snap_kv", None, None)]
+)
+def test_latents_have_large_blocks_on_a_gpu(
+    policy: str, given: int | None, chosen: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = EngineArgs(model="unused", block_size=given)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    choose_engine_args(args, KVSettings(policy=policy))
+    assert args.block_size == chosen
 
 
 def test_dotted_form(demo_model: Path) -> None:
