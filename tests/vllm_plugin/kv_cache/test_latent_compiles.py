@@ -18,6 +18,7 @@ import torch
 
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.low_rank import Factor
+from kv_policies.latents.packing import Packing
 from kv_policies.latents.rope import Rope
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -129,7 +130,7 @@ def test_fits_without_spills(
 
 
 def test_steps_compile_nothing(compiled: Callable[[int], list[Compiled]]) -> None:
-    """Other numbers of requests, tokens, blocks and programs; and another layer's ranks."""
+    """Other numbers of requests, tokens, blocks and programs; or another layer's ranks."""
     from vllm_plugin.kv_cache.latent_triton import Context
 
     kernels = compiled(90)
@@ -143,6 +144,11 @@ def test_steps_compile_nothing(compiled: Callable[[int], list[Compiled]]) -> Non
         query = torch.zeros(count, 8, 64, dtype=torch.bfloat16)[:, 2:6]
         context = Context(ints, ints, ints, table, table, ints, ints)
         latents._decode(query, context, 0.1, torch.zeros(count, 4, 64, dtype=torch.bfloat16))
+    numbers = torch.zeros(40, dtype=torch.int64)
+    for pieces in (1, 3):  # numbers that begin anywhere in their memory
+        first, units = numbers[1 : 1 + pieces], numbers[3 : 3 + 4 * pieces]
+        blocks = torch.zeros(pieces, 1, dtype=torch.int64)
+        latents.pack([Packing(blocks, first, units, units, numbers[:0])], None)
     layer(16, (48, 48), 64, 2).warm_up(4)
-    assert len(kernels) == 15
+    assert len(kernels) == 4 * 3 + 2 * 3 + 6
     assert {kernel.hash for _, kernel in kernels} == set(first.values())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention over latents against float64 arithmetic.
+"""Decode attention over latents against float64 arithmetic, and packing against the reference.
 
 The kernels run on the GPU where there is one, else in Triton's interpreter. Triton has to know that
 before it is imported, so this file then runs itself in a process of its own.
@@ -14,6 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+
+from kv_policies.latents.cache import LatentCache
+from kv_policies.latents.format import LatentFormat
+from kv_policies.latents.low_rank import Factor
+from kv_policies.latents.packing import Packing
+from kv_policies.latents.rope import Rope
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -272,3 +278,73 @@ class TestKernels:
         torch.testing.assert_close(raw.run(table=empty), raw.expected(), atol=1e-5, rtol=1e-5)
         old = Case(*shape, [19], [(0, 0)])
         torch.testing.assert_close(old.run(raw_table=empty), old.expected(), atol=1e-5, rtol=1e-5)
+
+
+class TestPacking:
+    __test__ = INTERPRETED or DEVICE == "cuda"
+
+    @pytest.mark.parametrize(
+        ("bits", "ranks", "dtype", "block"),
+        [
+            (16, (5, 20), F16, 16),
+            (16, (16, 9), F32, 32),
+            (4, (7, 70), F16, 32),
+            (4, (66, 1), BF16, 64),
+        ],
+    )
+    def test_same_bytes_as_the_reference(
+        self, bits: int, ranks: tuple[int, int], dtype: torch.dtype, block: int
+    ) -> None:
+        """Three pieces into two blocks, one of which held raw tokens that become latents."""
+        from vllm_plugin.kv_cache.latent_cuda import TritonLatentCache
+
+        torch.manual_seed(0)
+        heads, size, unit = 2, 32, 32 if bits == 4 else 16
+        features, piece = heads * size, max(block, 32)
+        factors = [
+            Factor(torch.randn(features, rank), torch.randn(rank, features), torch.randn(features))
+            for rank in ranks
+        ]
+        # The third piece ends at the last position of the table.
+        angle = torch.outer(torch.arange(3 * piece), 100 ** -(torch.arange(size // 2) * 2 / size))
+        rope = Rope(torch.cat([angle.cos(), angle.sin()], 1).to(DEVICE))
+        raw = torch.randn(12, heads, block, 2 * size).to(dtype).to(DEVICE)
+        form = LatentFormat(*ranks, bits, 2 * piece)
+        elements = raw[0].numel()
+        assert form.bytes(dtype.itemsize) <= elements * dtype.itemsize
+
+        class Raw:
+            """The cache as vLLM's, as ``Pages`` reads it."""
+
+            def __init__(self, cache: torch.Tensor) -> None:
+                self.cache = cache
+
+            def keys(self, blocks: torch.Tensor) -> torch.Tensor:
+                return self.cache[blocks].transpose(1, 2).flatten(2, 3)[..., :size]
+
+            def values(self, blocks: torch.Tensor) -> torch.Tensor:
+                return self.cache[blocks].transpose(1, 2).flatten(2, 3)[..., size:]
+
+        columns = piece // block
+        blocks = torch.randperm(12)[: 3 * columns].view(3, columns)
+        at = torch.arange(3 * piece // unit) * unit
+        into = torch.tensor([int(blocks[0, 0]), int(blocks[2, 0])])
+        packing = Packing(
+            blocks, torch.arange(3) * piece, into[at // form.tokens], at % form.tokens // unit, into
+        )
+        packing = Packing(*(part.to(DEVICE) for part in packing))
+        found = []
+        for fused in (False, True):
+            cache = raw.clone()
+            flat = cache.view(12, -1)
+            if fused:
+                latents = TritonLatentCache(flat, form, *factors, rope, cache=cache)
+                latents.warm_up(2 * heads)
+                assert bool((cache == raw).all())
+            else:
+                latents = LatentCache(flat, form, *factors, rope)
+            latents.pack([packing], Raw(cache))
+            found.append(flat.view(torch.uint8))
+        same = (found[0] == found[1]).double().mean()
+        # Products of a GPU round otherwise where their shapes differ.
+        assert float(same) == 1.0 if INTERPRETED else float(same) > 0.99
