@@ -146,9 +146,9 @@ def test_steps_compile_nothing(compiled: Callable[[int], list[Compiled]]) -> Non
         latents._decode(query, context, 0.1, torch.zeros(count, 4, 64, dtype=torch.bfloat16))
     numbers = torch.zeros(40, dtype=torch.int64)
     for pieces in (1, 3):  # numbers that begin anywhere in their memory
-        first, units = numbers[1 : 1 + pieces], numbers[3 : 3 + 4 * pieces]
+        positions, units = numbers[1 : 1 + pieces], numbers[3 : 3 + 4 * pieces]
         blocks = torch.zeros(pieces, 1, dtype=torch.int64)
-        latents.pack([Packing(blocks, first, units, units, numbers[:0])], None)
+        latents.pack([Packing(blocks, positions, units, units, numbers[:0])], None)
     layer(16, (48, 48), 64, 2).warm_up(4)
     assert len(kernels) == 4 * 3 + 2 * 3 + 6
     assert {kernel.hash for _, kernel in kernels} == set(first.values())
