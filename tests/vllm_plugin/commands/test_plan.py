@@ -111,7 +111,7 @@ def test_a_budget_bounds_a_request_that_decodes(plan: Callable, demo_model: Path
     assert found[0]["decoding_blocks"] == found[1]["decoding_blocks"] <= (1024 + 256 + 32) // 32
     code, text = plan(demo_model, *options, "--context", "8000", "--prompt", "4000", "--json")
     longer = json.loads(text.splitlines()[-1])["with"]
-    assert 2 * longer["kv_bytes_per_token"] == found[0]["kv_bytes_per_token"]
+    assert 2 * longer["kv_bytes_per_token"] == pytest.approx(found[0]["kv_bytes_per_token"], abs=1)
 
 
 def test_the_table_says_what_a_prompt_needs(plan: Callable, demo_model: Path) -> None:
