@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.divergence import last_norm
+from quant_methods.calibration.divergence import logits_of
 from quant_methods.calibration.levels import LevelDatabase
 from quant_methods.calibration.stages import Tensors
 from quant_methods.grid import SIXTEEN
@@ -80,13 +80,13 @@ def _at_output(blocks: Blocks, final: torch.Tensor) -> torch.Tensor:
     The loss is that of the next token. On text that the model samples itself, the mean of its
     outer products is the Fisher matrix.
     """
-    norm = last_norm(blocks.model, blocks.structure)
-    head = blocks.model.get_output_embeddings()  # type: ignore[operator]
+    logits_at = logits_of(blocks.model, blocks.structure)
+    device = blocks.model.get_output_embeddings().weight.device  # type: ignore[operator]
     gradient = torch.empty_like(final)
     for sample, row in enumerate(final):
         with torch.enable_grad():
-            at = row.to(head.weight.device).detach().requires_grad_()
-            logits = head(norm(at[:-1])).float()
+            at = row.to(device).detach().requires_grad_()
+            logits = logits_at(at[:-1])
             labels = blocks.tokens[sample, 1:].to(logits.device)
             loss = cross_entropy(logits, labels, reduction="sum") / len(labels) ** 0.5
             gradient[sample] = torch.autograd.grad(loss, at)[0]

@@ -1,20 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """The distance between the next-token distributions of a quantized and the original model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
+from compress_common.errors import CompressError
 from quant_methods.structure.structure import Structure
 
 _KL_POSITIONS = 256
 _KL_TOP = 128
 
 
-def last_norm(model: nn.Module, structure: Structure) -> nn.Module:
-    """Return what stands between the last layer and the head: a norm, or nothing."""
-    return nn.Identity() if structure.norm is None else model.get_submodule(structure.norm)
+def logits_of(model: nn.Module, structure: Structure) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what turns outputs of the last layer into float32 logits, as the model does.
+
+    Raises:
+        CompressError: What stands between the last layer and the head is not known.
+    """
+    if structure.norm is None:
+        raise CompressError(
+            f"{structure.model_type} has no norm with a weight in front of its head, so the loss "
+            "of its next token cannot be measured; use a setting and a method that search nothing"
+        )
+    norm, head = model.get_submodule(structure.norm), model.get_output_embeddings()  # type: ignore[operator]
+    config: Any = model.config
+    # Cohere multiplies, Granite divides, Gemma 2 caps.
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        found = head(norm(hidden)).float() * scale
+        return found if cap is None else torch.tanh(found / cap) * cap
+
+    return logits
 
 
 class NextTokenReference:
@@ -34,8 +56,8 @@ class NextTokenReference:
         final: torch.Tensor,
         positions: int | None = _KL_POSITIONS,
     ) -> None:
-        self.norm = last_norm(model, structure)
-        self.head = model.get_output_embeddings()
+        self.logits = logits_of(model, structure)
+        self.device = model.get_output_embeddings().weight.device  # type: ignore[operator]
         total = final.shape[0] * final.shape[1]
         self.positions = torch.linspace(0, total - 1, min(total, positions or total)).long()
         parts = [
@@ -48,9 +70,9 @@ class NextTokenReference:
     @torch.no_grad()
     def _log_probabilities(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield them for a few positions at a time: a whole vocabulary of each is large."""
-        rows = hidden.flatten(0, 1)[self.positions.to(hidden.device)].to(self.head.weight.device)
+        rows = hidden.flatten(0, 1)[self.positions.to(hidden.device)].to(self.device)
         for part in rows.split(_KL_POSITIONS):
-            yield torch.log_softmax(self.head(self.norm(part)).float(), dim=-1)
+            yield torch.log_softmax(self.logits(part), dim=-1)
 
     def divergence(self, hidden: torch.Tensor) -> float:
         """Return the mean KL(original || quantized) in nats per token.

@@ -85,8 +85,9 @@ def patterns(names: Iterable[str], structure: Structure) -> list[str]:
             somewhere.setdefault(tuple(which), []).append(end)
     stack = structure.layers.rpartition(".")[2]
     for some, ends in somewhere.items():
-        parents = r"(.*\.)?" if any("." in end for end in ends) else r".*\."
-        found.append(rf"re:.*\.{stack}\.({'|'.join(some)})\.{parents}({'|'.join(sorted(ends))})$")
+        # OPT has linears directly in a layer, others in modules of it.
+        place = rf"re:.*\.{stack}\.({'|'.join(some)})"
+        found.append(rf"{place}\.(.*\.)?({'|'.join(sorted(ends))})$")
     return found
 
 
@@ -102,7 +103,7 @@ def _left(grids: dict[str, Grid], linears: list[str], structure: Structure) -> l
     quantized = {structure.place(name)[1] for name in grids}
     nowhere = [name for name in structure.names if name not in quantized]
     rest = [n for n in linears if n not in grids and structure.place(n)[1] not in nowhere]
-    outside = [rf"re:.*{re.escape(name.rpartition('.')[2])}$" for name in structure.others]
+    outside = [rf"re:(.*\.)?{re.escape(name.rpartition('.')[2])}$" for name in structure.others]
     ends = [rf"re:.*\.{_end(name, structure)}$" for name in nowhere]
     return [*outside, *ends, *patterns(rest, structure)]
 

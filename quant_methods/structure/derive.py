@@ -92,7 +92,9 @@ def build(config: Any) -> nn.Module:
     AttentionInterface.register(ATTENTION, unfollowed)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=ATTENTION, trust_remote_code=False
+            )
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         if ATTENTION in reason:  # the model looks it up in a table of its own

@@ -219,6 +219,9 @@ def follow(model: nn.Module, layers: str) -> Flow:
 
     AttentionInterface.register(ATTENTION, attention)
     tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-    with _watched(model, layers, follower), follower:
-        model(input_ids=tokens, use_cache=False)
+    try:
+        with _watched(model, layers, follower), follower:
+            model(input_ids=tokens, use_cache=False)
+    finally:
+        AttentionInterface.register(ATTENTION, unfollowed)  # lets go of all that was followed
     return follower.flow

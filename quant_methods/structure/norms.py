@@ -39,6 +39,7 @@ def passes_rotation(norm: nn.Module) -> bool:
 def _copied(norm: nn.Module) -> nn.Module:
     """Return a float32 copy on the CPU, with a bias of zero."""
     small = copy.deepcopy(norm).to_empty(device="cpu").float()
+    vars(small).pop("forward", None)  # that of a widened model, which would run the original
     if getattr(small, "bias", None) is not None:
         small.bias.zero_()  # type: ignore[operator]
     return small

@@ -125,7 +125,8 @@ class RotateResidual:
 def _empty(plan: Plan, name: str, norm: Any, consumers: list[str]) -> None:
     """Move the weight of a norm into its consumers, so that the norm scales no channel."""
     offset = norm_offset(norm)
-    assert offset is not None  # or it would be no fold
+    if offset is None:
+        raise CompressError(f"the norm {name} does more than scale channels; use no rotation")
     stored = plan.vectors.get(f"{name}.weight", norm.weight.detach().float().cpu())
     total = stored.float() + offset
     total = torch.where(total.abs() < _SMALLEST, _SMALLEST, total)

@@ -2,6 +2,7 @@
 """Structures and folds of decoders that the package does not know by name."""
 
 import json
+import re
 import time
 from typing import Any
 
@@ -12,6 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compress_common.errors import CompressError
 from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.divergence import logits_of
+from quant_methods.calibration.residency import widen
+from quant_methods.formats.checkpoint_formats import patterns
 from quant_methods.structure.derive import build, derive, known_structure, structure_of
 from quant_methods.structure.norms import norm_offset, passes_rotation
 from quant_methods.structure.prove import Proof, proved_folds
@@ -260,3 +264,53 @@ def test_a_config_is_followed_once() -> None:
     assert structure_of(LlamaConfig(**SHARED, vocab_size=512)) is first
     config.intermediate_size = 384
     assert structure_of(config).shapes["mlp.up_proj"] == (384, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+        ("opt", {}),
+    ],
+)
+def test_logits_are_the_models(name: str, fields: dict[str, Any]) -> None:
+    config = config_of(name, **fields)
+    model, structure = model_of(config), structure_of(config)
+    outputs: list[Any] = []
+    last = model.get_submodule(f"{structure.layers}.{structure.depth - 1}")
+    last.register_forward_hook(lambda module, args, out: outputs.append(out))
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        hidden = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+        assert torch.allclose(logits_of(model, structure)(hidden), expected, atol=1e-5)
+    plain = model.get_output_embeddings()(hidden)
+    assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+def test_a_loss_that_cannot_be_measured_is_refused() -> None:
+    config = config_of("olmo")  # its last norm has no weight
+    with pytest.raises(CompressError, match="no norm with a weight in front of its head"):
+        logits_of(model_of(config), structure_of(config))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_patterns_match_some_linears_and_no_others(name: str) -> None:
+    structure = structure_of(config_of(name))
+    every = [linear for unit in structure.all_units.values() for linear in unit]
+    for count in range(1, len(every) + 1):
+        chosen = every[::2][:count] + every[1::2][: max(0, count - len(every[::2]))]
+        found = [pattern.removeprefix("re:") for pattern in patterns(chosen, structure)]
+        matched = [n for n in every if any(re.match(pattern, n) for pattern in found)]
+        assert sorted(matched) == sorted(chosen)
+
+
+def test_a_widened_norm_is_copied_with_its_own_forward() -> None:
+    config = config_of("llama")
+    model, structure = model_of(config).to(torch.bfloat16), structure_of(config)
+    assert structure.norm is not None
+    norm = model.get_submodule(structure.norm)
+    widen(model, structure, torch.float32)
+    assert norm_offset(norm) == 0.0 and passes_rotation(norm)
