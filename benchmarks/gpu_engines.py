@@ -125,19 +125,17 @@ def int4(options: Options, result: Result) -> None:
 
 
 def latents(options: Options, result: Result) -> None:
-    """Fill cskv_decode_ratio_bB and cskv_4bit_decode_ratio_bB over stock."""
+    """Fill cskv_decode_ratio_bB and cskv_4bit_decode_ratio_bB over stock, all with full graphs."""
     model = llama(options, _layers())
     bases = str(made_up_bases(model, options))
-    pieces: dict[str, Any] = {}
-    if _cuda():
-        pieces = {"env": _BREAKABLE, "compilation_config": _PIECES}
     starts: Starts = {
         "stock": partial(KVEngine, plugin=False),
-        "cskv": partial(KVEngine, **policy("cskv", bases=bases), **pieces),
-        "cskv_4bit": partial(KVEngine, **policy("cskv", bases=bases, bits=4), **pieces),
+        "cskv": partial(KVEngine, **policy("cskv", bases=bases)),
+        "cskv_4bit": partial(KVEngine, **policy("cskv", bases=bases, bits=4)),
     }
     if _cuda():
-        starts["stock_pieces"] = partial(KVEngine, plugin=False, **pieces)
+        pieces = {"env": _BREAKABLE, "compilation_config": _PIECES}
+        starts["cskv_pieces"] = partial(starts["cskv"], **pieces)
     _time(options, result, starts, model, "", block_size=32)
 
 

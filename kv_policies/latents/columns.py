@@ -125,8 +125,8 @@ class LatentColumns:
         else:
             width = max(blocks.shape[-1], self._blocks.shape[-1])
             # A copy: tensors of steps before may be in this memory.
-            self._blocks = _padded(self._blocks, width)
-            self._blocks[:, :, rows] = _padded(blocks, width)
+            self._blocks = padded(self._blocks, width)
+            self._blocks[:, :, rows] = padded(blocks, width)
 
     def _there(self, first: IntArray, device: torch.device) -> list[tuple[torch.Tensor, Contents]]:
         """What was planned, on the device; ``first`` [R] is where the rows of a table begin."""
@@ -149,7 +149,7 @@ class LatentColumns:
         ]
 
 
-def _padded(blocks: IntArray, width: int) -> IntArray:
+def padded(blocks: IntArray, width: int) -> IntArray:
     """Padded to ``width`` blocks with a request's first one: in others there may be anything."""
     padding = blocks[..., :1].repeat(width - blocks.shape[-1], -1)
     padding[2] = 0

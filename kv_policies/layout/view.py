@@ -60,11 +60,11 @@ class LiveColumns:
             self._table = most, table.device
             self._reserve(max(rows, count), lengths)
         phase = step.phase(self.layouts[0])
-        stale = _moved(self._phase, phase)
+        stale = moved(self._phase, phase)
         self._phase = phase
         if len(stale):
-            moved = phase[:, stale]
-            self._hidden[:, stale] = [layout.hidden(moved) for layout in self.layouts]
+            theirs = phase[:, stale]
+            self._hidden[:, stale] = [layout.hidden(theirs) for layout in self.layouts]
         longest = int((step.end - self._hidden[:, :count]).max())
         step_size = self.layouts[0].block_size * _COLUMNS
         width = min(-(-longest // step_size) * _COLUMNS, most)
@@ -147,7 +147,7 @@ class LiveView:
         self._live = self._view[:, : self._columns.shape[1]]
 
 
-def _moved(before: IntArray, phase: IntArray) -> IntArray:
+def moved(before: IntArray, phase: IntArray) -> IntArray:
     """Rows whose phase is not what it was."""
     rows = np.ones(phase.shape[1], bool)
     there = min(phase.shape[1], before.shape[1])

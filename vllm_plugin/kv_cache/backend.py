@@ -5,35 +5,34 @@
 implementation, which do everything else. ``CustomBackend`` is mixed in front of its backend class.
 
 A CUDA graph of a decode step holds each layer's forward and nothing of the builder, which runs
-before each replay. So what the kernel reads is always in the same memory, and what forward does
-besides is not part of a decode step: prompts are compacted there, because that needs their queries,
-and a step that computes a prompt replays no decode graph (``runner_v1``, ``runner_v2``). Decode
-windows are compacted after the forward pass of all layers (``Batch.finish``).
+before each replay. So what kernels read is always in the same memory, and what forward does besides
+is not part of a decode step: prompts are compacted there where that can need their queries, and a
+step that computes a prompt replays no decode graph (``runner_v1``, ``runner_v2``). Decode windows,
+and all that becomes latents, are compacted after the forward pass of all layers (``Batch.finish``).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from kv_policies.compaction import Layer, Pages, compact
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.columns import LatentColumns
+from kv_policies.latents.fixed import FixedColumns, FixedView
 from kv_policies.latents.packing import Packer, Packings, fresh_blocks
 from kv_policies.latents.reading import LatentView, Reading
-from kv_policies.layout.segments import IntArray
 from kv_policies.layout.step import Step
 from kv_policies.layout.view import LiveColumns, LiveView
 from kv_policies.plan import Work
 from kv_policies.planner import Planner
-from kv_policies.transfer import to_device
-from kv_policies.windows import JoinedPages
+from kv_policies.windows import JoinedPages, compact_windows
 from vllm_plugin.kv_cache.batch import Batch
+from vllm_plugin.kv_cache.passes import restricted
 from vllm_plugin.kv_cache.quantized import plain_queries
-from vllm_plugin.settings import parse_settings
 
 _PARTS = "vllm_compress_parts"
 
@@ -63,8 +62,9 @@ class CompressedBuilder:
     """Gives the backend's builder the live blocks only, and plans what is to be compacted.
 
     The worker sets ``batch`` and ``columns``, and ``planner`` where something is compacted, with
-    ``layers`` and ``joined`` where tokens are chosen or ``latents`` and ``latent_columns`` where
-    kept blocks are latents. Without them, as in profiling, nothing is compressed.
+    ``layers`` and ``joined`` where tokens are chosen, or ``latents``, ``pages``, ``latent_columns``
+    and ``fixed_columns`` where kept blocks are latents. Without them, as in profiling, nothing is
+    compressed.
     """
 
     # A group of an equal spec would otherwise get this group's metadata with the raw table.
@@ -79,21 +79,18 @@ class CompressedBuilder:
     layers: Sequence[Layer] = ()
     joined: JoinedPages | None = None
     latents: Sequence[LatentCache] = ()
+    pages: Sequence[Pages] = ()
     latent_columns: LatentColumns | None = None
+    fixed_columns: FixedColumns | None = None
     _live: LiveView | None = None
     _latents: LatentView
+    _fixed: FixedView
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Decode steps of chosen tokens, in one graph; none where latents are read.
-
-        The shapes of what ``LatentCache.attend`` reads change from step to step.
-        """
+        """Decode steps, in one graph."""
         theirs = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
-        settings = parse_settings(vllm_config.additional_config).kv
         ours = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-        if settings is not None and settings.keeps_latents:
-            ours = AttentionCGSupport.NEVER
         return min(theirs, ours, key=lambda support: support.value)
 
     def build(
@@ -106,6 +103,7 @@ class CompressedBuilder:
         if self._live is None:
             self._live = LiveView(layout, self.columns)
             self._latents = LatentView(layout, self.latent_columns)
+            self._fixed = FixedView(layout, self.fixed_columns)
         self._clear(step, common_attn_metadata.block_table_tensor)
         parts, tallies = [], []
         for some, passed in step.passes(layout):
@@ -113,14 +111,16 @@ class CompressedBuilder:
             live, latents = self._live, self._latents
             rows = self.vllm_config.scheduler_config.max_num_seqs
             if some is not None:  # rare: what is kept from step to step is of whole steps
-                metadata, tokens = _restricted(metadata, step, passed, some)
+                metadata, tokens = restricted(metadata, step, passed, some)
                 live, latents, rows, how = LiveView(layout), LatentView(layout), 0, (True,)
             table = metadata.block_table_tensor
             work = self._work(passed, table)
             tallies += work.tallies if work else []
             view, seen = live.update(passed, table, metadata.seq_lens, rows)
             reading = None
-            if self.latents:
+            if self.latents and tokens is None and self._replayable(metadata):
+                reading = self._fixed.update(passed, table, view, seen, rows)
+            elif self.latents:
                 reading = latents.update(passed, table, view)
             metadata = metadata.replace(
                 block_table_tensor=view, seq_lens=seen, _num_computed_tokens_cache=None
@@ -143,8 +143,14 @@ class CompressedBuilder:
             for latents in self.latents:
                 latents.clear(fresh)
 
+    def _replayable(self, metadata: CommonAttentionMetadata) -> bool:
+        """Whether a decode graph can stand for a step: then it reads what the graph reads."""
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        one_each = metadata.num_actual_tokens == metadata.num_reqs and metadata.max_query_len == 1
+        return bool(mode.has_full_cudagraphs()) and one_each
+
     def _in_forward(self, work: Work | Packings | None, whole: bool) -> Work | Packings | None:
-        """What is left for the forward pass, once windows are put off until after it.
+        """What is left for the forward pass, once what needs no queries is put off until after it.
 
         Args:
             work: All that a pass has to do.
@@ -153,42 +159,25 @@ class CompressedBuilder:
         assert self.batch is not None
         if isinstance(work, Work) and whole:
             if work.windows:
-                self.batch.put_off(work.windows, self.layers, self.joined)
+                windows = partial(compact_windows, work.windows, self.layers, self.joined)
+                self.batch.put_off(windows)
             work = replace(work, windows=[]) if work.prompts else None
+        elif work is not None and whole:
+            assert isinstance(work, Packings)
+            self.batch.put_off(partial(self._pack, work))
+            work = None
         if work is not None:
             self.batch.expect(len(self.layer_names))
         return work
+
+    def _pack(self, work: Packings) -> None:
+        for latents, pages in zip(self.latents, self.pages, strict=True):
+            latents.pack(work.parts, pages)
 
     def _work(self, step: Step, table: torch.Tensor) -> Work | Packings | None:
         if self.planner is None:
             return None
         return self.planner.work(self.kv_cache_spec.layout, step, table)
-
-
-def _restricted(
-    metadata: CommonAttentionMetadata, step: Step, part: Step, tokens: IntArray
-) -> tuple[CommonAttentionMetadata, torch.Tensor]:
-    """The metadata of one pass: of some requests, some tokens. And these tokens, on the device."""
-    row = np.array([step.ids.index(name) for name in part.ids])
-    starts = np.concatenate(([0], part.q.cumsum()))
-    rows, chosen, starts_there, lengths = to_device(
-        metadata.block_table_tensor.device, row, tokens, starts, part.end
-    )
-    prefilling = metadata.is_prefilling  # on the host also beside a GPU
-    restricted = metadata.replace(
-        query_start_loc=starts_there.to(metadata.query_start_loc.dtype),
-        query_start_loc_cpu=torch.from_numpy(starts).to(metadata.query_start_loc_cpu.dtype),
-        seq_lens=lengths.to(metadata.seq_lens.dtype),
-        seq_lens_cpu_upper_bound=torch.from_numpy(part.end).int(),
-        num_reqs=len(row),
-        num_actual_tokens=len(tokens),
-        max_query_len=int(part.q.max()),
-        block_table_tensor=metadata.block_table_tensor[rows],
-        slot_mapping=metadata.slot_mapping[chosen],
-        positions=None if metadata.positions is None else metadata.positions[chosen],
-        is_prefilling=None if prefilling is None else prefilling[torch.from_numpy(row)],
-    )
-    return restricted, chosen
 
 
 class CompressedImpl:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the worker knows of the step it runs, on the host: shared by all groups of layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,11 +9,9 @@ import numpy as np
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from kv_policies.compaction import Layer, Observations
+from kv_policies.compaction import Observations
 from kv_policies.layout.segments import IntArray
 from kv_policies.layout.step import Step
-from kv_policies.plan import Part
-from kv_policies.windows import JoinedPages, compact_windows
 from vllm_plugin.kv_cache.activity import Activity
 from vllm_plugin.kv_cache.requests import opts_out
 
@@ -42,7 +40,7 @@ class Batch:
         self.active = False
         self._current: Step | None = None
         self._expected = 0
-        self._windows: list[tuple[Sequence[Part], Sequence[Layer], JoinedPages | None]] = []
+        self._put_off: list[Callable[[], None]] = []
 
     @contextmanager
     def step(self, scheduled: SchedulerOutput) -> Iterator[None]:
@@ -56,7 +54,7 @@ class Batch:
             if opts_out(request.sampling_params):
                 self._opted_out.add(request.req_id)
         self.active, self._current, self._expected = True, None, 0
-        self._windows.clear()
+        self._put_off.clear()
         try:
             yield
         finally:
@@ -86,14 +84,12 @@ class Batch:
             yield
         self._expected -= 1
 
-    def put_off(
-        self, windows: Sequence[Part], layers: Sequence[Layer], joined: JoinedPages | None
-    ) -> None:
-        """Decode windows of a group of layers, for ``finish``: see ``compact_windows``."""
-        self._windows.append((windows, layers, joined))
+    def put_off(self, work: Callable[[], None]) -> None:
+        """What a group of layers compacts without queries, for ``finish``."""
+        self._put_off.append(work)
 
     def finish(self) -> None:
-        """Compact decode windows, after the forward pass of all layers and on its stream.
+        """Compact what was put off, after the forward pass of all layers and on its stream.
 
         Raises:
             RuntimeError: Prompts were not compacted, because the forward pass was a graph. Their
@@ -106,12 +102,12 @@ class Batch:
                 "--compilation-config.cudagraph_mode NONE, and report this with your version of "
                 "vLLM"
             )
-        if not self._windows:
+        if not self._put_off:
             return
         with self.activity.timed():
-            for work in self._windows:
-                compact_windows(*work)
-        self._windows.clear()
+            for work in self._put_off:
+                work()
+        self._put_off.clear()
 
     def _v1(self, metadata: CommonAttentionMetadata) -> _Read:
         batch = self._runner.input_batch

@@ -13,6 +13,7 @@ from kv_policies.base import KVPolicy, LatentPolicy, Policy
 from kv_policies.compaction import Layer, workspace
 from kv_policies.latents.bases import Bases
 from kv_policies.latents.columns import LatentColumns
+from kv_policies.latents.fixed import FixedColumns
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.packing import Packer
 from kv_policies.layout.latents import LatentLayout
@@ -75,7 +76,7 @@ class Equipment:
                 f"{builder.kv_cache_spec.block_size}; set --block-size to that"
             )
         builder.batch = self._batch
-        builder.layers, builder.latents = [], []
+        builder.layers, builder.latents, builder.pages = [], [], []
         for name in group.layer_names:
             layer: Any = self._config.compilation_config.static_forward_context[name]
             impl, index = layer.impl, extract_layer_index(name)
@@ -100,6 +101,7 @@ class Equipment:
                 impl.latents = latent_cache(self._bases, index, form, impl.pages, rope, cache)
                 impl.latents.warm_up(layer.num_heads)
                 builder.latents.append(impl.latents)
+                builder.pages.append(impl.pages)
             elif spec.layout.share != 1:
                 raise not_compressed(self._policy, name)
         builder.joined = join([layer.pages for layer in builder.layers])
@@ -123,9 +125,10 @@ class Equipment:
                 layers = [layer for builder in builders for layer in builder.layers]
                 planner = Planner(layouts, self._policy, self._space(layers))
             latent_columns = LatentColumns(layouts) if forms else None
+            fixed_columns = FixedColumns(layouts) if forms else None
             for builder in builders:
                 builder.columns, builder.planner = columns, planner
-                builder.latent_columns = latent_columns
+                builder.latent_columns, builder.fixed_columns = latent_columns, fixed_columns
 
     def _space(self, layers: Sequence[Layer]) -> Workspace:
         """What bounds a part that all these layers work on."""

@@ -124,7 +124,10 @@ class CompressedWorker(PlatformWorker):
                 needed.append(kind.peak(form, features, heads.size, longest, queries))
             else:
                 raise not_compressed(self.policy, name)
-        return max(needed) + observed + self._queries_in_16_bits()
+        # Graphs have memory of their own for what attention over latents takes.
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        twice = bases is not None and mode is not None and mode.has_full_cudagraphs()
+        return max(needed) * (1 + twice) + observed + self._queries_in_16_bits()
 
     def _queries_in_16_bits(self) -> int:
         """Bytes of a step's queries of one layer, which an FP8 cache can come with in FP8."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kv_policies.compaction import workspace
 from kv_policies.latents.columns import LatentColumns
+from kv_policies.latents.fixed import FixedColumns, FixedView
 from kv_policies.latents.packing import Packer
 from kv_policies.latents.reading import LatentView
 from kv_policies.layout.base import Layout
@@ -93,3 +94,47 @@ def test_latents(first: Any, more: list[int], steps: list[list[tuple[int, int, i
             assert plain(packer.work(layout, step, table)) == plain(alone)
             reading = view.update(step, table, table)
             assert plain(reading) == plain(LatentView(layout).update(step_of(*rows), table, table))
+
+
+@given(latent_layouts(), st.lists(st.integers(0, 5), min_size=1, max_size=3), STEPS)
+@settings(deadline=None, max_examples=100)
+def test_latents_of_decode_steps(
+    first: Any, more: list[int], steps: list[list[tuple[int, int, int]]]
+) -> None:
+    """In the same memory as in the first step: the same blocks, behind which is nothing."""
+    base, unit = first
+    width = 400 // base.block_size + 1
+    layouts = [base, *(replace(base, tokens=base.tokens + unit * extra) for extra in more)]
+    columns = FixedColumns(layouts)
+    views = [FixedView(layout, columns) for layout in layouts]
+    places: dict[int, set[Any]] = {}
+    for rows in steps:
+        step = step_of(*((n, n + c, 1) for n, c, _ in rows))
+        for at, (layout, view) in enumerate(zip(layouts, views, strict=True)):
+            table = torch.randperm(len(rows) * width).view(len(rows), width).int()
+            raw, seen = LiveView(layout).update(step, table, torch.from_numpy(step.end))
+            fixed = view.update(step, table, raw, seen, rows=5)
+            blocks, contents = fixed.blocks, fixed.contents
+            assert contents.per_block == layout.tokens and fixed.whole
+            some = (contents.first, contents.count, blocks, fixed.tokens)
+            places.setdefault(at, set()).add(tuple((x.data_ptr(), x.stride(0)) for x in some))
+            assert fixed.tokens.tolist() == [[row] for row in range(len(rows))]
+            exact = LatentView(layout).update(step, table, raw)
+            aged = (contents.count.sum(1) > 0).nonzero().flatten()
+            if exact is None:
+                assert not len(aged)
+                continue
+            assert exact.tokens.flatten().tolist() == aged.tolist()
+            assert torch.equal(exact.seen, fixed.seen[aged])
+            length = exact.blocks.shape[1]
+            for wide, narrow in (
+                (blocks, exact.blocks),
+                (contents.first, exact.contents.first),
+                (contents.count, exact.contents.count),
+            ):
+                assert torch.equal(wide[aged, :length], narrow)
+            assert not contents.count[:, length:].any()
+            assert torch.equal(
+                blocks[aged, length:], blocks[aged, :1].expand_as(blocks[aged, length:])
+            )
+    assert all(len(seen) == 1 for seen in places.values())

@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of vLLM's attention backends compressed layers run over on CUDA, told without a GPU."""
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from vllm.config import AttentionConfig, VllmConfig, set_current_vllm_config
+from vllm.config import (
+    AttentionConfig,
+    CompilationConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
+from vllm.model_executor.layers.attention import attention
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention import selector
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.attention.selector import AttentionSelectorConfig, get_attn_spec_kind
 
 from compress_common.errors import CompressError
@@ -22,9 +31,12 @@ from vllm_plugin.kv_cache.backends import (
     put_behind_custom,
     selector_config,
 )
+from vllm_plugin.kv_cache.flash import FlashImpl
+from vllm_plugin.kv_cache.triton import TritonImpl
 
 FLASH, TRITON = CHOICES
-AMPERE, HOPPER, BLACKWELL = (DeviceCapability(*at) for at in ((8, 0), (9, 0), (10, 0)))
+AMPERE, ADA, HOPPER = (DeviceCapability(*at) for at in ((8, 0), (8, 9), (9, 0)))
+BLACKWELL = [DeviceCapability(*at) for at in ((10, 0), (10, 3), (12, 0))]
 TURING = DeviceCapability(7, 5)  # FlashAttention does not run there
 
 
@@ -40,13 +52,25 @@ def choice(config: VllmConfig, device: DeviceCapability, **attention: Any) -> At
 
 
 def test_choice_is_vllms_where_the_user_names_none(configured: VllmConfig) -> None:
-    """Except on Blackwell, where vLLM would take FLASHINFER."""
-    choices = [choice(configured, device) for device in (TURING, AMPERE, HOPPER, BLACKWELL)]
-    assert choices == [TRITON, FLASH, FLASH, FLASH]
+    """Except on Blackwell's 10.x, where vLLM would take FLASHINFER."""
+    devices = (TURING, AMPERE, ADA, HOPPER, *BLACKWELL)
+    assert [choice(configured, device) for device in devices] == [TRITON, *[FLASH] * 6]
     model = configured.model_config
     before, model.dtype = model.dtype, torch.float32  # which FlashAttention does not take
     assert choice(configured, HOPPER) is TRITON
     model.dtype = before
+
+
+@pytest.mark.parametrize(
+    ("ours", "vllms"), [(FlashImpl, FlashAttentionImpl), (TritonImpl, TritonAttentionImpl)]
+)
+def test_pieces_of_a_graph_hold_nothing_of_ours(ours: type, vllms: type) -> None:
+    """Inductor's partition and breakable graphs capture the update of the cache, which is vLLM's
+    own, and break at attention, where ours is."""
+    assert ours.do_kv_cache_update is vllms.do_kv_cache_update  # type: ignore[attr-defined]
+    assert "vllm::unified_attention_with_output" in CompilationConfig._attention_ops
+    begun, _, _ = inspect.getsource(attention).partition("\ndef unified_attention_with_output(")
+    assert "@eager_break_during_capture" in begun.splitlines()[-2:]
 
 
 def test_named_backend_is_honored(configured: VllmConfig) -> None:

@@ -24,6 +24,10 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Second
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as First
 
 from kv_policies.compaction import Layer, workspace
+from kv_policies.latents.format import LatentFormat
+from kv_policies.latents.packing import Packer
+from kv_policies.latents.reading import Reading
+from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.planner import Planner
 from kv_policies.policies.key_diff import KeyDiff
@@ -223,6 +227,7 @@ def run_step(
     padded: int = 4,
     seen: AbstractContextManager[Any] | None = None,
     impl: Any = None,
+    given: CommonAttentionMetadata | None = None,
 ) -> Any:
     """What is built inside a step of the worker; what is put off is done behind it.
 
@@ -232,7 +237,7 @@ def run_step(
     states = builder.batch._runner.req_states
     states.prompt_len.np, states.num_computed_tokens_np = n, c
     device = builder.layers[0].pages.blocks.device
-    given = there(metadata(requests, padded), device)
+    given = there(given or metadata(requests, padded), device)
     query, output = torch.zeros(2, int(q.sum()), 3, 64, dtype=torch.bfloat16, device=device)
     with builder.batch.step(SchedulerOutput.make_empty()), seen or nullcontext():
         built = builder.build(0, given)
@@ -275,6 +280,102 @@ def test_what_a_graph_reads_stays_where_it_was_captured(kind: type, configured: 
             assert built.seq_lens[row] == seen
             live = LAYOUT.columns(phase, LAYOUT.hidden(phase), WIDTH)[0][: -(-seen // 32)]
             assert built.block_table[row, : len(live)].tolist() == (100 * row + live).tolist()
+
+
+LATENTS = LatentLayout(32, 64, 32, window=64)
+
+
+def with_latents(config: VllmConfig, device: str = "cpu") -> Any:
+    """A builder of one layer whose kept blocks are latents; it remembers what it packs."""
+    builder = equipped(FlashBuilder, config, device)
+    builder.kv_cache_spec = CompressedSpec.of(SPEC, LATENTS)
+    builder.planner = Packer([(LATENTS, LatentFormat(8, 8, 16, 64))])
+    packed: list[Any] = []
+    cache = SimpleNamespace(clear=lambda blocks: None, packed=packed)
+    cache.pack = lambda parts, pages: packed.append((parts, pages))
+    builder.latents, builder.pages = [cache], [builder.layers[0].pages]
+    return builder
+
+
+@pytest.fixture
+def graphs(configured: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> VllmConfig:
+    """As on a GPU by default: a CPU has no graphs."""
+    mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    monkeypatch.setattr(configured.compilation_config, "cudagraph_mode", mode)
+    return configured
+
+
+def tensors_of(reading: Reading) -> list[torch.Tensor]:
+    contents = reading.contents
+    read = [reading.tokens, reading.seen, reading.raw, reading.blocks]
+    return [*read, contents.first, contents.count]
+
+
+def test_latents_stay_where_a_graph_reads_them(graphs: VllmConfig) -> None:
+    builder = with_latents(graphs)
+    captured = {}
+    for rows in (4, 2, 1):
+        built = builder.build_for_cudagraph_capture(metadata([(0, 0, 1)] * rows, rows))
+        (part,) = built.vllm_compress_parts
+        assert part.work is None and part.reading.whole
+        assert not part.reading.contents.count.any()
+        captured[rows] = part.reading
+    decodes = [(64, 64, 1), (64, 130, 1), (0, 90, 1)]  # the last has opted out
+    for requests, padded in [
+        (decodes, 4),
+        ([(n, c + 1, 1) for n, c, _ in decodes], 4),
+        ([(256, 352, 1)], 1),
+        ([(40, 300, 1), (256, 400, 1)], 2),
+    ]:
+        given = metadata(requests, padded).replace(num_actual_tokens=padded)
+        (part,) = run_step(builder, requests, padded, given=given).vllm_compress_parts
+        assert part.reading is not captured[padded]
+        both = zip(tensors_of(part.reading), tensors_of(captured[padded]), strict=True)
+        for ours, theirs in both:
+            assert ours.data_ptr() == theirs.data_ptr()
+            assert (ours.shape, ours.stride()) == (theirs.shape, theirs.stride())
+        for row in range(padded):
+            n, c, q = requests[row] if row < len(requests) else (0, 0, 0)
+            old = int(LATENTS.hidden(LATENTS.phase(np.array([n]), np.array([c])))[0])
+            assert int(part.reading.contents.count[row].sum()) == old
+            assert int(part.reading.seen[row]) == c + q - old
+
+
+def test_steps_with_several_tokens_read_exactly_what_there_is(graphs: VllmConfig) -> None:
+    builder = with_latents(graphs)
+    (part,) = run_step(builder, [(64, 130, 1), (64, 0, 40)], 2).vllm_compress_parts
+    assert part.reading.tokens.tolist() == [[0]] and not part.reading.whole
+    (part,) = run_step(builder, [(64, 0, 64)], 1).vllm_compress_parts
+    assert part.reading is None
+
+
+def test_latents_are_packed_after_the_forward_pass(graphs: VllmConfig) -> None:
+    builder = with_latents(graphs)
+    for requests in ([(64, 127, 1)], [(64, 0, 64), (64, 90, 1)]):  # a window, and a prompt, end
+        (part,) = run_step(builder, requests, len(requests)).vllm_compress_parts
+        assert part.work is None
+        (packed,) = builder.latents[0].packed
+        assert packed[0] and packed[1] is builder.pages[0]
+        builder.latents[0].packed.clear()
+    run_step(builder, [(64, 100, 1)], 1)
+    assert not builder.latents[0].packed
+
+
+def test_a_step_of_latents_waits_for_nothing(graphs: VllmConfig) -> None:
+    builder = with_latents(graphs, "meta")
+    run_step(builder, [(64, 70, 1), (64, 130, 1)], 2, seen=Device())
+    for requests, copies in (
+        ([(64, 71, 1), (64, 131, 1)], 0),
+        ([(64, 72, 1), (64, 191, 1)], 1),  # a window ends: what is packed
+        ([(64, 73, 1), (64, 192, 1)], 3),  # what is raw, what is latents, a block is begun
+        ([(64, 74, 1), (64, 193, 1)], 0),
+    ):
+        seen = Device()
+        run_step(builder, requests, 2, seen=seen)
+        assert not seen.waits
+        assert seen.copies == copies, requests
+        if not copies:
+            assert sorted(seen.operations) == ["gather", "gather", "sub"]
 
 
 class Attention:
@@ -357,8 +458,8 @@ def test_a_prompt_that_a_graph_skipped_ends_the_engine(configured: VllmConfig) -
         (TritonBuilder, {"policy": "snap_kv", "keep": 0.25}, "UNIFORM_SINGLE_TOKEN_DECODE"),
         (FlashBuilder, {"policy": "recent", "keep": 0.25}, "UNIFORM_SINGLE_TOKEN_DECODE"),
         (FlashBuilder, {"policy": "cskv", "keep": 1}, "UNIFORM_SINGLE_TOKEN_DECODE"),
-        (FlashBuilder, {"policy": "cskv", "bases": "kv"}, "NEVER"),
-        (TritonBuilder, {"policy": "cskv", "bases": "kv"}, "NEVER"),
+        (FlashBuilder, {"policy": "cskv", "bases": "kv"}, "UNIFORM_SINGLE_TOKEN_DECODE"),
+        (TritonBuilder, {"policy": "cskv", "bases": "kv"}, "UNIFORM_SINGLE_TOKEN_DECODE"),
         (CPUBuilder, {"policy": "snap_kv", "keep": 0.25}, "NEVER"),
     ],
 )
