@@ -107,6 +107,17 @@ SEAMS: dict[str, tuple[str, ...]] = {
     f"{_SCHEDULER}.add_request": ("request",),
     "vllm.v1.core.sched.utils:check_stop": ("request", "max_model_len"),
     "vllm.distributed.parallel_state:GroupCoordinator.broadcast": ("input_", "src"),
+    "vllm.distributed.parallel_state:graph_capture": ("device",),
+    "vllm.forward_context:set_forward_context": ("attn_metadata", "vllm_config", "num_tokens"),
+    "vllm.model_executor.offloader:get_offloader": (),
+    "vllm.utils.gc_utils:freeze_gc_for_cudagraph_capture": (),
+    "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": (),
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build": (
+        *("common_prefix_len", "common_attn_metadata", "fast_build"),
+    ),
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build": (
+        *("common_prefix_len", "common_attn_metadata", "fast_build"),
+    ),
     "vllm.model_executor.models.llama:LlamaAttention.__init__": (
         *("config", "hidden_size", "num_heads", "num_kv_heads"),
         *("max_position_embeddings", "quant_config"),
