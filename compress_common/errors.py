@@ -21,6 +21,10 @@ class CompressError(ValueError):
         return self._problems or [str(self)]
 
 
+class LimitError(CompressError):
+    """What this process lacks for a piece of work: memory, time. Another one may have it."""
+
+
 def joined(problems: list[str]) -> CompressError:
     """Return one error that lists every problem.
 

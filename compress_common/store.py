@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from compress_common.cache import cache_dir, temp_dir
-from compress_common.errors import CompressError
+from compress_common.errors import CompressError, LimitError
 from compress_common.store_entry import Entry, trusted
 from compress_common.store_lock import BuildLock, Report
 
@@ -83,8 +83,8 @@ class Store:
         """Return the folder of the entry, building it first when it is absent or damaged.
 
         Processes that ask at once wait for the first. If its build fails, they fail with its
-        reason. If it is killed, the next one builds. Where the root cannot be written, the entry is
-        built in a private temporary folder, and a log line says so.
+        reason. If it is killed, or meets a limit of its own, the next one builds. Where the root
+        cannot be written, the entry is built in a private temporary folder, and a log line says so.
 
         Args:
             kind: As in ``find``.
@@ -135,6 +135,9 @@ class Store:
         lock.start()
         try:
             entry.build(build)
+        except LimitError:  # of this process: the next one builds, within limits of its own
+            lock.clear()
+            raise
         except Exception as error:  # not an interruption, after which another process builds
             lock.fail(str(error) or type(error).__name__)
             raise

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from compress_common.errors import CompressError
+from compress_common.errors import LimitError
 from quant_methods.calibration.precision import WHOLE, computed_in, total_memory
 from quant_methods.checkpoint import Checkpoint
 
@@ -60,7 +60,7 @@ def check_memory(
     need += states * config.hidden_size * _STATE_BYTES
     if need > (have := total_memory()):
         fewer = "; give fewer or shorter samples" if states else ""
-        raise CompressError(
+        raise LimitError(
             f"not enough memory: about {need / 2**30:.1f} GiB are needed besides the weights, and "
             f"this machine or its container has {have / 2**30:.1f} GiB{fewer}, or use a machine "
             "with more"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compress_common.errors import CompressError
+from compress_common.errors import CompressError, LimitError
 from quant_methods.calibration.blocks import CHUNK_TOKENS
 from quant_methods.calibration.precision import check_device
 from quant_methods.parts import free_memory
@@ -131,7 +131,7 @@ def placed(device: str | torch.device, sizes: Sizes, *, whole: bool = False) -> 
     fit = fitting(sizes, free)
     if fit is None or (whole and not fit[0]):
         need = sizes.work + (sizes.model + sizes.states if whole else sizes.block)
-        raise CompressError(
+        raise LimitError(
             f"{there} has {free / 2**30:.1f} GiB free, and calibration needs about "
             f"{need / 2**30:.1f} GiB and {max(_LEAST, int(free * _SHARE)) / 2**30:.1f} GiB to "
             "spare; end what else uses it, give fewer or shorter samples, or calibrate on the CPU "

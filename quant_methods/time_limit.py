@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refuse a calibration that cannot end before the one who waits for it gives up."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from compress_common.errors import CompressError
+from compress_common.errors import LimitError
 from quant_methods.progress import Progress
 from quant_methods.structure.derive import structure_of
 
@@ -30,38 +31,42 @@ class TimeLimit:
     advice: str
 
     def check(self, needed: float) -> None:
-        """Raise CompressError when the work takes longer.
+        """Raise LimitError when the work takes longer.
 
         Args:
             needed: Seconds that it takes at the least.
         """
         if needed > self.seconds:
-            raise CompressError(
+            raise LimitError(
                 f"calibration needs at least {_shown(needed)} on this machine, and has "
                 f"{_shown(max(self.seconds, 0))} until vLLM gives the engine up; {self.advice}"
             )
 
     def judged(self, progress: Progress, now: Callable[[], float] = time.monotonic) -> Progress:
-        """Return a progress that raises CompressError when a step cannot end in time.
+        """Return a progress that raises LimitError when a step cannot end in time.
 
         Steps are told before each item, so the time from one call to the next is that of an item.
+        The rest is judged by the fastest item: the first one waits for a device to start.
 
         Args:
             progress: Told too.
             now: The clock, in seconds.
         """
         begin = now()
-        first: dict[str, tuple[float, int]] = {}  # of each kind of step
+        # Of each kind of step: when the last item was told, its number, items since the first, and
+        # the least seconds of an item.
+        seen: dict[str, tuple[float, int, int, float]] = {}
 
         def judge(step: str, done: int, total: int) -> None:
             progress(step, done, total)
             at, kind = now(), step.split()[0]
-            started, count = first.get(kind, (at, done))
-            if done <= count:
-                first[kind] = started, count = at, done
-            left = 0.0
-            if done - count >= _SEEN:
-                left = (at - started) / (done - count) * max(total - done, 0)
+            before, last, items, least = seen.get(kind, (at, done, 0, math.inf))
+            if done <= last:
+                items, least = 0, math.inf
+            else:
+                items, least = items + done - last, min(least, (at - before) / (done - last))
+            seen[kind] = at, done, items, least
+            left = least * max(total - done, 0) if items >= _SEEN else 0.0
             self.check(at - begin + left)
 
         return judge

@@ -167,6 +167,11 @@ class KVSettings(BaseModel):
         """Whether this engine's blocks come to hold latents: at keep 1 they never do."""
         return self.latents and self.keep != 1
 
+    @property
+    def gpu_block_size(self) -> int | None:
+        """Tokens per block on a GPU, where the user chose none; None: vLLM's."""
+        return 64 if self.keeps_latents else None
+
     def build(self) -> Policy:
         """The policy with its own settings; CompressError lists what is wrong with them."""
         return build_policy(self.policy, dict(self.model_extra or {}))

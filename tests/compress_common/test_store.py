@@ -16,7 +16,7 @@ from threading import Thread
 import pytest
 
 from compress_common.cache import cache_dir, temp_dir
-from compress_common.errors import CompressError
+from compress_common.errors import CompressError, LimitError
 from compress_common.space import Need, check_space
 from compress_common.store import Store, digest
 from compress_common.store_entry import Entry
@@ -268,6 +268,27 @@ def test_processes_that_wait_fail_with_the_builder(store: Store, tmp_path: Path)
     assert [child.exitcode for child in children] == [0] * 4
     assert (tmp_path / "builds").read_text() == "x"
     assert store.make("plan", KEY, build) == store.find("plan", KEY)
+
+
+def test_processes_that_wait_build_when_the_builder_meets_its_own_limit(
+    store: Store, tmp_path: Path
+) -> None:
+    def limited(folder: Path) -> None:
+        (tmp_path / "begun").touch()
+        time.sleep(0.5)
+        raise LimitError("too little time")
+
+    def first() -> None:
+        with pytest.raises(LimitError, match="too little time"):
+            store.make("plan", KEY, limited)
+
+    child = multiprocessing.get_context("fork").Process(target=first)
+    child.start()
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    assert store.make("plan", KEY, build) == store.find("plan", KEY)
+    child.join(10)
+    assert child.exitcode == 0
 
 
 def test_processes_that_wait_build_when_the_builder_is_killed(store: Store, tmp_path: Path) -> None:

@@ -59,6 +59,15 @@ def test_in_time_is_never_refused(begin: int) -> None:
     assert len(seen) == 94
 
 
+def test_a_slow_first_item_says_nothing_of_the_rest() -> None:
+    """A device that has to start, for one."""
+    clock = Clock()
+    told = LIMIT.judged(silent, clock)
+    told("sample text, token", 0, 128)
+    clock.seconds += 10
+    clock.work(told, "sample text, token", 128, 0.05)
+
+
 def test_steps_that_are_told_once_count_too() -> None:
     """The alphas of a search have a name each."""
     clock = Clock()

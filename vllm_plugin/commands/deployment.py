@@ -2,6 +2,7 @@
 """How many requests fit a device, without and with compression, from a config and headers."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from vllm_plugin.commands.common import Problems
 from vllm_plugin.compatibility import drop_wide_window, model_length, refuse_diffusion
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.settings import Settings, no_method_problem, parse_settings
+
+_CUDA_BLOCK = 16  # vLLM's default
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,14 @@ def _weights(
             "original checkpoint"
         )
     return found
+
+
+def default_block_size(additional_config: dict[str, Any]) -> int:
+    """Return the tokens per block that an engine on CUDA takes."""
+    with suppress(CompressError):  # ``compare`` lists what is wrong
+        kv = parse_settings(additional_config).kv
+        return (kv and kv.gpu_block_size) or _CUDA_BLOCK
+    return _CUDA_BLOCK
 
 
 def _layouts(

@@ -67,8 +67,12 @@ def plan(
         typer.Option(help="set aside for activations and graphs (default: an estimate)"),
     ] = None,
     block_size: Annotated[
-        int, typer.Option(min=2, help="tokens per block: CUDA 16, this plugin on a CPU 32")
-    ] = 16,
+        int | None,
+        typer.Option(
+            min=2,
+            help="tokens per block (default: as on CUDA, 16, for cskv 64; on a CPU it is 32)",
+        ),
+    ] = None,
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="tokens per step, which activations grow with")
     ] = 8192,
@@ -86,7 +90,7 @@ def plan(
     --policy snap_kv --keep 0.25 --quantization smoothquant_plus
     """
     from vllm_plugin.capacity import typical_prompt
-    from vllm_plugin.commands.deployment import Load, compare
+    from vllm_plugin.commands.deployment import Load, compare, default_block_size
 
     problems = Problems()
     memory = problems.collect(lambda: memory_size(gpu_memory, "--gpu-memory")) or 0
@@ -105,7 +109,8 @@ def plan(
     config = problems.collect(
         lambda: config_of(additional_config, policy, keep, budget, profile, bases)
     )
-    load = Load(tokens, start, block_size, max_num_batched_tokens)
+    block = block_size or default_block_size(config or {})
+    load = Load(tokens, start, block, max_num_batched_tokens)
     found = compare(
         model,
         load,

@@ -21,7 +21,6 @@ from vllm_plugin.kv_fingerprint import full_attention_layers
 from vllm_plugin.settings import KVSettings
 
 _CPU_BLOCK = 32
-_LATENT_BLOCK = 64  # on a GPU
 WORKER = "vllm_plugin.kv_cache.worker.CompressedWorker"
 
 
@@ -35,8 +34,8 @@ def choose_engine_args(args: EngineArgs, settings: KVSettings) -> None:
     if args.block_size is None:
         if current_platform.is_cpu():
             args.block_size = _CPU_BLOCK
-        elif settings.keeps_latents:
-            args.block_size = _LATENT_BLOCK
+        elif settings.gpu_block_size is not None:
+            args.block_size = settings.gpu_block_size
     name_cpu_backend(args)
 
 
