@@ -127,11 +127,11 @@ def int4(options: Options, result: Result) -> None:
 def latents(options: Options, result: Result) -> None:
     """Fill cskv_decode_ratio_bB and cskv_4bit_decode_ratio_bB over stock, all with full graphs."""
     model = llama(options, _layers())
-    bases = str(made_up_bases(model, options))
+    bases = {bits: str(made_up_bases(model, bits, options)) for bits in (16, 4)}
     starts: Starts = {
         "stock": partial(KVEngine, plugin=False),
-        "cskv": partial(KVEngine, **policy("cskv", bases=bases)),
-        "cskv_4bit": partial(KVEngine, **policy("cskv", bases=bases, bits=4)),
+        "cskv": partial(KVEngine, **policy("cskv", bases=bases[16])),
+        "cskv_4bit": partial(KVEngine, **policy("cskv", bases=bases[4])),
     }
     if _cuda():
         pieces = {"env": _BREAKABLE, "compilation_config": _PIECES}

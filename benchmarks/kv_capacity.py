@@ -7,9 +7,9 @@ Demo model, blocks of 32 tokens, eager mode, no prefix caching; each policy P wi
 
 pool     16 prompts of 440 to 500 tokens at once, 64 new tokens each, up to 32 requests and 512
          tokens a step, in a pool of bytes in which 5 requests with the full cache fit from start to
-         end. P in prefix_kv, snap_kv, key_diff, recent at keep 0.25, cskv at ratio 0.8, and fp8
-         (vLLM's own). Extra: cskv_halves, the same ranks in all layers; snap_kv_fp8, in an fp8
-         cache, which needs AVX-512 or AMX on a CPU.
+         end. P in prefix_kv, snap_kv, key_diff, recent at keep 0.25, cskv at ratio 0.86, and fp8
+         (vLLM's own). Extra: cskv_16bit, ratio 0.8 in 16 bits; cskv_halves, the same ranks in all
+         layers too; snap_kv_fp8, in an fp8 cache, which needs AVX-512 or AMX on a CPU.
   P_steps_ratio                  engine steps over those of the full cache; smaller is better
   P_peak_running, full_peak_running   most requests in one step
   P_preemptions                  requests thrown out and computed again, all in all

@@ -24,11 +24,13 @@ from vllm_plugin.demo_model import demo_model_path
 
 if TYPE_CHECKING:
     from kv_policies.latents.bases_header import Side
+    from kv_policies.latents.format import Bits
     from kv_policies.latents.low_rank import Factor
 
 BLOCK = 32  # tokens, for all contenders: vLLM's own default for CPUs is 128
 POLICIES = ("prefix_kv", "snap_kv", "key_diff", "recent", "cskv", "fp8")
 FORCED_TOKENS = "benchmarks.kv_child:ForcedTokens"
+_MOST_IN_4_BITS = 0.28  # of the cache's bytes: all numbers of the demo model
 _REVISION = 5  # raise it when profiles are made differently
 
 
@@ -77,9 +79,9 @@ def contender(name: str, keep: float, model: Path, options: Options) -> dict[str
     """The engine arguments of ``full``, ``fp8``, a policy with its defaults, or ``snap_kv_fp8``.
 
     ``prefix_kv`` has a profile, made here if there is none yet. ``snap_kv_profile`` is snap_kv with
-    the sizes of that profile. ``cskv`` has bases, made here too, of ratio 1 - keep;
-    ``cskv_int4`` holds latents of these in 4 bits; ``cskv_halves`` has as many latents for keys as
-    for values in every layer.
+    the sizes of that profile. ``cskv`` has bases, made here too, of ratio 1 - keep, in 4 bits
+    where these can use so many bytes, else in 16; ``cskv_16bit`` in 16; ``cskv_halves`` in 16 and
+    with as many latents for keys as for values in every layer.
     """
     if name == "full":
         return {"plugin": False}
@@ -91,10 +93,10 @@ def contender(name: str, keep: float, model: Path, options: Options) -> dict[str
         return policy(name, profile=str(profile(model, keep, options)))
     if name == "snap_kv_profile":
         return policy("snap_kv", profile=str(profile(model, keep, options)))
-    if name in ("cskv", "cskv_int4", "cskv_halves"):
+    if name in ("cskv", "cskv_16bit", "cskv_halves"):
         even = ("--no-allocate",) if name == "cskv_halves" else ()
-        bits = 4 if name == "cskv_int4" else 16
-        return policy("cskv", bases=str(bases(model, 1 - exact(keep), *even)), bits=bits)
+        bits = 4 if name == "cskv" and keep <= _MOST_IN_4_BITS else 16
+        return policy("cskv", bases=str(bases(model, 1 - exact(keep), bits, *even)))
     return policy(name, keep=keep)
 
 
@@ -109,9 +111,10 @@ def profile(model: Path, keep: float, options: Options) -> Path:
     return _made("profile", model, "json", "--keep", str(keep), *text)
 
 
-def bases(model: Path, ratio: Fraction, *options: str) -> Path:
+def bases(model: Path, ratio: Fraction, bits: int, *options: str) -> Path:
     """The bases that ``vllm-compress calibrate-kv`` makes of the same text, kept in the cache."""
-    return _made("calibrate-kv", model, "safetensors", "--ratio", str(float(ratio)), *options)
+    size = ("--ratio", str(float(ratio)), "--bits", str(bits))
+    return _made("calibrate-kv", model, "safetensors", *size, *options)
 
 
 def _made(command: str, model: Path, suffix: str, *options: str) -> Path:
@@ -173,7 +176,11 @@ def _make_up(model: Path, keep: float, levels: int, target: Path) -> None:
 
 
 def save_made_up_bases(
-    model: Path, ratio: Fraction, factors: "dict[tuple[int, Side], Factor]", target: Path
+    model: Path,
+    ratio: Fraction,
+    bits: "Bits",
+    factors: "dict[tuple[int, Side], Factor]",
+    target: Path,
 ) -> None:
     """Bases of ``factors``, one per layer and side, that fit ``model`` and come from no text."""
     from transformers import AutoConfig
@@ -203,12 +210,20 @@ def save_made_up_bases(
     header = Header(
         model=fingerprint,
         weights=digest,
+        bits=bits,
         ratio=ratio,
         objective="reconstruction",
         layers=rows,
         calibration=made_up,
     )
     Bases(header, factors).save(target)
+
+
+def computed_dtype() -> str:
+    """float32 where products in bfloat16 take ten times as long, and would hide all else."""
+    from quant_methods.calibration.precision import slow_in_16_bit
+
+    return "float32" if slow_in_16_bit() else "bfloat16"
 
 
 @contextmanager

@@ -16,6 +16,21 @@ FILLER = (
 )
 PASS_KEY = " The pass key is {}. Remember it."
 ASK_PASS_KEY = " What is the pass key? The pass key is"
+# Other ways to say and to ask for such a key: that it has to be remembered is not said.
+WORDINGS = {
+    "locker": (
+        " Bob's locker combination: {}.",
+        " What is Bob's locker combination? Bob's locker combination:",
+    ),
+    "record": (
+        ' {{"user": "bob", "locker": "{}", "floor": 2}}',
+        ' The record of bob again: {"user": "bob", "locker": "',
+    ),
+    "dialogue": (
+        ' "What was the number of the taxi?" asked Anna. "It was {}," said Tom.',
+        ' Anna asked Tom again for the number of the taxi. "The number of the taxi was',
+    ),
+}
 NEEDLE = " The secret number of {} is {}. Remember it."
 ASK_NEEDLE = " What is the secret number of {0}? The secret number of {0} is"
 CITIES = ("Paris", "London", "Rome", "Berlin", "Madrid", "Vienna", "Tokyo", "Cairo")
@@ -26,6 +41,7 @@ class Sizes:
     """Tokens of filler, depths (shares of it) of the pass key, needles per prompt, windows.
 
     prompts: of each length and depth, and of each length and needle.
+    wordings: names of other wordings of the pass key, with as many prompts each.
 
     The first token of a continuation is predicted before anything is compacted: it is not judged.
     """
@@ -38,6 +54,7 @@ class Sizes:
     windows: int = 16
     context: int = 1000
     continuation: int = 65
+    wordings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,8 +69,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Material:
-    passkey: list[Question]
-    needles: list[Question]
+    """``questions`` by name: passkey, those of the wordings, needles."""
+
+    questions: dict[str, list[Question]]
     windows: list[list[int]]
 
 
@@ -64,11 +82,13 @@ def material(model: Path, sizes: Sizes, seed: int) -> Material:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     draw = random.Random(seed)
-    passkey = []
-    for _, length, depth in product(range(sizes.prompts), sizes.lengths, sizes.depths):
-        key = str(draw.randrange(10_000, 100_000))
-        prompt = _hide(tokenizer, length, [(depth, PASS_KEY.format(key))], ASK_PASS_KEY)
-        passkey.append(Question(prompt, key, length, depth))
+    known = {"passkey": (PASS_KEY, ASK_PASS_KEY)} | {n: WORDINGS[n] for n in sizes.wordings}
+    questions: dict[str, list[Question]] = {name: [] for name in known}
+    for name, (fact, ask) in known.items():
+        for _, length, depth in product(range(sizes.prompts), sizes.lengths, sizes.depths):
+            key = str(draw.randrange(10_000, 100_000))
+            prompt = _hide(tokenizer, length, [(depth, fact.format(key))], ask)
+            questions[name].append(Question(prompt, key, length, depth))
     needles = []
     depths = [(index + 0.5) / sizes.needles for index in range(sizes.needles)]
     for _, length, asked in product(range(sizes.prompts), sizes.needle_lengths, range(len(depths))):
@@ -78,7 +98,7 @@ def material(model: Path, sizes: Sizes, seed: int) -> Material:
         question = ASK_NEEDLE.format(cities[asked])
         prompt = _hide(tokenizer, length, list(zip(depths, facts, strict=True)), question)
         needles.append(Question(prompt, numbers[asked], length, depths[asked]))
-    return Material(passkey, needles, _windows(tokenizer, sizes))
+    return Material(questions | {"needles": needles}, _windows(tokenizer, sizes))
 
 
 def _hide(

@@ -18,9 +18,9 @@ from vllm_plugin.demo_model import demo_model_path
 
 KEEPS = (0.50, 0.25, 0.10)
 MEASURES = ("passkey", "needles", "nats")
-ROWS = (*POLICIES, "snap_kv_profile", "snap_kv_fp8", "cskv_int4", "cskv_halves")
-# cskv at the ratio of its paper, too, and only there in 4 bits and without allocation.
-KEEPS_OF = {"cskv": (*KEEPS, 0.20), "cskv_int4": (0.20,), "cskv_halves": (0.20,)}
+ROWS = (*POLICIES, "snap_kv_profile", "snap_kv_fp8", "cskv_16bit", "cskv_halves")
+# cskv at its default and at the ratio of its paper too, and there without allocation.
+KEEPS_OF = {"cskv": (*KEEPS, 0.20, 0.14), "cskv_16bit": (0.25, 0.20), "cskv_halves": (0.20,)}
 SMOKE_SIZES = Sizes((160,), (0.5,), (160,), 2, 1, 2, 160, 8)
 SMOKE_ROWS = ("fp8", "snap_kv_025")
 _ANSWER_TOKENS = 12
@@ -28,10 +28,9 @@ _ANSWER_TOKENS = 12
 
 @dataclass(frozen=True)
 class Measured:
-    """Whether each question was answered, and nats of each forced token, a list per window."""
+    """Whether each question was answered, by kind, and nats of each forced token of a window."""
 
-    passkey: list[bool]
-    needles: list[bool]
+    recalled: dict[str, list[bool]]
     nats: list[list[float]]
 
 
@@ -51,11 +50,8 @@ def quality(options: Options, result: Result) -> None:
     model = demo_model_path()  # also with --smoke: a random model recalls nothing
     sizes = SMOKE_SIZES if options.smoke else Sizes()
     given = in_process(material, model, sizes, options.seed, preloaded=options.smoke)
-    measure = _Measure(model, given, sizes, options, result)
-    full = measure("full", contender("full", 1, model, options))
-    result.put("full_passkey", statistics.fmean(full.passkey))
-    result.put("full_needles", statistics.fmean(full.needles))
-    result.put("full_nats", _mean(full.nats))
+    measure = Measure(model, given, sizes, options, result)
+    full = measure.full()
     for prefix, name, keep in (bar := tqdm(list(rows(ROWS)), "quality", leave=False)):
         bar.set_postfix_str(prefix)
         failed: dict[str, str] = {}
@@ -64,15 +60,15 @@ def quality(options: Options, result: Result) -> None:
         else:
             with reported(failed, prefix):
                 arguments = contender(name, keep, model, options)
-                _record(result, prefix, measure(prefix, arguments), full)
+                record(result, prefix, measure(prefix, arguments), full)
         for what in MEASURES if failed else ():
             result.missing(f"{prefix}_{what}", failed[prefix])
 
 
-def _record(result: Result, prefix: str, seen: Measured, full: Measured) -> None:
-    for what in ("passkey", "needles"):
-        recalled, known = getattr(seen, what), getattr(full, what)
-        key = f"{prefix}_{what}"
+def record(result: Result, prefix: str, seen: Measured, full: Measured) -> None:
+    """Fill prefix_nats, prefix_nats_se and a recall for each kind of question."""
+    for what, recalled in seen.recalled.items():
+        known, key = full.recalled[what], f"{prefix}_{what}"
         if not any(known):
             result.missing(key, "the full cache recalls none of them")
             continue
@@ -86,26 +82,52 @@ def _record(result: Result, prefix: str, seen: Measured, full: Measured) -> None
     result.put(f"{prefix}_nats_se", statistics.stdev(windows) / len(windows) ** 0.5)
 
 
-class _Measure:
-    """Asks every question of one engine after the other."""
+class Measure:
+    """Asks every question of one engine after the other.
+
+    Args:
+        model: What is served.
+        given: Questions and windows.
+        sizes: Of these.
+        options: Of the benchmark.
+        result: Answers go into its details.
+        dtype: That engines compute in.
+    """
 
     def __init__(
-        self, model: Path, given: Material, sizes: Sizes, options: Options, result: Result
+        self,
+        model: Path,
+        given: Material,
+        sizes: Sizes,
+        options: Options,
+        result: Result,
+        dtype: str = "bfloat16",
     ) -> None:
         self._model, self._given, self._context = model, given, sizes.context
         self._result = result
         self._arguments = {
             "block_size": BLOCK,
             "max_model_len": 2048,
-            "kv_cache_memory_bytes": 1 << 30,  # all prompts of a kind at once
+            "kv_cache_memory_bytes": 1 << 30,  # all prompts of a kind at once, in 16 bits
+            "dtype": dtype,
             "logits_processors": [FORCED_TOKENS],
             "preloaded": options.smoke,
         }
 
+    def full(self) -> Measured:
+        """The full cache; fills full_nats and a recall for each kind of question."""
+        full = self("full", {"plugin": False})
+        for what, recalled in full.recalled.items():
+            self._result.put(f"full_{what}", statistics.fmean(recalled))
+        self._result.put("full_nats", _mean(full.nats))
+        return full
+
     def __call__(self, name: str, arguments: dict[str, Any]) -> Measured:
         with KVEngine(self._model, **self._arguments, **arguments) as engine:
-            passkey = self._recalled(engine, name, "passkey", self._given.passkey)
-            needles = self._recalled(engine, name, "needles", self._given.needles)
+            recalled = {
+                what: self._recalled(engine, name, what, questions)
+                for what, questions in self._given.questions.items()
+            }
             windows = self._given.windows
             forced = engine.ask("forced_nats", windows=windows, context=self._context)
             nats = [one[1:] for one in forced]
@@ -113,7 +135,7 @@ class _Measure:
                 prompt = engine.ask("nats", windows=windows)
                 same = [one[self._context :] for one in prompt]
                 self._result.put("forced_minus_prompt_nats", _mean(nats) - _mean(same))
-        return Measured(passkey, needles, nats)
+        return Measured(recalled, nats)
 
     def _recalled(
         self, engine: KVEngine, name: str, what: str, questions: list[Question]

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from kv_policies.latents.format import LatentFormat
+from kv_policies.latents.format import Bits, LatentFormat
 from kv_policies.layout.base import Layout
 from kv_policies.workspace import Heads, Transient
 
@@ -158,11 +158,14 @@ class LatentPolicy(Policy, Protocol):
     @property
     def recent(self) -> int: ...
 
-    def most_tokens(self, elements: int, key_rank: int, value_rank: int) -> int:
-        """Tokens whose latents fit in a block of ``elements`` numbers of 16 bits."""
+    def most_tokens(self, elements: int, key_rank: int, value_rank: int, bits: Bits) -> int:
+        """Tokens whose latents fit in a block of ``elements`` numbers of 16 bits.
+
+        ``bits`` is of a number of a latent, as the bases say.
+        """
         ...
 
-    def form(self, key_rank: int, value_rank: int, tokens: int) -> LatentFormat:
+    def form(self, key_rank: int, value_rank: int, bits: Bits, tokens: int) -> LatentFormat:
         """How latents lie in a block that holds ``tokens`` of them."""
         ...
 

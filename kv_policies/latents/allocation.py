@@ -1,125 +1,154 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many latents each layer gives to its keys and to its values, within the same bytes in all.
 
-Layers whose latents take equal room share a block table, so the totals of the layers are cut into
-few *levels* of (nearly) equal layer count. A block holds whole units of tokens, so not every total
-fills a block. Levels have totals that do.
+Layers whose latents take equal room share a block table, so the bytes of the layers are cut into
+few *levels* of (nearly) equal layer count. A block holds whole units of tokens, so not every number
+of bytes fills a block. Levels have room that does.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Final
 
 import torch
 
 from kv_policies.budget.levels import quantize
-from kv_policies.latents.bases_header import SIDES, Side, total_rank
-from kv_policies.latents.format import LatentFormat
+from kv_policies.latents.bases_header import SIDES, Side, even_ranks, token_room
+from kv_policies.latents.format import BLOCK, Bits, LatentFormat
 
 Ranks = dict[Side, int]
-Energies = Mapping[Side, torch.Tensor]
+Losses = Mapping[Side, torch.Tensor]
 
 _POWER: Final = 0.3
-_FLOOR: Final = 8  # no side of a layer gets less than this part of the layers' mean total
+_FLOOR: Final = 8  # no side of a layer gets less than this part of the layers' mean rank
 # Of the ratio's bytes. Levels meet the ends of blocks at different lengths: in the worst moment of
 # a full pool, requests with several totals hold that much more than those with one. Not where a
 # block holds few tokens: there the next smaller total is too much smaller.
 _PART: Final = Fraction(24, 25)
 _FEW: Final = 128  # tokens
-_BLOCK: Final = 32  # tokens: what fills such a block fills those of 64, 128, ... too
-_UNIT: Final = LatentFormat(1, 1, 16, 0).unit
 
 
-def halves(layers: Iterable[int], ratio: Fraction, features: int) -> dict[int, Ranks]:
+def halves(layers: Iterable[int], ratio: Fraction, features: int, bits: Bits) -> dict[int, Ranks]:
     """As many latents for keys as for values, the same in every layer.
 
     Args:
         layers: Indices in the model.
-        ratio: Share of the cache's numbers that is saved.
+        ratio: Share of the cache's bytes that is saved.
         features: F.
+        bits: Of a number of a latent.
     """
-    total = total_rank(ratio, features)
-    return {layer: {"key": total // 2, "value": total - total // 2} for layer in layers}
+    key, value = even_ranks(ratio, features, bits)
+    return {layer: {"key": key, "value": value} for layer in layers}
 
 
-def allocate(energies: Mapping[int, Energies], ratio: Fraction, features: int) -> dict[int, Ranks]:
-    """Ranks by what latents are worth, within the bytes of ``halves`` or a little less.
+def allocate(
+    losses: Mapping[int, Losses], ratio: Fraction, features: int, bits: Bits
+) -> dict[int, Ranks]:
+    """Ranks that lose little, within the bytes of the ratio or a little less.
 
-    A latent is worth its energy over the energy that would be lost without it and all that follow,
-    to the power 0.7. That is between the share of all energy and the share of what is left. The
-    former gives keys almost nothing, because a few directions hold nearly all of their energy.
+    What the model loses is taken to be the sum of the losses to the power 0.3. That is between
+    losses themselves and their logarithms. By the former keys would get almost nothing, because a
+    few directions hold nearly all of their energy. Numbers are given out by what they gain per
+    byte, and a key's number takes more bytes than a value's in 4 bits.
 
     Args:
-        energies: Of each layer's latents, [F] for keys and for values, descending.
-        ratio: Share of the cache's numbers that is saved.
+        losses: Of each layer, for keys and for values: the share of energy that is lost with the
+            first 0, 1, .. F latents, [F + 1]. What rounding loses is in it.
+        ratio: Share of the cache's bytes that is saved.
         features: F.
+        bits: Of a number of a latent.
     """
-    layers = sorted(energies)
-    total_each = total_rank(ratio, features)
-    worth = {layer: _Worth(energies[layer], max(1, total_each // _FLOOR)) for layer in layers}
-    wanted = _best(worth, total_each * len(layers))
-    cut = quantize([Fraction(wanted[layer], 2 * features) for layer in layers])
+    layers = sorted(losses)
+    room_each = token_room(ratio, features)
+    least = max(1, sum(even_ranks(ratio, features, bits)) // _FLOOR)
+    worth = {layer: _Worth(losses[layer], least, bits) for layer in layers}
+    wanted = _best(worth, room_each * len(layers))
+    whole, unit = token_room(Fraction(0), features), LatentFormat(1, 1, bits, 0).unit
+    cut = quantize([wanted[layer] / whole for layer in layers])
     runs = [
-        [layer for layer, of in zip(layers, cut.level_of, strict=True) if of == level]
-        for level in range(len(cut.fractions))
+        [layer for layer, level in zip(layers, cut.level_of, strict=True) if level == at]
+        for at in range(len(cut.fractions))
     ]
     # Tokens that a block holds, rounded up: what is left of the bytes is given out step by step.
-    held = [-(-_BLOCK // (share * _UNIT)) * _UNIT for share in cut.fractions]
-    few = 2 * features * _BLOCK // total_each <= _FEW
-    budget = (1 if few else _PART) * (1 - ratio) * len(layers) / _BLOCK
-
-    def total(tokens: int) -> int:
-        return min(2 * features, 2 * features * _BLOCK // tokens)
-
+    tokens = [-(-BLOCK // (share * unit)) * unit for share in cut.fractions]
+    few = BLOCK * whole / room_each <= _FEW
+    budget = (1 if few else _PART) * (1 - ratio) * len(layers) / BLOCK
     while True:
-        spent = sum(Fraction(len(run), tokens) for run, tokens in zip(runs, held, strict=True))
+        spent = sum(Fraction(len(run), each) for run, each in zip(runs, tokens, strict=True))
         steps = []
-        for level, (run, tokens) in enumerate(zip(runs, held, strict=True)):
-            cost = Fraction(len(run), max(1, tokens - _UNIT)) - Fraction(len(run), tokens)
-            if tokens - _UNIT >= _BLOCK and spent + cost <= budget:
-                more = slice(total(tokens), total(tokens - _UNIT))
-                gain = sum(worth[layer].gains[more].sum().item() for layer in run)
+        for level, (run, each) in enumerate(zip(runs, tokens, strict=True)):
+            cost = Fraction(len(run), max(1, each - unit)) - Fraction(len(run), each)
+            if each - unit >= BLOCK and spent + cost <= budget:
+                before, after = whole * BLOCK / each, whole * BLOCK / (each - unit)
+                gain = sum(worth[layer].gain(before, after) for layer in run)
                 steps.append((gain / float(cost), level))
-        if not steps:
+        if not steps or max(steps)[0] <= 0:
             break
-        held[max(steps)[1]] -= _UNIT
+        tokens[max(steps)[1]] -= unit
     return {
-        layer: worth[layer].ranks(total(tokens))
-        for run, tokens in zip(runs, held, strict=True)
+        layer: worth[layer].ranks(whole * BLOCK / each)
+        for run, each in zip(runs, tokens, strict=True)
         for layer in run
     }
 
 
 class _Worth:
-    """What the latents of a layer are worth, best first, and whose they are.
+    """What the latents of a layer are worth, best per byte first, and whose they are.
 
-    least: latents that keys and values have in any case.
+    Args:
+        losses: See ``allocate``.
+        least: Latents that keys and values have in any case.
+        bits: Of a number of a latent.
+
+    Attributes:
+        token: Bytes that a token takes without a number.
+        per_byte: What each latent is worth by its bytes, [2 * F], descending.
+        costs: Its bytes, [2 * F].
     """
 
-    def __init__(self, energies: Energies, least: int) -> None:
-        gains = torch.stack([_gains(energies[side], least) for side in SIDES])
-        self.gains, order = gains.flatten().sort(descending=True, stable=True)
-        self._keys = (order < gains.shape[1]).cumsum(0)
+    def __init__(self, losses: Losses, least: int, bits: Bits) -> None:
+        self.token = LatentFormat.token_bytes(0, 0, bits)
+        costs = [LatentFormat.token_bytes(*one, bits) - self.token for one in ((1, 0), (0, 1))]
+        gains = [_gains(losses[side], least) for side in SIDES]
+        per_byte = torch.cat([of / float(cost) for of, cost in zip(gains, costs, strict=True)])
+        self.per_byte, order = per_byte.sort(descending=True, stable=True)
+        key = order < len(gains[0])
+        self.costs = torch.where(key, *map(float, costs)).double()
+        self._gains, self._keys = torch.cat(gains)[order], key.cumsum(0)
+        self._ends = self.costs.cumsum(0) + float(self.token)
 
-    def ranks(self, total: int) -> Ranks:
-        keys = int(self._keys[total - 1])
-        return {"key": keys, "value": total - keys}
+    def ranks(self, room: Fraction) -> Ranks:
+        """The best latents that fit ``room`` bytes, one for keys and one for values at least."""
+        count = self._count(room)
+        keys = int(self._keys[count - 1])
+        return {"key": keys, "value": count - keys}
+
+    def gain(self, before: Fraction, after: Fraction) -> float:
+        """What a layer gains where its room grows."""
+        return float(self._gains[self._count(before) : self._count(after)].sum())
+
+    def _count(self, room: Fraction) -> int:
+        return max(2, int((self._ends <= float(room)).sum()))
 
 
-def _gains(energies: torch.Tensor, least: int) -> torch.Tensor:
-    """Never rising, so that the first of a side come first."""
-    energies = energies.double()
-    left = energies.flip(0).cumsum(0).flip(0)
-    gains = energies / energies.sum() * (left / left[0]).clamp(min=1e-12) ** (_POWER - 1)
-    gains = gains.cummin(0).values
+def _gains(losses: torch.Tensor, least: int) -> torch.Tensor:
+    """What each latent is worth, [F]; never rising, so that the first of a side come first."""
+    powers = losses.double().clamp(min=1e-12) ** _POWER
+    gains = (powers[:-1] - powers[1:]).clamp(min=0).cummin(0).values
     gains[:least] = torch.inf
     return gains
 
 
-def _best(worth: Mapping[int, _Worth], count: int) -> dict[int, int]:
-    """How many of the ``count`` best latents are of each layer."""
-    layers: Sequence[int] = list(worth)
-    gains = torch.stack([worth[layer].gains for layer in layers])
-    best = gains.flatten().sort(descending=True, stable=True).indices[:count]
-    counts = torch.bincount(best // gains.shape[1], minlength=len(layers))
-    return dict(zip(layers, counts.tolist(), strict=True))
+def _best(worth: Mapping[int, _Worth], room: Fraction) -> dict[int, Fraction]:
+    """Bytes that each layer takes of ``room`` where the best latents of all layers are taken."""
+    room -= sum((layer.token for layer in worth.values()), Fraction(0))
+    costs = torch.stack([layer.costs for layer in worth.values()])
+    per_byte = torch.stack([layer.per_byte for layer in worth.values()])
+    order = per_byte.flatten().sort(descending=True, stable=True).indices
+    taken = torch.zeros_like(costs).flatten()
+    taken[order] = (costs.flatten()[order].cumsum(0) <= float(room)).double()
+    spent = (taken.view_as(costs) * costs).sum(1).tolist()
+    return {
+        index: layer.token + Fraction(cost)
+        for (index, layer), cost in zip(worth.items(), spent, strict=True)
+    }

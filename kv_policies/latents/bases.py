@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from compress_common.errors import CompressError, joined
 from kv_policies.latents.bases_header import SIDES, Header, Side
+from kv_policies.latents.format import Bits
 from kv_policies.latents.low_rank import Factor
 from kv_policies.model_file import ModelFingerprint
 
@@ -36,8 +37,13 @@ class Bases:
 
     @property
     def ratio(self) -> Fraction:
-        """Share of the cache's numbers that is saved."""
+        """Share of the bytes of a 16-bit cache that is saved."""
         return self.header.ratio
+
+    @property
+    def bits(self) -> Bits:
+        """Of a number of a latent in the cache."""
+        return self.header.bits
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -8,13 +8,15 @@ from typing import Annotated, ClassVar, Final, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from compress_common.errors import CompressError
+from kv_policies.latents.format import Bits, LatentFormat
 from kv_policies.model_file import Calibration, ModelFile, Strict
 
 SCHEMA: Final = "vllm-compress/kv-bases"
-VERSION: Final = 2
+VERSION: Final = 3
 
 # Bases that use less of what their ratio allows were made for another ratio.
 _LEAST: Final = Fraction(3, 4)
+_ITEM_BYTES: Final = 2  # of the cache that a ratio refers to
 
 Side = Literal["key", "value"]
 SIDES: Final[tuple[Side, Side]] = ("key", "value")
@@ -38,14 +40,51 @@ def exact_ratio(ratio: float | str | Fraction) -> Fraction:
     return value
 
 
-def total_rank(ratio: Fraction, features: int) -> int:
-    """Return how many numbers a token has in a layer, for its key and value together.
+def token_room(ratio: Fraction, features: int) -> Fraction:
+    """Return the bytes that a latent token can take in a layer, in a cache of 16 bits.
 
     Args:
-        ratio: Share that is saved.
+        ratio: Share of the cache's bytes that is saved.
         features: Numbers of a key, and of a value, without compression.
     """
-    return max(2, math.floor((1 - ratio) * 2 * features))
+    return (1 - ratio) * 2 * features * _ITEM_BYTES
+
+
+def even_ranks(ratio: Fraction, features: int, bits: Bits) -> tuple[int, int]:
+    """Return the ranks of keys and of values that fit a ratio where both are the same.
+
+    Values have one more where the number is odd. Parameters as for ``token_room``.
+    """
+    room = token_room(ratio, features)
+    key, value = 1, 1
+    while key + value < 2 * features:
+        more = (key, value + 1) if key == value else (value, value)
+        if LatentFormat.token_bytes(*more, bits) > room:
+            break
+        key, value = more
+    return key, value
+
+
+def ratio_problem(ratio: Fraction, features: int, bits: Bits) -> str | None:
+    """Return why no ranks suit a ratio, with the flag to change. Parameters as for ``even_ranks``.
+
+    One number of a key and one of a value have to fit. In 4 bits all numbers fit in little room,
+    and a ratio that leaves more would only seem to keep more.
+    """
+    room, least, most = (
+        token_room(ratio, features),
+        LatentFormat.token_bytes(1, 1, bits),
+        LatentFormat.token_bytes(features, features, bits),
+    )
+    if least <= room <= most:
+        return None
+    whole = token_room(Fraction(0), features)
+    low, high = (math.ceil(100 * (1 - most / whole)), math.floor(100 * (1 - least / whole)))
+    problem = (
+        f"--ratio {float(ratio):g} leaves {float(room):g} bytes a token, latents of {bits} bits take "
+        f"{float(least):g} to {float(most):g}; give a ratio from {low / 100:g} to {high / 100:g}"
+    )
+    return problem + (", or --bits 16" if room > most else "")
 
 
 Ratio = Annotated[
@@ -54,7 +93,10 @@ Ratio = Annotated[
 
 
 class Layer(Strict):
-    """A layer's ranks, and the share of energy that they lose on the calibration text."""
+    """A layer's ranks, and the share of energy that is lost on the calibration text.
+
+    What rounding to the bases' bits loses is in it.
+    """
 
     layer: int = Field(ge=0)
     key_rank: int = Field(ge=1)
@@ -68,7 +110,8 @@ class Header(ModelFile):
 
     Attributes:
         weights: SHA-256 of the model's weights.
-        ratio: Share of the cache's numbers that is saved, over all layers.
+        bits: Of a number of a latent in the cache.
+        ratio: Share of the bytes of a 16-bit cache that is saved, over all layers, scales counted.
         objective: What the error of keys and values was measured by.
         layers: Ascending. Layers that are left alone, such as those with a sliding window, are not
             in it.
@@ -76,12 +119,13 @@ class Header(ModelFile):
     """
 
     noun: ClassVar[str] = "bases"
-    command: ClassVar[str] = "calibrate-kv {} --ratio RATIO"
+    command: ClassVar[str] = "calibrate-kv {}"
 
     schema_name: Literal["vllm-compress/kv-bases"] = Field(SCHEMA, alias="schema")
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
     method: Literal["cskv"] = "cskv"
     weights: str
+    bits: Bits
     ratio: Ratio
     objective: Objective
     layers: tuple[Layer, ...] = Field(min_length=1)
@@ -105,16 +149,23 @@ class Header(ModelFile):
             problems.append("layers are not ascending")
         if indices[-1] >= self.model.num_hidden_layers:
             problems.append(f"layer {indices[-1]} is beyond the model's depth")
-        total = total_rank(self.ratio, self.features)
-        mean = Fraction(sum(row.key_rank + row.value_rank for row in self.layers), len(self.layers))
-        if not _LEAST * total <= mean <= total + 1:
-            problems.append(f"layers have {float(mean):g} numbers a token, ratio says {total}")
+        room = token_room(self.ratio, self.features)
+        spent = [self.token_bytes(row) for row in self.layers]
+        mean = sum(spent, Fraction(0)) / len(spent)
+        if not _LEAST * room <= mean <= room + _ITEM_BYTES:
+            problems.append(
+                f"layers take {float(mean):g} bytes a token, ratio says {float(room):g}"
+            )
         for row in self.layers:
             if max(row.key_rank, row.value_rank) > self.features:
                 problems.append(f"a rank of layer {row.layer} exceeds {self.features} features")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def token_bytes(self, row: Layer) -> Fraction:
+        """Return the bytes of a latent token in a layer, in a cache of 16 bits."""
+        return LatentFormat.token_bytes(row.key_rank, row.value_rank, self.bits)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor in the file, by name. All are float32."""

@@ -3,11 +3,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 from typing import Literal
 
 import torch
 
+Bits = Literal[4, 16]
+
+BLOCK = 32  # tokens; latents that fill such a block fill those of 64, 128, ... too
 GROUP = 32  # tokens that share a key channel's scale, as in CSKV
 _ROWS = 16  # tokens that are written at once in 16 bits
 _MOST = 15
@@ -32,7 +36,7 @@ class LatentFormat:
 
     key_rank: int
     value_rank: int
-    bits: Literal[4, 16]
+    bits: Bits
     tokens: int
 
     @property
@@ -41,12 +45,16 @@ class LatentFormat:
         return _ROWS if self.bits == 16 else GROUP
 
     @classmethod
-    def most_tokens(cls, elements: int, key_rank: int, value_rank: int, bits: int) -> int:
-        """Tokens that fit in a block of ``elements`` numbers of 16 bits, whole groups; 0: none."""
-        if bits == 16:
-            return elements // (key_rank + value_rank) // _ROWS * _ROWS
-        group = cls(key_rank, value_rank, 4, GROUP)
-        return 2 * elements // group.bytes(2) * GROUP
+    def most_tokens(cls, elements: int, key_rank: int, value_rank: int, bits: Bits) -> int:
+        """Tokens that fit in a block of ``elements`` numbers of 16 bits, whole units; 0: none."""
+        unit = cls(key_rank, value_rank, bits, 0).unit
+        each = cls.token_bytes(key_rank, value_rank, bits)
+        return int(2 * elements / each) // unit * unit
+
+    @classmethod
+    def token_bytes(cls, key_rank: int, value_rank: int, bits: Bits) -> Fraction:
+        """Bytes of a token in a cache of 16 bits, with its part of the scales."""
+        return Fraction(cls(key_rank, value_rank, bits, GROUP).bytes(2), GROUP)
 
     def bytes(self, itemsize: int) -> int:
         """Bytes of a full block's content, scales included; itemsize: of the cache's dtype."""
@@ -136,6 +144,17 @@ class LatentFormat:
             sizes += [2 * groups * self.key_rank] * 2 + [2 * self.tokens] * 2
         ends = list(accumulate(sizes))
         return list(zip([0, *ends], ends, strict=False))
+
+
+def rounded(latents: torch.Tensor, dim: int) -> torch.Tensor:
+    """Latents as a cache of 4 bits returns them, in float32.
+
+    Args:
+        latents: Groups of them, [M, GROUP, rank].
+        dim: 1 for keys, whose channels have a scale each; 2 for values, whose tokens have.
+    """
+    codes, scale, zero = _round(latents.float(), dim)
+    return codes.float() * scale.float() + zero.float()
 
 
 def _round(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

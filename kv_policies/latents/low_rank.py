@@ -162,9 +162,18 @@ def relative_error(
 
     metric, weights: as for ``closed_form`` and ``moments``.
     """
-    share = _shares(states, weights)
+    mean = _shares(states, weights) @ states
+    lost, whole = (
+        expected_energy(error, metric, weights) for error in (states - restored, states - mean)
+    )
+    return lost / whole
 
-    def energy(x: torch.Tensor) -> torch.Tensor:
-        return share @ (x * (x if metric is None else x @ metric)).sum(1)
 
-    return float(energy(states - restored) / energy(states - share @ states))
+def expected_energy(
+    errors: torch.Tensor,
+    metric: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> float:
+    """Mean over tokens of ``e^T metric e`` for errors [N, F]; arguments as ``relative_error``'s."""
+    share = _shares(errors, weights)
+    return float(share @ (errors * (errors if metric is None else errors @ metric)).sum(1))

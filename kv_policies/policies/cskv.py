@@ -2,12 +2,12 @@
 """CSKV: low-rank latents of old tokens, full keys and values of recent ones."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from kv_policies.base import Capabilities, NoSettings
-from kv_policies.latents.format import LatentFormat
+from kv_policies.latents.format import Bits, LatentFormat
 
 
 class CSKVSettings(NoSettings):
@@ -16,10 +16,12 @@ class CSKVSettings(NoSettings):
     bases: Path | None = Field(
         None,
         description="low-rank bases of the model, a file made by `vllm-compress calibrate-kv`; it "
-        "names its own ratio. Needed unless keep is 1",
+        "names its own ratio and bits. Needed unless keep is 1",
     )
-    bits: Literal[4, 16] = Field(
-        16, description="per number of a latent; 4: a third of the memory, more is lost"
+    bits: Bits | None = Field(
+        None,
+        description="of a number of a latent, 4 or 16. The bases are made for some, and are "
+        "refused where this is given and differs",
     )
     recent: int = Field(
         32,
@@ -63,8 +65,8 @@ class CSKV:
     def recent(self) -> int:
         return int(self.settings.recent)
 
-    def most_tokens(self, elements: int, key_rank: int, value_rank: int) -> int:
-        return LatentFormat.most_tokens(elements, key_rank, value_rank, self.settings.bits)
+    def most_tokens(self, elements: int, key_rank: int, value_rank: int, bits: Bits) -> int:
+        return LatentFormat.most_tokens(elements, key_rank, value_rank, bits)
 
-    def form(self, key_rank: int, value_rank: int, tokens: int) -> LatentFormat:
-        return LatentFormat(key_rank, value_rank, self.settings.bits, tokens)
+    def form(self, key_rank: int, value_rank: int, bits: Bits, tokens: int) -> LatentFormat:
+        return LatentFormat(key_rank, value_rank, bits, tokens)

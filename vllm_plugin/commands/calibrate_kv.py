@@ -31,17 +31,18 @@ from vllm_plugin.progress import bar
 if TYPE_CHECKING:
     from kv_policies.latents.bases import Bases
     from kv_policies.latents.bases_header import Objective
+    from kv_policies.latents.format import Bits
     from vllm_plugin.commands.profiling.kv_bases import HeldOut
 
 _POLICIES: Final = ("cskv",)
-_ITEM_BYTES: Final = 2  # of a cache in 16 bits
 
 
 def calibrate_kv(
     model: Model,
     ratio: Annotated[
-        str, typer.Option(help="share of each key and value that is saved: 0 or more, below 1")
-    ],
+        str, typer.Option(help="share of the cache's bytes that is saved: 0 or more, below 1")
+    ] = "0.86",
+    bits: Annotated[int, typer.Option(help="of a number of a latent: 4 or 16")] = 4,
     method: Annotated[str, typer.Option(help="KV policy: cskv")] = "cskv",
     text: CalibrationText = SELF,
     samples: Annotated[
@@ -60,7 +61,7 @@ def calibrate_kv(
     ] = "attention",
     target: Annotated[
         Path | None,
-        typer.Option("--out", help="the file (default: kv-bases-MODEL-RATIO.safetensors)"),
+        typer.Option("--out", help="the file (default: kv-bases-MODEL-RATIO-BITSbit.safetensors)"),
     ] = None,
     plot: Plot = None,
     device: Device = AUTO,
@@ -69,20 +70,21 @@ def calibrate_kv(
     """Fit low-rank bases of keys and values, for the policy `cskv`.
 
     Runs the model in transformers on a text, one block at a time, and computes the principal
-    components of its keys (before RoPE) and values.
+    components of its keys (before RoPE) and values. Ranks are distributed over layers, keys and
+    values by what they lose per byte in the given bits, rounding included.
 
-    Example: vllm-compress calibrate-kv meta-llama/Llama-3.1-8B-Instruct --ratio 0.8
+    Example: vllm-compress calibrate-kv meta-llama/Llama-3.1-8B-Instruct --ratio 0.86
     """
     from quant_methods.calibration.text import CalibrationSettings
     from vllm_plugin.commands.profiling.bases_plot import draw
     from vllm_plugin.commands.profiling.kv_bases import make_bases
     from vllm_plugin.commands.profiling.profile_plot import canvas
 
-    share, wanted = _checked(ratio, method, objective)
+    share, width, wanted = _checked(ratio, bits, method, objective)
     settings = CalibrationSettings(source=text, samples=samples, length=length)
     if target is None:
         name = Path(model).expanduser().resolve().name
-        target = Path(f"kv-bases-{name}-{float(share):g}.safetensors")
+        target = Path(f"kv-bases-{name}-{float(share):g}-{width}bit.safetensors")
     figure: Any = canvas(plot) if plot else None
     check_writable(target, plot)  # before minutes of work
     with bar() as progress:
@@ -90,6 +92,7 @@ def calibrate_kv(
             model,
             share,
             settings,
+            bits=width,
             allocate=allocate,
             objective=wanted,
             device=device,
@@ -114,31 +117,39 @@ def calibrate_kv(
         print_written(serve_command(model, policy=method, bases=target), target, plot)
 
 
-def _checked(ratio: str, method: str, objective: str) -> tuple[Fraction, "Objective"]:
-    """Return the options that are not plain numbers; CompressError lists every wrong one."""
+def _checked(
+    ratio: str, bits: int, method: str, objective: str
+) -> tuple[Fraction, "Bits", "Objective"]:
+    """Return the options that typer cannot check; CompressError lists every wrong one."""
     from kv_policies.latents.bases_header import Objective, exact_ratio
+    from kv_policies.latents.format import Bits
 
     known: dict[str, Objective] = {name: name for name in get_args(Objective)}
+    widths: dict[int, Bits] = {width: width for width in get_args(Bits)}
     problems, share = [], Fraction(0)
     try:
         share = exact_ratio(ratio)
     except CompressError as error:
         problems.append(str(error))
+    if bits not in widths:
+        allowed = ", ".join(map(str, widths))
+        problems.append(f"--bits {bits} has no format; allowed: {allowed}")
     if method not in _POLICIES:
         problems.append(f"--method {method!r} has no bases to fit; allowed: {', '.join(_POLICIES)}")
     if objective not in known:
         problems.append(f"--objective {objective!r} is unknown; allowed: {', '.join(known)}")
     if problems:
         raise joined(problems)
-    return share, known[objective]
+    return share, widths[bits], known[objective]
 
 
 def _print_table(bases: "Bases", report: list["HeldOut"]) -> None:
-    from kv_policies.latents.bases_header import SIDES
+    from kv_policies.latents.bases_header import SIDES, token_room
     from vllm_plugin.commands.profiling.bases_plot import METHODS
 
     header = bases.header
-    title = f"{header.model.name}, ratio {float(header.ratio):g}: energy lost, held out"
+    ratio = f"ratio {float(header.ratio):g}, {header.bits} bits"
+    title = f"{header.model.name}, {ratio}: energy lost, held out"
     table = Table(title=title)
     for column in ("layer", *(f"{s} {c}" for s in SIDES for c in ("rank", *METHODS.values()))):
         table.add_column(column, justify="right")
@@ -153,10 +164,11 @@ def _print_table(bases: "Bases", report: list["HeldOut"]) -> None:
     out.print(table)
     if others := header.model.num_hidden_layers - len(header.layers):
         out.print(f"{others} layers without full attention are left alone")
-    stored = sum(sum(bases.ranks(layer)) for layer in bases.layers) * _ITEM_BYTES
-    whole = 2 * header.features * _ITEM_BYTES * len(report)
+    stored = sum(header.token_bytes(row) for row in header.layers)
+    whole = token_room(Fraction(0), header.features) * len(report)
     out.print(
-        f"bytes per token in 16 bits: {stored} of {whole}; the last tokens stay whole beside them",
+        f"bytes per token, with scales: {float(stored):g} of {float(whole):g} in 16 bits; the last "
+        "tokens stay whole beside them",
         highlight=False,
         soft_wrap=True,
     )

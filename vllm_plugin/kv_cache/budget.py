@@ -10,7 +10,7 @@ from compress_common.errors import CompressError, joined
 from kv_policies.base import LatentPolicy
 from kv_policies.budget.profile import load
 from kv_policies.latents.bases import Bases
-from kv_policies.latents.format import GROUP
+from kv_policies.latents.format import BLOCK, GROUP
 from kv_policies.layout.base import Layout
 from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.latents import LatentLayout
@@ -116,11 +116,19 @@ def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
     if settings.bases is None:
         raise CompressError(
             f"{settings.policy} needs bases of the model: make them with `vllm-compress "
-            f"calibrate-kv {name} --ratio 0.8` and name the file as compress.kv.bases, or choose "
+            f"calibrate-kv {name}` and name the file as compress.kv.bases, or choose "
             "another policy"
         )
     model, layers = fingerprint_of(name, config), full_attention_layers(config)
-    return Bases.load(policy.settings.bases, model, layers, published_weights(name, config))
+    bases = Bases.load(policy.settings.bases, model, layers, published_weights(name, config))
+    wanted = getattr(policy.settings, "bits", None)
+    if wanted not in (None, bases.bits):
+        raise CompressError(
+            f"bits is {wanted}, but the bases {settings.bases} are made for latents of {bases.bits} "
+            f"bits; leave bits out, or make bases with `vllm-compress calibrate-kv {name} --bits "
+            f"{wanted}`"
+        )
+    return bases
 
 
 def _latent_layouts(
@@ -139,18 +147,20 @@ def _latent_layouts(
     if settings.min_blocks != 1:
         problems.append(f"{settings.policy} keeps every token; leave min_blocks out")
     elements = block_size * 2 * model.num_key_value_heads * model.head_dim
-    # Layers with the same total rank get the same number of tokens per block. Otherwise the scales
-    # of 4-bit latents would make their layouts differ by a token, and their groups with them.
+    # Ranks of a level fill blocks of ``BLOCK`` tokens alike. In larger blocks they can differ by a
+    # few tokens, and each layout more is one more group of layers.
+    forms = {layer: (*bases.ranks(layer), bases.bits) for layer in bases.layers}
+    features = elements // block_size
+    levels = {layer: policy.most_tokens(BLOCK * features, *form) for layer, form in forms.items()}
     tokens: dict[int, int] = {}
-    for layer in bases.layers:
-        most = policy.most_tokens(elements, *bases.ranks(layer))
-        total = sum(bases.ranks(layer))
-        tokens[total] = min(most, tokens.get(total, most))
+    for layer, level in levels.items():
+        most = policy.most_tokens(elements, *forms[layer])
+        tokens[level] = min(most, tokens.get(level, most))
     if bases.ratio and (least := min(tokens.values())) <= block_size:
-        most = next(total for total, per_block in tokens.items() if per_block == least)
+        most = max(sum(bases.ranks(layer)) for layer in bases.layers)
         problems.append(
-            f"latents of {most} numbers save nothing in blocks of {block_size} tokens: make bases "
-            "with a larger --ratio, or set a larger --block-size"
+            f"latents of {most} numbers in {bases.bits} bits save nothing in blocks of {block_size} "
+            "tokens: make bases with a larger --ratio, or set a larger --block-size"
         )
     if problems:
         raise joined(problems)
@@ -158,7 +168,7 @@ def _latent_layouts(
     return {
         layer: LatentLayout(
             block_size=block_size,
-            tokens=per_block if (per_block := tokens[sum(bases.ranks(layer))]) > block_size else 0,
+            tokens=per_block if (per_block := tokens[levels[layer]]) > block_size else 0,
             unit=unit,
             window=unit if settings.decode_window is None else settings.decode_window,
             min_prompt=_whole(settings.min_prompt, block_size),

@@ -151,7 +151,7 @@ def form_of(policy: Policy, bases: Bases, name: str, spec: CompressedSpec) -> La
     assert isinstance(policy, LatentPolicy)
     assert isinstance(spec.layout, LatentLayout)
     ranks = bases.ranks(extract_layer_index(name))
-    return policy.form(*ranks, spec.layout.tokens)
+    return policy.form(*ranks, bases.bits, spec.layout.tokens)
 
 
 def not_compressed(policy: Policy, name: str) -> CompressError:

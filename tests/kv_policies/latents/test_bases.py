@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -17,9 +19,12 @@ from kv_policies.latents.bases_header import (
     SIDES,
     Header,
     Layer,
+    even_ranks,
     exact_ratio,
-    total_rank,
+    ratio_problem,
+    token_room,
 )
+from kv_policies.latents.format import Bits, LatentFormat
 from kv_policies.latents.low_rank import Factor
 from kv_policies.model_file import Calibration
 from tests.support.kv_files import fingerprint
@@ -35,6 +40,7 @@ def header(**changes: Any) -> Header:
     values: dict[str, Any] = {
         "model": MODEL,
         "weights": "0" * 64,
+        "bits": 16,
         "ratio": "0.8",
         "objective": "reconstruction",
         "layers": [
@@ -87,11 +93,29 @@ def test_ratio_is_what_the_user_typed() -> None:
             exact_ratio(bad)
 
 
-def test_total_rank_is_exact() -> None:
-    assert total_rank(Fraction(4, 5), 1024) == 409
-    assert total_rank(Fraction(9, 10), 1000) == 200  # in floats 199
-    assert total_rank(Fraction(999, 1000), 16) == 2
-    assert total_rank(Fraction(0), 16) == 32
+@given(
+    st.fractions(0, Fraction(39, 40), max_denominator=40),
+    st.integers(16, 2048),
+    st.sampled_from([4, 16]),
+)
+def test_even_ranks_are_the_most_that_fit(ratio: Fraction, features: int, bits: Bits) -> None:
+    key, value = even_ranks(ratio, features, bits)
+    room, size = token_room(ratio, features), LatentFormat.token_bytes
+    assert 1 <= key <= value <= key + 1 and value <= features
+    assert size(key, value, bits) <= room or (key, value) == (1, 1)
+    more = (key, value + 1) if key == value else (value, value)
+    assert key + value == 2 * features or size(*more, bits) > room
+    fits = size(1, 1, bits) <= room <= size(features, features, bits)
+    assert (ratio_problem(ratio, features, bits) is None) is fits
+
+
+def test_ratios_that_no_ranks_suit() -> None:
+    assert even_ranks(Fraction(4, 5), 1024, 16) == (204, 205)
+    assert even_ranks(Fraction(9, 10), 1000, 16) == (100, 100)  # in floats 99 and 100
+    text = ratio_problem(Fraction(1, 2), 192, 4)
+    assert text is not None and "give a ratio from 0.72 to 0.99, or --bits 16" in text
+    text = ratio_problem(Fraction(999, 1000), 192, 4)
+    assert text is not None and "give a ratio from 0.72 to 0.99" in text and "or" not in text[-9:]
 
 
 def test_round_trip_is_exact_and_stable(file: Path) -> None:
@@ -187,8 +211,8 @@ def test_all_that_is_wrong_with_the_header_is_listed(edit: Callable[..., Path]) 
     [
         ([(0, 3, 3), (0, 3, 3)], "not ascending"),
         ([(1, 3, 3), (3, 3, 3)], "layer 3 is beyond"),
-        ([(0, 3, 4), (1, 5, 4)], "8 numbers a token, ratio says 6"),
-        ([(0, 2, 2)], "4 numbers a token, ratio says 6"),
+        ([(0, 3, 4), (1, 5, 4)], "16 bytes a token, ratio says 12.8"),
+        ([(0, 2, 2)], "8 bytes a token, ratio says 12.8"),
         ([(0, 17, 1)], "layer 0 exceeds 16 features"),
         ([], "at least 1 item"),
     ],
@@ -218,4 +242,7 @@ def test_files_that_are_no_bases(file: Path, edit: Callable[..., Path], tmp_path
         save_file({"a": torch.zeros(1)}, file, metadata)
         refused(file, "not a KV bases file")
     file.write_bytes(whole)
-    refused(edit(lambda content, _: content.update(version=1)), "reads version 2")
+    refused(
+        edit(lambda content, _: content.update(version=2)),
+        "has version 2, this plugin reads version 3",
+    )

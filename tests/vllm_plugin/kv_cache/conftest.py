@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.kv_engine import save_made_up_bases
 from kv_policies.budget.profile import Profile, Provenance
-from kv_policies.latents.bases_header import SIDES, total_rank
+from kv_policies.latents.bases_header import SIDES, even_ranks
+from kv_policies.latents.format import Bits
 from kv_policies.latents.low_rank import svd
 from quant_methods.checkpoint import Checkpoint
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
@@ -37,7 +38,9 @@ def save_profile(model: Path, path: Path, keep: Fraction, levels: int) -> Path:
     return path
 
 
-def save_bases(model: Path, path: Path, ratio: Fraction, totals: Sequence[int] = ()) -> Path:
+def save_bases(
+    model: Path, path: Path, ratio: Fraction, totals: Sequence[int] = (), bits: Bits = 16
+) -> Path:
     """The SVD of each projection, which needs no text.
 
     totals: numbers per token of layers 0, 1, .., over and over; none: the ratio's in all.
@@ -48,7 +51,7 @@ def save_bases(model: Path, path: Path, ratio: Fraction, totals: Sequence[int] =
     layers = full_attention_layers(config)
     fingerprint = fingerprint_of("test", config)
     features = fingerprint.num_key_value_heads * fingerprint.head_dim
-    totals = totals or (total_rank(ratio, features),)
+    totals = totals or (sum(even_ranks(ratio, features, bits)),)
     places = {
         f"model.layers.{layer}.self_attn.{side[0]}_proj.weight": (layer, side)
         for layer in layers
@@ -60,7 +63,7 @@ def save_bases(model: Path, path: Path, ratio: Fraction, totals: Sequence[int] =
         weight, total = tensor.double().T, totals[layer % len(totals)]
         rank = total // 2 if side == "key" else total - total // 2
         factors[layer, side] = svd(weight, torch.zeros_like(weight[0])).cut(rank).float()
-    save_made_up_bases(model, ratio, factors, path)
+    save_made_up_bases(model, ratio, bits, factors, path)
     return path
 
 

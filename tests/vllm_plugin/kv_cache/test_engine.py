@@ -50,6 +50,13 @@ def bases(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_bases(model, path, Fraction(4, 5), (54, 76, 96))
 
 
+@pytest.fixture(scope="module")
+def four_bits(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latents of as many numbers, in 4 bits."""
+    path = tmp_path_factory.mktemp("bases") / "kv4.safetensors"
+    return save_bases(model, path, Fraction(47, 50), (54, 76, 96), bits=4)
+
+
 def tokens(answer: dict[str, Any], number: int = 0) -> list[list[int]]:
     return [one["tokens"] for one in answer["rounds"][number]]
 
@@ -157,13 +164,13 @@ def test_latents_of_low_rank_keys_and_values_lose_nothing(
     ],
 )
 def test_freed_blocks_are_used_by_others_and_nothing_mixes(
-    model: Path, profile: Path, bases: Path, kind: str
+    model: Path, profile: Path, bases: Path, four_bits: Path, kind: str
 ) -> None:
     kv: dict[str, Any] = {"policy": "snap_kv", "keep": 0.25, "decode_window": 0}
     if kind == "three levels":
         kv = {"policy": "prefix_kv", "profile": str(profile), "queries": 128}
     elif kind != "one level":
-        kv = {"policy": "cskv", "bases": str(bases), "bits": 4 if "4" in kind else 16}
+        kv = {"policy": "cskv", "bases": str(four_bits if "4" in kind else bases)}
     case = {"kv": kv, "prompts": needle_prompts(model, 16, 450), "max_tokens": 24}
     sizes = (30 if "4" in kind else 70, 600)
     tight, ample = run(model, [case | {"engine": pool(model, blocks)} for blocks in sizes])

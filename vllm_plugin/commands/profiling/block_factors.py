@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits a low-rank factor to the keys or values of one decoder block in transformers."""
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.nn.functional import linear
 
 from kv_policies.attention import attention_received
 from kv_policies.latents.bases_header import Objective, Side
+from kv_policies.latents.format import Bits
 from kv_policies.latents.low_rank import (
+    Factor,
     asvd,
     closed_form,
     key_metric,
@@ -19,6 +21,9 @@ from kv_policies.latents.low_rank import (
     value_metric,
 )
 from kv_policies.latents.rope import Rope
+from kv_policies.latents.rounding import losses, restored, rounding_error, spread
+
+_TOKENS: Final = 4096  # that the error of rounding is measured on
 
 
 class BlockFactor:
@@ -35,10 +40,11 @@ class BlockFactor:
         objective: "reconstruction" is the paper's: the error of keys and values. "attention" weighs
             tokens by the attention that they receive, key features by the queries that meet them,
             and value features by what the output projection does with them.
+        bits: Of a number of a latent, when it is stored.
 
     Attributes:
-        factor: Of full rank, best latents first.
-        energies: Energy of each latent in the objective's metric.
+        losses: Share of energy in the objective's metric that is lost with the first 0, 1, .. F
+            latents, [F + 1]. What rounding to ``bits`` loses is in it.
     """
 
     def __init__(
@@ -48,22 +54,36 @@ class BlockFactor:
         inputs: torch.Tensor,
         weights: torch.Tensor | None,
         objective: Objective,
+        bits: Bits,
     ) -> None:
-        self.attention, self.name = attention, side[0]
+        self.attention, self.side, self.name, self.bits = attention, side, side[0], bits
         flat = inputs.flatten(0, 1)
         self.magnitude = flat.abs().mean(0, dtype=torch.float64)
         self.metric = _metric(attention, side, flat) if objective == "attention" else None
         states = _normed(attention, self.name, _projected(attention, self.name, flat))
-        self.factor, self.energies = closed_form(*moments(states, weights), self.metric)
+        self._factor, self._energies = closed_form(*moments(states, weights), self.metric)
+        some = slice(_TOKENS)
+        errors = {
+            rank: rounding_error(
+                self.factor(rank),
+                states[some],
+                side,
+                self.metric,
+                weights if weights is None else weights[some],
+            )
+            for rank in (_ranks_to_measure(len(self._energies)) if bits == 4 else ())
+        }
+        self.losses = losses(self._energies.cpu(), errors)
 
-    def lost(self, rank: int) -> float:
-        """Return the relative error at this rank on the inputs that the factor was fitted to."""
-        return float(self.energies[rank:].sum() / self.energies.sum())
+    def factor(self, rank: int) -> Factor:
+        """Return the factor of this rank, as it is stored."""
+        factor = self._factor.cut(rank)
+        return spread(factor, self._energies[:rank]) if self.bits == 4 else factor
 
     def errors(
         self, inputs: torch.Tensor, weights: torch.Tensor | None, rank: int
     ) -> dict[str, float]:
-        """Return the relative error on other inputs, by method.
+        """Return the relative error on other inputs, by method; the closed form's as it is stored.
 
         SVD and ASVD restore what the projection returns. A norm per head is applied to that.
 
@@ -77,14 +97,19 @@ class BlockFactor:
         bias = torch.zeros_like(weight[0]) if projection.bias is None else projection.bias.double()
         raw = _projected(self.attention, self.name, inputs.flatten(0, 1))
         states = _normed(self.attention, self.name, raw)
-        restored = {"closed_form": self.factor.cut(rank).project(states)}
+        found = {"closed_form": restored(self.factor(rank), states, self.side, self.bits)}
         others = {"svd": svd(weight, bias), "asvd": asvd(weight, bias, self.magnitude)}
         for method, factor in others.items():
-            restored[method] = _normed(self.attention, self.name, factor.cut(rank).project(raw))
+            found[method] = _normed(self.attention, self.name, factor.cut(rank).project(raw))
         return {
-            method: relative_error(states, found, self.metric, weights)
-            for method, found in restored.items()
+            method: relative_error(states, projected, self.metric, weights)
+            for method, projected in found.items()
         }
+
+
+def _ranks_to_measure(features: int) -> list[int]:
+    """Return ranks that the error of rounding is measured at; between them it is known."""
+    return sorted({max(1, features // part) for part in (16, 4, 2, 1)})
 
 
 def weights_of(

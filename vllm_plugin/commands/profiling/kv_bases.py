@@ -16,10 +16,19 @@ import torch
 from compress_common.errors import CompressError
 from kv_policies.latents import allocation
 from kv_policies.latents.bases import Bases
-from kv_policies.latents.bases_header import SIDES, Header, Layer, Objective, Side
+from kv_policies.latents.bases_header import (
+    SIDES,
+    Header,
+    Layer,
+    Objective,
+    Side,
+    ratio_problem,
+)
+from kv_policies.latents.format import Bits
 from kv_policies.latents.low_rank import Factor
 from kv_policies.model_file import Calibration
 from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.precision import computed_in
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.progress import Progress, silent
 from quant_methods.structure.derive import structure_of
@@ -52,8 +61,8 @@ class _Fit:
     weights: torch.Tensor | None
 
     @property
-    def energies(self) -> dict[Side, torch.Tensor]:
-        return {side: factor.energies.cpu() for side, factor in self.sides.items()}
+    def losses(self) -> dict[Side, torch.Tensor]:
+        return {side: factor.losses for side, factor in self.sides.items()}
 
     def errors(self, ranks: allocation.Ranks, device: torch.device) -> dict[str, dict[str, float]]:
         """Errors on held-out text, by side and method."""
@@ -65,7 +74,9 @@ class _Fit:
 
     def row(self, layer: int, ranks: allocation.Ranks) -> Layer:
         """The layer's line in the header."""
-        lost = {f"{side}_error": round(self.sides[side].lost(ranks[side]), 6) for side in SIDES}
+        lost = {
+            f"{side}_error": round(float(self.sides[side].losses[ranks[side]]), 6) for side in SIDES
+        }
         return Layer(layer=layer, key_rank=ranks["key"], value_rank=ranks["value"], **lost)
 
 
@@ -75,6 +86,7 @@ def make_bases(
     ratio: Fraction,
     text: CalibrationSettings,
     *,
+    bits: Bits = 16,
     allocate: bool = True,
     objective: Objective = "attention",
     device: str = "cpu",
@@ -84,12 +96,13 @@ def make_bases(
 
     Args:
         model: A model folder or hub id.
-        ratio: Share of the cache's numbers that is saved, in [0, 1).
+        ratio: Share of the bytes of a 16-bit cache that is saved, in [0, 1).
         text: The calibration text.
+        bits: Of a number of a latent in the cache.
         allocate: Give each layer's keys and values the ranks that they need, in the same bytes.
             False: all get the same.
         objective: What the error of keys and values is measured by; see ``BlockFactor``.
-        device: Where blocks run, in the checkpoint's dtype: a name, or "auto".
+        device: Where blocks run, a name or "auto"; in what, see ``computed_in``.
         progress: Told as the work advances.
 
     Raises:
@@ -110,6 +123,8 @@ def make_bases(
             f"{subject.name} caps its attention scores (at {cap}), which cskv does not serve"
         )
     features = fingerprint.num_key_value_heads * fingerprint.head_dim
+    if problem := ratio_problem(ratio, features, bits):
+        raise CompressError(problem)
     if fitted * text.length < features:
         raise CompressError(
             f"{fitted * text.length} tokens cannot tell {features} features apart; raise the "
@@ -118,13 +133,14 @@ def make_bases(
     place = subject.placement(device, whole=False)
     network = subject.network(progress, place.model)
     tokens = subject.tokens(network, progress)
+    network.to(computed_in(subject.checkpoint.weight_bytes, place.device))
     blocks = Blocks(network, structure, tokens, place.device, states=place.states)
-    fits = _fits(blocks, subject.layers, fitted, objective, progress)
+    fits = _fits(blocks, subject.layers, fitted, objective, bits, progress)
     if allocate:
-        energies = {index: fit.energies for index, fit in fits.items()}
-        ranks = allocation.allocate(energies, ratio, features)
+        losses = {index: fit.losses for index, fit in fits.items()}
+        ranks = allocation.allocate(losses, ratio, features, bits)
     else:
-        ranks = allocation.halves(fits, ratio, features)
+        ranks = allocation.halves(fits, ratio, features, bits)
     report: list[HeldOut] = []
     factors: dict[tuple[int, Side], Factor] = {}
     for done, (index, fit) in enumerate(fits.items()):
@@ -137,6 +153,7 @@ def make_bases(
     header = Header(
         model=fingerprint,
         weights=weights_digest(subject.checkpoint, structure.layers, depth),
+        bits=bits,
         ratio=ratio,
         objective=objective,
         layers=tuple(fit.row(index, ranks[index]) for index, fit in fits.items()),
@@ -146,7 +163,12 @@ def make_bases(
 
 
 def _fits(
-    blocks: Blocks, layers: Sequence[int], fitted: int, objective: Objective, progress: Progress
+    blocks: Blocks,
+    layers: Sequence[int],
+    fitted: int,
+    objective: Objective,
+    bits: Bits,
+    progress: Progress,
 ) -> dict[int, _Fit]:
     """Run all blocks up to the last of ``layers`` and fit each to the first ``fitted`` samples."""
     fits: dict[int, _Fit] = {}
@@ -163,7 +185,9 @@ def _fits(
             weights, others = (
                 weights_of(attention, x, rotation, objective) for x in (seen, unseen)
             )
-            sides = {side: BlockFactor(attention, side, seen, weights, objective) for side in SIDES}
+            sides = {
+                side: BlockFactor(attention, side, seen, weights, objective, bits) for side in SIDES
+            }
             fits[index] = _Fit(sides, unseen.cpu(), others)
     progress("fit", layers[-1] + 1, layers[-1] + 1)
     return fits
@@ -181,4 +205,4 @@ def _step(blocks: Blocks, index: int, hidden: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _cut(index: int, fit: _Fit, ranks: allocation.Ranks) -> dict[tuple[int, Side], Factor]:
-    return {(index, side): fit.sides[side].factor.cut(ranks[side]).float() for side in SIDES}
+    return {(index, side): fit.sides[side].factor(ranks[side]).float() for side in SIDES}
