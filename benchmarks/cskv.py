@@ -18,10 +18,11 @@ error   recon_error_vs_svd_max, recon_error_vs_asvd_max: squared error of keys o
         rank, on the last quarter of the text, which nothing was fitted to. The largest over layers,
         of keys and values.
 quality cskv_nats, cskv_passkey, cskv_locker, cskv_record, cskv_dialogue: at ratio 0.86 in 4 bits,
-        nats and recall as in ``kv_quality``, of 8 windows, and of 6 prompts of 300 and 900
+        nats and recall as in ``kv_quality``, of 8 windows, and of 4 prompts of 300 and 700
         tokens for each of four wordings of a key. Extra: the same for cskv_16bit_020 (ratio 0.8 in
         16 bits), cskv_020 (in 4 bits) and cskv_006 (ratio 0.94); cskv_share: what a token takes
-        of the full cache's bytes in whole blocks of 32. In float32 on x86 without AVX-512, else in bfloat16.
+        of the full cache's bytes in whole blocks of 32. In float32 on x86 without AVX-512, else in
+        bfloat16.
 
 Limits. Timings need a machine that does nothing else. Without AVX-512 there is no kernel.
 """

@@ -21,8 +21,8 @@ ROWS = (
     ("cskv_006", "cskv", 0.06),
 )
 SIZES = Sizes(
-    lengths=(300, 900),
-    depths=(0.1, 0.5, 0.9),
+    lengths=(300, 700),
+    depths=(0.2, 0.8),
     needle_lengths=(),
     prompts=1,
     windows=8,

@@ -81,8 +81,9 @@ def ratio_problem(ratio: Fraction, features: int, bits: Bits) -> str | None:
     whole = token_room(Fraction(0), features)
     low, high = (math.ceil(100 * (1 - most / whole)), math.floor(100 * (1 - least / whole)))
     problem = (
-        f"--ratio {float(ratio):g} leaves {float(room):g} bytes a token, latents of {bits} bits take "
-        f"{float(least):g} to {float(most):g}; give a ratio from {low / 100:g} to {high / 100:g}"
+        f"--ratio {float(ratio):g} leaves {float(room):g} bytes a token, latents of {bits} bits "
+        f"take {float(least):g} to {float(most):g}; give a ratio "
+        f"from {low / 100:g} to {high / 100:g}"
     )
     return problem + (", or --bits 16" if room > most else "")
 

@@ -124,9 +124,9 @@ def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
     wanted = getattr(policy.settings, "bits", None)
     if wanted not in (None, bases.bits):
         raise CompressError(
-            f"bits is {wanted}, but the bases {settings.bases} are made for latents of {bases.bits} "
-            f"bits; leave bits out, or make bases with `vllm-compress calibrate-kv {name} --bits "
-            f"{wanted}`"
+            f"bits is {wanted}, but the bases {settings.bases} are made for latents of "
+            f"{bases.bits} bits; leave bits out, or make bases with `vllm-compress calibrate-kv "
+            f"{name} --bits {wanted}`"
         )
     return bases
 
@@ -156,11 +156,11 @@ def _latent_layouts(
     for layer, level in levels.items():
         most = policy.most_tokens(elements, *forms[layer])
         tokens[level] = min(most, tokens.get(level, most))
-    if bases.ratio and (least := min(tokens.values())) <= block_size:
+    if bases.ratio and min(tokens.values()) <= block_size:
         most = max(sum(bases.ranks(layer)) for layer in bases.layers)
         problems.append(
-            f"latents of {most} numbers in {bases.bits} bits save nothing in blocks of {block_size} "
-            "tokens: make bases with a larger --ratio, or set a larger --block-size"
+            f"latents of {most} numbers in {bases.bits} bits save nothing in blocks of "
+            f"{block_size} tokens: make bases with a larger --ratio, or set a larger --block-size"
         )
     if problems:
         raise joined(problems)
