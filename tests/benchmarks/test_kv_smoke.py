@@ -80,11 +80,14 @@ def test_quality(demo_model: Path, tmp_path: Path):
 def test_cskv(demo_model: Path, tmp_path: Path):
     contract = {
         "bytes_per_token_ratio_080",
-        "bytes_per_token_ratio_080_int4",
+        "bytes_per_token_ratio_086_int4",
         "decode_ratio_b8_2000",
         "recon_error_vs_svd_max",
         "recon_error_vs_asvd_max",
+        "cskv_nats",
+        "cskv_passkey",
+        "cskv_record",
     }
     line, _ = smoke("cskv", contract, tmp_path / "cskv.json")
-    assert line["bytes_per_token_ratio_080_int4"] < line["bytes_per_token_ratio_080"] < 0.25
+    assert line["bytes_per_token_ratio_086_int4"] < line["bytes_per_token_ratio_080"] < 0.25
     assert 0 < line["recon_error_vs_asvd_max"] < 1

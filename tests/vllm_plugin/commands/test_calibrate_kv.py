@@ -95,13 +95,13 @@ def test_the_file_is_of_this_model_alone(
     calibrate: Callable, tiny_model: Callable[..., Path], text: Path
 ) -> None:
     folder = tiny_model("qwen2")
-    arguments = (folder, "--ratio", 0.8, "--text", text, *QUICK, "--plot", "p.png")
+    arguments = (folder, "--ratio", 0.8, "--bits", 16, "--text", text, *QUICK, "--plot", "p.png")
     code, output, errors = calibrate(*arguments, "--no-allocate", "--objective", "attention")
     assert code == 0, errors
-    file = Path(f"kv-bases-{folder.name}-0.8.safetensors")
+    file = Path(f"kv-bases-{folder.name}-0.8-16bit.safetensors")
     prefix = "--additional-config.compress.kv"
     assert f"{prefix}.policy cskv {prefix}.bases {file}" in output
-    assert "bytes per token in 16 bits: 100 of 512;" in output
+    assert "bytes per token, with scales: 100 of 512 in 16 bits;" in output
     assert Path("p.png").read_bytes().startswith(b"\x89PNG")
     assert not list(Path().glob(".*")), "temporary files are left"
 
@@ -119,7 +119,19 @@ def test_the_file_is_of_this_model_alone(
 
 
 def test_demo_model(calibrate: Callable, demo_model: Path, text: Path) -> None:
-    arguments = (demo_model, "--ratio", "1/2", "--text", text, "--samples", 8, "--length", 128)
+    arguments = (
+        demo_model,
+        "--ratio",
+        "1/2",
+        "--bits",
+        16,
+        "--text",
+        text,
+        "--samples",
+        8,
+        "--length",
+        128,
+    )
     arguments += ("--objective", "reconstruction", "--out", "demo.safetensors")
     code, output, errors = calibrate(*arguments, "--json")
     assert code == 0, errors
@@ -137,8 +149,29 @@ def test_demo_model(calibrate: Callable, demo_model: Path, text: Path) -> None:
     assert 0.02 < mean < 0.2
 
 
+def test_four_bits_at_a_ratio_of_86_percent_are_the_default(
+    calibrate: Callable, tiny_model: Callable[..., Path], text: Path
+) -> None:
+    folder = tiny_model("llama")
+    code, output, errors = calibrate(folder, "--text", text, *QUICK, "--json")
+    assert code == 0, errors
+    printed = json.loads(output)
+    assert printed["out"] == f"kv-bases-{folder.name}-0.86-4bit.safetensors"
+    made = Bases.load(printed["out"])
+    assert (made.bits, made.ratio) == (4, Fraction(43, 50))
+    spent = [made.header.token_bytes(row) for row in made.header.layers]
+    assert Fraction(3, 4) * 36 < sum(spent) / len(spent) <= Fraction(7, 50) * 4 * 64
+    for row, told in zip(printed["held_out"], made.header.layers, strict=True):
+        for side in SIDES:
+            # As stored: fitted and unseen text lose about the same, rounding included.
+            lost = getattr(told, f"{side}_error")
+            assert 0 < lost < row[side]["closed_form"] < 1.5 * lost + 0.1
+
+
 def test_own_text_and_no_saving(calibrate: Callable, tiny_model: Callable[..., Path]) -> None:
-    code, _, errors = calibrate(tiny_model("llama"), "--ratio", 0, *QUICK, "--out", "own")
+    code, _, errors = calibrate(
+        tiny_model("llama"), "--ratio", 0, "--bits", 16, *QUICK, "--out", "own"
+    )
     assert code == 0, errors
     made = Bases.load("own")
     assert made.header.calibration.text == "sampled by the model itself, seed 0"

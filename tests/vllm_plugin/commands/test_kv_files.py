@@ -30,7 +30,7 @@ class Command(NamedTuple):
     def line(self, model: object, *more: object) -> tuple[object, ...]:
         """A command line of seconds. Later options overrule earlier ones."""
         quick = ("--samples", self.samples, "--length", self.length)
-        return (self.name, model, self.share, "0.5", *quick, *more)
+        return (self.name, model, self.share, "0.8", *quick, *more)
 
 
 PROFILE = Command("profile", "--keep", Profile, make_profile, 2, 48)
@@ -58,6 +58,8 @@ BAD: dict[Command | None, list[tuple[str, str]]] = {
     BASES: [
         ("--ratio 1", "a number in [0, 1), got 1"),
         ("--ratio much", "a number in [0, 1), got much"),
+        ("--bits 8", "--bits 8 has no format; allowed: 4, 16"),
+        ("--ratio 0.5", "give a ratio from 0.71 to 0.97, or --bits 16"),
         ("--method snap_kv", "allowed: cskv"),
         ("--objective beauty", "allowed: reconstruction, attention"),
         ("--samples 3", "3 samples are too few"),
@@ -102,10 +104,10 @@ def test_bad_options_are_one_line(
 
 
 def test_all_bad_options_are_listed(run: Callable) -> None:
-    wrong = ("--ratio", "2", "--method", "prefix_kv", "--objective", "beauty")
+    wrong = ("--ratio", "2", "--bits", "3", "--method", "prefix_kv", "--objective", "beauty")
     code, _, errors = run(*BASES.line("/no/such/model", *wrong))
     assert code == 1
-    assert "3 problems" in errors
+    assert "4 problems" in errors
     _, _, errors = run(*BASES.line("/no/such/model", "--out", "a/b", "--plot", "c/d.png"))
     assert "2 problems" in errors and "a/b" in errors and "c/d.png" in errors
 

@@ -2,6 +2,7 @@
 """From settings to layouts, with policies of somebody else's."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,12 +12,12 @@ from transformers import AutoConfig
 
 from compress_common.errors import CompressError
 from kv_policies.base import LatentPolicy
-from kv_policies.latents.format import LatentFormat
+from kv_policies.latents.format import Bits, LatentFormat
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.policies.cskv import CSKV
 from kv_policies.registry import KV_POLICIES
 from tests.compress_common.test_registry import Entry
-from tests.vllm_plugin.kv_cache.conftest import save_profile
+from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.settings import KVSettings
 
@@ -30,10 +31,10 @@ class Coarse(CSKV):
     def recent(self) -> int:
         return 64
 
-    def most_tokens(self, elements: int, key_rank: int, value_rank: int) -> int:
-        return super().most_tokens(elements, key_rank, value_rank) // 64 * 32
+    def most_tokens(self, elements: int, key_rank: int, value_rank: int, bits: Bits) -> int:
+        return super().most_tokens(elements, key_rank, value_rank, bits) // 64 * 32
 
-    def form(self, key_rank: int, value_rank: int, tokens: int) -> LatentFormat:
+    def form(self, key_rank: int, value_rank: int, bits: Bits, tokens: int) -> LatentFormat:
         return LatentFormat(key_rank, value_rank, 16, tokens)
 
 
@@ -78,3 +79,22 @@ def test_a_second_latent_policy_needs_its_file_only(
         assert isinstance(layout, LatentLayout) and isinstance(other, LatentLayout)
         assert (layout.recent, other.recent) == (32, 64)
         assert other.tokens == layout.tokens // 64 * 32
+
+
+def test_layers_of_one_level_share_a_layout_whatever_their_ranks(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Keys take more bytes than values in 4 bits, and larger blocks are filled more finely."""
+    model = tiny_model("llama", num_hidden_layers=6)
+    # 224, 192 and 160 tokens in a block of 32, by one number more or less.
+    totals = (49, 50, 59, 60, 73, 74)
+    file = save_bases(model, tmp_path / "kv.safetensors", Fraction(4, 5), totals, bits=4)
+    config = AutoConfig.from_pretrained(model)
+    kv = KVSettings(policy="cskv", bases=str(file))  # type: ignore[call-arg]
+    for block_size, levels in ((32, 3), (256, 3), (1024, 3)):
+        made = layouts_of(kv, block_size, str(model), config)
+        tokens = [layout.tokens for layout in made.values() if isinstance(layout, LatentLayout)]
+        assert len(set(tokens)) == levels and tokens[0] == tokens[1] > tokens[2] == tokens[3]
+        for layer, layout in made.items():
+            form = LatentFormat(totals[layer] // 2, -(-totals[layer] // 2), 4, tokens[layer])
+            assert form.bytes(2) <= block_size * 2 * 64 * 2

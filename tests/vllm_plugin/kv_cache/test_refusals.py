@@ -198,7 +198,10 @@ def test_bases_of_another_model_or_with_another_budget(
     wrong = {"keep": 0.3, "profile": str(profile), "min_blocks": 2}
     text = refusal(demo_model, kv | wrong)
     assert all(f"leave {name} out" in text for name in wrong)
-    text = refusal(demo_model, kv | {"decode_window": 48})
+    text = refusal(demo_model, kv | {"bits": 4})
+    assert f"bits is 4, but the bases {bases} are made for latents of 16 bits; leave bits" in text
+    assert "calibrate-kv" in text and "--bits 4" in text
+    text = refusal(demo_model, kv | {"bits": 16, "decode_window": 48})
     assert "window must be 0 or a multiple of the block size 32, got 48" in text
 
 
