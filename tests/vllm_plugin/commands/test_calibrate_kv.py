@@ -119,20 +119,8 @@ def test_the_file_is_of_this_model_alone(
 
 
 def test_demo_model(calibrate: Callable, demo_model: Path, text: Path) -> None:
-    arguments = (
-        demo_model,
-        "--ratio",
-        "1/2",
-        "--bits",
-        16,
-        "--text",
-        text,
-        "--samples",
-        8,
-        "--length",
-        128,
-    )
-    arguments += ("--objective", "reconstruction", "--out", "demo.safetensors")
+    arguments = (demo_model, "--ratio", "1/2", "--text", text, "--samples", 8, "--length", 128)
+    arguments += ("--bits", 16, "--objective", "reconstruction", "--out", "demo.safetensors")
     code, output, errors = calibrate(*arguments, "--json")
     assert code == 0, errors
     printed, made = json.loads(output), Bases.load("demo.safetensors")
@@ -169,9 +157,8 @@ def test_four_bits_at_a_ratio_of_86_percent_are_the_default(
 
 
 def test_own_text_and_no_saving(calibrate: Callable, tiny_model: Callable[..., Path]) -> None:
-    code, _, errors = calibrate(
-        tiny_model("llama"), "--ratio", 0, "--bits", 16, *QUICK, "--out", "own"
-    )
+    whole = ("--ratio", 0, "--bits", 16)
+    code, _, errors = calibrate(tiny_model("llama"), *whole, *QUICK, "--out", "own")
     assert code == 0, errors
     made = Bases.load("own")
     assert made.header.calibration.text == "sampled by the model itself, seed 0"

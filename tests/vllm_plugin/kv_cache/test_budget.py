@@ -95,6 +95,6 @@ def test_layers_of_one_level_share_a_layout_whatever_their_ranks(
         made = layouts_of(kv, block_size, str(model), config)
         tokens = [layout.tokens for layout in made.values() if isinstance(layout, LatentLayout)]
         assert len(set(tokens)) == levels and tokens[0] == tokens[1] > tokens[2] == tokens[3]
-        for layer, layout in made.items():
-            form = LatentFormat(totals[layer] // 2, -(-totals[layer] // 2), 4, tokens[layer])
+        for total, per_block in zip(totals, tokens, strict=True):
+            form = LatentFormat(total // 2, -(-total // 2), 4, per_block)
             assert form.bytes(2) <= block_size * 2 * 64 * 2
