@@ -20,7 +20,7 @@ Ranks = dict[Side, int]
 Losses = Mapping[Side, torch.Tensor]
 
 _POWER: Final = 0.3
-_FLOOR: Final = 8  # no side of a layer gets less than this part of the layers' mean rank
+_FLOOR: Final = 4  # no side of a layer gets less than this part of the layers' mean rank
 # Of the ratio's bytes. Levels meet the ends of blocks at different lengths: in the worst moment of
 # a full pool, requests with several totals hold that much more than those with one. Not where a
 # block holds few tokens: there the next smaller total is too much smaller.
