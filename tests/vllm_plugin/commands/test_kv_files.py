@@ -46,7 +46,7 @@ BAD: dict[Command | None, list[tuple[str, str]]] = {
         ("--samples 400", "00 are needed"),
         ("--out missing/file", "writable folder"),
         ("--plot plot.xyz", "unknown kind of file"),
-        ("--device abacus", "device 'abacus' cannot be used"),
+        ("--device abacus", "device abacus cannot be used"),
     ],
     PROFILE: [
         ("--keep 0", "must be in (0, 1], got 0"),
