@@ -42,6 +42,8 @@ def test_bytes_are_those_of_the_ratio(
     layers: int, features: int, ratio: Fraction, bits: Bits, data: st.DataObject
 ) -> None:
     assume(ratio_problem(ratio, features, bits) is None)
+    # In less room a number of 4 bits more or less changes the tokens of a block.
+    assume(bits == 16 or ((1 - ratio) * 4 * features) ** 2 > 3 * features)
     slopes = st.floats(0.5, 1)
     given = {
         3 * layer: {side: falling(features, data.draw(slopes), bits) for side in SIDES}
