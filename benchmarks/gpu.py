@@ -19,8 +19,8 @@ kernel    one layer of Llama-3.1-8B's attention, for B requests of N tokens, csk
           ours over latents; kernel_bandwidth_share_bB_N and kernel_flops_share_bB_N, what ours
           reads and computes per second over what a copy and a product of 8,192 x 8,192 do.
           flash_ratio_bB_N: Triton's time over FlashAttention's. With _int4 too.
-latents   cskv_decode_ratio_bB, cskv_4bit_decode_ratio_bB over stock, cskv at ratio 0.8 and in 4 bits
-          at 0.86, all with full graphs; cskv_pieces is cskv with piecewise graphs.
+latents   cskv_decode_ratio_bB, cskv_4bit_decode_ratio_bB over stock, cskv at ratio 0.8 and, in 4
+          bits, 0.86, all with full graphs; cskv_pieces is cskv with piecewise graphs.
 pool      snap_kv_requests_ratio, snap_kv_tokens_ratio: requests at once and tokens per second over
           stock in a pool for 8 full requests of 8,192 tokens, keep 0.25.
 denoise   P_ratio_bB: tokens per second of B requests of 128 tokens, canvas of 128 (32 for B = 8),
