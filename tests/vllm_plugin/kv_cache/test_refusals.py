@@ -376,7 +376,8 @@ def test_latents_have_large_blocks_on_a_gpu(
 ) -> None:
     args = EngineArgs(model="unused", block_size=given)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
-    choose_engine_args(args, KVSettings(policy=policy))
+    share = {"bases": "unused"} if policy == "cskv" else {"keep": 0.5}
+    choose_engine_args(args, KVSettings(policy=policy, **share))
     assert args.block_size == chosen
 
 
