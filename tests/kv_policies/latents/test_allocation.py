@@ -63,7 +63,7 @@ def test_bytes_are_those_of_the_ratio(
 
 @given(st.integers(24, 64), st.floats(0.5, 1), st.floats(0.5, 1), BITS, st.data())
 @settings(deadline=None)
-def test_more_bytes_never_take_a_number_from_anyone(
+def test_more_bytes_take_hardly_a_number_from_anyone(
     features: int, keys: float, values: float, bits: Bits, data: st.DataObject
 ) -> None:
     """In one level; with several a layer can change the level."""
@@ -74,11 +74,10 @@ def test_more_bytes_never_take_a_number_from_anyone(
         assume(ratio_problem(ratio, features, bits) is None)
         (ranks,) = allocate(given, ratio, features, bits).values()  # type: ignore[arg-type]
         found.append(ranks)
-    # What every side gets in any case depends on the ratio.
-    least = sum(even_ranks(ratio, features, bits)) // 4
+    # What the other side gets in any case grows with the bytes.
+    grown = features // 4
     for side in SIDES:
-        other = min(ranks[side] for ranks in found)
-        assert found[0][side] <= found[1][side] or other <= least
+        assert found[0][side] <= found[1][side] + grown
 
 
 @pytest.mark.parametrize("bits", [4, 16])
