@@ -34,6 +34,7 @@ from quant_methods.formats.plan import Plan
 from quant_methods.grid import QuantizedWeight
 from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.progress import Progress
+from quant_methods.structure.derive import known_structure
 from vllm_plugin.progress import bar
 from vllm_plugin.quantization.embedding import second_copy_problem
 from vllm_plugin.quantization.reload import Source, guard_weights, present_kept, refuse_reload
@@ -104,6 +105,8 @@ class QuantizingLoader(DefaultModelLoader):
         if at_load:
             self.plan = self._obtain_plan(vllm_config, model_config)
             _return_free_memory()
+        # vLLM changes the class of a model that it serves through transformers; follow it before.
+        known_structure(model_config.hf_text_config)
         model = super().load_model(vllm_config, model_config, prefix)
         self.plan = None
         _return_free_memory()

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import (
     destroy_distributed_environment,
@@ -42,14 +42,16 @@ from vllm_plugin.quantization.embedding import QuantizedEmbedding
 from vllm_plugin.settings import WeightSettings
 
 GRIDS = {"int8": Grid(PER_CHANNEL, True, 8), "int4": Grid(32, True)}
+LLAMA = LlamaConfig(
+    num_hidden_layers=1,
+    hidden_size=32,
+    intermediate_size=32,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    vocab_size=32,
+)
 PROMPTS = ["The capital of France is", "Water boils at"]
 SAME = {"COMPRESS_INT4_ROWS": "16"}  # where to change over is measured
-
-
-class _Layers:
-    """A decoder config without layers."""
-
-    model_type, num_hidden_layers = "llama", 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def shard(kind: str, weight: QuantizedWeight, rank: int = 0, ranks: int = 1) -> 
     """vLLM's embedding layer of one rank, loaded by its code."""
     config = next(c for c in CONFIGS if c.method == "rtn")()
     config.target_scheme_map = config._quantization_scheme_map_from_config(
-        compressed_tensors_config({}, _Layers(), {}, GRIDS[kind])
+        compressed_tensors_config({}, LLAMA, {}, GRIDS[kind])
     )
     layer = VocabParallelEmbedding(
         *weight.q.shape,
@@ -334,4 +336,4 @@ def test_models_and_formats_without_them() -> None:
     assert "gemma2 model takes no quantized embedding" in str(error.value)
     assert "a multiple of 32, not 100" in str(error.value)
     with pytest.raises(CompressError, match="awq format has no quantized embeddings"):
-        FORMATS["awq"].config({}, _Layers(), {}, GRIDS["int8"])
+        FORMATS["awq"].config({}, LLAMA, {}, GRIDS["int8"])

@@ -37,7 +37,8 @@ def test_only_front_ends_beside_the_engine_give_it_up(monkeypatch: pytest.Monkey
     assert start_limit.start_limit(config(1), REQUEST) is None
     limit = start_limit.start_limit(config(4), REQUEST)
     assert limit is not None
-    assert 0 < limit.seconds < start_limit._SHARE * envs.VLLM_ENGINE_READY_TIMEOUT_S
+    # What has passed since this process began is taken off; that can be more than all.
+    assert limit.seconds < start_limit._SHARE * envs.VLLM_ENGINE_READY_TIMEOUT_S
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     monkeypatch.setenv(VARIABLE, "9")
     limit = start_limit.start_limit(config(1), REQUEST)
