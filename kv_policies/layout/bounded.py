@@ -101,11 +101,10 @@ class BoundedLayout(Layout):
         return full * (full > self._blocks)
 
     def windows(self, n: Ints, c: Ints) -> Ints:
-        behind = (n // self.block_size + 1) * self.block_size
-        return positive(c - behind) // self.window * (n > 0)
+        return positive(c - self._behind(n) * self.block_size) // self.window * (n > 0)
 
     def window_at(self, n: Ints, index: Ints) -> tuple[Ints, Ints, Ints]:
-        stop = n // self.block_size + 1 + (index + 1) * self._window
+        stop = self._behind(n) + (index + 1) * self._window
         return stop - self._window - self._live(n, index), stop, stop * self.block_size
 
     def stays(self, n: Ints, start: Ints, stop: Ints) -> Ints:
@@ -120,7 +119,7 @@ class BoundedLayout(Layout):
 
     def hidden(self, phase: IntArray) -> IntArray:
         n, windows = phase
-        columns = n // self.block_size + 1 + windows * self._window
+        columns = self._behind(n) + windows * self._window
         hidden: IntArray = (columns - self._whole(n) - self._live(n, windows)) * self.block_size
         return hidden
 
@@ -130,15 +129,19 @@ class BoundedLayout(Layout):
         columns: IntArray = at + gap * (at >= whole)
         return columns
 
+    def _behind(self, n: Ints) -> Ints:
+        """The first column behind the tail of a prompt."""
+        return n // self.block_size + 1
+
     def _whole(self, n: Ints) -> Ints:
         """Columns of a prompt that stays raw, its tail included; 0 where it is part of the area."""
-        columns = n // self.block_size + 1
+        columns = self._behind(n)
         return columns * (columns + 2 * self._window <= self._blocks)
 
     def _live(self, n: Ints, windows: Ints) -> Ints:
         """Columns of the area once a prompt and so many windows are complete."""
-        full = n // self.block_size
-        prompt = (lesser(full, 0 * full + self._blocks) + 1) * (self._whole(n) == 0)
+        columns = self._behind(n)
+        prompt = lesser(columns, 0 * columns + self._blocks + 1) * (self._whole(n) == 0)
         grown = prompt + windows * self._window
         allowed = self._blocks - self._whole(n)
         # The tail of a long prompt exceeds the budget until the first window ends.

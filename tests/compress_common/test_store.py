@@ -228,6 +228,16 @@ def test_leftovers_of_a_killed_builder_are_removed(store: Store) -> None:
     assert not leftovers(store.root)
 
 
+def run_at_once(run: Callable[[], None]) -> None:
+    """Run it in four processes, which all must succeed."""
+    children = [multiprocessing.get_context("fork").Process(target=run) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * 4
+
+
 def test_processes_that_ask_at_once_build_once(store: Store, tmp_path: Path) -> None:
     def slow(folder: Path) -> None:
         with (tmp_path / "builds").open("a") as log:
@@ -238,12 +248,7 @@ def test_processes_that_ask_at_once_build_once(store: Store, tmp_path: Path) -> 
     def run() -> None:
         assert (store.make("plan", KEY, slow) / "a").read_bytes() == b"hello"
 
-    children = [multiprocessing.get_context("fork").Process(target=run) for _ in range(4)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    assert [child.exitcode for child in children] == [0] * 4
+    run_at_once(run)
     assert (tmp_path / "builds").read_text() == "x"
 
 
@@ -260,12 +265,7 @@ def test_processes_that_wait_fail_with_the_builder(store: Store, tmp_path: Path)
         with pytest.raises(CompressError, match=r"^the device is lost$"):
             store.make("plan", KEY, fails)
 
-    children = [multiprocessing.get_context("fork").Process(target=run) for _ in range(4)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    assert [child.exitcode for child in children] == [0] * 4
+    run_at_once(run)
     assert (tmp_path / "builds").read_text() == "x"
     assert store.make("plan", KEY, build) == store.find("plan", KEY)
 

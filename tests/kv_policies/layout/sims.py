@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from kv_policies.latents.packing import Packer
 from kv_policies.latents.reading import LatentView
 from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.latents import LatentLayout
+from kv_policies.layout.segments import Segment
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.layout.view import LiveView
 from tests.support.layout_sim import Sim, step_of
@@ -56,7 +58,10 @@ def latent_layouts(draw: st.DrawFn) -> tuple[LatentLayout, int]:
     return layout, written
 
 
-class TokenSim(Sim[TokenLayout]):
+Chooses = TypeVar("Chooses", TokenLayout, BoundedLayout)
+
+
+class ChoosingSim(Sim[Chooses]):
     """Tokens are chosen by a number that each has."""
 
     def attend(self, c: int, q: int) -> None:
@@ -65,6 +70,34 @@ class TokenSim(Sim[TokenLayout]):
         )
         tokens = [token for block in view[0].tolist() for token in self.blocks[block]]
         assert tokens[: int(seen)] == self.expected(c, q)
+
+    def compact(self, c: int, q: int) -> None:
+        bs = self.layout.block_size
+        for segment in self.layout.segments(self.n, c + q, after=c):
+            source = [
+                token
+                for column in range(segment.start, segment.stop)
+                for token in self.blocks[self.table[column]]
+            ]
+            self.check(segment, source)
+            kept = self.chosen(source, segment.kept * bs)
+            for i, column in enumerate(range(*segment.destination)):
+                self.blocks[self.own(column)] = kept[i * bs : (i + 1) * bs]
+
+    def expected(self, c: int, q: int) -> list[object]:
+        """What step [c, c + q) must see, from the rules in words."""
+        raise NotImplementedError
+
+    def check(self, segment: Segment, source: list[object]) -> None:
+        """Check what a segment holds when it is compacted."""
+
+    def chosen(self, tokens: list[object], kept: int) -> list[object]:
+        order = sorted(tokens, key=lambda token: (token[1] * 7919) % 101)[:kept]  # type: ignore[index]
+        return [token for token in tokens if token in order]
+
+
+class TokenSim(ChoosingSim[TokenLayout]):
+    """A segment holds raw tokens."""
 
     def expected(self, c: int, q: int) -> list[object]:
         """What step [c, c + q) must see, from the rules in words: kept tokens, then raw ones."""
@@ -81,41 +114,23 @@ class TokenSim(Sim[TokenLayout]):
             if ends > c or lay.kept(stop - start) == stop - start or not compacts:
                 continue
             seen += [("raw", p) for p in range(done, start * bs)]
-            seen += self.chosen(start, stop, lay.kept(stop - start))
+            seen += self.chosen(self.raw(start, stop), lay.kept(stop - start) * bs)
             done = stop * bs
         return seen + [("raw", p) for p in range(done, c + q)]
 
-    def chosen(self, start: int, stop: int, kept: int) -> list[object]:
+    def check(self, segment: Segment, source: list[object]) -> None:
+        assert source == self.raw(segment.start, segment.stop)
+
+    def raw(self, start: int, stop: int) -> list[object]:
         bs = self.layout.block_size
-        order = sorted(range(start * bs, stop * bs), key=lambda p: (p * 7919) % 101)
-        return [("raw", p) for p in sorted(order[: kept * bs])]
-
-    def compact(self, c: int, q: int) -> None:
-        bs = self.layout.block_size
-        for segment in self.layout.segments(self.n, c + q, after=c):
-            source = [
-                token
-                for column in range(segment.start, segment.stop)
-                for token in self.blocks[self.table[column]]
-            ]
-            kept = self.chosen(segment.start, segment.stop, segment.kept)
-            assert source == [("raw", p) for p in range(segment.start * bs, segment.stop * bs)]
-            for i, column in enumerate(range(*segment.destination)):
-                self.blocks[self.own(column)] = kept[i * bs : (i + 1) * bs]
+        return [("raw", p) for p in range(start * bs, stop * bs)]
 
 
-class BoundedSim(Sim[BoundedLayout]):
-    """Tokens are chosen by a number that each has, also those that were chosen before."""
+class BoundedSim(ChoosingSim[BoundedLayout]):
+    """A segment also holds tokens that were chosen before."""
 
-    def attend(self, c: int, q: int) -> None:
-        view, seen = LiveView(self.layout).update(
-            step_of((self.n, c, q)), torch.tensor([self.table]), torch.tensor([c + q])
-        )
-        tokens = [token for block in view[0].tolist() for token in self.blocks[block]]
-        assert tokens[: int(seen)] == self.expected(c) + [("raw", p) for p in range(c, c + q)]
-
-    def expected(self, c: int) -> list[object]:
-        """What is live at c, from the rules in words, one token after the other."""
+    def expected(self, c: int, q: int) -> list[object]:
+        """One token after the other."""
         bs, budget, window = self.layout.block_size, self.layout.budget, self.layout.window
         full = self.n // bs * bs
         whole = full + bs if full + bs + 2 * window <= budget else 0
@@ -127,23 +142,7 @@ class BoundedSim(Sim[BoundedLayout]):
                 live = self.chosen(live[:full], budget) + live[full:]
             elif behind > 0 and behind % window == 0 and position >= self.n:
                 live = live[:whole] + self.chosen(live[whole:], budget - whole)
-        return live
-
-    def chosen(self, tokens: list[object], kept: int) -> list[object]:
-        order = sorted(tokens, key=lambda token: (token[1] * 7919) % 101)[:kept]  # type: ignore[index]
-        return [token for token in tokens if token in order]
-
-    def compact(self, c: int, q: int) -> None:
-        bs = self.layout.block_size
-        for segment in self.layout.segments(self.n, c + q, after=c):
-            source = [
-                token
-                for column in range(segment.start, segment.stop)
-                for token in self.blocks[self.table[column]]
-            ]
-            kept = self.chosen(source, segment.kept * bs)
-            for i, column in enumerate(range(*segment.destination)):
-                self.blocks[self.own(column)] = kept[i * bs : (i + 1) * bs]
+        return live + [("raw", p) for p in range(c, c + q)]
 
 
 @dataclass(frozen=True)
