@@ -79,3 +79,17 @@ def attention_received(
         weight = real[:, None, start : start + rows].repeat(1, 1, group) / logits.sum(-1)
         received += weight.unsqueeze(2) @ logits
     return received.squeeze(2) / group
+
+
+def pooled(votes: torch.Tensor, size: int) -> torch.Tensor:
+    """The most votes of a token and its neighbours.
+
+    Args:
+        votes: [R, H, T], not negative.
+        size: Tokens that are looked at, the token in their middle.
+
+    Returns:
+        [R, H, T].
+    """
+    padded = torch.nn.functional.pad(votes, ((size - 1) // 2, size // 2))
+    return torch.nn.functional.max_pool1d(padded, size, stride=1)

@@ -7,7 +7,7 @@ Shapes used everywhere, for R requests padded to common sizes::
     queries    [R, Hq, Q, D]   after RoPE          positions [R, Q]   index of each query's own key,
     keys       [R, Hkv, T, D]  after RoPE                             -1 for padding
     values     [R, Hkv, T, D]
-    observed   [R, H, T]       float32, H = 1 or Hkv
+    observed   [R, H, S]       float32, H = 1 or Hkv; S = T where it is of each token
     scores     [R, H, T]       float32, larger is kept first
     lengths    [R]             valid keys per request; what lies behind is zero
 
@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from kv_policies.attention import attention_received, attention_transient
 from kv_policies.latents.format import Bits, LatentFormat
 from kv_policies.layout.base import Layout
 from kv_policies.workspace import Heads, Transient
@@ -75,10 +76,12 @@ class Context:
             several layers at once, each a request's.
         lengths: Valid tokens, int64 [R].
         tokens: T, to which the segments are padded.
-        observed: Sum of ``observe`` over the queries of the segment, float32 [R, H, T]; None
+        observed: Sum of ``observe`` over the queries of the segment, float32 [R, H, S]; None
             without "queries" in ``needs``.
         keys: [R, Hkv, T, D]; None without "keys" in ``needs``.
         values: [R, Hkv, T, D]; None without "values" in ``needs``.
+        kept: Tokens that will stay, without a raw tail, int64 [R].
+        scale: Factor on q.k in the softmax of the layers.
     """
 
     layer: int | None
@@ -87,6 +90,8 @@ class Context:
     observed: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+    scale: float = 1.0
 
 
 class Policy(Protocol):
@@ -127,7 +132,16 @@ class KVPolicy(Policy, Protocol):
             scale: Factor on q.k in the softmax.
 
         Returns:
-            float32 [R, Hkv, T].
+            float32 [R, Hkv, S]. S is T, or whatever ``observed_numbers`` says.
+        """
+        ...
+
+    def observed_numbers(self, heads: Heads, tokens: int) -> int:
+        """S: the numbers that ``observe`` returns for each request and KV head.
+
+        Args:
+            heads: Of the layer, on this rank.
+            tokens: T.
         """
         ...
 
@@ -186,9 +200,40 @@ class QueryFreePolicy:
     ) -> torch.Tensor:
         raise NotImplementedError("a policy without queries in its needs observes nothing")
 
+    def observed_numbers(self, heads: Heads, tokens: int) -> int:
+        return 0
+
     def transient(self, heads: Heads) -> Transient:
         """Enough for a float32 copy of the keys and two of their norms."""
         return Transient(per_token=4 * heads.size + 16, per_row=16 * heads.size)
+
+
+class AttentionPolicy:
+    """Base of the policies that look at the attention of the last ``queries`` tokens."""
+
+    settings_type: ClassVar[type[NoSettings]] = NoSettings
+
+    def __init__(self, settings: NoSettings) -> None:
+        self.settings: Any = settings
+
+    @property
+    def queries(self) -> int:
+        """Last tokens that vote; 0 for all."""
+        return int(self.settings.queries)
+
+    def first_query(self, stop: int) -> int:
+        return max(0, stop - self.queries) if self.queries else 0
+
+    def observe(
+        self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        return attention_received(queries, positions, keys, scale)
+
+    def observed_numbers(self, heads: Heads, tokens: int) -> int:
+        return tokens
+
+    def transient(self, heads: Heads) -> Transient:
+        return attention_transient(heads)
 
 
 def first_observed(policy: KVPolicy, layout: Layout, n: int) -> int:

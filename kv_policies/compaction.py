@@ -128,7 +128,8 @@ def observed_bytes(policy: KVPolicy, heads: Heads, tokens: int) -> int:
     """
     if not policy.capabilities.needs_queries:
         return 0
-    return 4 * tokens * (heads.kv if policy.capabilities.per_head else 1)
+    numbers = policy.observed_numbers(heads, tokens)
+    return 4 * numbers * (heads.kv if policy.capabilities.per_head else 1)
 
 
 @dataclass(frozen=True)
@@ -206,8 +207,10 @@ def compact_part(
         seen_keys = None
         if keys is not None and "keys" in needs:
             seen_keys = layer.pages.key_numbers(keys)
-        context = Context(layer.index, part.lengths, part.tokens, seen_here, seen_keys, values)
         choosable, kept, most, *_ = part.choice
+        context = Context(
+            layer.index, part.lengths, part.tokens, seen_here, seen_keys, values, kept, scale
+        )
         chosen = select(policy.score(context), choosable, kept, most)
         del context, seen_keys, values
         for heads in [scored] if per_head else slices:

@@ -9,15 +9,18 @@ from compress_common.errors import CompressError
 from compress_common.registry import Registry
 from kv_policies.base import KVPolicy, LatentPolicy, Policy
 from kv_policies.policies.cskv import CSKV
+from kv_policies.policies.expected_attention import ExpectedAttention
+from kv_policies.policies.h2o import H2O
 from kv_policies.policies.key_diff import KeyDiff
 from kv_policies.policies.prefix_kv import PrefixKV
+from kv_policies.policies.r_kv import RKV
 from kv_policies.policies.recent import Recent
 from kv_policies.policies.snap_kv import SnapKV
 
 KV_POLICIES: Final = Registry[Policy](
     noun="KV policy",
     group="vllm_compress.kv_policies",
-    built_in=(PrefixKV, SnapKV, KeyDiff, Recent, CSKV),
+    built_in=(PrefixKV, SnapKV, H2O, RKV, ExpectedAttention, KeyDiff, Recent, CSKV),
 )
 
 

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """PrefixKV: per-layer budgets from a profile, tokens by the attention they receive."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from kv_policies.attention import attention_received, attention_transient
-from kv_policies.base import Capabilities, Context, NoSettings
-from kv_policies.workspace import Heads, Transient
+from kv_policies.base import AttentionPolicy, Capabilities, Context, NoSettings
 
 
 class PrefixKVSettings(NoSettings):
@@ -22,7 +20,7 @@ class PrefixKVSettings(NoSettings):
     )
 
 
-class PrefixKV:
+class PrefixKV(AttentionPolicy):
     """Keeps the tokens that received most attention: mean over heads, summed over queries.
 
     PrefixKV, Wang et al. 2024 (https://arxiv.org/abs/2412.03409). The KV heads of a layer share one
@@ -48,20 +46,6 @@ class PrefixKV:
         paper="https://arxiv.org/abs/2412.03409",
     )
 
-    def __init__(self, settings: PrefixKVSettings) -> None:
-        self.settings: Any = settings
-
-    def first_query(self, stop: int) -> int:
-        return max(0, stop - self.settings.queries) if self.settings.queries else 0
-
-    def observe(
-        self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        return attention_received(queries, positions, keys, scale)
-
     def score(self, context: Context) -> torch.Tensor:
         assert context.observed is not None
         return context.observed
-
-    def transient(self, heads: Heads) -> Transient:
-        return attention_transient(heads)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """SnapKV: what the end of the prompt attends to, chosen per KV head."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from kv_policies.attention import attention_received, attention_transient
-from kv_policies.base import Capabilities, Context, NoSettings
+from kv_policies.attention import attention_transient, pooled
+from kv_policies.base import AttentionPolicy, Capabilities, Context, NoSettings
 from kv_policies.workspace import Heads, Transient
 
 
@@ -27,7 +27,7 @@ class SnapKVSettings(NoSettings):
     )
 
 
-class SnapKV:
+class SnapKV(AttentionPolicy):
     """Keeps the tokens that the last ``window`` queries attend to, with their neighbours.
 
     SnapKV, Li et al. 2024 (https://arxiv.org/abs/2404.14469). The score is the attention of the
@@ -51,16 +51,9 @@ class SnapKV:
         paper="https://arxiv.org/abs/2404.14469",
     )
 
-    def __init__(self, settings: SnapKVSettings) -> None:
-        self.settings: Any = settings
-
-    def first_query(self, stop: int) -> int:
-        return max(0, stop - self.settings.window)
-
-    def observe(
-        self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        return attention_received(queries, positions, keys, scale)
+    @property
+    def queries(self) -> int:
+        return int(self.settings.window)
 
     def score(self, context: Context) -> torch.Tensor:
         observed = context.observed
@@ -69,10 +62,8 @@ class SnapKV:
         recent = at - (context.lengths[:, None, None] - self.settings.window)
         # Votes for the window are not votes for its neighbours in front: they leave the pooling.
         votes = observed.masked_fill(recent >= 0, 0)
-        size = self.settings.pool
-        padded = torch.nn.functional.pad(votes, ((size - 1) // 2, size // 2))
-        pooled = torch.nn.functional.max_pool1d(padded, size, stride=1)
-        return torch.where(recent >= 0, pooled.amax(-1, keepdim=True) + 1 + recent, pooled)
+        scores = pooled(votes, self.settings.pool)
+        return torch.where(recent >= 0, scores.amax(-1, keepdim=True) + 1 + recent, scores)
 
     def transient(self, heads: Heads) -> Transient:
         pooling = Transient(per_token=48)

@@ -249,4 +249,4 @@ def test_observations_take_what_is_stated(name: str) -> None:
     stated = observed_bytes(engine.layer.policy, SHAPE, -(-LENGTHS[0] // BLOCK) * BLOCK)
     kept = [seen for layers in engine.observations._sums.values() for seen in layers.values()]
     assert sum(seen.untyped_storage().nbytes() for seen in kept) == stated
-    assert bool(stated) is (name in ("prefix_kv", "snap_kv"))
+    assert bool(stated) is engine.layer.policy.capabilities.needs_queries

@@ -52,7 +52,10 @@ def test_a_policy_that_is_complete_is_built() -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("partial", "'partial' .*Partial. is no KVPolicy: it lacks transient; upgrade"),
+        (
+            "partial",
+            "'partial' .*Partial. is no KVPolicy: it lacks observed_numbers, transient; upgrade",
+        ),
         ("latents", "is no LatentPolicy: it lacks form, most_tokens, recent;"),
     ],
 )

@@ -14,11 +14,14 @@ from compress_common.errors import CompressError
 from kv_policies.attention import attention_received
 from kv_policies.base import Context, KVPolicy, LatentPolicy, first_observed
 from kv_policies.layout.tokens import TokenLayout
+from kv_policies.policies.r_kv import redundancy
 from kv_policies.registry import build_policy, policies
 from kv_policies.select import select
+from kv_policies.workspace import Heads
 
 HEADS, KV_HEADS, DIM = 6, 3, 8
 SCALE = DIM**-0.5
+SHAPE = Heads(KV_HEADS, HEADS // KV_HEADS, DIM, 4, "cpu")
 CHOOSING = sorted(n for n, kind in policies().items() if kind.capabilities.content == "tokens")
 
 
@@ -49,7 +52,9 @@ def scored(policy: KVPolicy, queries: torch.Tensor, keys: torch.Tensor, cuts: An
         at = torch.arange(start, stop)[None]
         if policy.capabilities.needs_queries:
             part = policy.observe(queries[:, :, start:stop], at, keys[:, :, :stop], SCALE)
-            part = torch.nn.functional.pad(part, (0, tokens - stop))
+            assert part.shape[2] == policy.observed_numbers(SHAPE, stop)
+            missing = policy.observed_numbers(SHAPE, tokens) - part.shape[2]
+            part = torch.nn.functional.pad(part, (0, missing))
             total = part if total is None else total + part
     return score(policy, total, keys, torch.tensor([tokens]))
 
@@ -62,7 +67,11 @@ def score(
     if observed is not None and not policy.capabilities.per_head:
         observed = observed.mean(1, keepdim=True)
     given = keys if "keys" in needs else None
-    return policy.score(Context(0, lengths, keys.shape[2], observed, given))
+    values = keys.flip(-1) + 1 if "values" in needs else None
+    kept = lengths // 2
+    return policy.score(
+        Context(0, lengths, keys.shape[2], observed, given, values, kept, scale=SCALE)
+    )
 
 
 @pytest.mark.parametrize("name", CHOOSING)
@@ -154,6 +163,100 @@ def test_key_diff_against_the_dense_reference() -> None:
     assert torch.allclose(got.double(), want, atol=1e-5)
 
 
+@given(st.integers(4, 40), st.integers(1, 12), st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_h2o_against_the_dense_reference(tokens: int, window: int, seed: int) -> None:
+    queries, keys = inputs(tokens, seed=seed)
+    policy = build_policy("h2o", {"queries": window})
+    got = scored(policy, queries, keys, [tokens // 2])
+    votes = dense(queries, keys)[:, :, -window:].unflatten(1, (KV_HEADS, -1)).mean(2).sum(2)
+    recent = tokens // 2 // 2  # of tokens // 2 that stay
+    torch.testing.assert_close(
+        got[..., : tokens - recent].double(), votes[..., : tokens - recent], atol=1e-5, rtol=0
+    )
+    chosen = select(got, torch.tensor([tokens]), torch.tensor([max(2, tokens // 2)]))
+    for head in range(KV_HEADS):
+        others = votes[0, head, 1 : tokens - max(1, recent)]
+        best = others.topk(max(0, tokens // 2 - 1 - max(1, recent))).indices + 1
+        want = {0, *best.tolist(), *range(tokens - max(1, recent), tokens)}
+        assert set(chosen[0, head].tolist()) == want
+
+
+def one_by_one(keys: torch.Tensor, threshold: float) -> torch.Tensor:
+    """What R-KV says of the keys of a head, [T, D]: a matrix of cosines, row by row."""
+    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
+    cosines = (unit @ unit.T).fill_diagonal_(0)
+    for row in cosines:
+        if len(alike := (row > threshold).nonzero()):
+            row[alike[-1]] = 0
+    return cosines.mean(0).softmax(-1)
+
+
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    st.sampled_from([0.0, 0.3, 0.5]),
+    st.sampled_from([1, 70, None]),
+    st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_redundancy_against_all_pairs(
+    lengths: list[int], threshold: float, block: int | None, seed: int
+) -> None:
+    _, keys = inputs(max(lengths), requests=len(lengths), seed=seed)
+    keys += 1  # so that some are alike
+    for row, length in enumerate(lengths):
+        keys[row, :, length:] = 0
+    got = redundancy(keys, torch.tensor(lengths), threshold, block)
+    for row, length in enumerate(lengths):
+        assert bool((got[row, :, length:] == 0).all())
+        for head in range(KV_HEADS):
+            want = one_by_one(keys[row, head, :length], threshold)
+            torch.testing.assert_close(got[row, head, :length].double(), want, atol=1e-6, rtol=0)
+
+
+def test_r_kv_against_the_dense_reference() -> None:
+    tokens, window, pool = 60, 8, 5
+    queries, keys = inputs(tokens)
+    got = scored(build_policy("r_kv", {"window": window, "pool": pool}), queries, keys, [55])
+    past = tokens - window
+    votes = dense(queries, keys)[:, :, past:, :past].unflatten(1, (KV_HEADS, -1)).mean(2).sum(2)
+    votes /= votes.sum(-1, keepdim=True)
+    for head in range(KV_HEADS):
+        alike = one_by_one(keys[0, head], 0.5)
+        for token in range(past):
+            near = votes[0, head, max(0, token - pool // 2) : token + pool // 2 + 1].amax()
+            want = 0.1 * near - 0.9 * alike[token]
+            assert abs(float(got[0, head, token]) - float(want)) < 1e-5
+    assert bool((got[..., past:] > got[..., :past].amax()).all())
+
+
+def test_r_kv_keeps_the_last_copy() -> None:
+    """Of equal keys that nobody attends to, the last counts as the least redundant."""
+    queries, keys = inputs(60)
+    queries[:] = 0
+    keys[:, :, [10, 20, 30]] = keys[:, :, 10:11]
+    got = scored(build_policy("r_kv", {"threshold": 0.99}), queries, keys, [])
+    assert bool((got[..., 30] > got[..., 10]).all()) and bool((got[..., 30] > got[..., 20]).all())
+
+
+@given(st.integers(3, 40), st.integers(2, 12), st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_expected_attention_against_the_plain_formula(tokens: int, last: int, seed: int) -> None:
+    queries, keys = inputs(tokens, seed=seed)
+    policy = build_policy("expected_attention", {"queries": last, "sinks": 1})
+    got = scored(policy, queries, keys, [tokens // 2])
+    values = (keys.flip(-1) + 1).double()
+    for head in range(KV_HEADS):
+        expected = torch.zeros(tokens, dtype=torch.float64)
+        for at in range(2 * head, 2 * head + 2):
+            some = queries[0, at, -last:].double()
+            logits = (some @ keys[0, head].double().T) * SCALE  # [queries, tokens]
+            expected += (logits.mean(0) + logits.var(0, correction=0) / 2).softmax(-1)
+        want = expected * values[0, head].norm(dim=-1)
+        torch.testing.assert_close(got[0, head, 1:].double(), want[1:], atol=1e-4, rtol=1e-3)
+        assert got[0, head, 0] == got[0, head].amax()
+
+
 def test_recent_keeps_sinks_and_the_end() -> None:
     keys = torch.zeros(1, KV_HEADS, 20, DIM)
     scores = score(build_policy("recent", {"sinks": 2}), None, keys, torch.tensor([20]))
@@ -181,6 +284,7 @@ def test_queries_of_a_cached_prefix_are_never_observed(
 
 def test_registry() -> None:
     assert set(policies()) >= {"prefix_kv", "snap_kv", "key_diff", "recent", "cskv"}
+    assert set(policies()) >= {"h2o", "r_kv", "expected_attention"}
     for name, kind in policies().items():
         assert kind.name == name and kind.__doc__
         policy = build_policy(name, {})
