@@ -25,6 +25,7 @@ from vllm_plugin.commands.profile import profile
 from vllm_plugin.commands.quantize import quantize
 from vllm_plugin.commands.ray_serve import ray_serve
 from vllm_plugin.commands.search import search
+from vllm_plugin.commands.status import status
 
 NAME = "vllm-compress"
 _USAGE = 2  # what the parser's errors exit with
@@ -64,6 +65,7 @@ app.command()(profile)
 app.command("calibrate-kv")(calibrate_kv)
 app.command()(plan)
 app.command()(doctor)
+app.command()(status)
 app.command()(ray_serve)
 app.command("eval")(evaluate_models)
 app.command("methods")(list_methods)

@@ -5,8 +5,8 @@
 are those sections, ``stop`` has token ids. The answer has ``start``, the plugin's series before
 the first request, ``steps``: per step the pool's ``free`` blocks, the ``columns`` of all block
 tables, whether a request ``finished``, and the plugin's series; ``end``, its series when all is
-done, ``refused``, the places of prompts that were refused, and ``tokens`` per request. A series is
-its name and labels as Prometheus prints them.
+done, ``page``, what ``/metrics`` would then say, ``refused``, the places of prompts that were
+refused, and ``tokens`` per request. A series is its name and labels as Prometheus prints them.
 """
 
 import os
@@ -43,6 +43,7 @@ def series() -> dict[str, float]:
 
 
 def _watch(case: dict[str, Any]) -> dict[str, Any]:
+    from prometheus_client import generate_latest
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.exceptions import VLLMValidationError
 
@@ -97,6 +98,7 @@ def _watch(case: dict[str, Any]) -> dict[str, Any]:
         "free": free,
         "steps": steps,
         "end": end,
+        "page": generate_latest().decode(),
         "refused": refused,
         "tokens": [tokens.get(str(index)) for index in range(len(case["prompts"]))],
     }

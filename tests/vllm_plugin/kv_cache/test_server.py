@@ -2,6 +2,8 @@
 """`vllm serve` with a KV policy and int4 weights, the OpenAI Python client, several processes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import openai
@@ -11,6 +13,7 @@ from benchmarks.server import serving
 from tests.support.chat import check_chat
 from tests.support.generate import QUICK_WEIGHTS
 
+COMMAND = (sys.executable, "-m", "vllm_plugin.cli")
 NOTE = "The secret number is 48213. "
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. "
 
@@ -43,5 +46,8 @@ def test_chat_requests(demo_model: Path, profile: Path, bases: Path, policy: str
 
         whole = ask(FILLER * 30 + NOTE, vllm_xargs={"compress_keep": 1})
         assert whole.usage.completion_tokens > 0
+        told = json.loads(subprocess.check_output([*COMMAND, "status", server.url, "--json"]))[0]
+        assert told["info"]["policy"] == policy and not told["warnings"]
+        assert told["metrics"]["kv_skipped_requests"]["opted_out"] == 1
         with pytest.raises(openai.BadRequestError, match="compress_keep of a request can only be"):
             ask("Hello", vllm_xargs={"compress_keep": 0.5})

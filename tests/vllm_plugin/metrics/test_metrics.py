@@ -12,6 +12,8 @@ from tests.support.generate import QUICK_WEIGHTS
 from tests.support.kv_prompts import text_prompts
 from tests.support.llada import random_llada
 from tests.support.metrics_engine import watch
+from vllm_plugin.commands import status
+from vllm_plugin.commands.served_figures import models_in
 from vllm_plugin.metrics.catalogue import METRICS, REFUSALS
 from vllm_plugin.metrics.stats import CompressStats
 
@@ -84,8 +86,25 @@ def test_counters_at_the_end(watched: dict[str, Any]) -> None:
     assert end["kv_saved_bytes_peak"] == max(saved) > 0
 
 
+def test_status_tells_what_the_engine_did(watched: dict[str, Any]) -> None:
+    (figures,) = models_in(watched["page"], "here")
+    told = dict(status.rows(figures))
+    freed = (21 - 6) + (9 - 3) + 3
+    assert told["weights"].startswith("not compressed")
+    assert told["policy"] == "snap_kv, keep 0.25"
+    assert told["KV bytes a token"] == f"{TOKEN_BYTES:,} -> {TOKEN_BYTES // 4:,} (0.250)"
+    assert told["requests now"] == "0 running, 0 waiting"
+    assert told["preemptions"] == "0"
+    assert told["saved now"] == "0.0 MiB; running requests hold 100.0% of their blocks"
+    assert told["given back in all"] == f"{freed * BLOCK_BYTES / 2**20:.1f} MiB in {freed} blocks"
+    assert told["tokens evicted"] == f"{freed / 36:.1%} of {36 * 32:,} compacted"
+    assert told["compactions"].startswith("2 prompts, 3 windows; ")
+    assert told["finished requests"] == "3 compacted, 1 opted out"
+    assert not status.warnings(figures)
+
+
 def test_keep_1_saves_nothing_and_says_why(demo_model: Path) -> None:
-    end = watch(
+    seen = watch(
         demo_model,
         kv={"policy": "key_diff", "keep": 1},
         prompts=text_prompts(demo_model, [130]),
@@ -93,7 +112,8 @@ def test_keep_1_saves_nothing_and_says_why(demo_model: Path) -> None:
         max_tokens=4,
         weights=QUICK_WEIGHTS,
         engine={"quantization": "smoothquant_plus"},
-    )["end"]
+    )
+    end = seen["end"]
     assert any("method=smoothquant_plus" in key for key in end)
     original, left = (end[f"weight_bytes state={state}"] for state in ("original", "compressed"))
     file = (demo_model / "model.safetensors").stat().st_size
@@ -101,6 +121,10 @@ def test_keep_1_saves_nothing_and_says_why(demo_model: Path) -> None:
     assert original == pytest.approx(file, rel=0.001) and 0.4 < left / original < 0.47
     assert end["kv_skipped_requests_total reason=nothing_to_evict"] == 1
     assert end["kv_freed_blocks_total"] == end["kv_evicted_tokens_total policy=key_diff"] == 0
+    (figures,) = models_in(seen["page"], "here")
+    assert dict(status.rows(figures))["weights"].startswith("smoothquant_plus, ")
+    (warning,) = status.warnings(figures)
+    assert "nothing of " in warning and "1 with nothing to evict" in warning
 
 
 def test_a_diffusion_engine_did_what_the_reference_does(tmp_path: Path) -> None:
