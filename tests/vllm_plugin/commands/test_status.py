@@ -4,12 +4,11 @@
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 
 import pytest
+
+from tests.support.fixed_server import answering
 
 INFO = (
     'vllm_compress_info{engine="%s",model_name="%s",version="1",policy="snap_kv",keep="0.25",'
@@ -17,43 +16,22 @@ INFO = (
 )
 
 
-@contextmanager
-def answering(text: str, code: int = 200) -> Iterator[str]:
-    """A server whose /metrics says ``text``, as ``host:port``."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(code if self.path == "/metrics" else 404)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-
-
 @pytest.mark.parametrize(
-    ("text", "code", "expected"),
+    ("text", "expected"),
     [
-        ("", 404, "/metrics: HTTP 404; give the URL of the server"),
-        ("<html>\n", 200, "does not answer in Prometheus's format"),
-        ('vllm:num_requests_running{engine="0",model_name="m"} 1.0\n', 200, "no compression"),
+        (None, "/metrics: HTTP 404; give the URL of the server"),
+        ("<html>\n", "does not answer in Prometheus's format"),
+        ('vllm:num_requests_running{engine="0",model_name="m"} 1.0\n', "no compression"),
     ],
 )
-def test_not_a_compressed_server(run: Callable, text: str, code: int, expected: str) -> None:
-    with answering(text, code) as url:
+def test_not_a_compressed_server(run: Callable, text: str | None, expected: str) -> None:
+    with answering({} if text is None else {"/metrics": text}) as url:
         status, _, errors = run("status", url)
     assert status == 1 and expected in errors and errors.count("\n") == 1
 
 
 def test_nobody_answers(run: Callable) -> None:
-    with answering("") as url:
+    with answering({}) as url:
         pass
     code, _, errors = run("status", url)
     assert code == 1 and f"no metrics at http://{url}/metrics: " in errors
@@ -61,7 +39,7 @@ def test_nobody_answers(run: Callable) -> None:
 
 @pytest.mark.parametrize("form", ["%s", "http://%s", "http://%s/", "%s/metrics", "http://%s/v1"])
 def test_forms_of_a_url(run: Callable, form: str) -> None:
-    with answering(INFO % (0, "m")) as url:
+    with answering({"/metrics": INFO % (0, "m")}) as url:
         code, printed, _ = run("status", form % url)
     assert code == 0 and "snap_kv, keep 0.25" in printed
 
@@ -75,7 +53,7 @@ def test_engines_of_a_model_add_up_and_models_stay_apart(run: Callable) -> None:
     text += count % (0, "a", "short_prompt", 2) + count % (1, "a", "short_prompt", 3)
     text += count % (0, "b", "opted_out", 1)
     text += 'ray_vllm_compress_kv_eligible_requests_total{engine="0",model_name="b"} 4\n'
-    with answering(text) as url:
+    with answering({"/metrics": text}) as url:
         first, second = json.loads(run("status", url, "--json")[1])
         table = run("status", url)[1]
     assert (first["model"], first["engines"]) == ("a", 2) and second["model"] == "b"

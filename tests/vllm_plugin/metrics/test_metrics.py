@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metrics of a real engine say what its block pool says."""
 
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,18 +11,25 @@ from typing import Any
 import pytest
 
 from tests.support.diffusion_engine import expected
+from tests.support.fixed_server import answering
 from tests.support.generate import QUICK_WEIGHTS
 from tests.support.kv_prompts import text_prompts
 from tests.support.llada import random_llada
 from tests.support.metrics_engine import watch
 from vllm_plugin.commands import status
 from vllm_plugin.commands.served_figures import models_in
+from vllm_plugin.metrics import page
 from vllm_plugin.metrics.catalogue import METRICS, REFUSALS
 from vllm_plugin.metrics.stats import CompressStats
 
 # Bytes of a token over all layers of ``watched`` in bfloat16, and of a block.
 TOKEN_BYTES = 2 * 2 * 2 * 32 * 2
 BLOCK_BYTES = TOKEN_BYTES * 32
+BROWSER = (
+    *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--virtual-time-budget=5000", "--dump-dom"),
+)
 LENGTHS = (50, 700, 300, 300)
 
 
@@ -101,6 +111,29 @@ def test_status_tells_what_the_engine_did(watched: dict[str, Any]) -> None:
     assert told["compactions"].startswith("2 prompts, 3 windows; ")
     assert told["finished requests"] == "3 compacted, 1 opted out"
     assert not status.warnings(figures)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_the_page_tells_it_too(watched: dict[str, Any], tmp_path: Path) -> None:
+    """In a browser, so that what its script computes is compared with ``status``."""
+    html = Path(page.__file__).with_suffix(".html").read_text(encoding="utf-8")
+    with answering({page.ROUTE: html, "/metrics": watched["page"]}) as url:
+        shown = subprocess.run(
+            [*BROWSER, f"--user-data-dir={tmp_path}", f"http://{url}{page.ROUTE}"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+    cells = re.findall("<td>(.*?)</td>", shown)
+    told = dict(zip(cells[::2], cells[1::2], strict=True))
+    (figures,) = models_in(watched["page"], "here")
+    wanted = dict(status.rows(figures))
+    same = ("policy", "requests now", "preemptions", "given back in all", "finished requests")
+    assert [told[name] for name in same] == [wanted[name] for name in same]
+    assert told["KV bytes a token"] == wanted["KV bytes a token"].replace("->", "→")
+    assert told["tokens evicted"] == wanted["tokens evicted"].replace("%", " %")
+    assert shown.count("<polyline points=") == 4
 
 
 def test_keep_1_saves_nothing_and_says_why(demo_model: Path) -> None:
