@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from kv_policies.attention import attention_received, attention_transient
 from kv_policies.latents.format import Bits, LatentFormat
 from kv_policies.layout.base import Layout
-from kv_policies.workspace import Heads, Transient
+from kv_policies.workspace import QUERIES, Heads, Transient
 
 Need = Literal["queries", "keys", "values"]
 
@@ -32,6 +32,23 @@ class NoSettings(BaseModel):
     """The settings of a policy that has none; the base of all others'."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def decode_queries(default: int) -> Any:
+    """The field of ``AttentionSettings.decode_queries``, with a policy's own default."""
+    return Field(
+        default,
+        ge=0,
+        le=QUERIES,
+        description="last generated tokens whose queries score a decode window when it ends, 0: "
+        "key_diff scores it; larger: steadier votes, more memory for each request that may run",
+    )
+
+
+class AttentionSettings(NoSettings):
+    """What the policies that look at attention have in common."""
+
+    decode_queries: int = decode_queries(32)
 
 
 @dataclass(frozen=True)
@@ -57,8 +74,8 @@ class Capabilities:
 
     @property
     def needs_queries(self) -> bool:
-        """Whether scores come from attention. Such a policy cannot score decode windows: when a
-        window ends, only its last query is at hand.
+        """Whether scores come from attention. Such a policy scores decode windows with the queries
+        that the engine stores for it: see ``KVPolicy.decode_queries``.
         """
         return "queries" in self.needs
 
@@ -109,9 +126,18 @@ class Policy(Protocol):
 class KVPolicy(Policy, Protocol):
     """Scores the tokens of a segment. The caller sums ``observe`` over queries, then ``score``s.
 
-    Queries are observed of prompts only, from ``first_observed`` on. The sum over any cut of them
-    is the same sum.
+    Queries of a prompt are observed from ``first_observed`` on. The sum over any cut of them is the
+    same sum. Of a decode window the last ``decode_queries`` are observed, at once.
     """
+
+    @property
+    def decode_queries(self) -> int:
+        """Last queries of a decode window that are observed, at most ``QUERIES``.
+
+        The engine stores as many for each running request and layer. 0 for a policy with "queries"
+        in ``needs``: it leaves decode windows to key_diff.
+        """
+        ...
 
     def first_query(self, stop: int) -> int:
         """First prompt position whose query is wanted, of a prompt of ``stop`` tokens."""
@@ -188,6 +214,7 @@ class QueryFreePolicy:
     """Base of the policies that look at no query: ``score`` is all they add."""
 
     settings_type: ClassVar[type[NoSettings]] = NoSettings
+    decode_queries = 0
 
     def __init__(self, settings: NoSettings) -> None:
         self.settings: Any = settings
@@ -211,15 +238,19 @@ class QueryFreePolicy:
 class AttentionPolicy:
     """Base of the policies that look at the attention of the last ``queries`` tokens."""
 
-    settings_type: ClassVar[type[NoSettings]] = NoSettings
+    settings_type: ClassVar[type[NoSettings]] = AttentionSettings
 
-    def __init__(self, settings: NoSettings) -> None:
+    def __init__(self, settings: AttentionSettings) -> None:
         self.settings: Any = settings
 
     @property
     def queries(self) -> int:
         """Last tokens that vote; 0 for all."""
         return int(self.settings.queries)
+
+    @property
+    def decode_queries(self) -> int:
+        return int(self.settings.decode_queries)
 
     def first_query(self, stop: int) -> int:
         return max(0, stop - self.queries) if self.queries else 0

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from kv_policies.base import Context, KVPolicy, Policy
+from kv_policies.layout.base import Layout
 from kv_policies.plan import Part, Queries, Work
 from kv_policies.policies.key_diff import KeyDiff
 from kv_policies.select import pack, select
@@ -75,11 +76,17 @@ class Observations:
 
 
 def window_policy(policy: KVPolicy) -> KVPolicy:
-    """What scores decode windows: the policy, or key_diff where it needs queries.
+    """What scores decode windows: the policy, or key_diff where it needs queries of a prompt."""
+    if policy.capabilities.needs_queries and not policy.decode_queries:
+        return KeyDiff(KeyDiff.settings_type())
+    return policy
 
-    When a window ends only its last query is at hand, which says little about the window.
-    """
-    return KeyDiff(KeyDiff.settings_type()) if policy.capabilities.needs_queries else policy
+
+def window_queries(policy: Policy, layout: Layout) -> int:
+    """Last queries of a decode window that score it; 0: none do, or nothing is compacted."""
+    if not isinstance(policy, KVPolicy) or not layout.compacts_windows:
+        return 0
+    return min(policy.decode_queries, layout.window, QUERIES)
 
 
 def describe_windows(policy: Policy, window: int) -> str:
@@ -94,8 +101,11 @@ def describe_windows(policy: Policy, window: int) -> str:
     windows = f"decode windows of {window}"
     if not isinstance(policy, KVPolicy):
         return windows
-    scorer = window_policy(policy)
-    why = "" if scorer is policy else f", because {policy.name} needs the queries of a prompt"
+    scorer, why = window_policy(policy), ""
+    if scorer is not policy:
+        why = f", because {policy.name} needs queries and decode_queries is 0"
+    elif policy.capabilities.needs_queries:
+        why = f", from {min(policy.decode_queries, window)} queries each"
     return f"{windows} scored by {scorer.name}{why}"
 
 
@@ -144,6 +154,9 @@ class Layer:
         policy: What scores it.
         space: What bounds a part.
         observations: What was seen of prompts that are not complete.
+        scale: Factor on q.k in the softmax.
+        recent: ``RecentQueries.stored``; None where decode windows are scored without queries.
+        first_recent: The layer's first place there.
     """
 
     name: str
@@ -153,19 +166,21 @@ class Layer:
     policy: KVPolicy
     space: Workspace
     observations: Observations
+    scale: float = 1.0
+    recent: torch.Tensor | None = None
+    first_recent: int = 0
 
 
-def compact(work: Work, layer: Layer, query: torch.Tensor, scale: float) -> None:
+def compact(work: Work, layer: Layer, query: torch.Tensor) -> None:
     """Do a step's work on one layer, after its attention: observe, choose, pack.
 
     Args:
         work: What to do.
         layer: Where.
         query: After RoPE, of all tokens of the step, [tokens, Hq, D].
-        scale: Factor on q.k in the softmax.
     """
     for part in work.prompts:
-        compact_part(part, layer, layer.policy, query, scale)
+        compact_part(part, layer, layer.policy, query)
     for part in work.windows:
         compact_part(part, replace(layer, index=None), window_policy(layer.policy))
 
@@ -175,23 +190,26 @@ def compact_part(
     layer: Layer,
     policy: KVPolicy,
     query: torch.Tensor | None = None,
-    scale: float = 1.0,
 ) -> None:
-    """Do one part of the work, as ``compact``; ``query`` None where none are observed."""
+    """Do one part of the work, as ``compact``; ``query`` None for decode windows."""
     slices = layer.space.heads(len(part.present), part.tokens, layer.heads.kv)
     per_head, needs = policy.capabilities.per_head, policy.capabilities.needs
     observed = keys = None
-    if part.queries is not None:
-        assert query is not None
+    if part.queries is not None or part.recent is not None:
         seen = []
         for heads in slices:
             keys = _zeroed(layer.pages.keys(part.blocks, heads), part)
             numbers = layer.pages.key_numbers(keys)
-            seen.append(_observe(policy, part.queries, numbers, query, heads, layer, scale))
+            if part.queries is None:
+                seen.append(_observe_recent(policy, part, numbers, heads, layer))
+            else:
+                assert query is not None
+                seen.append(_observe(policy, part.queries, numbers, query, heads, layer))
             del numbers
         observed = seen[0] if len(seen) == 1 else torch.cat(seen, 1)
         observed = observed if per_head else observed.mean(1, keepdim=True)
-        _sum_up(observed, part, layer)
+        if part.queries is not None:
+            _sum_up(observed, part, layer)
     if part.choice is None:
         return
     for scored in slices if per_head else [slice(0, layer.heads.kv)]:
@@ -209,7 +227,14 @@ def compact_part(
             seen_keys = layer.pages.key_numbers(keys)
         choosable, kept, most, *_ = part.choice
         context = Context(
-            layer.index, part.lengths, part.tokens, seen_here, seen_keys, values, kept, scale
+            layer.index,
+            part.lengths,
+            part.tokens,
+            seen_here,
+            seen_keys,
+            values,
+            kept,
+            layer.scale,
         )
         chosen = select(policy.score(context), choosable, kept, most)
         del context, seen_keys, values
@@ -230,19 +255,34 @@ def _observe(
     query: torch.Tensor,
     heads: slice,
     layer: Layer,
-    scale: float,
 ) -> torch.Tensor:
-    """What the queries of some KV heads say, [R, heads, T]."""
-    group = layer.heads.group
-    of_heads = query[:, heads.start * group : heads.stop * group]
+    """What the queries of some KV heads say, [R, heads, S]."""
+    of_heads = query[:, _query_heads(heads, layer)]
     total = None
     for first in range(0, queries.tokens.shape[1], QUERIES):
         some = slice(first, first + QUERIES)
         wanted = of_heads[queries.tokens[:, some]].transpose(1, 2)
-        seen = policy.observe(wanted, queries.positions[:, some], keys, scale)
+        seen = policy.observe(wanted, queries.positions[:, some], keys, layer.scale)
         total = seen if total is None else total.add_(seen)
     assert total is not None
     return total
+
+
+def _observe_recent(
+    policy: KVPolicy, part: Part, keys: torch.Tensor, heads: slice, layer: Layer
+) -> torch.Tensor:
+    """What the last queries of decode windows say, [R, heads, S]."""
+    assert part.recent is not None and layer.recent is not None
+    of_heads = layer.recent[:, _query_heads(heads, layer)]
+    wanted = of_heads[part.recent + layer.first_recent].transpose(1, 2)
+    count = part.recent.shape[1]
+    positions = part.lengths[:, None] + torch.arange(-count, 0, device=part.lengths.device)
+    return policy.observe(wanted, positions, keys, layer.scale)
+
+
+def _query_heads(heads: slice, layer: Layer) -> slice:
+    """The query heads of some KV heads."""
+    return slice(heads.start * layer.heads.group, heads.stop * layer.heads.group)
 
 
 def _sum_up(seen: torch.Tensor, part: Part, layer: Layer) -> None:

@@ -67,8 +67,10 @@ class Part(NamedTuple):
         lengths: Tokens that are there, int64 [R].
         present: The same on the host.
         tokens: T.
-        queries: What is observed; None for decode windows.
+        queries: What is observed of prompts; None for decode windows.
         choice: What stays; None for prompts that do not end in this step.
+        recent: Places of the last queries of decode windows, int64 [R, Q], oldest first: see
+            ``RecentQueries``. None for prompts, and where none are observed.
     """
 
     blocks: torch.Tensor
@@ -77,6 +79,7 @@ class Part(NamedTuple):
     tokens: int
     queries: Queries | None
     choice: Choice | None
+    recent: torch.Tensor | None = None
 
     def on(self, table: torch.Tensor) -> "Part":
         """The part with blocks of a table, where it has their places in the flat table so far."""

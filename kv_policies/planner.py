@@ -12,6 +12,7 @@ from kv_policies.layout.base import Layout
 from kv_policies.layout.segments import Ending, IntArray, runs
 from kv_policies.layout.step import Step
 from kv_policies.plan import Choice, Part, Queries, Tally, Work
+from kv_policies.recent_queries import RecentQueries
 from kv_policies.transfer import to_device
 from kv_policies.workspace import Workspace
 
@@ -26,10 +27,18 @@ class Planner:
         layouts: Of one timing.
         policy: What scores.
         space: What bounds a part.
+        recent: Queries that decode windows are scored with; None: they are scored without.
     """
 
-    def __init__(self, layouts: Sequence[Layout], policy: KVPolicy, space: Workspace) -> None:
+    def __init__(
+        self,
+        layouts: Sequence[Layout],
+        policy: KVPolicy,
+        space: Workspace,
+        recent: RecentQueries | None = None,
+    ) -> None:
         self.layouts, self.policy, self.space = list(dict.fromkeys(layouts)), policy, space
+        self.recent = recent
 
     def work(self, layout: Layout, step: Step, table: torch.Tensor) -> Work | None:
         """What a step has to do; None for nothing, as in most steps.
@@ -146,9 +155,11 @@ class _Plan:
         for some in self._planner.space.rows(lengths.tolist()):
             choices = self._choices(segments.some(some), kept[:, some], size)
             row, start = segments.row[some], segments.start[some]
+            last = self._last(row, segments.ends[some]) if kind == "window" else None
             for layout, choice in zip(layouts, choices, strict=True):
                 seen = watched.get(layout, {})
                 part = self._part(row, lengths[some], start, size, seen, choice)
+                part = part._replace(recent=last)
                 work = self._works[layout]
                 (work.prompts if kind == "prompt" else work.windows).append(part)
         count, total = len(tokens), int(tokens.sum())
@@ -223,6 +234,13 @@ class _Plan:
             names = [self._step.ids[row] for row in rows]
             self._observed[watched] = Queries(tokens, positions, names, first[:, 0].tolist())
         return self._observed[watched]
+
+    def _last(self, row: IntArray, ends: IntArray) -> torch.Tensor | None:
+        """Where the last queries of decode windows are stored."""
+        if (recent := self._planner.recent) is None:
+            return None
+        names = [self._step.ids[at] for at in row.tolist()]
+        return self._there(recent.last(names, ends))[0]
 
     def _places(self, row: IntArray, column: IntArray) -> IntArray:
         """Where the flat table has the blocks of these columns."""

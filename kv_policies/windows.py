@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode windows of all layers of a group at once.
 
-They need no queries, so they are compacted after the forward pass. A window is small: a few hundred
+They need no queries but those that layers have stored (``RecentQueries``), so they are compacted
+after the forward pass. A window is small: a few hundred
 tokens of one request, or what a budget holds. Layer by layer the host would take longer to queue
 the work than a GPU to do it, so a row of the work is a window of one layer, and one pass takes as
 many as fit in memory.
@@ -43,7 +44,7 @@ def compact_windows(
 
     Args:
         windows: The same for all layers: see ``Work``.
-        layers: Of one layout and of one shape.
+        layers: Of one layout and of one shape, in the order in which they store queries.
         joined: Their blocks; None where they cannot be numbered together.
     """
     policy = window_policy(layers[0].policy)
@@ -53,20 +54,29 @@ def compact_windows(
                 compact_part(part, replace(layer, index=None), policy)
         return
     one = replace(layers[0], name="", index=None, pages=joined.pages)
+    apart = layers[1].first_recent - layers[0].first_recent if len(layers) > 1 else 0
     for part in windows:
         each = one.space.bytes(len(part.present), part.tokens, one.heads.kv)
         most = max(1, one.space.limit // each)
         for first in range(0, len(layers), most):
             some = slice(first, min(first + most, len(layers)))
-            compact_part(_of_layers(part, joined, some), one, policy)
+            compact_part(_of_layers(part, joined, some, apart), one, policy)
 
 
-def _of_layers(part: Part, joined: JoinedPages, some: slice) -> Part:
-    """A part with a row per layer and window, in order of the layers."""
+def _of_layers(part: Part, joined: JoinedPages, some: slice, apart: int) -> Part:
+    """A part with a row per layer and window, in order of the layers.
+
+    ``apart``: From a layer's stored queries to those of the next.
+    """
     choice, count = part.choice, some.stop - some.start
     assert choice is not None and part.queries is None
     of_layer = torch.arange(count, device=part.blocks.device)[:, None] * len(part.blocks)
+    recent = part.recent
+    if recent is not None:
+        first = torch.arange(some.start, some.stop, device=recent.device) * apart
+        recent = (first[:, None, None] + recent).flatten(0, 1)
     return part._replace(
+        recent=recent,
         blocks=joined.blocks(some, part.blocks),
         lengths=part.lengths.repeat(count),
         present=part.present * count,

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from kv_policies.base import AttentionPolicy, Capabilities, Context, NoSettings
+from kv_policies.base import AttentionPolicy, AttentionSettings, Capabilities, Context, NoSettings
 from kv_policies.workspace import QUERIES, Heads, Transient
 
 
-class ExpectedAttentionSettings(NoSettings):
+class ExpectedAttentionSettings(AttentionSettings):
     """Settings of ``expected_attention``."""
 
     queries: int = Field(

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from kv_policies.base import AttentionPolicy, Capabilities, Context, NoSettings
+from kv_policies.base import AttentionPolicy, AttentionSettings, Capabilities, Context, NoSettings
 from kv_policies.workspace import Heads, Transient
 
 
-class H2OSettings(NoSettings):
+class H2OSettings(AttentionSettings):
     """Settings of ``h2o``."""
 
     queries: int = Field(

@@ -6,10 +6,17 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from kv_policies.base import AttentionPolicy, Capabilities, Context, NoSettings
+from kv_policies.base import (
+    AttentionPolicy,
+    AttentionSettings,
+    Capabilities,
+    Context,
+    NoSettings,
+    decode_queries,
+)
 
 
-class PrefixKVSettings(NoSettings):
+class PrefixKVSettings(AttentionSettings):
     """Settings of ``prefix_kv``."""
 
     queries: int = Field(
@@ -18,6 +25,7 @@ class PrefixKVSettings(NoSettings):
         description="at most this many last prompt tokens vote, 0 for all, as in the paper; fewer: "
         "cheaper for long prompts, and closer to snap_kv",
     )
+    decode_queries: int = decode_queries(0)
 
 
 class PrefixKV(AttentionPolicy):

@@ -7,7 +7,14 @@ import torch
 from pydantic import Field
 
 from kv_policies.attention import attention_transient, pooled
-from kv_policies.base import AttentionPolicy, Capabilities, Context, NoSettings
+from kv_policies.base import (
+    AttentionPolicy,
+    AttentionSettings,
+    Capabilities,
+    Context,
+    NoSettings,
+    decode_queries,
+)
 from kv_policies.workspace import Heads, Transient
 
 # Elements of one block of similarities, as many as a core's cache holds on a CPU.
@@ -15,7 +22,7 @@ _CPU_BLOCK: Final = 1 << 19
 _BLOCK: Final = 1 << 22
 
 
-class RKVSettings(NoSettings):
+class RKVSettings(AttentionSettings):
     """Settings of ``r_kv``."""
 
     window: int = Field(
@@ -38,6 +45,7 @@ class RKVSettings(NoSettings):
         description="cosine from which on two keys count as alike: of those like a key, the last "
         "is not held redundant for it",
     )
+    decode_queries: int = decode_queries(8)
 
 
 class RKV(AttentionPolicy):

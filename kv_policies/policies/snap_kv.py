@@ -7,11 +7,18 @@ import torch
 from pydantic import Field
 
 from kv_policies.attention import attention_transient, pooled
-from kv_policies.base import AttentionPolicy, Capabilities, Context, NoSettings
+from kv_policies.base import (
+    AttentionPolicy,
+    AttentionSettings,
+    Capabilities,
+    Context,
+    NoSettings,
+    decode_queries,
+)
 from kv_policies.workspace import Heads, Transient
 
 
-class SnapKVSettings(NoSettings):
+class SnapKVSettings(AttentionSettings):
     """Settings of ``snap_kv``."""
 
     window: int = Field(
@@ -25,6 +32,7 @@ class SnapKVSettings(NoSettings):
         ge=1,
         description="tokens of the max pooling, odd; larger: whole phrases stay, fewer of them",
     )
+    decode_queries: int = decode_queries(0)
 
 
 class SnapKV(AttentionPolicy):

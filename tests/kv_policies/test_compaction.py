@@ -20,12 +20,16 @@ from kv_policies.compaction import (
     describe_windows,
     observed_bytes,
     window_policy,
+    window_queries,
     workspace,
 )
+from kv_policies.layout.base import Layout
+from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.layout.view import LiveView
 from kv_policies.planner import Planner
+from kv_policies.recent_queries import RecentQueries
 from kv_policies.registry import build_policy, policies
 from kv_policies.workspace import LIMIT, Heads
 
@@ -67,7 +71,7 @@ class DensePages:
 class Engine:
     """One layer and three requests, tokens of known K and V."""
 
-    def __init__(self, name: str | KVPolicy, layout: TokenLayout, limit: int = LIMIT) -> None:
+    def __init__(self, name: str | KVPolicy, layout: Layout, limit: int = LIMIT) -> None:
         torch.manual_seed(0)
         policy = name
         if isinstance(policy, str):
@@ -83,7 +87,14 @@ class Engine:
         self.n = np.array(LENGTHS)
         self.observations = Observations()
         space = replace(workspace(policy, SHAPE), limit=limit)
-        self.layer = Layer("layer", 7, self.pages, SHAPE, policy, space, self.observations)
+        self.layer = Layer(
+            "layer", 7, self.pages, SHAPE, policy, space, self.observations, DIM**-0.5
+        )
+        self.recent: RecentQueries | None = None
+        if count := window_queries(policy, layout):
+            self.recent = RecentQueries(count, 3, 2, HEADS, DIM, torch.float32, torch.device("cpu"))
+            first = self.recent.places  # as of the second of two layers
+            self.layer = replace(self.layer, recent=self.recent.stored, first_recent=first)
 
     def step(self, q: list[int]) -> None:
         count = np.array(q)
@@ -96,11 +107,25 @@ class Engine:
         spans = enumerate(zip(self.c.tolist(), q, strict=True))
         query = torch.cat([self.queries[row, at : at + new] for row, (at, new) in spans])
         step = Step(self.n, self.c, count, starts, IDS)
-        planner = Planner([self.layout], self.layer.policy, self.layer.space)
-        work = planner.work(self.layout, step, self.table)
-        if work is not None:
-            compact(work, self.layer, query, DIM**-0.5)
+        planner = Planner([self.layout], self.layer.policy, self.layer.space, self.recent)
+        for _, passed in step.passes(self.layout):
+            if self.recent is not None:
+                storing = self.recent.storing(passed, torch.from_numpy(passed.end))
+                if storing is not None:
+                    places = storing.places + self.layer.first_recent
+                    self.recent.stored[places] = query[storing.tokens]
+            table = self.table[[IDS.index(name) for name in passed.ids]]
+            if (work := planner.work(self.layout, passed, table)) is not None:
+                compact(work, self.layer, query)
         self.c = self.c + count
+
+    def preempt(self, row: int) -> None:
+        """Let a request start again, elsewhere."""
+        self.observations.forget(IDS[row])
+        if self.recent is not None:
+            self.recent.forget(IDS[row])
+        self.c[row] = 0
+        self.pages.k[self.table[row].long()] = torch.nan
 
     def contents(self, row: int, head: int) -> list[int]:
         """Positions of what attention reads, each found by its key; values must belong to keys."""
@@ -162,17 +187,51 @@ def test_cuts_into_chunks_and_batches_do_not_matter(
             assert whole.contents(row, head) == cut.contents(row, head)
 
 
+@given(
+    st.sampled_from(CHOOSING),
+    st.sampled_from([TokenLayout(BLOCK, Fraction(1, 2), window=8), BoundedLayout(BLOCK, 24, 8)]),
+    st.randoms(use_true_random=False),
+)
+@settings(deadline=None, max_examples=30)
+def test_a_resumed_request_keeps_what_it_would_have_kept(
+    name: str, layout: Layout, random: Random
+) -> None:
+    """Its prompt and its generated tokens are one prefill then, cut anywhere."""
+    straight, resumed = Engine(name, layout), Engine(name, layout)
+    for engine in (straight, resumed):
+        engine.step(list(LENGTHS))
+        while int(engine.c.max()) < 56:
+            engine.step([1, 1, 1])
+    row = random.randrange(3)
+    stop = int(resumed.c[row])
+    resumed.preempt(row)
+    while resumed.c[row] < stop:
+        q = [0, 0, 0]
+        q[row] = random.randint(1, stop - int(resumed.c[row]))
+        resumed.step(q)
+    for engine in (straight, resumed):
+        while int(engine.c.max()) < END:
+            engine.step([1, 1, 1])
+    for other in range(3):
+        for head in range(KV_HEADS):
+            assert straight.contents(other, head) == resumed.contents(other, head)
+
+
 def test_windows_are_scored_without_queries() -> None:
     for name in CHOOSING:
-        assert not window_policy(build_policy(name, {})).capabilities.needs_queries
+        policy = build_policy(name, {})
+        if policy.capabilities.needs_queries:
+            policy = build_policy(name, {"decode_queries": 0})
+        assert not window_policy(policy).capabilities.needs_queries
 
 
 def test_the_log_says_what_scores_windows() -> None:
     def said(name: str, window: int = 256) -> str:
         return describe_windows(build_policy(name, {}), window)
 
-    because = ", because snap_kv needs the queries of a prompt"
+    because = ", because snap_kv needs queries and decode_queries is 0"
     assert said("snap_kv") == "decode windows of 256 scored by key_diff" + because
+    assert said("h2o") == "decode windows of 256 scored by h2o, from 32 queries each"
     assert said("recent") == "decode windows of 256 scored by recent"
     assert said("cskv", 32) == "decode windows of 32"
     assert said("snap_kv", 0) == "generated tokens are kept"

@@ -54,7 +54,7 @@ def test_a_policy_that_is_complete_is_built() -> None:
     [
         (
             "partial",
-            "'partial' .*Partial. is no KVPolicy: it lacks observed_numbers, transient; upgrade",
+            "'partial' .*Partial. is no KVPolicy: it lacks decode_queries, .*transient; upgrade",
         ),
         ("latents", "is no LatentPolicy: it lacks form, most_tokens, recent;"),
     ],

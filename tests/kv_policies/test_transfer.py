@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step copies to the device, and that it waits for nothing there."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
-from kv_policies.compaction import Layer, Observations, compact, workspace
+from kv_policies.compaction import Layer, Observations, compact, window_queries, workspace
 from kv_policies.latents.packing import Packer, fresh_blocks
 from kv_policies.latents.reading import LatentView
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.layout.view import LiveView
 from kv_policies.planner import Planner
+from kv_policies.recent_queries import RecentQueries
 from kv_policies.registry import build_policy
 from kv_policies.transfer import to_device
 from tests.kv_policies.layout.sims import Unit
@@ -72,13 +74,17 @@ def test_compaction_waits_for_nothing(name: str) -> None:
     pages, space = DensePages(64), workspace(policy, SHAPE)
     pages.k, pages.v = pages.k.to(META), pages.v.to(META)
     layer = Layer("layer", 7, pages, SHAPE, policy, space, Observations())
+    recent = None
+    if count := window_queries(policy, layout):
+        recent = RecentQueries(count, 3, 1, HEADS, DIM, torch.float32, META)
+        layer = replace(layer, recent=recent.stored)
     with Device() as seen:
         table = torch.zeros(3, 16, dtype=torch.int32, device=META)
         LiveView(layout).update(step, table, table[:, 0])
-        work = Planner([layout], policy, space).work(layout, step, table)
+        work = Planner([layout], policy, space, recent).work(layout, step, table)
         assert work is not None and work.prompts and work.windows
         query = torch.zeros(54, HEADS, DIM, device=META)
-        compact(work, layer, query, DIM**-0.5)
+        compact(work, layer, query)
     assert seen.copies and not seen.waits
 
 

@@ -101,13 +101,13 @@ def test_a_policy_takes_no_more_than_it_states(
     work = Planner([layout], policy, space).work(layout, step, table)
     assert work is not None
     assert len(work.prompts) > 1 or len(lengths) == 1
-    peak = peak_bytes(lambda: compact(work, layer, query, 1.0))
+    peak = peak_bytes(lambda: compact(work, layer, query))
     assert 0 < peak <= space.peak(max(lengths))
     # What is stated is worth stating: without cuts a step takes more.
     uncut = replace(stated, limit=1 << 40)
     work = Planner([layout], policy, uncut).work(layout, step, table)
     assert work is not None
-    whole = peak_bytes(lambda: compact(work, replace(layer, space=uncut), query, 1.0))
+    whole = peak_bytes(lambda: compact(work, replace(layer, space=uncut), query))
     assert whole > peak
     rows, most = len(lengths), -(-max(lengths) // BLOCK) * BLOCK
     assert whole <= stated.bytes(rows, most, HEADS.kv)

@@ -29,6 +29,7 @@ from kv_policies.layout.step import Step
 from kv_policies.layout.view import LiveColumns, LiveView
 from kv_policies.plan import Work
 from kv_policies.planner import Planner
+from kv_policies.recent_queries import Storing
 from kv_policies.windows import JoinedPages, compact_windows
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.passes import restricted
@@ -47,6 +48,7 @@ class Part:
     Attributes:
         tokens: The step's tokens that take part, int64 on the device; None for all.
         metadata: What the backend's builder made of the live blocks.
+        storing: Queries that are stored for decode windows.
         work: What is compacted after attention, inside the forward pass.
         reading: The requests whose attention is over latents too. Its result takes the place of
             the kernel's, which is not asked where these are all requests.
@@ -56,6 +58,7 @@ class Part:
     metadata: Any
     work: Work | Packings | None
     reading: Reading | None = None
+    storing: Storing | None = None
 
 
 class CompressedBuilder:
@@ -116,6 +119,10 @@ class CompressedBuilder:
             table = metadata.block_table_tensor
             work = self._work(passed, table)
             tallies += work.tallies if work else []
+            storing = None
+            if self.layers and self.layers[0].recent is not None:
+                assert self.batch.recent is not None
+                storing = self.batch.recent.storing(passed, metadata.seq_lens)
             view, seen = live.update(passed, table, metadata.seq_lens, rows)
             reading = None
             if self.latents and tokens is None and self._replayable(metadata):
@@ -128,7 +135,7 @@ class CompressedBuilder:
             # Passes are built fast: FlashAttention keeps one schedule for all that is built.
             part_metadata = build(common_prefix_len, metadata, *how)
             work = self._in_forward(work, whole=tokens is None)
-            parts.append(Part(tokens, part_metadata, work, reading))
+            parts.append(Part(tokens, part_metadata, work, reading, storing))
         if tallies:
             self.batch.activity.plan(tallies, len(self.layer_names))
         setattr(parts[0].metadata, _PARTS, parts)
@@ -223,6 +230,8 @@ class CompressedImpl:
             if part.reading is not None:
                 assert self.latents is not None
                 self.latents.attend(part.reading, self.pages, query, scale, output)
+            if part.storing is not None:
+                self._store(part.storing, plain_queries(query, layer, output.dtype))
             if part.work is not None:
                 with self.batch.working():
                     if isinstance(part.work, Packings):
@@ -230,8 +239,15 @@ class CompressedImpl:
                         self.latents.pack(part.work.parts, self.pages)
                     else:
                         observed = plain_queries(query, layer, output.dtype)
-                        compact(part.work, self.chosen, observed, scale)
+                        compact(part.work, self.chosen, observed)
         return output
+
+    def _store(self, storing: Storing, query: torch.Tensor) -> None:
+        """Store some queries of a step, [tokens, Hq, D], for the decode windows that they end."""
+        stored, first = self.chosen.recent, self.chosen.first_recent
+        assert stored is not None
+        some = query[storing.tokens]
+        stored[first:].index_copy_(0, storing.places[: len(some)], some)
 
 
 class CustomBackend:

@@ -12,6 +12,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from kv_policies.compaction import Observations
 from kv_policies.layout.segments import IntArray
 from kv_policies.layout.step import Step
+from kv_policies.recent_queries import RecentQueries
 from vllm_plugin.kv_cache.activity import Activity
 from vllm_plugin.kv_cache.requests import opts_out
 
@@ -33,6 +34,7 @@ class Batch:
 
     def __init__(self, runner: Any, v2: bool, activity: Activity) -> None:
         self.observations = Observations()
+        self.recent: RecentQueries | None = None  # where windows are scored with queries
         self.activity = activity
         self._runner = runner
         self._read = self._v2 if v2 else self._v1
@@ -47,9 +49,9 @@ class Batch:
         """The step in which metadata is built and layers run."""
         for request_id in scheduled.finished_req_ids:
             self._opted_out.discard(request_id)
-            self.observations.forget(request_id)
+            self._forget(request_id)
         for request_id in scheduled.preempted_req_ids or ():
-            self.observations.forget(request_id)  # it will start anew
+            self._forget(request_id)  # it will start anew
         for request in scheduled.scheduled_new_reqs:
             if opts_out(request.sampling_params):
                 self._opted_out.add(request.req_id)
@@ -108,6 +110,12 @@ class Batch:
             for work in self._put_off:
                 work()
         self._put_off.clear()
+
+    def _forget(self, request_id: str) -> None:
+        """Drop what was seen of a request."""
+        self.observations.forget(request_id)
+        if self.recent is not None:
+            self.recent.forget(request_id)
 
     def _v1(self, metadata: CommonAttentionMetadata) -> _Read:
         batch = self._runner.input_batch

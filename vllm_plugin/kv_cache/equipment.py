@@ -10,7 +10,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from compress_common.errors import CompressError
 from kv_policies.base import KVPolicy, LatentPolicy, Policy
-from kv_policies.compaction import Layer, workspace
+from kv_policies.compaction import Layer, window_queries, workspace
 from kv_policies.latents.bases import Bases
 from kv_policies.latents.columns import LatentColumns
 from kv_policies.latents.fixed import FixedColumns
@@ -19,6 +19,7 @@ from kv_policies.latents.packing import Packer
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.view import LiveColumns
 from kv_policies.planner import Planner
+from kv_policies.recent_queries import RecentQueries
 from kv_policies.workspace import Heads, Workspace
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.joined import join
@@ -58,12 +59,46 @@ class Equipment:
         Raises:
             CompressError: Another backend serves one, or its kernel splits blocks.
         """
+        recent = self._batch.recent = self._recent_queries(groups)
+        number = 0
         for group in groups:
-            self._equip(group)
+            if recent is not None and window_queries(self._policy, group.kv_cache_spec.layout):
+                self._equip(group, recent, number)
+                number += len(group.layer_names)
+            else:
+                self._equip(group, None)
         self._share_plans(groups)
 
-    def _equip(self, group: Any) -> None:
-        """Equip a group's builder, and its layers."""
+    def _recent_queries(self, groups: Sequence[Any]) -> RecentQueries | None:
+        """Room for the queries of all layers that score decode windows with them."""
+        counts = {
+            name: count
+            for group in groups
+            if (count := window_queries(self._policy, group.kv_cache_spec.layout))
+            for name in group.layer_names
+        }
+        if not counts:
+            return None
+        name, count = next(iter(counts.items()))
+        layer: Any = self._config.compilation_config.static_forward_context[name]
+        return RecentQueries(
+            count,
+            self._config.scheduler_config.max_num_seqs,
+            len(counts),
+            layer.num_heads,
+            layer.head_size,
+            layer.dtype,
+            layer.kv_cache.device,
+        )
+
+    def _equip(self, group: Any, recent: RecentQueries | None, first: int = 0) -> None:
+        """Equip a group's builder, and its layers.
+
+        Args:
+            group: One of vLLM's.
+            recent: Where its layers store queries; None: they store none.
+            first: Number of its first layer there.
+        """
         spec, builder = group.kv_cache_spec, group.get_metadata_builder()
         if ".".join(group.backend.full_cls_name()) != self._backend:
             raise CompressError(
@@ -77,7 +112,7 @@ class Equipment:
             )
         builder.batch = self._batch
         builder.layers, builder.latents, builder.pages = [], [], []
-        for name in group.layer_names:
+        for number, name in enumerate(group.layer_names, first):
             layer: Any = self._config.compilation_config.static_forward_context[name]
             impl, index = layer.impl, extract_layer_index(name)
             impl.batch = self._batch
@@ -92,6 +127,9 @@ class Equipment:
                     self._policy,
                     workspace(self._policy, heads),
                     self._batch.observations,
+                    impl.scale,
+                    None if recent is None else recent.stored,
+                    0 if recent is None else number * recent.places,
                 )
                 builder.layers.append(impl.chosen)
             elif self._bases is not None:
@@ -123,7 +161,7 @@ class Equipment:
             planner: Planner | Packer | None = Packer(forms) if forms else None
             if isinstance(self._policy, KVPolicy):
                 layers = [layer for builder in builders for layer in builder.layers]
-                planner = Planner(layouts, self._policy, self._space(layers))
+                planner = Planner(layouts, self._policy, self._space(layers), self._batch.recent)
             latent_columns = LatentColumns(layouts) if forms else None
             fixed_columns = FixedColumns(layouts) if forms else None
             for builder in builders:

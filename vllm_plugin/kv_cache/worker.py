@@ -19,8 +19,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 from compress_common.errors import joined
 from kv_policies.base import KVPolicy
-from kv_policies.compaction import describe_windows, observed_bytes, workspace
+from kv_policies.compaction import describe_windows, observed_bytes, window_queries, workspace
 from kv_policies.latents.bases import Bases
+from kv_policies.recent_queries import RecentQueries
 from vllm_plugin.kv_cache.activity import Activity, counting_layer
 from vllm_plugin.kv_cache.backends import put_ours_behind
 from vllm_plugin.kv_cache.batch import Batch
@@ -101,11 +102,11 @@ class CompressedWorker(PlatformWorker):
 
     def determine_available_memory(self) -> int:
         """What vLLM leaves for the cache, less what compaction takes beside it."""
-        measure = super().determine_available_memory
-        return reserve(self, measure, self._transient(), "KV compaction", "--max-model-len")
+        measure, flags = super().determine_available_memory, "--max-model-len or --max-num-seqs"
+        return reserve(self, measure, self._transient(), "KV compaction", flags)
 
     def _transient(self) -> int:
-        """The most bytes that compaction takes: in one layer, and for observations in all."""
+        """The most bytes that compaction takes: in one layer, and for what is observed in all."""
         longest, bases = self.model_config.max_model_len, self._bases
         block_size = self.cache_config.block_size
         prompt, prompts = -(-longest // block_size) * block_size, self._partial_prompts
@@ -117,6 +118,13 @@ class CompressedWorker(PlatformWorker):
             if isinstance(self.policy, KVPolicy):
                 needed.append(workspace(self.policy, heads).peak(longest))
                 observed += prompts * observed_bytes(self.policy, heads, prompt)
+                observed += RecentQueries.bytes(
+                    window_queries(self.policy, spec.layout),
+                    self.vllm_config.scheduler_config.max_num_seqs,
+                    heads.kv * heads.group,
+                    heads.size,
+                    self.model_config.dtype,
+                )
             elif bases is not None:
                 form = form_of(self.policy, bases, name, spec)
                 kind = latent_cache_type(spec.dtype, self.device)

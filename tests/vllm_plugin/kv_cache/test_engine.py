@@ -181,12 +181,13 @@ def test_freed_blocks_are_used_by_others_and_nothing_mixes(
     assert_nothing_left(ample)
 
 
-@pytest.mark.parametrize("kind", ["share", "budget", "latents"])
+@pytest.mark.parametrize("kind", ["share", "budget", "queries", "latents"])
 def test_windows_survive_preemption(model: Path, bases: Path, kind: str) -> None:
     """A resumed request recomputes prompt and windows, and says what it would have said."""
     kvs: dict[str, dict[str, Any]] = {
         "share": {"policy": "key_diff", "keep": 0.5},
         "budget": {"policy": "key_diff", "budget": 192},
+        "queries": {"policy": "r_kv", "budget": 192},
         "latents": {"policy": "cskv", "bases": str(bases)},
     }
     case = {

@@ -6,6 +6,7 @@ captured, and must never stand for a step that ends a prompt.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.planner import Planner
 from kv_policies.policies.key_diff import KeyDiff
+from kv_policies.recent_queries import RecentQueries
 from kv_policies.workspace import Heads
 from tests.support.device import Device
 from tests.vllm_plugin.kv_cache.test_refusals import configure
@@ -280,6 +282,39 @@ def test_what_a_graph_reads_stays_where_it_was_captured(kind: type, configured: 
             assert built.seq_lens[row] == seen
             live = LAYOUT.columns(phase, LAYOUT.hidden(phase), WIDTH)[0][: -(-seen // 32)]
             assert built.block_table[row, : len(live)].tolist() == (100 * row + live).tolist()
+
+
+def test_queries_of_a_decode_step_go_where_a_graph_stores_them(configured: VllmConfig) -> None:
+    """To the ring of each row's request, by way of the same memory, without a copy from the host
+    as long as the rows are the same."""
+    builder = equipped(TritonBuilder, configured)
+    recent = RecentQueries(8, 4, 1, 3, 64, torch.bfloat16, torch.device("cpu"))
+    builder.batch.recent = recent
+    (layer,) = builder.layers
+    builder.layers = [replace(layer, recent=recent.stored)]
+    captured = {
+        rows: builder.build_for_cudagraph_capture(
+            metadata([(0, 0, 1)] * rows, rows)
+        ).vllm_compress_parts[0]
+        for rows in (4, 2)
+    }
+    nobody = list(range(32, 40))
+    assert all(part.storing.places.tolist()[0] in nobody for part in captured.values())
+    decodes = [(256, 260, 1), (0, 330, 1), (64, 401, 1)]  # the second has opted out
+    for c in range(3):
+        requests = [(n, at + c, q) for n, at, q in decodes]
+        given = metadata(requests, 4).replace(num_actual_tokens=4)
+        (part,) = run_step(builder, requests, 4, given=given).vllm_compress_parts
+        assert part.storing.places.data_ptr() == captured[4].storing.places.data_ptr()
+        first, out, third, padding = part.storing.places.tolist()
+        assert out in nobody and padding in nobody
+        assert first % 8 == (260 + c) % 8 and third % 8 == (401 + c) % 8
+        assert first // 8 != third // 8 and {first, third}.isdisjoint(nobody)
+    impl = Impl()
+    (impl.chosen,) = builder.layers
+    query = torch.arange(4.0)[:, None, None].expand(4, 3, 64).bfloat16()
+    impl._store(part.storing, query)
+    assert recent.stored[[first, third]].unique(dim=1).flatten(1)[:, 0].tolist() == [0, 2]
 
 
 LATENTS = LatentLayout(32, 64, 32, window=64)

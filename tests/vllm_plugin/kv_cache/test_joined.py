@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from kv_policies.base import Capabilities, Context, QueryFreePolicy
-from kv_policies.compaction import Layer, Observations, workspace
+from kv_policies.compaction import Layer, Observations, window_queries, workspace
 from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.planner import Planner
+from kv_policies.policies.expected_attention import ExpectedAttention
 from kv_policies.policies.key_diff import KeyDiff
+from kv_policies.policies.r_kv import RKV
+from kv_policies.recent_queries import RecentQueries
 from kv_policies.windows import compact_windows
 from kv_policies.workspace import LIMIT, Heads
 from vllm_plugin.kv_cache.joined import join
@@ -94,7 +97,7 @@ class ByLayer(QueryFreePolicy):
 
 @pytest.mark.parametrize("order", ["layers", "blocks"])
 @pytest.mark.parametrize("limit", [LIMIT, 150_000, 1])
-@pytest.mark.parametrize("kind", [KeyDiff, ByLayer])
+@pytest.mark.parametrize("kind", [KeyDiff, ByLayer, RKV, ExpectedAttention])
 def test_layers_at_once_are_layer_by_layer(order: str, limit: int, kind: type) -> None:
     """Bit for bit, also where memory is for some of the layers, or for some of the heads of one."""
     torch.manual_seed(0)
@@ -104,7 +107,11 @@ def test_layers_at_once_are_layer_by_layer(order: str, limit: int, kind: type) -
     step = Step(n, c, np.array([1, 1, 1]), np.arange(3), ["a", "b", "c"])
     policy = kind(kind.settings_type())
     space = replace(workspace(policy, SHAPE), limit=limit)
-    work = Planner([layout], policy, space).work(layout, step, table)
+    recent = None
+    if count := window_queries(policy, layout):
+        recent = RecentQueries(count, 3, LAYERS, 2 * HEADS, SIZE, torch.float32, table.device)
+        recent.stored.normal_()
+    work = Planner([layout], policy, space, recent).work(layout, step, table)
     assert work is not None and not work.prompts
     results = []
     for together in (True, False):
@@ -115,6 +122,11 @@ def test_layers_at_once_are_layer_by_layer(order: str, limit: int, kind: type) -
             Layer(str(at), at, x, SHAPE, policy, space, Observations())
             for at, x in enumerate(pages)
         ]
+        if recent is not None:
+            layers = [
+                replace(layer, recent=recent.stored, first_recent=at * recent.places)
+                for at, layer in enumerate(layers)
+            ]
         compact_windows(work.windows, layers, join(pages) if together else None)
         results.append([x.blocks.clone() for x in pages])
         changed = [

@@ -205,7 +205,7 @@ def test_tokens_of_an_fp8_cache_are_chosen_by_its_numbers(name: str) -> None:
     before = fp8.keys(every[None])
     for pages in (fp8, plain):
         layer = Layer("layer", 0, pages, shape, policy, space, Observations())
-        compact(work, layer, query, size**-0.5)
+        compact(work, layer, query)
     assert not torch.equal(fp8.keys(every[None]), before)
     assert torch.equal(how.keys(fp8.keys(every[None])), plain.keys(every[None]))
     assert torch.equal(how.values(fp8.values(every[None])), plain.values(every[None]))
