@@ -27,6 +27,7 @@ def attention_received(
     positions: torch.Tensor,
     keys: torch.Tensor,
     scale: float,
+    sinks: torch.Tensor | None = None,
     block: int | None = None,
 ) -> torch.Tensor:
     """Sum the causal attention that each key receives from some queries.
@@ -36,13 +37,15 @@ def attention_received(
     float16: torch would round logits to it, and above 65,504 they would be infinite. Softmax and
     sums are in float32.
 
-    Limits: Plain softmax attention. Logit soft caps, sinks and sliding windows are not modelled.
+    Limits: Logit soft caps and sliding windows are not modelled.
 
     Args:
         queries: [R, Hq, Q, D].
         positions: [R, Q], -1 for padding. Query i sees keys 0 .. positions[i].
         keys: [R, Hkv, T, D].
         scale: Factor on q.k in the softmax.
+        sinks: One learned logit per query head, which takes its share of every softmax and gives
+            nothing (gpt-oss), [Hq] or [R, Hq]; None: the model has none.
         block: Most probabilities that are computed at a time, in elements: blocks of queries, at
             least one query (R * Hq * T elements). None: what suits the device.
 
@@ -60,6 +63,8 @@ def attention_received(
     grouped = grouped.unflatten(1, (kv_heads, group))
     transposed = keys.transpose(-1, -2)
     received = keys.new_zeros((requests, kv_heads, 1, tokens), dtype=torch.float32)
+    if sinks is not None:
+        sinks = sinks.float().view(-1, kv_heads, group, 1)
     if block is None:
         block = _CPU_BLOCK if keys.device.type == "cpu" else _BLOCK
     rows = max(1, block // max(1, requests * query_heads * tokens))
@@ -75,8 +80,12 @@ def attention_received(
         logits.unflatten(2, (group, -1))[..., common:].add_(causal[:, None, None])
         # A softmax in place: on a CPU fresh memory costs more than the arithmetic. What each row is
         # divided by joins its weight, so that the sum over queries is a matrix product too.
-        logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-        weight = real[:, None, start : start + rows].repeat(1, 1, group) / logits.sum(-1)
+        largest = logits.amax(-1, keepdim=True)
+        total = logits.sub_(largest).exp_().sum(-1)
+        if sinks is not None:  # infinite where a sink leaves nothing to the keys
+            ours = sinks.expand(-1, -1, -1, at.shape[1]).flatten(2)
+            total += (ours - largest.squeeze(-1)).exp()
+        weight = real[:, None, start : start + rows].repeat(1, 1, group) / total
         received += weight.unsqueeze(2) @ logits
     return received.squeeze(2) / group
 

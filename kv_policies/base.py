@@ -64,6 +64,8 @@ class Capabilities:
         needs_profile: Per-layer fractions must come from a profile.
         paper: A link.
         content: What kept blocks hold: "tokens" that were chosen, or "latents" of all.
+        counts_sinks: ``observe`` lets attention sinks take their share of the softmax. A policy
+            that observes queries without it is refused for a model with sinks.
     """
 
     needs: frozenset[Need]
@@ -71,6 +73,12 @@ class Capabilities:
     needs_profile: bool
     paper: str
     content: Literal["tokens", "latents"] = "tokens"
+    counts_sinks: bool = False
+
+    @property
+    def serves_sinks(self) -> bool:
+        """Whether scores are right for a model with attention sinks."""
+        return self.content == "tokens" and (self.counts_sinks or not self.needs_queries)
 
     @property
     def needs_queries(self) -> bool:
@@ -144,7 +152,12 @@ class KVPolicy(Policy, Protocol):
         ...
 
     def observe(
-        self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
+        self,
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What some queries say about the keys. It must be additive over queries.
 
@@ -156,6 +169,8 @@ class KVPolicy(Policy, Protocol):
             positions: [R, Q].
             keys: The segment's keys, at least up to the last query's own.
             scale: Factor on q.k in the softmax.
+            sinks: Logits of attention sinks, [Hq] or [R, Hq]; None: there are none. Given only to a
+                policy whose capabilities say ``counts_sinks``.
 
         Returns:
             float32 [R, Hkv, S]. S is T, or whatever ``observed_numbers`` says.
@@ -223,7 +238,12 @@ class QueryFreePolicy:
         return stop  # none
 
     def observe(
-        self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
+        self,
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         raise NotImplementedError("a policy without queries in its needs observes nothing")
 
@@ -256,9 +276,14 @@ class AttentionPolicy:
         return max(0, stop - self.queries) if self.queries else 0
 
     def observe(
-        self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
+        self,
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return attention_received(queries, positions, keys, scale)
+        return attention_received(queries, positions, keys, scale, sinks)
 
     def observed_numbers(self, heads: Heads, tokens: int) -> int:
         return tokens

@@ -157,6 +157,8 @@ class Layer:
         scale: Factor on q.k in the softmax.
         recent: ``RecentQueries.stored``; None where decode windows are scored without queries.
         first_recent: The layer's first place there.
+        sinks: Logits of attention sinks, [Hq], or [R, Hq] where rows are of several layers; None:
+            there are none.
     """
 
     name: str
@@ -169,6 +171,7 @@ class Layer:
     scale: float = 1.0
     recent: torch.Tensor | None = None
     first_recent: int = 0
+    sinks: torch.Tensor | None = None
 
 
 def compact(work: Work, layer: Layer, query: torch.Tensor) -> None:
@@ -262,7 +265,8 @@ def _observe(
     for first in range(0, queries.tokens.shape[1], QUERIES):
         some = slice(first, first + QUERIES)
         wanted = of_heads[queries.tokens[:, some]].transpose(1, 2)
-        seen = policy.observe(wanted, queries.positions[:, some], keys, layer.scale)
+        at = queries.positions[:, some]
+        seen = policy.observe(wanted, at, keys, layer.scale, **_sinks(heads, layer))
         total = seen if total is None else total.add_(seen)
     assert total is not None
     return total
@@ -277,12 +281,17 @@ def _observe_recent(
     wanted = of_heads[part.recent + layer.first_recent].transpose(1, 2)
     count = part.recent.shape[1]
     positions = part.lengths[:, None] + torch.arange(-count, 0, device=part.lengths.device)
-    return policy.observe(wanted, positions, keys, layer.scale)
+    return policy.observe(wanted, positions, keys, layer.scale, **_sinks(heads, layer))
 
 
 def _query_heads(heads: slice, layer: Layer) -> slice:
     """The query heads of some KV heads."""
     return slice(heads.start * layer.heads.group, heads.stop * layer.heads.group)
+
+
+def _sinks(heads: slice, layer: Layer) -> dict[str, torch.Tensor]:
+    """The argument of ``observe``, where there is one: other policies need not know of sinks."""
+    return {} if layer.sinks is None else {"sinks": layer.sinks[..., _query_heads(heads, layer)]}
 
 
 def _sum_up(seen: torch.Tensor, part: Part, layer: Layer) -> None:

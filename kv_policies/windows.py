@@ -54,12 +54,16 @@ def compact_windows(
                 compact_part(part, replace(layer, index=None), policy)
         return
     one = replace(layers[0], name="", index=None, pages=joined.pages)
+    sinks = [layer.sinks for layer in layers if layer.sinks is not None]
     apart = layers[1].first_recent - layers[0].first_recent if len(layers) > 1 else 0
     for part in windows:
         each = one.space.bytes(len(part.present), part.tokens, one.heads.kv)
         most = max(1, one.space.limit // each)
         for first in range(0, len(layers), most):
             some = slice(first, min(first + most, len(layers)))
+            if sinks:
+                rows = torch.stack(sinks[some]).repeat_interleave(len(part.present), 0)
+                one = replace(one, sinks=rows)
             compact_part(_of_layers(part, joined, some, apart), one, policy)
 
 

@@ -64,6 +64,19 @@ MORE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2Config", {"sliding_window": None}),  # biases, LayerNorm, no gate
 }
 
+# Models whose attention or cache has something else beside. KV policies serve them.
+KV_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_oss": (  # attention sinks, experts
+        "GptOssConfig",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+}
+
 # Groups of 32, 64 and 128 divide every width; 32 is the smallest head vLLM's CPU attention takes.
 SHARED: dict[str, Any] = {
     "hidden_size": 128,
@@ -91,9 +104,9 @@ def demo_model() -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Callable[..., Path]:
     """Return ``make(arch, seed=0, **config)``: the folder of a random bfloat16 model.
 
-    ``arch`` is a key of TINY_MODELS or MORE_MODELS, ``config`` overrides fields of its Hugging Face
-    config. The same call gives the same folder, so tests must copy it before they change anything
-    in it. The tokenizer is the demo model's.
+    ``arch`` is a key of TINY_MODELS, MORE_MODELS or KV_MODELS, ``config`` overrides fields of its
+    Hugging Face config. The same call gives the same folder, so tests must copy it before they
+    change anything in it. The tokenizer is the demo model's.
     """
     made: dict[str, Path] = {}
 
@@ -122,7 +135,7 @@ def _save_tiny_model(
 
     source = transformers.AutoConfig.from_pretrained(tokenizer)
     tokens = {k: getattr(source, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    class_name, own = (TINY_MODELS | MORE_MODELS)[arch]
+    class_name, own = (TINY_MODELS | MORE_MODELS | KV_MODELS)[arch]
     fields = SHARED | {"vocab_size": source.vocab_size} | tokens | own | overrides
     config = getattr(transformers, class_name)(**fields)
     with torch.random.fork_rng(devices=[]):

@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress_common.errors import CompressError
+from kv_policies.base import Capabilities
 from vllm_plugin.diffusion.config import ARCHITECTURE, MODEL_TYPE
 from vllm_plugin.kv_fingerprint import full_attention_layers, shapes_per_layer, unknown_kinds
 
 MLA = "multi-head latent attention (MLA) keeps one latent per token, for which no policy is made"
 STATE = "a model with state-space or linear-attention layers was never tested"
 ENCODER = "an encoder-decoder model has a second cache, for which no policy is made"
+SINKS = "attention sinks, which this policy does not count (snap_kv, prefix_kv, h2o and r_kv do)"
 WRAPPED = (
     "the language model lies inside another model ({} in config.json), where its linears have "
     "other names; int4 weights are made for text models alone"
@@ -52,13 +54,13 @@ _OTHER_DIFFUSION = {
 
 
 def kv_model_problems(
-    config: Any, *, latents: bool = False, max_model_len: int | None = None
+    config: Any, policy: Capabilities | None = None, *, max_model_len: int | None = None
 ) -> list[str]:
     """Everything about a model that rules KV compression out.
 
     Args:
         config: the text model's.
-        latents: whether the kept blocks hold latents (cskv), not chosen tokens.
+        policy: what it needs and offers; None: one that any model with keys and values can have.
         max_model_len: the longest request in tokens; None: what the config says.
 
     Returns:
@@ -77,7 +79,7 @@ def kv_model_problems(
         f"layers that differ in {', '.join(shapes)}, where every layer must have one shape": bool(
             shapes
         ),
-        "attention sinks: scores of tokens do not count them yet": _has_sinks(config),
+        SINKS: has_sinks(config) and policy is not None and not policy.serves_sinks,
         "ALiBi: a token that moves to another place would get another bias": _has_alibi(config),
     }
     problems = [problem for problem, present in found.items() if present]
@@ -86,6 +88,7 @@ def kv_model_problems(
             "no layer with full attention: sliding windows bound their cache themselves"
         )
     problems = [problem + _REMOVE for problem in problems]
+    latents = policy is not None and policy.content == "latents"
     return problems + (_latent_problems(config) if latents else [])
 
 
@@ -200,8 +203,12 @@ def _is_recurrent(config: Any) -> bool:
     return any(name.startswith(_RECURRENT) for name in vars(config))
 
 
-def _has_sinks(config: Any) -> bool:
-    """Whether full-attention layers have a learned sink in their softmax."""
+def has_sinks(config: Any) -> bool:
+    """Whether full-attention layers have a learned sink in their softmax.
+
+    Args:
+        config: the text model's.
+    """
     if config.model_type in ("gpt_oss", "openai_privacy_filter"):
         return True
     if config.model_type in ("granite", "granitemoe"):  # as vLLM's granite.py decides

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress_common.errors import CompressError, explain, joined
 from dllm_denoising.registry import policies as diffusion_policies
-from kv_policies.base import Policy
+from kv_policies.base import Capabilities, Policy
 from kv_policies.budget.profile import Share
 from kv_policies.registry import KV_POLICIES, build_policy, policies
 from quant_methods.calibration.text import CalibrationSettings
@@ -157,10 +157,15 @@ class KVSettings(BaseModel):
         return (self.model_extra or {}).get("bases")
 
     @property
+    def capabilities(self) -> Capabilities | None:
+        """What the policy needs and offers; None: there is no such policy (``build`` says so)."""
+        policy = policies().get(self.policy)
+        return policy and policy.capabilities
+
+    @property
     def latents(self) -> bool:
         """Whether kept blocks hold latents of all tokens, not chosen tokens."""
-        policy = policies().get(self.policy)
-        return policy is not None and policy.capabilities.content == "latents"
+        return self.capabilities is not None and self.capabilities.content == "latents"
 
     @property
     def keeps_latents(self) -> bool:

@@ -43,6 +43,7 @@ class H2O(AttentionPolicy):
         per_head=True,
         needs_profile=False,
         paper="https://arxiv.org/abs/2306.14048",
+        counts_sinks=True,
     )
 
     def score(self, context: Context) -> torch.Tensor:

@@ -52,6 +52,7 @@ class PrefixKV(AttentionPolicy):
         per_head=False,
         needs_profile=True,
         paper="https://arxiv.org/abs/2412.03409",
+        counts_sinks=True,
     )
 
     def score(self, context: Context) -> torch.Tensor:

@@ -73,6 +73,7 @@ class RKV(AttentionPolicy):
         per_head=True,
         needs_profile=False,
         paper="https://arxiv.org/abs/2505.24133",
+        counts_sinks=True,
     )
 
     @property

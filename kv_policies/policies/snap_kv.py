@@ -57,6 +57,7 @@ class SnapKV(AttentionPolicy):
         per_head=True,
         needs_profile=False,
         paper="https://arxiv.org/abs/2404.14469",
+        counts_sinks=True,
     )
 
     @property

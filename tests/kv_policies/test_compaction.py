@@ -71,6 +71,8 @@ class DensePages:
 class Engine:
     """One layer and three requests, tokens of known K and V."""
 
+    sinks: torch.Tensor | None = None
+
     def __init__(self, name: str | KVPolicy, layout: Layout, limit: int = LIMIT) -> None:
         torch.manual_seed(0)
         policy = name
@@ -116,7 +118,7 @@ class Engine:
                     self.recent.stored[places] = query[storing.tokens]
             table = self.table[[IDS.index(name) for name in passed.ids]]
             if (work := planner.work(self.layout, passed, table)) is not None:
-                compact(work, self.layer, query)
+                compact(work, replace(self.layer, sinks=self.sinks), query)
         self.c = self.c + count
 
     def preempt(self, row: int) -> None:
@@ -285,6 +287,33 @@ def test_a_policy_is_given_no_keys_that_it_did_not_ask_for(limit: int) -> None:
     """However the work is cut: its queries were observed against keys."""
     policy = MostAttended(MostAttended.settings_type())
     Engine(policy, TokenLayout(BLOCK, Fraction(1, 2)), limit).step(list(LENGTHS))
+
+
+class FavoredHeads(MostAttended):
+    """Of heads with a larger sink, keys count for more."""
+
+    def observe(
+        self,
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert sinks is not None and len(sinks) == queries.shape[1]
+        at = torch.arange(keys.shape[2]).expand(keys.shape[:3])
+        return at * sinks.view(keys.shape[1], -1).sum(1)[:, None]
+
+
+@pytest.mark.parametrize("limit", [0, LIMIT])
+def test_queries_are_observed_with_the_sinks_of_their_heads(limit: int) -> None:
+    """However few heads are worked on at a time: the first head's sinks outweigh the others'."""
+    layout = TokenLayout(BLOCK, Fraction(1, 2))
+    engine = Engine(FavoredHeads(FavoredHeads.settings_type()), layout, limit)
+    engine.sinks = torch.tensor([-4.0, -3.0, 1.0, 2.0])
+    engine.step(list(LENGTHS))
+    kept = engine.contents(0, 0)  # in all heads those of the first half, and the last token
+    assert kept == [*range(19), 39, *range(40, 43)]
 
 
 @pytest.mark.parametrize("limit", [0, LIMIT])

@@ -8,7 +8,8 @@ or None for stock), ``engine`` (engine arguments), ``prompts`` (lists of token i
 
 The answer has ``rounds`` (per prompt ``tokens`` and ``cached`` tokens, null if aborted early),
 ``free_before``, ``free_least`` and ``free_after`` blocks, ``freed`` blocks per group, ``held``
-block tables and ``remembered`` prompts at the end, ``preemptions``, ``peak_running`` and ``steps``.
+block tables and ``remembered`` prompts at the end, ``preemptions``, ``peak_running`` and ``steps``,
+and ``sinks``: compressed layers that are scored with attention sinks.
 """
 
 import os
@@ -96,7 +97,11 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
             ]
         )
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    batch = getattr(core.model_executor.driver_worker.worker, "batch", None)
+    worker = core.model_executor.driver_worker.worker
+    batch = getattr(worker, "batch", None)
+    groups = [group for groups in worker.model_runner.attn_groups for group in groups]
+    builders = [group.get_metadata_builder() for group in groups]
+    compressed = [layer for one in builders for layer in getattr(one, "layers", ())]
     return {
         "rounds": rounds,
         "free_before": free_before,
@@ -107,5 +112,6 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
         "peak_running": peak,
         "steps": steps,
         "preemptions": preemptions,
+        "sinks": sum(getattr(layer, "sinks", None) is not None for layer in compressed),
         "remembered": len(batch.observations) if batch else 0,
     }

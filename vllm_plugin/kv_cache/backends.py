@@ -24,6 +24,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from compress_common.errors import CompressError
+from vllm_plugin.compatibility import has_sinks
 
 FULL: Final = KVCacheSpecKind.FULL_ATTENTION.value
 _CPU: Final = "vllm_plugin.kv_cache.cpu.CPUBackend"
@@ -109,7 +110,8 @@ def best(
 def selector_config(config: VllmConfig) -> AttentionSelectorConfig:
     """What vLLM asks of the backend of a full-attention layer: as its ``get_attn_backend``.
 
-    A layer adds what only the loaded model knows, such as attention sinks.
+    A layer adds what only the loaded model knows. Of that, attention sinks are told here from the
+    model's config.
     """
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     drafts = config.speculative_config
@@ -118,6 +120,7 @@ def selector_config(config: VllmConfig) -> AttentionSelectorConfig:
         dtype=model.dtype,
         kv_cache_dtype=cache.cache_dtype,
         block_size=cache.block_size if cache.user_specified_block_size else None,
+        has_sink=has_sinks(model.hf_text_config),
         use_mm_prefix=model.is_mm_prefix_lm,
         use_non_causal=config.attention_config.use_non_causal,
         use_batch_invariant=envs.VLLM_BATCH_INVARIANT,

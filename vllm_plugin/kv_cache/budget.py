@@ -42,7 +42,7 @@ def layouts_of(
         CompressError: the model cannot be compressed; the profile or the bases are of another
             model or budget; the policy lacks a file that it needs; a window is not whole blocks.
     """
-    if problems := kv_model_problems(config, latents=settings.latents):
+    if problems := kv_model_problems(config, settings.capabilities):
         raise joined(problems)
     if settings.keeps_latents:
         return _latent_layouts(settings, block_size, name, config)

@@ -130,6 +130,7 @@ class Equipment:
                     impl.scale,
                     None if recent is None else recent.stored,
                     0 if recent is None else number * recent.places,
+                    getattr(impl, "sinks", None),
                 )
                 builder.layers.append(impl.chosen)
             elif self._bases is not None:

@@ -11,7 +11,15 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from compress_common.errors import CompressError, joined
-from vllm_plugin.compatibility import ENCODER, MLA, STATE, drop_wide_window, kv_model_problems
+from kv_policies.base import Capabilities
+from vllm_plugin.compatibility import (
+    ENCODER,
+    MLA,
+    SINKS,
+    STATE,
+    drop_wide_window,
+    kv_model_problems,
+)
 from vllm_plugin.kv_cache.backends import choose_backend, name_cpu_backend
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_cache.latent import latent_problems, no_latents, rope_of
@@ -53,7 +61,7 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
     model = config.model_config
     if drop_wide_window(model.hf_text_config, model.max_model_len):
         config.cache_config.sliding_window = None
-    model_problems = _model_problems(config, settings.latents)
+    model_problems = _model_problems(config, settings)
     problems = config_problems(config, worker) + model_problems
     if settings.latents:
         problems += latent_problems(config)
@@ -85,11 +93,11 @@ def _layouts(settings: KVSettings, config: VllmConfig) -> None:
         )
 
 
-def _model_problems(config: VllmConfig, latents: bool) -> list[str]:
+def _model_problems(config: VllmConfig, settings: KVSettings) -> list[str]:
     """List what rules the model out, by its config and by vLLM's class for it."""
     model = config.model_config
     problems = kv_model_problems(
-        model.hf_text_config, latents=latents, max_model_len=model.max_model_len
+        model.hf_text_config, settings.capabilities, max_model_len=model.max_model_len
     )
     if problems:
         return problems
@@ -99,7 +107,7 @@ def _model_problems(config: VllmConfig, latents: bool) -> list[str]:
         STATE: model.is_hybrid or model.is_attention_free,
     }
     problems = [f"{problem}; remove compress.kv" for problem, present in found.items() if present]
-    if latents and model.using_transformers_backend():
+    if settings.latents and model.using_transformers_backend():
         problems.append(
             "vLLM serves this model through transformers, where cskv does not find the rotation of "
             "its keys; choose another policy"
@@ -170,6 +178,7 @@ def layer_problems(
     layers: Mapping[str, Any],
     config: Any,
     stage: range,
+    policy: Capabilities,
     latents_of: torch.nn.Module | None = None,
 ) -> list[str]:
     """List what rules compression out once the model's layers exist.
@@ -184,6 +193,7 @@ def layer_problems(
         config: the text model's.
         stage: the layers of the model that this worker has. With pipeline parallelism a stage can
             be without a full-attention layer.
+        policy: what it needs and offers.
         latents_of: the model, if kept blocks are latents.
 
     Returns:
@@ -212,9 +222,11 @@ def layer_problems(
                 f"layer {name} has an FP8 cache with a scale per head, and a policy scores it with "
                 "one per layer; serve with --kv-cache-dtype bfloat16"
             )
-        for what in ("alibi_slopes", "sinks", "kv_sharing_target_layer_name"):
+        for what in ("alibi_slopes", "kv_sharing_target_layer_name"):
             if getattr(impl, what, None) is not None:
                 problems.append(f"layer {name} has {what}, which no policy knows")
+        if getattr(impl, "sinks", None) is not None and not policy.serves_sinks:
+            problems.append(f"layer {name}: {SINKS}; remove compress.kv")
         if latents_of is not None:
             if layers[name].kv_cache_dtype in FP8:
                 problems.append(f"layer {name}: {no_latents(layers[name].kv_cache_dtype)}")

@@ -69,6 +69,7 @@ class CompressedWorker(PlatformWorker):
             context,
             self.model_config.hf_text_config,
             self._stage,
+            settings.build().capabilities,
             network if settings.latents else None,
         )
         if supports_realtime(network):

@@ -32,12 +32,18 @@ def inputs(tokens: int, requests: int = 1, seed: int = 0) -> tuple[torch.Tensor,
     return queries, keys
 
 
-def dense(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def dense(
+    queries: torch.Tensor, keys: torch.Tensor, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """The whole causal attention matrix in float64, [R, Hq, T, T], written the plain way."""
     keys = keys.double().repeat_interleave(HEADS // KV_HEADS, dim=1)
     logits = queries.double() @ keys.transpose(-1, -2) * SCALE
     future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
-    return logits.masked_fill(future, -torch.inf).softmax(-1)
+    logits = logits.masked_fill(future, -torch.inf)
+    if sinks is None:
+        return logits.softmax(-1)
+    column = sinks.double()[None, :, None, None].expand(*logits.shape[:3], 1)
+    return torch.cat([logits, column], -1).softmax(-1)[..., :-1]
 
 
 def scored(policy: KVPolicy, queries: torch.Tensor, keys: torch.Tensor, cuts: Any) -> torch.Tensor:
@@ -120,6 +126,30 @@ def test_attention_received_is_the_column_sum(block: int) -> None:
     want = dense(queries, keys).unflatten(1, (KV_HEADS, -1)).mean(2).sum(2)
     assert torch.allclose(got.double(), want, atol=1e-5)
     assert torch.allclose(got.sum(-1), torch.full((2, KV_HEADS), 45.0))
+
+
+@pytest.mark.parametrize("block", [1, 1 << 24])
+@pytest.mark.parametrize("sink", [-40.0, 0.5, 200.0])
+def test_sinks_take_their_share(block: int, sink: float) -> None:
+    queries, keys = inputs(45, requests=2)
+    sinks = sink + torch.arange(HEADS).float()
+    at = torch.arange(45).expand(2, 45)
+    got = attention_received(queries, at, keys, SCALE, sinks, block=block)
+    want = dense(queries, keys, sinks).unflatten(1, (KV_HEADS, -1)).mean(2).sum(2)
+    assert torch.allclose(got.double(), want, atol=1e-5)
+    assert (sink < -30) == bool(torch.allclose(got.sum(-1), torch.full((2, KV_HEADS), 45.0)))
+
+
+def test_scores_that_come_from_attention_count_sinks() -> None:
+    counting = [name for name in CHOOSING if policies()[name].capabilities.counts_sinks]
+    assert {"prefix_kv", "snap_kv"} <= set(counting)
+    queries, keys = inputs(45)
+    at, sinks = torch.arange(45)[None], torch.linspace(0, 4, HEADS)
+    for name in counting:
+        observe = build_policy(name, {}).observe
+        assert not torch.allclose(
+            observe(queries, at, keys, SCALE, sinks=sinks), observe(queries, at, keys, SCALE)
+        )
 
 
 @pytest.mark.parametrize("name", CHOOSING)

@@ -127,6 +127,8 @@ def test_layers_at_once_are_layer_by_layer(order: str, limit: int, kind: type) -
                 replace(layer, recent=recent.stored, first_recent=at * recent.places)
                 for at, layer in enumerate(layers)
             ]
+        if policy.capabilities.counts_sinks:
+            layers = [replace(layer, sinks=torch.randn(2 * HEADS)) for layer in layers]
         compact_windows(work.windows, layers, join(pages) if together else None)
         results.append([x.blocks.clone() for x in pages])
         changed = [

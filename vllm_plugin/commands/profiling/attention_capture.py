@@ -14,11 +14,12 @@ from kv_policies.attention import attention_received
 
 ATTENTION: Final = "vllm_compress_capture"  # the attn_implementation to load a model with
 # Arguments that make attention more than a plain causal softmax, by transformers' names.
-_NOT_MODELLED = ("softcap", "s_aux", "position_bias")
+_NOT_MODELLED = ("softcap", "position_bias")
+_ALIGNED = 8  # elements that CUDA's kernels want head sizes to be multiples of
 
 
 def register() -> None:
-    """Register ``ATTENTION`` with transformers. Models that use it compute SDPA."""
+    """Register ``ATTENTION`` with transformers. Models that use it compute SDPA, with sinks."""
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
@@ -65,11 +66,13 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     received: dict[int, torch.Tensor | None] | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """SDPA that also fills ``received``, an argument of the model's forward.
 
-    query is [1, Hq, T, D] and key is [1, Hkv, T, D], both after RoPE.
+    query is [1, Hq, T, D] and key is [1, Hkv, T, D], both after RoPE. s_aux is what transformers
+    calls the logits of attention sinks, [Hq].
     """
     if received is not None and module.layer_idx in received:
         found = [what for what in _NOT_MODELLED if kwargs.get(what) is not None]
@@ -82,6 +85,46 @@ def _attention(
             )
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         positions = torch.arange(query.shape[2], device=query.device)[None]
-        heads = attention_received(query.float(), positions, key.float(), scale)
+        heads = attention_received(query.float(), positions, key.float(), scale, s_aux)
         received[module.layer_idx] = heads.mean(1)[0]
+    if s_aux is not None:
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        query, key, value, attention_mask = with_sinks(
+            query, key, value, attention_mask, s_aux / scale
+        )
+        kwargs["scaling"] = scale
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Turn attention with sinks into plain attention with one more key.
+
+    That key has a channel of its own, in which each query holds the sink of its head. Its value is
+    zero, so it takes its share of the softmax and gives nothing.
+
+    Args:
+        query: [B, Hq, Q, D].
+        key: [B, Hkv, T, D].
+        value: [B, Hkv, T, D].
+        mask: Added to logits, or True where a query sees a key, [B, 1, Q, T]; None: causal, with Q
+            the last of T tokens.
+        sinks: Logits of the sinks before scaling, [Hq].
+
+    Returns:
+        The four with a key and a channel more. Channels are padded to what kernels want.
+    """
+    queries, tokens, size = query.shape[2], key.shape[2], query.shape[3]
+    if mask is None:
+        mask = query.new_ones((1, 1, queries, tokens), dtype=torch.bool).tril(tokens - queries)
+    seen = True if mask.dtype == torch.bool else 0.0
+    pad, more = torch.nn.functional.pad, -size % _ALIGNED or _ALIGNED
+    query, key = pad(query, (0, more)), pad(key, (0, more, 0, 1))
+    query[..., size] = sinks[None, :, None]
+    key[..., -1, size] = 1
+    return query, key, pad(value, (0, 0, 0, 1)), pad(mask, (0, 1), value=seen)
