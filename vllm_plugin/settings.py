@@ -160,7 +160,7 @@ class KVSettings(BaseModel):
     def capabilities(self) -> Capabilities | None:
         """What the policy needs and offers; None: there is no such policy (``build`` says so)."""
         policy = policies().get(self.policy)
-        return policy and policy.capabilities
+        return None if policy is None else policy.capabilities
 
     @property
     def latents(self) -> bool:

@@ -49,9 +49,15 @@ class ExpectedAttention(AttentionPolicy):
     )
 
     def observe(
-        self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, scale: float
+        self,
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Count, sum and sum of outer products of the queries of each query head."""
+        assert sinks is None, "its expected attention has no place for them"
         real = (positions >= 0)[:, None, None, :, None]
         grouped = queries.float().unflatten(1, (keys.shape[1], -1))
         grouped = torch.where(real, grouped, 0)
