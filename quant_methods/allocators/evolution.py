@@ -27,8 +27,8 @@ _DRAWS = 10  # per offspring, until a search with few neighbors gives up
 class Fitness(Protocol):
     """Measures a genome. Lower is better."""
 
-    def __call__(self, genome: Genome, tokens: int, seed: int) -> float:
-        """Return the loss on ``tokens`` tokens that ``seed`` chooses."""
+    def __call__(self, genome: Genome, tokens: int | None = None, seed: int | None = None) -> float:
+        """Return the loss on ``tokens`` tokens that ``seed`` chooses; None: on all text."""
         ...
 
 
@@ -71,13 +71,15 @@ class Evolution:
     """The result of a search.
 
     Attributes:
-        best: The last parent.
+        best: The last parent, or the start if that loses less on all text.
         curve: ``(loss of the parent, loss of what replaced it or stayed)`` of each generation. Both
             are of the same text; generations have different texts.
+        losses: Of the start and of the last parent on all text; None: they are the same.
     """
 
     best: Genome
     curve: list[tuple[float, float]] = field(default_factory=list)
+    losses: tuple[float, float] | None = None
 
 
 def evolve(
@@ -90,7 +92,9 @@ def evolve(
     name: str = "evolution",
     progress: Progress = silent,
 ) -> Evolution:
-    """Improve a genome over generations.
+    """Improve a genome over generations. The result never loses more than the start on all text.
+
+    A generation accepts a child on little text, so noise can lead the search away from its start.
 
     Each generation draws from its own seed and is stored, so an interrupted search goes on where
     it stopped, and ends as if it had not been interrupted.
@@ -119,7 +123,19 @@ def evolve(
         found.curve.append((before, after))
         if idle == settings.patience:
             break
+    if found.best != start:
+        stored = kept.tensors(f"{name} end", partial(_end, start, found.best, fitness))
+        before, after = stored["loss"].tolist()
+        found.losses = before, after
+        if before <= after:
+            found.best = start
     return found
+
+
+def _end(start: Genome, last: Genome, fitness: Fitness) -> Tensors:
+    """Return the losses of the start and of the last parent on all text."""
+    losses = [_number(fitness(genome)) for genome in (start, last)]
+    return {"loss": torch.tensor(losses, dtype=torch.float64)}
 
 
 def _generation(

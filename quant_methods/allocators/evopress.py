@@ -5,7 +5,6 @@ Paper: EvoPress: Accurate Dynamic Model Compression via Evolutionary Search,
 https://arxiv.org/abs/2410.14649
 """
 
-from collections.abc import Callable
 from functools import partial
 from random import Random
 from typing import ClassVar, Literal
@@ -16,7 +15,7 @@ from pydantic import Field
 from compress_common.store import digest
 from quant_methods.allocators.base import Allocator, AllocatorSettings, Levels, Probe
 from quant_methods.allocators.budget import smallest
-from quant_methods.allocators.evolution import EvolutionSettings, Genome, evolve
+from quant_methods.allocators.evolution import EvolutionSettings, Fitness, Genome, evolve
 from quant_methods.allocators.probe import KLProbe, KLProbeSettings
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.levels import LevelDatabase
@@ -72,7 +71,7 @@ class EvoPress(Allocator):
         smallest(sizes, budget)
         space = Space(sizes, budget)
 
-        def fitness(genome: Genome, tokens: int, seed: int) -> float:
+        def fitness(genome: Genome, tokens: int | None = None, seed: int | None = None) -> float:
             return probe(space.bits(genome), tokens, seed)
 
         name = f"evopress {digest(self.settings.model_dump_json(), repr(budget))}"
@@ -94,12 +93,11 @@ class EvoPress(Allocator):
             "generations": len(found.curve),
             "replaced": sum(after < before for before, after in found.curve),
             "curve": [[round(loss, 6) for loss in pair] for pair in found.curve],
+            "kept_start": found.best == start,
         }
         return space.bits(found.best)
 
-    def _start(
-        self, space: "Space", fitness: Callable[[Genome, int, int], float]
-    ) -> dict[str, torch.Tensor]:
+    def _start(self, space: "Space", fitness: Fitness) -> dict[str, torch.Tensor]:
         """Return the best of some random genomes."""
         rng = Random(f"{self.settings.seed} start")
         drawn = [space.drawn(rng) for _ in range(self.settings.candidates)]

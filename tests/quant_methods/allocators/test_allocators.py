@@ -299,6 +299,7 @@ def test_levels_and_probe_of_a_model(
     assert probe({}) == 0 and probe(dict.fromkeys(units, 16)) == 0
     assert 0 < probe({"model.layers.1.down": 8}) < probe(some)
     assert probe(some, 32, 1) > 0
+    assert probe(some, 1 << 20, 1) == probe(some)  # all text, whatever the seed
     with pytest.raises(CompressError, match="was not rounded to 5 bits"):
         probe({"model.layers.0.o": 5})
     low = dict.fromkeys(units, 3) | {"model.layers.0.qkv": 16}
