@@ -38,8 +38,8 @@ WHY_NOT = {
 }
 # Bits per weight of codes alone -> the budget, which counts 16-bit scales and zero points too.
 BUDGETS = {bits: bits + (16 + bits) / GROUP for bits in (3.5, 4.5)}
-# Few generations, each of few candidates: a candidate is a pass of the model. The last stage has all
-# of the search's text: 1,024 tokens were noisier than what a swap of bits brings.
+# Few generations, each of few candidates: a candidate is a pass of the model. The last stage has
+# all of the search's text: 1,024 tokens were noisier than what a swap of bits brings.
 EVOPRESS = {"generations": 8, "offspring": 8, "survivors": [2, 1], "tokens": [256, 4096]}
 
 

@@ -14,6 +14,7 @@ from quant_methods.calibration.residency import widen
 from quant_methods.calibration.stages import Stages
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import decoder_problem
+from quant_methods.parts import trim_heap
 from quant_methods.placement import HOST, Placement
 from quant_methods.structure.derive import structure_of
 from quant_methods.structure.structure import Structure
@@ -78,8 +79,9 @@ def calibration_blocks(
 
 
 def release(device: torch.device) -> None:
-    """Give the memory of a calibration that is over back to the device."""
+    """Give the memory of a calibration that is over back to the host and the device."""
     gc.collect()
+    trim_heap()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

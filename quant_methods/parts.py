@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights are computed in parts: as many rows at a time as suit the device."""
 
+import ctypes
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,17 @@ def free_memory(device: torch.device) -> int:
         return 0
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def trim_heap() -> None:
+    """Give freed memory of the heap back to the system.
+
+    glibc keeps what lies below anything that is still used. The temporaries of rounding leave many
+    such holes: without this, a process of a 1.1B model grew by 55 MB for each block.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
+    if trim is not None:
+        trim(0)
 
 
 def part_size(kind: str, temporaries: int, free: int, cached: int = _CACHED) -> int:

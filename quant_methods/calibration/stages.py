@@ -75,6 +75,20 @@ class Stages:
         # From the file, which is mapped: what is computed need not stay in memory.
         return load_file(kept / _FILE) if kept else result
 
+    def reread(self, name: str, tensors: Tensors) -> Tensors:
+        """Return the tensors of a stage from a new mapping of its file.
+
+        Pages of the old one that were read count as memory of this process as long as it lives.
+
+        Args:
+            name: Of the stage.
+            tensors: What ``tensors`` returned for it. Returned where the stage is not kept.
+        """
+        if self.key is None:
+            return tensors
+        found = self.store.find(self.kind, digest(self.key, name))
+        return load_file(found / _FILE) if found else tensors
+
     def number(self, name: str, compute: Callable[[], float]) -> float:
         """Return a number, as ``tensors`` does."""
         kept = self.tensors(name, lambda: {"value": torch.tensor(compute(), dtype=torch.float64)})

@@ -12,6 +12,7 @@ from quant_methods.calibration.collectors import Grams
 from quant_methods.calibration.token_weights import TokenWeights, weighed
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
+from quant_methods.parts import trim_heap
 from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
 
@@ -46,22 +47,34 @@ def round_blocks(
         progress(rounding.name, index + 1, len(blocks))
         prefix = blocks.prefix(index)
         with blocks.resident(index):
+            stage, grids = f"{rounding.name} {index}", plan.layer_grids(prefix)
             stored = blocks.stages.tensors(
-                f"{rounding.name} {index}",
+                stage,
                 partial(
                     _round_block, plan, blocks, index, hidden, rounding, token_weights, by_unit
                 ),
             )
-            weights = {}
-            for name, grid in plan.layer_grids(prefix).items():
-                linear = prefix + name
-                packed = PackedWeight.taken(linear, stored, grid)
-                plan.codes[linear] = packed.to("cpu")
-                rounded = packed.to(blocks.device).unpacked().dequantize()
-                weights[name] = plan.unfolded(linear, rounded)
             if index + 1 < len(blocks):
-                with blocks.replaced(index, weights):
+                # Bound to no name: fp32 weights of this block would stay while the next is rounded.
+                with blocks.replaced(index, _rounded(plan, prefix, stored, blocks.device)):
                     hidden = blocks.run(index, hidden, out=hidden)
+            stored = blocks.stages.reread(stage, stored)
+            for name, grid in grids.items():
+                plan.codes[prefix + name] = PackedWeight.taken(prefix + name, stored, grid).to(
+                    "cpu"
+                )
+        trim_heap()
+
+
+def _rounded(
+    plan: Plan, prefix: str, stored: dict[str, torch.Tensor], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the rounded weights of a block, as they are between original neighbors."""
+    weights = {}
+    for name, grid in plan.layer_grids(prefix).items():
+        packed = PackedWeight.taken(prefix + name, stored, grid).to(device)
+        weights[name] = plan.unfolded(prefix + name, packed.unpacked().dequantize())
+    return weights
 
 
 def _round_block(
@@ -89,8 +102,9 @@ def _round_block(
         done = round_units(plan, blocks, index, names, rounding, grams, reuse_grams=True)
         for linear, packed in done.items():
             tensors |= packed.tensors(linear)
-            rounded = packed.unpacked().dequantize()
-            weights[linear.removeprefix(prefix)] = plan.unfolded(linear, rounded)
+            if by_unit:  # else there is no next step
+                rounded = packed.unpacked().dequantize()
+                weights[linear.removeprefix(prefix)] = plan.unfolded(linear, rounded)
     return tensors
 
 
@@ -177,4 +191,6 @@ def round_units(
                 del grams[name]
         for linear, weight in zip(linears, rounded.split(sizes), strict=True):
             found[linear] = PackedWeight.of(weight)
+        del rounded, weight
+        trim_heap()
     return found

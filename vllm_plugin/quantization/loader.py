@@ -8,9 +8,6 @@ writes, fused layers and tensor parallelism are vLLM's own affair, and the 16-bi
 resident in the engine: beyond the int4 model, a few tensors at a time.
 """
 
-import ctypes
-import gc
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -32,6 +29,8 @@ from quant_methods.checkpoint import hugging_face_files
 from quant_methods.formats.packing import to_compressed_tensors
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import QuantizedWeight
+from quant_methods.loading import release
+from quant_methods.placement import HOST
 from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.progress import Progress
 from quant_methods.structure.derive import known_structure
@@ -104,12 +103,12 @@ class QuantizingLoader(DefaultModelLoader):
         at_load = _quantizes(vllm_config, model_config)
         if at_load:
             self.plan = self._obtain_plan(vllm_config, model_config)
-            _return_free_memory()
+            release(HOST)
         # vLLM changes the class of a model that it serves through transformers; follow it before.
         known_structure(model_config.hf_text_config)
         model = super().load_model(vllm_config, model_config, prefix)
         self.plan = None
-        _return_free_memory()
+        release(HOST)
         if at_load:
             guard_weights(model, model_config, vllm_config.quant_config, QuantizedStream)
         return model
@@ -223,10 +222,3 @@ def _log(plan: Plan, stored: bool, seconds: float) -> None:
             ", ".join(left),
             f"the allocation {allocated} says so, " if allocated else "",
         )
-
-
-def _return_free_memory() -> None:
-    """Give freed heap pages back to the system: glibc keeps what calibration used."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compress_common.errors import CompressError
-from compress_common.store import digest
+from compress_common.store import Store, digest
 from quant_methods import planning, texts
 from quant_methods.calibration.stages import Stages
 from quant_methods.checkpoint import Checkpoint
@@ -100,6 +100,15 @@ def test_stages_of_other_work_are_not_used(tmp_path: Path, monkeypatch: pytest.M
     assert Stages(digest("one")).number("loss", lambda: 0.2) == 0.1
     assert Stages(digest("two")).number("loss", lambda: 0.2) == 0.2
     assert Stages().number("loss", lambda: 0.3) == 0.3
+
+
+def test_a_stage_is_read_again_from_its_file(tmp_path: Path) -> None:
+    stages = Stages(digest("one"), Store(tmp_path))
+    first = stages.tensors("part", lambda: {"x": torch.arange(8)})
+    again = stages.reread("part", first)
+    assert torch.equal(again["x"], first["x"]) and again["x"].data_ptr() != first["x"].data_ptr()
+    assert stages.reread("lost", first) is first
+    assert Stages().reread("part", first) is first
 
 
 def test_a_stage_that_cannot_be_looked_at_is_not_there(

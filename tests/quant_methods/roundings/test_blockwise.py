@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounding block by block holds as much memory for the last block as for the first."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress_common.store import Store, digest
+from quant_methods.calibration.blocks import Blocks
+from quant_methods.calibration.stages import Stages
+from quant_methods.formats.plan import Plan
+from quant_methods.methods.smoothquant_plus import SmoothQuantPlusSettings
+from quant_methods.parts import trim_heap
+from quant_methods.roundings.blockwise import round_blocks
+from quant_methods.roundings.gptq import GPTQ
+from quant_methods.structure.derive import structure_of
+from tests.support.plans import TOKENS, load
+
+
+def storages() -> dict[int, int]:
+    """Address -> bytes of the memory of every tensor that is alive."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    host = [
+        t.untyped_storage() for t in tensors if t.layout == torch.strided and t.device.type == "cpu"
+    ]
+    return {storage.data_ptr(): storage.nbytes() for storage in host}
+
+
+@pytest.mark.parametrize("by_unit", [False, True])
+def test_a_finished_block_leaves_its_codes_alone(
+    tiny_model: Callable[..., Path], tmp_path: Path, by_unit: bool
+) -> None:
+    model = load(tiny_model("llama", num_hidden_layers=4), torch.float32)
+    stages = Stages(digest("memory"), Store(tmp_path))
+    blocks = Blocks(model, structure_of(model.config), TOKENS, stages=stages)
+    plan = Plan("rtn", SmoothQuantPlusSettings(group_size=32).grids(model.config))
+    alive = []
+
+    def progress(step: str, done: int, total: int) -> None:
+        found = storages()
+        for packed in plan.codes.values():
+            for tensor in (packed.words, packed.scale, packed.zero):
+                found.pop(tensor.untyped_storage().data_ptr(), None)
+        alive.append(sum(found.values()))
+
+    round_blocks(plan, blocks, GPTQ(), by_unit=by_unit, progress=progress)
+    assert len(alive) == 4
+    assert alive[1:] == alive[:1] * 3
+
+
+def resident() -> int:
+    """Anonymous memory of this process, in bytes."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("RssAnon:")[1].split()[0]) << 10
+
+
+def test_holes_in_the_heap_are_given_back() -> None:
+    before = resident()
+    pieces = [torch.ones(16 << 10) for _ in range(4096)]  # 64 KiB each: too small for own pages
+    full = resident()
+    assert full - before > 200 << 20
+    kept = pieces[::16]
+    del pieces
+    trim_heap()
+    assert full - resident() > 150 << 20
+    assert len(kept) == 256
