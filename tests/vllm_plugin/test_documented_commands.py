@@ -18,7 +18,7 @@ from vllm_plugin import cli
 from vllm_plugin.settings import KEY, parse_settings
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TYPER = typer.main.get_command(cli.app)
 
 
