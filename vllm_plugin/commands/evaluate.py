@@ -24,7 +24,7 @@ def evaluate_models(
             "compared with the first"
         ),
     ],
-    text: Annotated[Path, typer.Option(help="text file, held out from calibration")],
+    text: Annotated[Path, typer.Option(help="a .txt or .jsonl file, held out from calibration")],
     windows: Annotated[int, typer.Option(min=1, help="windows of text: more are steadier")] = 32,
     length: Annotated[int, typer.Option(min=16, help="tokens per window")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="requests at once when decoding is timed")] = 8,

@@ -159,8 +159,9 @@ def as_rows(results: list[Evaluation]) -> list[dict[str, Any]]:
 def _windows(folder: Path, text: Path, windows: int, length: int) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    content = text.read_text(encoding="utf-8", errors="replace")
-    ids = AutoTokenizer.from_pretrained(folder)(content, verbose=False)["input_ids"]
+    from quant_methods.calibration.text_file import read_tokens
+
+    ids = read_tokens(str(text), AutoTokenizer.from_pretrained(folder))
     if len(ids) < windows * length:
         raise CompressError(
             f"{text} has {len(ids)} tokens, {windows * length} are needed ({windows} windows of "

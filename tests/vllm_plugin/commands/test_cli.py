@@ -151,8 +151,9 @@ def test_interrupt_leaves_no_target(tiny_model: Callable[..., Path], tmp_path: P
 
 
 def test_eval_compares_models(run: Callable, tiny_model: Callable[..., Path]) -> None:
-    model, text = tiny_model("llama"), Path("text.txt")
-    text.write_text("The light of the sun is white. " * 40)
+    model, text = tiny_model("llama"), Path("traffic.jsonl")
+    line = json.dumps({"text": "The light of the sun is white. " * 4})
+    text.write_text(f"{line}\n" * 10)
     engine = {"enforce_eager": True, "gpu_memory_utilization": 0.2}
     engine["kv_cache_memory_bytes"] = 1 << 27
     code, output, errors = run(
@@ -166,6 +167,9 @@ def test_eval_compares_models(run: Callable, tiny_model: Callable[..., Path]) ->
     assert second["nats"] == pytest.approx(first["nats"] + second["nats_difference"])
     _, _, errors = run("eval", model, "--text", text, "--windows", 2000)
     assert "give a longer text" in errors
+    text.write_text("not JSON")
+    _, _, errors = run("eval", model, "--text", text)
+    assert "traffic.jsonl:1 is not JSON" in errors
 
 
 def test_eval_names_models_at_80_columns() -> None:
