@@ -164,6 +164,12 @@ class GridSettings(BaseModel):
                 f"quantized embedding, or none was tested; models that do: "
                 f"{', '.join(_EMBEDDINGS_SERVED)}. Set embeddings=none"
             )
+        if hasattr(config, "wrapper"):
+            problems.append(
+                f"embeddings={self.embeddings}: quantized embeddings were never tested with a "
+                f"model around the language model ({config.wrapper.model_type}); set "
+                "embeddings=none"
+            )
         if size is None:
             problems.append(
                 f"embeddings={self.embeddings} needs a hidden size that is a multiple of "

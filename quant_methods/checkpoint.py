@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from compress_common.errors import CompressError
 from compress_common.store import digest
 from quant_methods.identity import TensorDigests, hashed, hashing_threads
+from quant_methods.structure.names import Names, names_of
 from quant_methods.structure.structure import EMBEDDINGS
 
 INDEX = "model.safetensors.index.json"
@@ -73,8 +74,8 @@ class Checkpoint:
     Args:
         folder: Named in messages. Without the other arguments everything is read from it.
         files: The weight files that will be loaded; None: those that ``transformers`` would load.
-        hf_config: The ``transformers`` config in effect, overrides included; None: read from
-            ``folder``.
+        hf_config: The ``transformers`` config in effect, overrides included, as
+            ``language_config`` returns it; None: read from ``folder``.
         load_tokenizer: Returns the tokenizer in effect; None: read from ``folder``.
 
     Raises:
@@ -157,7 +158,7 @@ class Checkpoint:
         Such a head is served even where the config says tied. An equal one is a second copy of a
         tied embedding, which tools for fine-tuning leave behind. Both tensors are read.
         """
-        names = [f"{name}.weight" for name in EMBEDDINGS]
+        names = [f"{self.names.outer(name)}.weight" for name in EMBEDDINGS]
         if not all(name in self.files for name in names):
             return False
         (_, embedding), (_, head) = self.tensors(names)
@@ -197,9 +198,30 @@ class Checkpoint:
             "complete and start again"
         )
 
+    @cached_property
+    def names(self) -> Names:
+        """How the tensors of the language model are named here.
+
+        Raises:
+            CompressError: There is more than one language model among them.
+        """
+        from quant_methods.structure.derive import known_structure
+
+        if not hasattr(self.hf_config, "wrapper"):
+            return Names()
+        try:
+            return names_of(self.files, known_structure(self.hf_config))
+        except CompressError as error:
+            raise CompressError(f"{self.folder} cannot be quantized: {error}") from error
+
+    def decoder_files(self) -> dict[str, Path]:
+        """Return ``{tensor: file}`` of the language model, by inner names: see ``Names``."""
+        found = ((self.names.inner(name), file) for name, file in self.files.items())
+        return {name: file for name, file in found if name is not None}
+
     @property
     def hf_config(self) -> Any:
-        """The text model's ``transformers`` config."""
+        """The language model's ``transformers`` config."""
         if self._hf_config is None:
             from quant_methods.local import text_config
 

@@ -5,7 +5,6 @@ import gc
 from typing import Any
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from compress_common.errors import CompressError
 from quant_methods.calibration.blocks import Blocks
@@ -18,20 +17,22 @@ from quant_methods.parts import trim_heap
 from quant_methods.placement import HOST, Placement
 from quant_methods.structure.derive import structure_of
 from quant_methods.structure.structure import Structure
+from quant_methods.structure.wrapper import decoder_class
 
 
 def check_decoder(checkpoint: Checkpoint) -> None:
     """Raise CompressError when the tensors are not those of a decoder that can be quantized."""
     config = checkpoint.hf_config
     structure = structure_of(config)
-    problem = decoder_problem(checkpoint.files, structure)
+    problem = decoder_problem(checkpoint.decoder_files(), structure)
     if problem := problem or _shape_problem(checkpoint, structure):
         raise CompressError(f"{checkpoint.folder} cannot be quantized: {problem}")
 
 
 def _shape_problem(checkpoint: Checkpoint, structure: Structure) -> str | None:
     """Say which weight has another shape than the config gives it; None: none has."""
-    config, found = checkpoint.hf_config, checkpoint.shapes()
+    config, names = checkpoint.hf_config, checkpoint.names
+    found = {names.inner(name): entry for name, entry in checkpoint.shapes().items()}
     wanted = {
         f"{structure.layers}.{index}.{name}.weight": shape
         for index in range(structure.depth)
@@ -44,9 +45,11 @@ def _shape_problem(checkpoint: Checkpoint, structure: Structure) -> str | None:
     for name, shape in wanted.items():
         if name in found and found[name][0] != tuple(shape):
             return (
-                f"{name} has the shape {list(found[name][0])}, and its config gives it "
-                f"{list(shape)}; give the config that belongs to the weights"
+                f"{names.outer(name)} has the shape {list(found[name][0])}, and its config gives "
+                f"it {list(shape)}; give the config that belongs to the weights"
             )
+    if structure.towers and not (config.tie_word_embeddings or names.head):
+        return f"it has no {structure.head}.weight, and its config ties it to no embedding"
     return None
 
 
@@ -87,29 +90,31 @@ def release(device: torch.device) -> None:
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device = HOST
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    device: torch.device = HOST,
+    **options: Any,
 ) -> Any:
     """Return the ``transformers`` model of exactly the checkpoint's files and config.
+
+    Of a wrapped model that is the language model alone.
 
     Args:
         checkpoint: The files.
         dtype: What it computes in; None: its own type. A model of more than ``precision.WHOLE``
             bytes stays as it is, and modules are converted one at a time.
         device: Where the model lies.
+        **options: For ``from_pretrained``.
     """
     config = checkpoint.hf_config
-    try:
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError as error:
-        raise CompressError(
-            f"transformers has no language model for {type(config).__name__} of "
-            f"{checkpoint.folder}; int4 needs the Hugging Face config (--config-format hf)"
-        ) from error
+    kind = decoder_class(config)
     widened = dtype is not None and checkpoint.weight_bytes > WHOLE
     loaded = "auto" if dtype is None or widened else dtype
-    state = checkpoint.verified_tensors()
+    names = checkpoint.names
+    found = ((names.inner(n), tensor) for n, tensor in checkpoint.verified_tensors().items())
+    state = {name: tensor for name, tensor in found if name is not None}
     try:
-        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=loaded)
+        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=loaded, **options)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise CompressError(

@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, AutoTokenizer
 
 from compress_common.errors import CompressError
+from quant_methods.structure.wrapper import language_config
 
 # What ``transformers`` raises for a config.json that does not suit its model type.
 _UNREADABLE = (AttributeError, KeyError, OSError, TypeError, ValueError, StrictDataclassError)
@@ -35,9 +36,9 @@ def local_folder(
 
 
 def text_config(folder: Path) -> Any:
-    """Return the text model's config; CompressError when ``transformers`` cannot read it."""
+    """Return the language model's config; CompressError when ``transformers`` cannot read it."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        return language_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except _UNREADABLE as error:
         reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise CompressError(f"transformers cannot read {folder}: {reason}") from error

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoModelForCausalLM
 
 from compress_common.errors import CompressError
 from compress_common.space import check_space
@@ -29,6 +28,7 @@ from quant_methods.progress import Progress, both, silent
 from quant_methods.registry import build_method
 from quant_methods.roundings.blockwise import round_blocks
 from quant_methods.structure.derive import structure_of
+from quant_methods.structure.wrapper import decoder_class
 from quant_methods.texts import computed, stored_tokens, text_identity
 from quant_methods.time_limit import TimeLimit
 
@@ -171,7 +171,7 @@ def obtain_plan(
     if made:  # the plan is in the store: its parts are not needed any more
         stages.clear()
     plan = made[0] if made else load_plan(folder / _FILE)
-    plan.evict, plan.embedding = evict, embedding
+    plan.evict, plan.embedding, plan.names = evict, embedding, checkpoint.names
     plan.report["settings"] = settings.model_dump()
     return plan, not made
 
@@ -187,7 +187,7 @@ def _calibrate(
     method, config = request.build(), checkpoint.hf_config
     if not request.calibrates:
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config)
+            network = decoder_class(config)._from_config(config)
             plan = method.plan(Blocks(network, structure_of(config), None))
     else:
         check_length(request.calibration, config)

@@ -23,7 +23,6 @@ from quant_methods.formats.sizes import Packing, sizes_of
 from quant_methods.local import local_folder, text_config
 from quant_methods.registry import methods
 from quant_methods.structure.derive import structure_of
-from vllm_plugin.compatibility import weight_model_problems
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, unknown_kinds
 from vllm_plugin.settings import WeightSettings
 
@@ -123,8 +122,6 @@ def weight_footprint(
     written = checkpoint.config.get("quantization_config")
     if not (written and MARKER in written):
         if quantization in methods():
-            if problems := weight_model_problems(checkpoint.config):
-                raise joined(problems)
             structure_of(config)
             request = (settings or WeightSettings()).request(str(quantization), tensor_parallel)
             chosen = request.build().settings

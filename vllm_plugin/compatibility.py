@@ -5,8 +5,7 @@
 worker looks at its layers as well (``kv_cache.support.layer_problems``): a last guard, for what a
 config does not show. No import of vLLM: ``plan`` does without it.
 
-``config`` is the text model's: transformers' ``config.get_text_config()``, vLLM's
-``model_config.hf_text_config``.
+``config`` is the language model's: see ``language_config``.
 """
 
 from collections.abc import Mapping
@@ -21,10 +20,6 @@ MLA = "multi-head latent attention (MLA) keeps one latent per token, for which n
 STATE = "a model with state-space or linear-attention layers was never tested"
 ENCODER = "an encoder-decoder model has a second cache, for which no policy is made"
 SINKS = "attention sinks, which this policy does not count (snap_kv, prefix_kv, h2o and r_kv do)"
-WRAPPED = (
-    "the language model lies inside another model ({} in config.json), where its linears have "
-    "other names; int4 weights are made for text models alone"
-)
 _REMOVE = "; remove compress.kv"
 
 # Where configs have the length of a model, as vLLM looks for it.
@@ -38,8 +33,6 @@ _RECURRENT = ("mamba_", "ssm_", "linear_attn_", "conv_L_cache", "state_size", "f
 MODELS_WITH_BASES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 # Rotations that ``kv_cache.latent.rope_of`` can undo.
 _ROTATIONS = ("default", "llama3")
-# Keys of a multimodal or otherwise wrapped config under which the text model's lies.
-_WRAPPED = ("text_config", "llm_config", "language_config", "thinker_config")
 # Other diffusion models, with the reason why they are not served.
 _BLOCK_CAUSAL = (
     "is block-causal: tokens before the active block never change, so a refresh policy has nothing "
@@ -90,17 +83,6 @@ def kv_model_problems(
     problems = [problem + _REMOVE for problem in problems]
     latents = policy is not None and policy.content == "latents"
     return problems + (_latent_problems(config) if latents else [])
-
-
-def weight_model_problems(config: Mapping[str, Any]) -> list[str]:
-    """What rules out int4 weights at load, beside what ``structure_of`` refuses.
-
-    Args:
-        config: the content of ``config.json``: of the whole model, not of its text part.
-    """
-    if wrapped := [key for key in _WRAPPED if config.get(key)]:
-        return [WRAPPED.format(wrapped[0])]
-    return []
 
 
 def refuse_diffusion(model_type: str | None) -> None:

@@ -21,7 +21,8 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 from compress_common.errors import CompressError, joined, nearest
 from quant_methods.structure.derive import structure_of
-from vllm_plugin.compatibility import refuse_diffusion, weight_model_problems
+from quant_methods.structure.wrapper import language_config
+from vllm_plugin.compatibility import refuse_diffusion
 from vllm_plugin.diffusion import support as diffusion
 from vllm_plugin.exits import end_command
 from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
@@ -251,9 +252,9 @@ def _problems_at_load(
     config: VllmConfig, quant_config: MethodConfig, settings: WeightSettings
 ) -> list[str]:
     """List what keeps a 16-bit checkpoint from being quantized at load."""
-    hf_config = config.model_config.hf_text_config
+    hf_config = language_config(config.model_config.hf_config)
     parallel = config.parallel_config
-    problems = weight_model_problems(config.model_config.hf_config.to_dict())
+    problems = []
     if not quant_config.capabilities.at_load:
         problems.append(
             f"--quantization {quant_config.method} takes too long to run while an engine starts; "

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fingerprint that ties a KV profile or bases to a model, read from a Hugging Face config.
 
-``config`` is the text model's: transformers' ``config.get_text_config()``, vLLM's
-``model_config.hf_text_config``.
+``config`` is the language model's: see ``language_config``.
 """
 
 from typing import Any, Final

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from kv_policies.layout.base import Layout
+from quant_methods.structure.wrapper import language_config
 from vllm_plugin.capacity import Footprint, kv_footprint, requests_in_pool, weight_footprint
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.diffusion.support import diffusion_of
@@ -101,9 +102,8 @@ def layouts(config: VllmConfig, settings: Settings) -> Mapping[int, Layout] | No
     if settings.kv is None:
         return None
     model = config.model_config
-    return layouts_of(
-        settings.kv, config.cache_config.block_size, model.model, model.hf_text_config
-    )
+    text = language_config(model.hf_config)
+    return layouts_of(settings.kv, config.cache_config.block_size, model.model, text)
 
 
 def stages(config: VllmConfig) -> list[range]:
@@ -128,7 +128,7 @@ def _weights(config: VllmConfig, settings: Settings) -> Rows:
 
 def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:
     model, cache = config.model_config, config.cache_config
-    text = model.hf_text_config
+    text = language_config(model.hf_config)
     chosen = layouts(config, settings)
     size = kv_footprint(text, model.dtype, cache.cache_dtype, chosen, model.max_model_len)
     if chosen is None or settings.kv is None:
@@ -150,7 +150,8 @@ def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:
 
 
 def _denoising(config: VllmConfig, served: DiffusionSettings) -> Rows:
-    model, text = config.model_config, config.model_config.hf_text_config
+    model = config.model_config
+    text = language_config(model.hf_config)
     policy, decoding = served.build(), served.decoding()
     chosen = [f"{name} {value}" for name, value in policy.settings.model_dump().items()]
     size = kv_footprint(text, model.dtype, config.cache_config.cache_dtype, None)

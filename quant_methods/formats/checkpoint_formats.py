@@ -104,8 +104,14 @@ def _left(grids: dict[str, Grid], linears: list[str], structure: Structure) -> l
     nowhere = [name for name in structure.names if name not in quantized]
     rest = [n for n in linears if n not in grids and structure.place(n)[1] not in nowhere]
     outside = [rf"re:(.*\.)?{re.escape(name.rpartition('.')[2])}$" for name in structure.others]
+    outside += [rf"re:(.*\.)?{re.escape(name)}\..*" for name in structure.towers]
     ends = [rf"re:.*\.{_end(name, structure)}$" for name in nowhere]
     return [*outside, *ends, *patterns(rest, structure)]
+
+
+def _head(structure: Structure) -> str:
+    """Return the head as ``ignore`` has it. vLLM names that of a wrapped model in another way."""
+    return rf"re:(.*\.)?{structure.head}$" if structure.towers else structure.head
 
 
 def compressed_tensors_config(
@@ -149,7 +155,7 @@ def compressed_tensors_config(
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [
-            *([structure.head] if embedding is None else []),
+            *([_head(structure)] if embedding is None else []),
             *_left(grids, linears, structure),
         ],
         "kv_cache_scheme": None,
@@ -222,6 +228,7 @@ def _awq_config(
         "version": "gemm",
         "modules_to_not_convert": [
             structure.head,
+            *structure.towers,
             *(name.rpartition(".")[2] for name in structure.others),
             *(name.rpartition(".")[2] for name in structure.names if name not in names),
         ],

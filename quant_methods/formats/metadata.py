@@ -61,7 +61,7 @@ def write_metadata(
         "quantization_config": written,
         **plan.config,
     }
-    if f"{HEAD}.weight_packed" in index:
+    if f"{checkpoint.names.outer(HEAD)}.weight_packed" in index:
         # vLLM looks for an lm_head.weight to see that they are not tied, and there is none now.
         config["tie_word_embeddings"] = False
     config.pop("torch_dtype", None)

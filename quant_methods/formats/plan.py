@@ -18,6 +18,7 @@ from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.scales import with_scales_in
 from quant_methods.grid import Grid, QuantizedWeight, quantize
 from quant_methods.identity import hashed
+from quant_methods.structure.names import Names
 from quant_methods.structure.structure import EMBEDDINGS, Structure
 
 _EMBEDDING_WEIGHTS = 1 << 22  # rounded at a time
@@ -46,6 +47,8 @@ class Plan:
         structure: Of the decoder. ``obtain_plan`` sets it.
         embedding: How the token embedding and lm_head are rounded; None: they stay at 16 bits. Not
             stored with the plan.
+        names: How the checkpoint names tensors. Names in the plan are the inner ones, but for
+            those of ``sources``. Not stored with the plan.
         evict: Called before a mismatch is reported; removes the stored plan.
     """
 
@@ -62,6 +65,7 @@ class Plan:
     config: dict[str, Any] = field(default_factory=dict)
     structure: Structure | None = None
     embedding: Grid | None = None
+    names: Names = Names()
     evict: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def smoothed(self, module: str, weight: torch.Tensor) -> torch.Tensor:
@@ -173,9 +177,13 @@ class Plan:
                 known = "has other content" if name in self.sources else "is not part of it"
                 raise self._mismatch(f"{name} {known}")
             missing.discard(name)
-            yield self._apply(name, tensor.to(device), dtype)
+            inner = self.names.inner(name)
+            if inner is None:
+                yield name, tensor.to(device)
+                continue
+            yield self._apply(inner, tensor.to(device), dtype)
             for copy, source in self.copies.items():
-                if source == name and copy not in self.sources:
+                if source == inner and self.names.outer(copy) not in self.sources:
                     yield self._apply(copy, tensor.to(device), dtype)
         if missing:
             raise self._mismatch(f"{len(missing)} tensors did not come, {min(missing)} for one")
@@ -183,25 +191,27 @@ class Plan:
     def _apply(
         self, name: str, tensor: torch.Tensor, dtype: torch.dtype
     ) -> tuple[str, torch.Tensor | QuantizedWeight]:
+        """Return a tensor by inner name as the model takes it, under the checkpoint's name."""
         module, _, kind = name.rpartition(".")
         embedding = self.embedding is not None and module in EMBEDDINGS
         if kind == "weight" and (module in self.grids or embedding):
-            return module, self.quantized(module, tensor, dtype)
+            return self.names.outer(module), self.quantized(module, tensor, dtype)
+        outer = self.names.outer(name)
         if name in self.vectors:
-            return name, self.vectors[name].to(tensor)
+            return outer, self.vectors[name].to(tensor)
         sides = (f"{module}.input", f"{module}.output")
         if not any(side in self.vectors or side in self.rotations for side in sides):
-            return name, tensor
+            return outer, tensor
         if kind == "weight":
-            return name, self.smoothed(module, tensor).to(tensor.dtype)
+            return outer, self.smoothed(module, tensor).to(tensor.dtype)
         if kind == "bias":
             bias = tensor.float()
             if (scale := self.vectors.get(sides[1])) is not None:
                 bias = bias / scale.to(tensor.device)
             if (matrix := self._matrix(sides[1], tensor.device)) is not None:
                 bias = rotated(bias, matrix)
-            return name, bias.to(tensor.dtype)
-        return name, tensor
+            return outer, bias.to(tensor.dtype)
+        return outer, tensor
 
     def _mismatch(self, found: str) -> CompressError:
         self.evict()

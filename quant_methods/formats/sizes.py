@@ -84,7 +84,8 @@ def sizes_of(
     if embedding is not None:
         grids = grids | dict.fromkeys(EMBEDDINGS, embedding)
     written = checkpoint.config.get("quantization_config") or {}
-    for name, (shape, size) in checkpoint.shapes().items():
+    for outer, (shape, size) in checkpoint.shapes().items():
+        name = checkpoint.names.inner(outer) or outer
         if tied and name == f"{HEAD}.weight":
             continue
         module, _, kind = name.rpartition(".")

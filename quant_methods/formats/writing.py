@@ -180,7 +180,9 @@ def _start_or_resume(partial: Path, key: str, plan: Plan, chosen: Format) -> Non
 
 def _serving_dtype(config: dict[str, Any]) -> torch.dtype:
     """Return the dtype to write: fp16 stays fp16, everything else becomes bf16."""
-    return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
+    parts = config, config.get("text_config") or {}
+    named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
+    return _DTYPES.get(next((str(name) for name in named if name), ""), torch.bfloat16)
 
 
 def _written(checkpoint: Checkpoint, plan: Plan) -> list[str]:
@@ -192,7 +194,8 @@ def _written(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     key = "tie_word_embeddings"
     tied = plan.config.get(key, getattr(checkpoint.hf_config, key, False))
     once = plan.embedding is not None and tied and not checkpoint.own_head
-    return [name for name in checkpoint.files if not (once and name == f"{HEAD}.weight")]
+    head = f"{checkpoint.names.outer(HEAD)}.weight"
+    return [name for name in checkpoint.files if not (once and name == head)]
 
 
 def _shards(checkpoint: Checkpoint, names: list[str]) -> Iterator[list[str]]:

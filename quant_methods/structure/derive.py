@@ -3,11 +3,12 @@
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
 from compress_common.errors import CompressError, joined
 from quant_methods.structure.flow import Flow
@@ -15,6 +16,7 @@ from quant_methods.structure.follow import ATTENTION, follow, is_norm, unfollowe
 from quant_methods.structure.layer import Layer
 from quant_methods.structure.norms import passes_rotation
 from quant_methods.structure.structure import Structure
+from quant_methods.structure.wrapper import decoder_class, towers_of
 
 _MIXTURE = "mixture-of-experts layers are not supported: routers share the norm"
 _LATENT = "multi-head latent attention (MLA) folds its linears into attention when it is served"
@@ -27,7 +29,7 @@ def structure_of(config: Any) -> Structure:
     """Return the structure of a model that is to be quantized.
 
     Args:
-        config: The text model's ``transformers`` config.
+        config: The language model's ``transformers`` config: see ``language_config``.
 
     Raises:
         CompressError: Lists everything that keeps the model from being quantized.
@@ -75,7 +77,12 @@ def _derived(config: Any) -> Structure:
         raise CompressError(f"{kind}: its config does not say how many layers it has")
     model = build(config)
     try:
-        return derive(model, config)
+        found = derive(model, config)
+        if (whole := getattr(config, "wrapper", None)) is None:
+            return found
+        towers = towers_of(whole, type(model.get_submodule(found.backbone)))
+        # What towers add to the hidden states is not rotated with them.
+        return replace(found, towers=towers, rotates=False)
     except CompressError as error:
         raise joined([f"{kind}: {problem}" for problem in error.problems]) from error
 
@@ -92,10 +99,11 @@ def build(config: Any) -> nn.Module:
     AttentionInterface.register(ATTENTION, unfollowed)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=ATTENTION, trust_remote_code=False
-            )
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+            model = decoder_class(config)._from_config(config, attn_implementation=ATTENTION)
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
+        CompressError,
+    ) as error:
         reason = str(error).strip().splitlines()[0]
         if ATTENTION in reason:  # the model looks it up in a table of its own
             reason = "its attention does not go through transformers' AttentionInterface"

@@ -113,6 +113,7 @@ class Structure:
         attention: Of a layer.
         rotates: Whether nothing but norms that a rotation passes reads the hidden states.
         others: Linears outside the layers, the head apart. They stay at 16 bits.
+        towers: Modules beside the decoder, where it lies in another model: ``towers_of``.
     """
 
     model_type: str
@@ -128,6 +129,7 @@ class Structure:
     attention: Attention
     rotates: bool
     others: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ()
 
     @property
     def backbone(self) -> str:
@@ -192,6 +194,7 @@ class Structure:
                 ),
                 "attention": Attention(**content["attention"]),
                 "others": tuple(content["others"]),
+                "towers": tuple(content.get("towers", ())),
             }
         )
 

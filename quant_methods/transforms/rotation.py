@@ -44,6 +44,11 @@ def check_residual(config: Any) -> None:
         config: The text model's ``transformers`` config.
     """
     structure = structure_of(config)
+    if structure.towers:
+        raise CompressError(
+            f"{', '.join(structure.towers)} add to the hidden states of {config.model_type} what "
+            "a rotation of the residual stream does not turn; rotate heads alone"
+        )
     if not structure.rotates or (structure.embedding, structure.head) != (EMBEDDING, HEAD):
         raise CompressError(
             f"{config.model_type} has norms behind attention and MLP, or other readers of hidden "

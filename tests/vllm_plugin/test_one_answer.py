@@ -14,8 +14,7 @@ import vllm_plugin
 from compress_common.errors import CompressError
 from tests.support import one_answer
 from tests.support.architectures import DENSE, FAMILIES, TEXT
-from vllm_plugin.compatibility import kv_model_problems, model_length, weight_model_problems
-from vllm_plugin.config_edge import apply_settings
+from vllm_plugin.compatibility import model_length
 from vllm_plugin.kv_fingerprint import full_attention_layers
 from vllm_plugin.settings import parse_settings
 
@@ -33,13 +32,12 @@ KV: dict[str, str | None] = dict.fromkeys(FAMILIES) | {
     "deepseek v2": "MLA",
     "bloom": "ALiBi",
 }
-_WRAPPED = ("gemma3", "mistral3", "qwen2 audio", "qwen2.5 vl", "qwen3 vl")
 _EXPERTS = ("qwen3 moe", "mixtral", "gpt-oss", "qwen3 next", "deepseek v2", "llama4 text")
 WEIGHTS: dict[str, str | None] = dict.fromkeys(FAMILIES | DENSE) | {
-    **dict.fromkeys(_WRAPPED, "lies inside another model"),
     **dict.fromkeys(_EXPERTS, "mixture-of-experts layers are not supported"),
     **dict.fromkeys(("granite 4", "falcon h1"), "weights that are not linears: mamba.conv1d"),
     "gemma4 text": "given more than hidden states by position",
+    "qwen2 audio": "the model around it, of model_type 'qwen2_audio', is not supported",
     "bloom": "0 times through transformers' AttentionInterface",
     "gpt neox": "gives queries, keys and values head by head",
 }
@@ -103,20 +101,6 @@ def test_enough_families_are_compared(
     answers: dict[tuple[str, str], one_answer.Answers],
 ) -> None:
     assert sum("unavailable" not in answers["kv", family] for family in FAMILIES) >= 20
-
-
-@pytest.mark.parametrize("kind", ["Mistral3Config", "Gemma3Config", "Qwen2_5_VLConfig"])
-def test_int4_of_a_wrapped_model(demo_model: Path, kind: str) -> None:
-    """Also where vLLM cannot serve the model, for want of torchvision."""
-    vllm_plugin.register()
-    config = EngineArgs(model=str(demo_model), quantization="rtn").create_engine_config()
-    whole = getattr(transformers, kind)()
-    config.model_config.hf_config = whole
-    with pytest.raises(CompressError, match=r"inside another model \(text_config in config.json\)"):
-        apply_settings(config, parse_settings(None))
-    assert weight_model_problems(whole.to_dict())
-    assert not weight_model_problems(whole.get_text_config().to_dict())
-    assert not kv_model_problems(whole.get_text_config())
 
 
 def configure(model: Path, **engine: Any) -> VllmConfig:

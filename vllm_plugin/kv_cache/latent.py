@@ -62,7 +62,7 @@ def latent_problems(config: VllmConfig) -> list[str]:
             "--enable-lora: bases are fitted to the key and value weights of one model, and an "
             "adapter changes them; remove the flag or choose another policy"
         )
-    written = getattr(config.model_config.hf_text_config, "quantization_config", None) or {}
+    written = getattr(config.model_config.hf_config, "quantization_config", None) or {}
     marker = dict(written).get(MARKER)
     weights = parse_settings(config.additional_config).weights
     folds = (weights.model_extra or {}).get("folds") if weights else None

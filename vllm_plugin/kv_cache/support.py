@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from compress_common.errors import CompressError, joined
 from kv_policies.base import Capabilities
+from quant_methods.structure.wrapper import language_config
 from vllm_plugin.compatibility import (
     ENCODER,
     MLA,
@@ -83,7 +84,8 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
 def _layouts(settings: KVSettings, config: VllmConfig) -> None:
     """Make the layouts, for the errors that this raises."""
     model = config.model_config
-    made = layouts_of(settings, config.cache_config.block_size, model.model, model.hf_text_config)
+    text = language_config(model.hf_config)
+    made = layouts_of(settings, config.cache_config.block_size, model.model, text)
     longest = model.max_model_len
     if settings.budget and not any(each.freed(longest, longest) for each in made.values()):
         raise CompressError(
@@ -97,7 +99,9 @@ def _model_problems(config: VllmConfig, settings: KVSettings) -> list[str]:
     """List what rules the model out, by its config and by vLLM's class for it."""
     model = config.model_config
     problems = kv_model_problems(
-        model.hf_text_config, settings.capabilities, max_model_len=model.max_model_len
+        language_config(model.hf_config),
+        settings.capabilities,
+        max_model_len=model.max_model_len,
     )
     if problems:
         return problems

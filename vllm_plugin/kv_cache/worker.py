@@ -22,6 +22,7 @@ from kv_policies.base import KVPolicy
 from kv_policies.compaction import describe_windows, observed_bytes, window_queries, workspace
 from kv_policies.latents.bases import Bases
 from kv_policies.recent_queries import RecentQueries
+from quant_methods.structure.wrapper import language_config
 from vllm_plugin.kv_cache.activity import Activity, counting_layer
 from vllm_plugin.kv_cache.backends import put_ours_behind
 from vllm_plugin.kv_cache.batch import Batch
@@ -67,7 +68,7 @@ class CompressedWorker(PlatformWorker):
             specs,
             full,
             context,
-            self.model_config.hf_text_config,
+            language_config(self.model_config.hf_config),
             self._stage,
             settings.build().capabilities,
             network if settings.latents else None,
@@ -78,7 +79,7 @@ class CompressedWorker(PlatformWorker):
             raise joined(problems)
         model = self.model_config
         layouts = layouts_of(
-            settings, self.cache_config.block_size, model.model, model.hf_text_config
+            settings, self.cache_config.block_size, model.model, language_config(model.hf_config)
         )
         self.settings, self.policy = settings, settings.build()
         self._counts_segments = counting_layer(layouts) in self._stage
@@ -187,7 +188,7 @@ class CompressedWorker(PlatformWorker):
         if not self.settings.keeps_latents:
             return None
         model = self.model_config
-        return bases_of(self.settings, model.model, model.hf_text_config)
+        return bases_of(self.settings, model.model, language_config(model.hf_config))
 
     @torch.inference_mode()
     @with_gpu_sync_check

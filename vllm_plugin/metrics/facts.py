@@ -8,6 +8,7 @@ from pathlib import Path
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
+from quant_methods.structure.wrapper import language_config
 from vllm_plugin.capacity import Footprint, kv_footprint
 from vllm_plugin.diffusion.support import diffusion_of
 from vllm_plugin.self_check import layouts, weights_of
@@ -57,7 +58,8 @@ def facts_of(config: VllmConfig) -> Facts:
 def _kv_bytes(config: VllmConfig, settings: Settings) -> Footprint:
     model, cache = config.model_config, config.cache_config.cache_dtype
     chosen = layouts(config, settings)
-    return kv_footprint(model.hf_text_config, model.dtype, cache, chosen, model.max_model_len)
+    text = language_config(model.hf_config)
+    return kv_footprint(text, model.dtype, cache, chosen, model.max_model_len)
 
 
 def _kv_info(config: VllmConfig, settings: Settings, kv: KVSettings) -> dict[str, str]:

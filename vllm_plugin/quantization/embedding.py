@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from compress_common.errors import CompressError
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.local import local_folder
+from quant_methods.structure.wrapper import language_config
 from vllm_plugin.quantization.cpu_int4_ops import cpu_int4_linear, crossover, int4pack_layout
 from vllm_plugin.quantization.cpu_int4_packing import pack_int4
 
@@ -113,7 +114,7 @@ def embedding_kernel(config: VllmConfig, weights: Any) -> str:
         config: vLLM's own, of this engine.
         weights: their compressed-tensors arguments.
     """
-    hf_config = config.model_config.hf_text_config
+    hf_config = language_config(config.model_config.hf_config)
     grid = "one scale per token" if weights.num_bits == 8 else f"groups of {weights.group_size}"
     gemm = "torch's int8 GEMM" if weights.num_bits == 8 else "as CpuInt4LinearKernel"
     tied = "tied, one copy" if hf_config.tie_word_embeddings else "not tied"

@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from compress_common.errors import CompressError
 from quant_methods.structure.derive import known_structure
 from quant_methods.structure.structure import Structure
+from quant_methods.structure.wrapper import language_config
 from vllm_plugin.quantization.config import MethodConfig
 from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
 from vllm_plugin.quantization.embedding import embedding_kernel
@@ -66,7 +67,7 @@ def kernel_problems(config: VllmConfig) -> list[str]:
 
 
 def _units(config: VllmConfig) -> Iterator[_Unit]:
-    quant, hf_config = config.quant_config, config.model_config.hf_text_config
+    quant, hf_config = config.quant_config, language_config(config.model_config.hf_config)
     if not isinstance(quant, MethodConfig):
         return
     # Not ``structure_of``, which refuses a checkpoint that is quantized already.
@@ -114,7 +115,7 @@ def _described(config: VllmConfig, unit: _Unit) -> str:
 def _layer(config: VllmConfig, unit: _Unit) -> MPLinearLayerConfig:
     """Return what vLLM chooses the kernel of a quantized unit by."""
     assert unit.scheme is not None
-    hf_config = config.model_config.hf_text_config
+    hf_config = language_config(config.model_config.hf_config)
     ranks = config.parallel_config.tensor_parallel_size
     structure = known_structure(hf_config)
     assert structure is not None

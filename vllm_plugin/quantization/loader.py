@@ -34,6 +34,7 @@ from quant_methods.placement import HOST
 from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.progress import Progress
 from quant_methods.structure.derive import known_structure
+from quant_methods.structure.wrapper import language_config
 from vllm_plugin.progress import bar
 from vllm_plugin.quantization.embedding import second_copy_problem
 from vllm_plugin.quantization.reload import Source, guard_weights, present_kept, refuse_reload
@@ -105,7 +106,7 @@ class QuantizingLoader(DefaultModelLoader):
             self.plan = self._obtain_plan(vllm_config, model_config)
             release(HOST)
         # vLLM changes the class of a model that it serves through transformers; follow it before.
-        known_structure(model_config.hf_text_config)
+        known_structure(language_config(model_config.hf_config))
         model = super().load_model(vllm_config, model_config, prefix)
         self.plan = None
         release(HOST)

@@ -12,6 +12,7 @@ from vllm.tokenizers import get_tokenizer
 
 from compress_common.errors import CompressError
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.structure.wrapper import language_config
 
 PrepareWeights = Callable[..., tuple[str, list[str], bool, str]]
 
@@ -74,6 +75,6 @@ def source_of(model_config: ModelConfig, prepare_weights: PrepareWeights) -> Che
     return Checkpoint(
         Path(folder),
         map(Path, files),
-        hf_config=model_config.hf_text_config,
+        hf_config=language_config(model_config.hf_config),
         load_tokenizer=load_tokenizer,
     )

@@ -14,8 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compress_common.errors import CompressError, joined
 from quant_methods.calibration.text import SELF, CalibrationSettings, check_length, file_tokens
 from quant_methods.checkpoint import Checkpoint, resolve
+from quant_methods.loading import check_decoder, load_model
 from quant_methods.placement import HOST, Placement, chosen_device, placed, sizes_of
 from quant_methods.progress import Progress
+from quant_methods.structure.derive import known_structure
+from quant_methods.structure.wrapper import language_config
 from quant_methods.texts import stored_tokens
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, not_reached
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
@@ -31,7 +34,7 @@ class HFModel:
     Attributes:
         name: The hub id, or the name of the folder.
         checkpoint: Its files.
-        config: Its transformers config, without overrides.
+        config: The transformers config of its language model, without overrides.
         layers: Indices of the layers with full attention, ascending.
         fingerprint: What ties a file to this model.
 
@@ -49,11 +52,11 @@ class HFModel:
         folder = resolve(model)
         self.name = folder.resolve().name if Path(model).expanduser().is_dir() else model
         self.checkpoint = Checkpoint(folder)  # says what is wrong with the files
-        self.config = self._load(AutoConfig)
-        self.layers = _layers_to_measure(self.name, self.config)
-        decoder = self.config.get_text_config()
-        self.fingerprint = fingerprint_of(self.name, decoder, self.checkpoint.weights_digest)
-        check_length(text, decoder)
+        whole = self._load(AutoConfig)
+        self.config = language_config(whole)
+        self.layers = _layers_to_measure(self.name, whole)
+        self.fingerprint = fingerprint_of(self.name, self.config, self.checkpoint.weights_digest)
+        check_length(text, self.config)
         # A bad file is refused before the weights are loaded.
         self._tokens = file_tokens(text, self.checkpoint.tokenizer) if given else None
         self._text_digest = hashlib.sha256(path.read_bytes()).hexdigest() if given else None
@@ -68,13 +71,12 @@ class HFModel:
         Raises:
             CompressError: The device cannot be used, or has too little free memory.
         """
-        decoder = self.config.get_text_config()
         tokens = self.text.samples * self.text.length
-        sizes = sizes_of(decoder, self.checkpoint.weight_bytes, tokens)
+        sizes = sizes_of(self.config, self.checkpoint.weight_bytes, tokens)
         return placed(chosen_device(device, lambda: sizes, whole=whole), sizes, whole=whole)
 
     def network(self, progress: Progress, device: torch.device = HOST, **options: Any) -> Any:
-        """Load the model in the checkpoint's dtype.
+        """Load the model in the checkpoint's dtype, of a wrapped one the language model alone.
 
         Args:
             progress: Told before the load, which may take minutes.
@@ -86,6 +88,9 @@ class HFModel:
                 hashed.
         """
         progress("load model", 0, 1)
+        if hasattr(self.config, "wrapper") and known_structure(self.config) is not None:
+            check_decoder(self.checkpoint)
+            return load_model(self.checkpoint, None, device, **options)
         network = self._load(AutoModelForCausalLM, dtype="auto", **options).eval()
         self.checkpoint.check_unchanged()
         return network.to(device)
@@ -129,7 +134,7 @@ class HFModel:
 
 
 def _layers_to_measure(name: str, config: Any) -> tuple[int, ...]:
-    decoder = config.get_text_config()
+    decoder = language_config(config)
     problems = []
     if config.is_encoder_decoder:
         problems.append("is an encoder-decoder; decoders only")
