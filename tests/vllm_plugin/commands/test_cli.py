@@ -152,8 +152,8 @@ def test_interrupt_leaves_no_target(tiny_model: Callable[..., Path], tmp_path: P
 
 def test_eval_compares_models(run: Callable, tiny_model: Callable[..., Path]) -> None:
     model, text = tiny_model("llama"), Path("traffic.jsonl")
-    line = json.dumps({"text": "The light of the sun is white. " * 4})
-    text.write_text(f"{line}\n" * 10)
+    documents = [f"The light of sun number {n} is white. " * 4 for n in range(10)]
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     engine = {"enforce_eager": True, "gpu_memory_utilization": 0.2}
     engine["kv_cache_memory_bytes"] = 1 << 27
     code, output, errors = run(
