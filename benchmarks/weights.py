@@ -39,7 +39,8 @@ quality  Demo model, groups of 64: nats per token above 16 bits on 32 x 512 toke
   nats_awq, nats_gptq_sym        llm-compressor's, asymmetric and symmetric (benchmarks/peers.py)
   nats_autoround                 AutoRound's default recipe, symmetric
   Extra: nats_bf16_absolute (16 bits), nats_rtn_sym, nats_autoround_light (50 iterations a block in
-  place of 200), nats_rsq, nats_rsq_3bit, nats_rsq_3bit_paper, nats_35bit_baq, _luq, _hessian.
+  place of 200), nats_rsq, nats_rsq_3bit, nats_rsq_3bit_paper, nats_35bit_baq, _luq, _hessian,
+  _hessian_pairwise.
   Of engines, on 4 windows of the first text: nats_default_served (this plugin, 16-bit activations),
   nats_default_int8, nats_default_vllm_kernel; nats_default_judged is the judge's on the same.
   nats_default_served_gap        how far served is from judged; up to 0.03 is bfloat16's

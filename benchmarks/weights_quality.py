@@ -163,5 +163,6 @@ def contenders(options: Options, shared: Bench) -> dict[str, Contender]:
             "nats_35bit_baq": allocated("baq", BUDGETS[3.5]),
             "nats_35bit_luq": allocated("luq", BUDGETS[3.5]),
             "nats_35bit_hessian": allocated("hessian", BUDGETS[3.5]),
+            "nats_35bit_hessian_pairwise": allocated("hessian", BUDGETS[3.5], pairwise=True),
         }
     )

@@ -26,7 +26,9 @@ class HessianSettings(AllocatorSettings):
     """Settings of ``hessian``."""
 
     pairwise: bool = Field(
-        True, description="add the terms between units; without them: the Fisher diagonal alone"
+        False,
+        description="true (paper): add the terms between units, which are noisy on few samples; "
+        "false: the Fisher diagonal alone",
     )
     loss_bound: float | None = Field(
         None,
@@ -40,11 +42,12 @@ class HessianSettings(AllocatorSettings):
 class Hessian(Allocator):
     """Lower the unit that costs least per bit, again and again, until the budget or a bound is met.
 
-    The cost of a unit is its second-order loss (Fisher diagonal), plus what its error and those of
-    the units that were lowered before do together: the product of their directional derivatives,
-    as a mean over samples. This is our reconstruction: the paper gives the idea and the bisection,
-    but no formula. It needs a backward pass. ``pairwise`` terms are noisy on few samples; on our
-    demo model the diagonal alone was as good.
+    The cost of a unit is its second-order loss (Fisher diagonal). With ``pairwise``, it also has
+    what the error of the unit and those of the units that were lowered before do together: the
+    product of their directional derivatives, as a mean over samples. This is our reconstruction:
+    the paper gives the idea and the bisection, but no formula. It needs a backward pass.
+    ``pairwise`` is off by default: with 48 samples of our demo model, at 3.8 bits, it lost 0.28
+    nats on the search's text, the diagonal alone 0.24.
     """
 
     name: ClassVar[str] = "hessian"

@@ -121,18 +121,20 @@ def test_mutations_stay_in_the_budget(table: tuple[Table, Table], share: float, 
                 assert total(sizes, space.bits(child)) == pytest.approx(space.size(child))
 
 
-@pytest.mark.parametrize("name", ["luq", "hessian"])
+@pytest.mark.parametrize(
+    ("name", "more"), [("luq", {}), ("hessian", {}), ("hessian", {"pairwise": True})]
+)
 @given(tables(), st.floats(0, 1), st.floats(0, 1))
 @settings(deadline=None, max_examples=60)
 def test_no_unit_loses_bits_to_a_larger_budget(
-    name: str, table: tuple[Table, Table], one: float, other: float
+    name: str, more: dict, table: tuple[Table, Table], one: float, other: float
 ) -> None:
     levels, sizes = table
     low, high = budgets(sizes)
     found = []
     for share in sorted((one, other)):
         budget = low + share * (high - low)
-        bits = build(name, levels).allocate(levels, sizes, budget, Additive(levels))
+        bits = build(name, levels, **more).allocate(levels, sizes, budget, Additive(levels))
         assert bits.keys() == levels.keys()
         assert total(sizes, bits) <= budget * (1 + 1e-12)
         found.append(bits)
@@ -168,7 +170,7 @@ def test_hessian_sees_errors_that_cancel_and_keeps_a_bound() -> None:
     assert [unit for unit, _ in lowering(sizes, fisher, None)] == ["a", "c", "b"]
 
     def bounded(bound: float, budget: float = 12.0) -> dict[str, int]:
-        allocator: Any = build_allocator("hessian", {"loss_bound": bound})
+        allocator: Any = build_allocator("hessian", {"loss_bound": bound, "pairwise": True})
         allocator.found = Derivatives(fisher, along)
         return allocator.allocate(levels, sizes, budget, Additive(levels))
 
