@@ -19,8 +19,8 @@ from quant_methods.structure.structure import EMBEDDINGS
 INDEX = "model.safetensors.index.json"
 # Mistral's own copy of the weights, which its repositories publish beside the Hugging Face files.
 _MISTRAL_FILES = "consolidated"
-# What transformers adds to a config that says nothing about the model.
-_VOLATILE = ("_name_or_path", "transformers_version")
+# What a config has that says nothing about the language model.
+_VOLATILE = ("_name_or_path", "transformers_version", "wrapper")
 
 
 def resolve(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:

@@ -27,10 +27,11 @@ def working_memory(
         device: Where decoder blocks are computed.
         calibrates: Whether the model runs.
     """
-    shapes = checkpoint.shapes()
+    shapes, names = checkpoint.shapes(), checkpoint.names
     total = sum(size for _, size in shapes.values())
     layers = max(int(checkpoint.hf_config.num_hidden_layers or 1), 1)
-    linears = sum(s for n, (shape, s) in shapes.items() if "layers." in n and len(shape) == 2)
+    inner = ((names.inner(name) or "", *entry) for name, entry in shapes.items())
+    linears = sum(size for name, shape, size in inner if "layers." in name and len(shape) == 2)
     own = PROGRAM + 6 * linears // layers
     if calibrates and computed_in(total, device):
         if total <= WHOLE:

@@ -82,7 +82,7 @@ def kv_model_problems(
         )
     problems = [problem + _REMOVE for problem in problems]
     latents = policy is not None and policy.content == "latents"
-    return problems + (_latent_problems(config) if latents else [])
+    return problems + (latent_model_problems(config) if latents else [])
 
 
 def refuse_diffusion(model_type: str | None) -> None:
@@ -160,7 +160,15 @@ def _ropes(config: Any) -> list[Mapping[str, Any]]:
     return nested or [rope]
 
 
-def _latent_problems(config: Any) -> list[str]:
+def latent_model_problems(config: Any) -> list[str]:
+    """List what rules out latents (cskv) for a model that other policies can compress.
+
+    Args:
+        config: the language model's.
+
+    Returns:
+        One line per problem, with what to change; empty when there is none.
+    """
     problems = []
     if config.model_type not in MODELS_WITH_BASES:
         problems.append(
@@ -169,6 +177,11 @@ def _latent_problems(config: Any) -> list[str]:
         )
     if getattr(config, "attn_logit_softcapping", None):
         problems.append("attention logits are capped, which latents do not do; use snap_kv")
+    if any(rope.get("mrope_section") for rope in _ropes(config)):
+        problems.append(
+            "keys are rotated by M-RoPE, by three positions of each token of an image, and cskv "
+            "keeps one; choose another policy"
+        )
     kinds = {rope.get("rope_type", rope.get("type", "default")) for rope in _ropes(config)}
     if others := sorted(map(str, kinds - set(_ROTATIONS))):
         problems.append(

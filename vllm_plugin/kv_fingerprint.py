@@ -138,13 +138,14 @@ def weights_digest(checkpoint: Checkpoint, prefix: str, depth: int) -> str:
 
     Args:
         checkpoint: The model that is calibrated or served.
-        prefix: Of the layers' names, such as ``model.layers``.
+        prefix: Of the layers' inner names, such as ``model.layers``: see ``Names``.
         depth: Number of layers.
 
     Raises:
         CompressError: The checkpoint has no key and value projections of these names.
     """
-    names = [f"{prefix}.{i}.{name}.weight" for i in (0, depth - 1) for name in _KEYS_VALUES]
+    inner = [f"{prefix}.{i}.{name}.weight" for i in (0, depth - 1) for name in _KEYS_VALUES]
+    names = list(map(checkpoint.names.outer, inner))
     if missing := [name for name in names if name not in checkpoint.files]:
         raise CompressError(f"{checkpoint.folder} has no weight {missing[0]}")
     return checkpoint.weights_digest

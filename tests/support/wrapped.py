@@ -124,6 +124,7 @@ def make(family: str, folder: Path, tokenizer: Path, **text: Any) -> Path:
         tokenizer, extra_special_tokens=_TOKENS if family == "gemma3" else {}
     )
     tokens.add_special_tokens({"additional_special_tokens": list(_OTHER_TOKENS)})
+    tokens.add_tokens(["\n" * count for count in (1, 2, 3, 4)])  # vLLM's Gemma 3 asks for them
     ids = {
         key: tokens.convert_tokens_to_ids(value) if isinstance(value, str) else value
         for key, value in fields.items()

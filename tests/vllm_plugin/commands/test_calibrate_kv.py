@@ -18,6 +18,7 @@ from kv_policies.latents.bases_header import SIDES
 from kv_policies.latents.low_rank import relative_error
 from quant_methods.calibration.text import CalibrationSettings, calibration_tokens
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.structure.names import Names
 from vllm_plugin.commands.profiling.kv_bases import make_bases, weights_digest
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 
@@ -171,14 +172,14 @@ def test_unknown_architectures_are_refused(tiny_model: Callable[..., Path], tmp_
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "olmo2"}))
-    with pytest.raises(CompressError, match="'olmo2' is not supported; supported: gemma, .*qwen3"):
+    with pytest.raises(CompressError, match="models of type gemma, .*qwen3, this one is olmo2"):
         make_bases(str(tmp_path), Fraction(1, 2), CalibrationSettings())
 
 
 def test_weights_that_are_not_there() -> None:
     class Empty:
         files: dict = {}
-        folder = Path("here")
+        folder, names = Path("here"), Names()
 
     with pytest.raises(CompressError, match="here has no weight model.layers.0.self_attn.k_proj"):
         weights_digest(Empty(), "model.layers", 2)  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ UNFIT: dict[Command | None, list[tuple[str, dict[str, Any], str]]] = {
         ("llama", {"is_encoder_decoder": True}, "encoder-decoder"),
         ("llama", {"num_kv_shared_layers": 1}, "share the KV cache"),
     ],
-    BASES: [("llama", {"attn_logit_softcapping": 50.0}, "caps its attention scores")],
+    BASES: [("llama", {"attn_logit_softcapping": 50.0}, "attention logits are capped")],
 }
 
 

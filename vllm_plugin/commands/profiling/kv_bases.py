@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from compress_common.errors import CompressError
+from compress_common.errors import CompressError, joined
 from kv_policies.latents import allocation
 from kv_policies.latents.bases import Bases
 from kv_policies.latents.bases_header import (
@@ -34,7 +34,7 @@ from quant_methods.progress import Progress, silent
 from quant_methods.structure.derive import structure_of
 from vllm_plugin.commands.profiling.block_factors import BlockFactor, weights_of
 from vllm_plugin.commands.profiling.hf_model import HFModel
-from vllm_plugin.compatibility import MODELS_WITH_BASES
+from vllm_plugin.compatibility import latent_model_problems
 from vllm_plugin.kv_fingerprint import weights_digest
 
 _PARTS: Final = 4  # the text is cut into so many parts; the last is held out
@@ -112,16 +112,9 @@ def make_bases(
     if fitted == text.samples:
         raise CompressError(f"{text.samples} samples are too few: one of {_PARTS} is held out")
     subject = HFModel(model, text)
-    if subject.config.model_type not in MODELS_WITH_BASES:
-        raise CompressError(
-            f"model_type {subject.config.model_type!r} is not supported; supported: "
-            f"{', '.join(MODELS_WITH_BASES)}"
-        )
+    if problems := latent_model_problems(subject.config):
+        raise joined([f"{subject.name} cannot have bases: {problem}" for problem in problems])
     structure, fingerprint = structure_of(subject.config), subject.fingerprint
-    if cap := getattr(subject.config, "attn_logit_softcapping", None):
-        raise CompressError(
-            f"{subject.name} caps its attention scores (at {cap}), which cskv does not serve"
-        )
     features = fingerprint.num_key_value_heads * fingerprint.head_dim
     if problem := ratio_problem(ratio, features, bits):
         raise CompressError(problem)
