@@ -19,6 +19,7 @@ from vllm.v1.sample.logits_processor import (
 from benchmarks.engine_child import Child
 
 FORCED = "forced"  # key of SamplingParams.extra_args: the token ids to be sampled, in order
+FREE = -1  # in place of a token id: the model samples it
 
 
 class ForcedTokens(LogitsProcessor):
@@ -47,9 +48,11 @@ class ForcedTokens(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         for row, (forced, output) in self._rows.items():
-            logits[row].fill_(-torch.inf)
             # The row of a chunk that does not end the prompt is sampled too, and thrown away.
-            logits[row, forced[min(len(output), len(forced) - 1)]] = 0
+            token = forced[min(len(output), len(forced) - 1)]
+            if token != FREE:
+                logits[row].fill_(-torch.inf)
+                logits[row, token] = 0
         return logits
 
 
@@ -187,12 +190,80 @@ class KVChild(Child):
             for window, output in zip(windows, outputs, strict=True)
         ]
 
+    def grown(
+        self, requests: list[tuple[list[int], list[int]]], at_once: int = 1
+    ) -> list[dict[str, Any]]:
+        """Let requests generate, all at once, what they are forced to.
+
+        Args:
+            requests: The prompt of each, and its generated tokens; ``FREE``: the model chooses.
+            at_once: The first so many generated tokens are computed as those of a preempted request
+                that resumes. Windows end and budgets act in between as they do in decode.
+
+        Returns:
+            Of each the ``tokens`` behind ``at_once``, negative log-likelihoods of these, and the
+            most blocks of the first group of layers that were live between two steps.
+        """
+        names = []
+        for prompt, forced in requests:
+            self.requests += 1
+            names.append(str(self.requests))
+            sampling = SamplingParams(
+                temperature=0,
+                max_tokens=len(forced),
+                ignore_eos=True,
+                logprobs=0,
+                detokenize=False,
+                extra_args={FORCED: forced},
+            )
+            self.engine.add_request(names[-1], TokensPrompt(prompt_token_ids=prompt), sampling)
+        if at_once > 1:
+            self._resume(dict(zip(names, requests, strict=True)), at_once)
+        done: dict[str, Any] = {}
+        peaks = dict.fromkeys(names, 0)
+        while self.engine.has_unfinished_requests():
+            done |= {output.request_id: output for output in self.engine.step()}
+            for request in self._scheduler.running:
+                blocks = self._blocks(request.request_id)[0]
+                name = _external(request)
+                peaks[name] = max(peaks[name], sum(not block.is_null for block in blocks))
+        made = [done[name].outputs[0] for name in names]
+        return [
+            {
+                "tokens": list(one.token_ids)[1:],
+                "nats": [
+                    -position[token].logprob
+                    for token, position in zip(one.token_ids, one.logprobs, strict=True)
+                ][1:],
+                "peak_blocks": peaks[name],
+            }
+            for name, one in zip(names, made, strict=True)
+        ]
+
+    def _resume(self, requests: dict[str, tuple[list[int], list[int]]], count: int) -> None:
+        """Preempt requests after their first token, and let them have generated ``count``."""
+        while any(not one.num_output_tokens for one in self._scheduler.requests.values()):
+            self.engine.step()
+        self.engine.reset_prefix_cache(reset_running_requests=True)
+        made = {
+            request.request_id: requests[_external(request)][1][1:count]
+            for request in self._scheduler.requests.values()
+        }
+        for request in self._scheduler.requests.values():
+            request.append_output_token_ids(made[request.request_id])
+        self.llm.collective_rpc(_generated, args=(made,))
+
     @property
     def _scheduler(self) -> Any:
         return self.engine.engine_core.engine_core.scheduler
 
     def _blocks(self, request_id: str) -> Any:
         return self._scheduler.kv_cache_manager.coordinator.get_blocks(request_id)
+
+
+def _external(request: Request) -> str:
+    """The name that a request was given: vLLM adds a random part."""
+    return request.request_id.partition("-")[0]
 
 
 def _cache_bytes(worker: Any) -> int:
@@ -204,6 +275,12 @@ def _cache_bytes(worker: Any) -> int:
 def _backends(worker: Any) -> list[str]:
     groups = worker.model_runner.attn_groups
     return [group.backend.__name__ for of_cache in groups for group in of_cache]
+
+
+def _generated(worker: Any, tokens: dict[str, list[int]]) -> None:
+    """Tell the first model runner of generated tokens: it keeps those of preempted requests."""
+    for request_id, some in tokens.items():
+        worker.model_runner.requests[request_id].output_token_ids.extend(some)
 
 
 def _builders(worker: Any) -> list[Any]:

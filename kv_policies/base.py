@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from kv_policies.attention import attention_received, attention_transient
 from kv_policies.latents.format import Bits, LatentFormat
 from kv_policies.layout.base import Layout
-from kv_policies.workspace import QUERIES, Heads, Transient
+from kv_policies.workspace import Heads, Transient
 
 Need = Literal["queries", "keys", "values"]
 
@@ -32,23 +31,6 @@ class NoSettings(BaseModel):
     """The settings of a policy that has none; the base of all others'."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def decode_queries(default: int) -> Any:
-    """The field of ``AttentionSettings.decode_queries``, with a policy's own default."""
-    return Field(
-        default,
-        ge=0,
-        le=QUERIES,
-        description="last generated tokens whose queries score a decode window when it ends, 0: "
-        "key_diff scores it; larger: steadier votes, more memory for each request that may run",
-    )
-
-
-class AttentionSettings(NoSettings):
-    """What the policies that look at attention have in common."""
-
-    decode_queries: int = decode_queries(32)
 
 
 @dataclass(frozen=True)
@@ -253,43 +235,6 @@ class QueryFreePolicy:
     def transient(self, heads: Heads) -> Transient:
         """Enough for a float32 copy of the keys and two of their norms."""
         return Transient(per_token=4 * heads.size + 16, per_row=16 * heads.size)
-
-
-class AttentionPolicy:
-    """Base of the policies that look at the attention of the last ``queries`` tokens."""
-
-    settings_type: ClassVar[type[NoSettings]] = AttentionSettings
-
-    def __init__(self, settings: AttentionSettings) -> None:
-        self.settings: Any = settings
-
-    @property
-    def queries(self) -> int:
-        """Last tokens that vote; 0 for all."""
-        return int(self.settings.queries)
-
-    @property
-    def decode_queries(self) -> int:
-        return int(self.settings.decode_queries)
-
-    def first_query(self, stop: int) -> int:
-        return max(0, stop - self.queries) if self.queries else 0
-
-    def observe(
-        self,
-        queries: torch.Tensor,
-        positions: torch.Tensor,
-        keys: torch.Tensor,
-        scale: float,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return attention_received(queries, positions, keys, scale, sinks)
-
-    def observed_numbers(self, heads: Heads, tokens: int) -> int:
-        return tokens
-
-    def transient(self, heads: Heads) -> Transient:
-        return attention_transient(heads)
 
 
 def first_observed(policy: KVPolicy, layout: Layout, n: int) -> int:

@@ -10,11 +10,10 @@ from typing import Protocol
 
 import torch
 
-from kv_policies.base import Context, KVPolicy, Policy
-from kv_policies.layout.base import Layout
+from kv_policies.base import Context, KVPolicy
 from kv_policies.plan import Part, Queries, Work
-from kv_policies.policies.key_diff import KeyDiff
 from kv_policies.select import pack, select
+from kv_policies.window_policy import window_policy
 from kv_policies.workspace import QUERIES, Heads, Transient, Workspace
 
 ALL = slice(None)  # heads
@@ -73,40 +72,6 @@ class Observations:
 
     def __len__(self) -> int:
         return len(self._sums)
-
-
-def window_policy(policy: KVPolicy) -> KVPolicy:
-    """What scores decode windows: the policy, or key_diff where it needs queries of a prompt."""
-    if policy.capabilities.needs_queries and not policy.decode_queries:
-        return KeyDiff(KeyDiff.settings_type())
-    return policy
-
-
-def window_queries(policy: Policy, layout: Layout) -> int:
-    """Last queries of a decode window that score it; 0: none do, or nothing is compacted."""
-    if not isinstance(policy, KVPolicy) or not layout.compacts_windows:
-        return 0
-    return min(policy.decode_queries, layout.window, QUERIES)
-
-
-def describe_windows(policy: Policy, window: int) -> str:
-    """What happens to generated tokens, for a log.
-
-    Args:
-        policy: What scores prompts.
-        window: Generated tokens per decode window, 0 for none.
-    """
-    if not window:
-        return "generated tokens are kept"
-    windows = f"decode windows of {window}"
-    if not isinstance(policy, KVPolicy):
-        return windows
-    scorer, why = window_policy(policy), ""
-    if scorer is not policy:
-        why = f", because {policy.name} needs queries and decode_queries is 0"
-    elif policy.capabilities.needs_queries:
-        why = f", from {min(policy.decode_queries, window)} queries each"
-    return f"{windows} scored by {scorer.name}{why}"
 
 
 def workspace(policy: KVPolicy, heads: Heads) -> Workspace:

@@ -49,12 +49,26 @@ class Planner:
             table: Physical block of each column, int [R, C], on any device.
         """
         columns, device = table.shape[1], table.device
-        works = step.once((self, columns), lambda: _Plan(self, step, columns, device).works())
+        works = step.once((self, columns), lambda: self._works(step, columns, device))
         work = works.get(layout)
         if work is None:
             return None
         prompts, windows = ([part.on(table) for part in x] for x in (work.prompts, work.windows))
         return Work(prompts, windows, work.tallies)
+
+    def _works(self, step: Step, columns: int, device: torch.device) -> dict[Layout, Work]:
+        """By layout, of all that requests asked for."""
+        works: dict[Layout, Work] = {}
+        for amount, some in step.by_amount():
+            layouts = [layout.for_request(amount) for layout in self.layouts]
+            made = _Plan(self, layouts, some, columns, device).works()
+            for served, layout in zip(self.layouts, layouts, strict=True):
+                if (more := made.get(layout)) is not None:
+                    work = works.setdefault(served, Work([], [], []))
+                    work.prompts.extend(more.prompts)
+                    work.windows.extend(more.windows)
+                    work.tallies.extend(more.tallies)
+        return works
 
 
 class _Watched(NamedTuple):
@@ -70,16 +84,23 @@ class _Watched(NamedTuple):
 class _Plan:
     """Makes the works of one step, with places in a flat table in place of blocks."""
 
-    def __init__(self, planner: Planner, step: Step, columns: int, device: torch.device) -> None:
-        self._planner, self._step = planner, step
+    def __init__(
+        self,
+        planner: Planner,
+        layouts: Sequence[Layout],
+        step: Step,
+        columns: int,
+        device: torch.device,
+    ) -> None:
+        self._planner, self._layouts, self._step = planner, layouts, step
         self._columns, self._device = columns, device
-        self._works = {layout: Work([], [], []) for layout in planner.layouts}
+        self._works = {layout: Work([], [], []) for layout in layouts}
         self._reads: dict[tuple[bytes, ...], Part] = {}
         self._observed: dict[tuple[tuple[int, _Watched], ...], Queries] = {}
 
     def works(self) -> dict[Layout, Work]:
         """By layout; one that has nothing to do is not there."""
-        ending = self._step.ending(self._planner.layouts[0])
+        ending = self._step.ending(self._layouts[0])
         wanted = self._wanted()
         if not ending and not wanted:
             return {}

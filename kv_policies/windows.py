@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from kv_policies.compaction import Layer, Pages, compact_part, window_policy
+from kv_policies.compaction import Layer, Pages, compact_part
 from kv_policies.plan import Part
+from kv_policies.window_policy import window_policy
 
 
 class JoinedPages(NamedTuple):

@@ -43,10 +43,13 @@ PCP) are not described.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
 from kv_policies.layout.segments import Ending, IntArray, Ints, Segment, runs
+
+Amount = Fraction | int  # what a request asks for: a share of its blocks, or tokens
 
 
 class Layout(ABC):
@@ -94,6 +97,23 @@ class Layout(ABC):
     def __str__(self) -> str:
         """What a layer of this layout keeps, for a log."""
         return f"keep {float(self.share):.3f}"
+
+    def asked(self, amount: Amount) -> "Layout":
+        """The layout of a request that asked for less than these layers keep.
+
+        Its ``phase`` is that of this layout.
+
+        Args:
+            amount: What ``amount`` of the layout is to be.
+
+        Raises:
+            ValueError: It is more than ``self.amount``, or there is no such layout.
+        """
+        raise ValueError(f"{type(self).__name__} has no other amounts")
+
+    def for_request(self, amount: Amount | None) -> "Layout":
+        """The layout of a request that asked for an amount, or for nothing."""
+        return self if amount is None else _asked(self, amount)
 
     @property
     @abstractmethod
@@ -260,3 +280,8 @@ class Layout(ABC):
             row, index = runs(count)
             found["window"] = Ending(row, n[row], *self.window_at(n[row], before[row] + index))
         return found
+
+
+@lru_cache(1024)
+def _asked(layout: Layout, amount: Amount) -> Layout:
+    return layout.asked(amount)

@@ -28,14 +28,14 @@ Between two steps a request has at most b + w live columns and the one that is b
 prompt has all of its columns while it is computed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
 
 from compress_common.errors import joined
-from kv_policies.layout.base import Layout
+from kv_policies.layout.base import Amount, Layout
 from kv_policies.layout.segments import IntArray, Ints, lesser, positive
 
 
@@ -95,6 +95,14 @@ class BoundedLayout(Layout):
     @property
     def compacts_windows(self) -> bool:
         return True
+
+    def asked(self, amount: Amount) -> "BoundedLayout":
+        """It can overwrite columns of a prompt that this layout leaves alone. So the request must
+        not start from a prefix-cache hit.
+        """
+        if not isinstance(amount, int) or amount > self.budget:
+            raise ValueError(f"a request asked for {amount} tokens, the budget is {self.budget}")
+        return replace(self, budget=-(-amount // self.block_size) * self.block_size)
 
     def prompt(self, n: Ints) -> Ints:
         full = n // self.block_size

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kv_policies.layout.base import Layout
+from kv_policies.layout.base import Amount, Layout
 from kv_policies.layout.segments import Ending, IntArray, runs
 
 T = TypeVar("T")
@@ -25,6 +25,7 @@ class Step:
         q: Tokens of the step, int64 [R].
         starts: First token of each row among the step's tokens, int64 [R].
         ids: Names of the rows, without those that pad the batch.
+        asked: What each of these requests asked for: see ``Layout.asked``; None where none did.
     """
 
     n: IntArray
@@ -32,6 +33,7 @@ class Step:
     q: IntArray
     starts: IntArray
     ids: list[str]
+    asked: tuple[Amount | None, ...] | None = None
     _memory: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -61,11 +63,19 @@ class Step:
             Per pass the tokens that take part, int64 [tokens], or None for all of them, and the
             rows of the pass.
         """
-        ending = self.ending(layout)
-        if all((of_kind.ends == self.end[of_kind.row]).all() for of_kind in ending.values()):
+        ending = [
+            of_kind
+            for amount, some in self.by_amount()
+            for of_kind in some.ending(layout.for_request(amount)).values()
+        ]
+        if all((of_kind.ends == self.end[of_kind.row]).all() for of_kind in ending):
             return [(None, self)]
         rows = zip(self.n.tolist(), self.c.tolist(), self.q.tolist(), strict=True)
-        steps = [layout.substeps(*row) for row in rows][: len(self.ids)]
+        asked = self.asked or (None,) * len(self.ids)
+        steps = [
+            layout.for_request(amount).substeps(*row)
+            for amount, row in zip(asked, rows, strict=False)
+        ]
         if all(len(cuts) == 1 for cuts in steps):
             return [(None, self)]
         return [
@@ -78,4 +88,23 @@ class Step:
         starts = self.starts[row] + c - self.c[row]
         index, token = runs(q)
         ids = [self.ids[at] for at in row.tolist()]
-        return starts[index] + token, Step(self.n[row], c, q, starts, ids)
+        asked = self.asked and tuple(self.asked[at] for at in row.tolist())
+        return starts[index] + token, Step(self.n[row], c, q, starts, ids, asked)
+
+    def by_amount(self) -> "list[tuple[Amount | None, Step]]":
+        """The step for each amount that requests asked for.
+
+        Requests of other amounts keep everything in it, as if they had opted out. So what has to be
+        done for the step is what has to be done for all of these.
+        """
+        return self.once("amounts", self._by_amount) if self.asked else [(None, self)]
+
+    def _by_amount(self) -> "list[tuple[Amount | None, Step]]":
+        assert self.asked is not None
+        found = []
+        for amount in dict.fromkeys(self.asked):
+            n = 0 * self.n
+            rows = [row for row, other in enumerate(self.asked) if other == amount]
+            n[rows] = self.n[rows]
+            found.append((amount, Step(n, self.c, self.q, self.starts, self.ids)))
+        return found

@@ -18,14 +18,14 @@ N prompt tokens, bs = block_size, nfull = N // bs, w = window // bs, keep = 1/4:
   stay, in exact integer arithmetic. A segment that would keep all its columns is not compacted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
 
 from compress_common.errors import joined
-from kv_policies.layout.base import Layout
+from kv_policies.layout.base import Amount, Layout
 from kv_policies.layout.segments import IntArray, Ints, lesser, positive
 
 # Keeps num * columns inside int64 for any realistic prompt.
@@ -45,6 +45,8 @@ class TokenLayout(Layout):
             given back earlier, and each choice sees less. 0: generated tokens are never compacted.
         min_blocks: Blocks that a compacted segment keeps at least. Larger: short prompts lose less.
         min_prompt: See ``Layout``.
+        served: Share of the layers, where ``keep`` is what a request asked for; None where it asked
+            for nothing. Segments that the layers keep whole stay whole: see ``Layout.asked``.
     """
 
     block_size: int
@@ -52,6 +54,7 @@ class TokenLayout(Layout):
     window: int = 0
     min_blocks: int = 1
     min_prompt: int = 0
+    served: Fraction | None = None
 
     def __post_init__(self) -> None:
         problems = self._not_whole_blocks("window", "min_prompt")
@@ -72,7 +75,16 @@ class TokenLayout(Layout):
     @cached_property
     def _hash(self) -> int:
         # That of a fraction is slow, and a step looks up each layout several times.
-        return hash((self.block_size, self.keep, self.window, self.min_blocks, self.min_prompt))
+        fields = self.block_size, self.keep, self.window, self.min_blocks, self.min_prompt
+        return hash((*fields, self.served))
+
+    def asked(self, amount: Amount) -> "TokenLayout":
+        """It compacts the same segments into fewer columns. So it overwrites no column that this
+        layout does not, and hits that are safe under this layout are safe under that one.
+        """
+        if not isinstance(amount, Fraction) or amount > self.keep:
+            raise ValueError(f"a request asked for {amount}, of layers that keep {self.keep}")
+        return replace(self, keep=amount, served=self.keep)
 
     @property
     def share(self) -> Fraction:
@@ -92,11 +104,19 @@ class TokenLayout(Layout):
         # floor((1 - keep) * size) are freed: one operation less than ceil(keep * size).
         part, whole = self._freed_share
         freed = size * part // whole
+        if self.served is not None:
+            part, whole = self._served_freed_share
+            freed = freed * (size * part // whole > 0)
         return size - lesser(freed, positive(size - self.min_blocks))
 
     @cached_property
     def _freed_share(self) -> tuple[int, int]:
         return (1 - self.keep).as_integer_ratio()
+
+    @cached_property
+    def _served_freed_share(self) -> tuple[int, int]:
+        assert self.served is not None
+        return (1 - self.served).as_integer_ratio()
 
     def prompt(self, n: Ints) -> Ints:
         return n // self.block_size * (n >= self.min_prompt)

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What attention reads of a group of layers, step after step, in the same memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from kv_policies.layout.base import Layout
+from kv_policies.layout.base import Amount, Layout
 from kv_policies.layout.segments import IntArray
 from kv_policies.layout.step import Step
 from kv_policies.transfer import to_device
 
-_UNKNOWN = np.zeros((2, 0), np.int64)  # the phase of no rows
+_UNKNOWN = np.zeros((3, 0), np.int64)  # of no rows
+_MOST_AMOUNTS = 1024  # that are told apart
 # Columns are gathered in multiples of so many: in most steps, the same memory as in the one before.
 _COLUMNS = 32
 
@@ -26,7 +27,8 @@ class LiveColumns:
 
     def __init__(self, layouts: Sequence[Layout]) -> None:
         self.layouts = list(dict.fromkeys(layouts))
-        self._phase = _UNKNOWN  # of the rows that are planned
+        self._phase = _UNKNOWN  # of the rows that are planned, and which amount each asked for
+        self._amounts: dict[Amount | None, int] = {None: 0}
         self._hidden = np.zeros((0, 0), np.int64)  # [layouts, rows]
         self._columns = torch.zeros(0, 0, 0, dtype=torch.int64)  # [layouts, rows, columns]
         self._unseen = self._seen = torch.zeros(0, 0)  # hidden tokens on the device; all others
@@ -59,12 +61,12 @@ class LiveColumns:
         if count > self._hidden.shape[1] or self._table != (most, table.device):
             self._table = most, table.device
             self._reserve(max(rows, count), lengths)
-        phase = step.phase(self.layouts[0])
+        phase = np.vstack((step.phase(self.layouts[0]), self._asked(step)))
         stale = moved(self._phase, phase)
         self._phase = phase
-        if len(stale):
-            theirs = phase[:, stale]
-            self._hidden[:, stale] = [layout.hidden(theirs) for layout in self.layouts]
+        for some, layouts in self._alike(stale):
+            theirs = phase[:2, some]
+            self._hidden[:, some] = [layout.hidden(theirs) for layout in layouts]
         longest = int((step.end - self._hidden[:, :count]).max())
         step_size = self.layouts[0].block_size * _COLUMNS
         width = min(-(-longest // step_size) * _COLUMNS, most)
@@ -73,7 +75,7 @@ class LiveColumns:
             self._columns = self._columns.new_zeros(*self._unseen.shape, min(2 * width, most))
             self._shape, stale = None, np.arange(count)
         if len(stale):
-            self._plan(phase[:, stale], stale)
+            self._plan(stale)
         if self._shape != (count, width):
             self._shape = count, width
             parts = self._columns[:, :count, :width], self._seen[:, :count]
@@ -81,15 +83,38 @@ class LiveColumns:
         torch.sub(lengths, self._unseen[:, :count], out=self._seen[:, :count])
         return self._parts
 
-    def _plan(self, phase: IntArray, rows: IntArray) -> None:
+    def _asked(self, step: Step) -> IntArray:
+        """Which amount each row asked for, as a number."""
+        kinds = np.zeros(len(step.n), np.int64)
+        if step.asked is not None:
+            if len(self._amounts) > _MOST_AMOUNTS:
+                self._amounts, self._phase = {None: 0}, _UNKNOWN
+            numbers = [self._amounts.setdefault(x, len(self._amounts)) for x in step.asked]
+            kinds[: len(numbers)] = numbers
+        return kinds
+
+    def _alike(self, rows: IntArray) -> Iterator[tuple[IntArray, list[Layout]]]:
+        """Rows that asked for the same, and their layouts."""
+        kinds = self._phase[2, rows]
+        for amount, kind in list(self._amounts.items()) if kinds.any() else [(None, 0)]:
+            if len(some := rows[kinds == kind]):
+                yield some, [layout.for_request(amount) for layout in self.layouts]
+
+    def _plan(self, rows: IntArray) -> None:
         """Plan some rows."""
         hidden, width = self._hidden[:, rows], self._columns.shape[2]
-        of_layouts = zip(self.layouts, hidden, strict=True)
-        columns = np.stack([layout.columns(phase, some, width) for layout, some in of_layouts])
+        columns = np.zeros((*hidden.shape, width), np.int64)
+        at = np.zeros(self._hidden.shape[1], np.int64)
+        at[rows] = np.arange(len(rows))
+        for some, layouts in self._alike(rows):
+            phase = self._phase[:2, some]
+            for number, layout in enumerate(layouts):
+                theirs = self._hidden[number, some]
+                columns[number, at[some]] = layout.columns(phase, theirs, width)
         np.minimum(columns, self._table[0] - 1, out=columns)
-        at, columns_there, hidden_there = to_device(self._columns.device, rows, columns, hidden)
-        self._columns.index_copy_(1, at, columns_there)
-        self._unseen.index_copy_(1, at, hidden_there.to(self._unseen.dtype))
+        there, columns_there, hidden_there = to_device(self._columns.device, rows, columns, hidden)
+        self._columns.index_copy_(1, there, columns_there)
+        self._unseen.index_copy_(1, there, hidden_there.to(self._unseen.dtype))
 
     def _reserve(self, rows: int, lengths: torch.Tensor) -> None:
         """Make room; nothing is planned any more."""

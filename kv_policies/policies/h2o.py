@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from kv_policies.base import AttentionPolicy, AttentionSettings, Capabilities, Context, NoSettings
+from kv_policies.attention_policy import AttentionPolicy, AttentionSettings
+from kv_policies.base import Capabilities, Context, NoSettings
 from kv_policies.workspace import Heads, Transient
 
 

@@ -6,14 +6,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from kv_policies.base import (
-    AttentionPolicy,
-    AttentionSettings,
-    Capabilities,
-    Context,
-    NoSettings,
-    decode_queries,
-)
+from kv_policies.attention_policy import AttentionPolicy, AttentionSettings, decode_queries
+from kv_policies.base import Capabilities, Context, NoSettings
 
 
 class PrefixKVSettings(AttentionSettings):

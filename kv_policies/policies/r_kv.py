@@ -7,14 +7,8 @@ import torch
 from pydantic import Field
 
 from kv_policies.attention import attention_transient, pooled
-from kv_policies.base import (
-    AttentionPolicy,
-    AttentionSettings,
-    Capabilities,
-    Context,
-    NoSettings,
-    decode_queries,
-)
+from kv_policies.attention_policy import AttentionPolicy, AttentionSettings, decode_queries
+from kv_policies.base import Capabilities, Context, NoSettings
 from kv_policies.workspace import Heads, Transient
 
 # Elements of one block of similarities, as many as a core's cache holds on a CPU.

@@ -77,6 +77,23 @@ def test_quality(demo_model: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_decode(demo_model: Path, tmp_path: Path):
+    contract = {"full_recall", "full_peak_blocks", "long_peak_growth", "long_throughput_ratio"}
+    contract |= {
+        f"{policy}_{budget}_{key}"
+        for policy in ("snap_kv", "h2o", "r_kv", "expected_attention", "key_diff", "recent")
+        for budget in (256, 512, 1024)
+        for key in ("recall", "nats", "peak_blocks")
+    }
+    line, _ = smoke("kv_decode", contract, tmp_path / "decode.json")
+    assert line["full_recall"] > 0 and line["h2o_256_nats"] is not None
+    # A resumed request computes what it had decoded, windows and their compaction included.
+    assert line["resumed_minus_decoded_nats"] < 0.05
+    assert line["h2o_256_peak_blocks"] <= (256 + 128) // 32 + 1 < line["full_peak_blocks"]
+    assert line["long_peak_growth"] == 1
+
+
+@pytest.mark.slow
 def test_cskv(demo_model: Path, tmp_path: Path):
     contract = {
         "bytes_per_token_ratio_080",

@@ -12,17 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_policies.base import Capabilities, Context, KVPolicy, QueryFreePolicy
-from kv_policies.compaction import (
-    ALL,
-    Layer,
-    Observations,
-    compact,
-    describe_windows,
-    observed_bytes,
-    window_policy,
-    window_queries,
-    workspace,
-)
+from kv_policies.compaction import ALL, Layer, Observations, compact, observed_bytes, workspace
 from kv_policies.layout.base import Layout
 from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.step import Step
@@ -31,6 +21,7 @@ from kv_policies.layout.view import LiveView
 from kv_policies.planner import Planner
 from kv_policies.recent_queries import RecentQueries
 from kv_policies.registry import build_policy, policies
+from kv_policies.window_policy import describe_windows, window_policy, window_queries
 from kv_policies.workspace import LIMIT, Heads
 
 BLOCK, HEADS, KV_HEADS, DIM, WIDTH, END = 4, 4, 2, 8, 16, 60

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kv_policies.compaction import Layer, Observations, compact, window_queries, workspace
+from kv_policies.compaction import Layer, Observations, compact, workspace
 from kv_policies.latents.packing import Packer, fresh_blocks
 from kv_policies.latents.reading import LatentView
 from kv_policies.layout.latents import LatentLayout
@@ -18,6 +18,7 @@ from kv_policies.planner import Planner
 from kv_policies.recent_queries import RecentQueries
 from kv_policies.registry import build_policy
 from kv_policies.transfer import to_device
+from kv_policies.window_policy import window_queries
 from tests.kv_policies.layout.sims import Unit
 from tests.kv_policies.test_compaction import CHOOSING, DIM, HEADS, SHAPE, DensePages
 from tests.support.device import Device

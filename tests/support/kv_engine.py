@@ -3,7 +3,8 @@
 
 ``run(model, cases)`` is the caller's side. A case is a dict: ``kv`` (the section ``compress.kv``,
 or None for stock), ``engine`` (engine arguments), ``prompts`` (lists of token ids), ``max_tokens``,
-``keep`` (per prompt, ``compress_keep`` or None), ``rounds`` (send all prompts so many times),
+``keep`` (per prompt, ``compress_keep``, a dict of extra arguments, or None), ``rounds`` (send all
+prompts so many times),
 ``storm`` (abort at random times with this seed).
 
 The answer has ``rounds`` (per prompt ``tokens`` and ``cached`` tokens, null if aborted early),
@@ -69,12 +70,13 @@ def _run(model: str, case: dict[str, Any]) -> dict[str, Any]:
     for number in range(case.get("rounds", 1)):
         seen: dict[str, Any] = {}
         for index, (prompt, keep) in enumerate(zip(case["prompts"], keeps, strict=True)):
+            extra = keep if isinstance(keep, dict | None) else {"compress_keep": keep}
             sampling = SamplingParams(
                 temperature=0,
                 max_tokens=case.get("max_tokens", 8),
                 ignore_eos=True,
                 detokenize=False,
-                extra_args=None if keep is None else {"compress_keep": keep},
+                extra_args=extra,
             )
             engine.add_request(f"{number}-{index}", TokensPrompt(prompt_token_ids=prompt), sampling)
         counts: dict[str, int] = {}

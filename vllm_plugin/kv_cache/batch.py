@@ -10,17 +10,18 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from kv_policies.compaction import Observations
+from kv_policies.layout.base import Amount
 from kv_policies.layout.segments import IntArray
 from kv_policies.layout.step import Step
 from kv_policies.recent_queries import RecentQueries
 from vllm_plugin.kv_cache.activity import Activity
-from vllm_plugin.kv_cache.requests import opts_out
+from vllm_plugin.kv_cache.requests import asked, opts_out
 
 _Read = tuple[IntArray, IntArray, list[str]]
 
 
 class Batch:
-    """Prompt lengths and opt-outs of the requests in a step, from either model runner.
+    """What requests asked for, and their prompt lengths, in a step, from either model runner.
 
     vLLM does not give prompt lengths to attention. The worker does, through this object, which each
     metadata builder has. Outside ``step``, as when graphs are captured, the current step is one of
@@ -39,6 +40,7 @@ class Batch:
         self._runner = runner
         self._read = self._v2 if v2 else self._v1
         self._opted_out: set[str] = set()
+        self._asked: dict[str, Amount] = {}
         self.active = False
         self._current: Step | None = None
         self._expected = 0
@@ -49,12 +51,15 @@ class Batch:
         """The step in which metadata is built and layers run."""
         for request_id in scheduled.finished_req_ids:
             self._opted_out.discard(request_id)
+            self._asked.pop(request_id, None)
             self._forget(request_id)
         for request_id in scheduled.preempted_req_ids or ():
             self._forget(request_id)  # it will start anew
         for request in scheduled.scheduled_new_reqs:
             if opts_out(request.sampling_params):
                 self._opted_out.add(request.req_id)
+            elif (amount := asked(request.sampling_params)) is not None:
+                self._asked[request.req_id] = amount
         self.active, self._current, self._expected = True, None, 0
         self._put_off.clear()
         try:
@@ -72,7 +77,8 @@ class Batch:
             starts = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
             if self._opted_out:
                 n[: len(ids)][[name in self._opted_out for name in ids]] = 0
-            self._current = Step(n, c, starts[1:] - starts[:-1], starts[:-1], ids)
+            amounts = tuple(map(self._asked.get, ids)) if self._asked else None
+            self._current = Step(n, c, starts[1:] - starts[:-1], starts[:-1], ids, amounts)
         return self._current
 
     def expect(self, layers: int) -> None:

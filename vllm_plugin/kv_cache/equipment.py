@@ -10,7 +10,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from compress_common.errors import CompressError
 from kv_policies.base import KVPolicy, LatentPolicy, Policy
-from kv_policies.compaction import Layer, window_queries, workspace
+from kv_policies.compaction import Layer, workspace
 from kv_policies.latents.bases import Bases
 from kv_policies.latents.columns import LatentColumns
 from kv_policies.latents.fixed import FixedColumns
@@ -20,6 +20,7 @@ from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.view import LiveColumns
 from kv_policies.planner import Planner
 from kv_policies.recent_queries import RecentQueries
+from kv_policies.window_policy import window_queries
 from kv_policies.workspace import Heads, Workspace
 from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.joined import join

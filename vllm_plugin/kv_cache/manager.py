@@ -14,7 +14,8 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_plugin.kv_cache.requests import opts_out
+from kv_policies.layout.base import Layout
+from vllm_plugin.kv_cache.requests import asked, opts_out
 from vllm_plugin.kv_cache.spec import CompressedSpec
 
 
@@ -57,7 +58,8 @@ class CompressedManager(FullAttentionManager):
             return
         self._freed_until[request_id] = num_prompt_tokens, processed_computed_tokens
         before = self.block_pool.get_num_free_blocks()
-        for first, stop in self.layout.freed(num_prompt_tokens, processed_computed_tokens, after):
+        layout = self.layout if request is None else self._layout(request)
+        for first, stop in layout.freed(num_prompt_tokens, processed_computed_tokens, after):
             self._remove_blocks_in_range(request_id, first, stop)
             self._saved[request_id] = self._saved.get(request_id, 0) + stop - first
         self.freed_blocks += self.block_pool.get_num_free_blocks() - before
@@ -75,10 +77,21 @@ class CompressedManager(FullAttentionManager):
             raise _streamed(request.request_id)
         self._hashed[request.request_id] = request
         if not opts_out(request.sampling_params):
-            num_tokens = self.layout.cacheable(request.num_prompt_tokens, num_tokens)
+            layout = self._layout(request)
+            num_tokens = layout.cacheable(request.num_prompt_tokens, num_tokens)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
+
+    def _layout(self, request: Request) -> Layout:
+        """What a request asked for, or what is served."""
+        amount = asked(request.sampling_params)
+        if isinstance(amount, int) and not request.skip_reading_prefix_cache:
+            raise RuntimeError(
+                f"request {request.request_id} asks for a budget of its own and may have hit the "
+                "prefix cache; it would overwrite blocks of others"
+            )
+        return self.layout.for_request(amount)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget a request that is finished or preempted."""

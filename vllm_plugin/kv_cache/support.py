@@ -12,6 +12,9 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from compress_common.errors import CompressError, joined
 from kv_policies.base import Capabilities
+from kv_policies.layout.base import Layout
+from kv_policies.layout.bounded import BoundedLayout
+from kv_policies.layout.tokens import TokenLayout
 from quant_methods.structure.wrapper import language_config
 from vllm_plugin.compatibility import (
     ENCODER,
@@ -21,6 +24,7 @@ from vllm_plugin.compatibility import (
     drop_wide_window,
     kv_model_problems,
 )
+from vllm_plugin.kv_cache import requests
 from vllm_plugin.kv_cache.backends import choose_backend, name_cpu_backend
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_cache.latent import latent_problems, no_latents, rope_of
@@ -66,9 +70,10 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
     problems = config_problems(config, worker) + model_problems
     if settings.latents:
         problems += latent_problems(config)
+    layouts: dict[int, Layout] = {}
     steps: list[Callable[[], object]] = [settings.build]
     if not model_problems:
-        steps += lambda: choose_backend(config), lambda: _layouts(settings, config)
+        steps += lambda: choose_backend(config), lambda: layouts.update(_layouts(settings, config))
     for step in steps:
         try:
             step()
@@ -77,12 +82,23 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
     if problems:
         raise joined(problems)
     config.parallel_config.worker_cls = WORKER
+    requests.served = _for_requests(set(layouts.values()))
     check = KVRequestCheck if config.cache_config.enable_prefix_caching else UncachedKVRequestCheck
     model.logits_processors = [*(model.logits_processors or []), check]
 
 
-def _layouts(settings: KVSettings, config: VllmConfig) -> None:
-    """Make the layouts, for the errors that this raises."""
+def _for_requests(layouts: set[Layout]) -> requests.Served:
+    """What a request may ask for less than: nothing, where layers differ or keep everything."""
+    match list(layouts):
+        case [TokenLayout(keep=keep)] if keep < 1:
+            return requests.Served(keep=keep)
+        case [BoundedLayout(budget=budget, window=window)]:
+            return requests.Served(budget=budget, least_budget=2 * window)
+    return requests.Served()
+
+
+def _layouts(settings: KVSettings, config: VllmConfig) -> Mapping[int, Layout]:
+    """Make the layouts, or raise what rules them out."""
     model = config.model_config
     text = language_config(model.hf_config)
     made = layouts_of(settings, config.cache_config.block_size, model.model, text)
@@ -93,6 +109,7 @@ def _layouts(settings: KVSettings, config: VllmConfig) -> None:
             "(--max-model-len): nothing would ever be compacted; set a smaller budget, or remove "
             "compress.kv"
         )
+    return made
 
 
 def _model_problems(config: VllmConfig, settings: KVSettings) -> list[str]:

@@ -19,9 +19,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 from compress_common.errors import joined
 from kv_policies.base import KVPolicy
-from kv_policies.compaction import describe_windows, observed_bytes, window_queries, workspace
+from kv_policies.compaction import observed_bytes, workspace
 from kv_policies.latents.bases import Bases
 from kv_policies.recent_queries import RecentQueries
+from kv_policies.window_policy import describe_windows, window_queries
 from quant_methods.structure.wrapper import language_config
 from vllm_plugin.kv_cache.activity import Activity, counting_layer
 from vllm_plugin.kv_cache.backends import put_ours_behind

@@ -43,7 +43,7 @@ class Metric:
 
 
 # Reasons to refuse a request.
-REFUSALS = ("compress_keep", "unknown_key", "prefix_caching_off", "diffusion")
+REFUSALS = ("compress_keep", "compress_budget", "unknown_key", "prefix_caching_off", "diffusion")
 
 METRICS = (
     Metric(

@@ -216,6 +216,34 @@ def test_a_budget_bounds_what_a_request_takes(model: Path) -> None:
         assert_nothing_left(long)
 
 
+@pytest.mark.parametrize("kind", [pytest.param("share", marks=pytest.mark.slow), "budget"])
+def test_a_request_that_asks_for_less_gets_what_a_server_of_less_gives(
+    model: Path, kind: str
+) -> None:
+    """Beside requests that ask for nothing, or opt out, in a pool that is short."""
+    served, less, extra, blocks = {
+        "share": ({"keep": 0.5}, {"keep": 0.25}, {"compress_keep": 0.25}, 36),
+        "budget": ({"budget": 320}, {"budget": 192}, {"compress_budget": 192}, 60),
+    }[kind]
+    kv = {"policy": "r_kv", "decode_window": 64}
+    case = {"prompts": needle_prompts(model, 6, 300), "max_tokens": 150}
+    engine = pool(model, blocks) | {"enable_prefix_caching": True}
+    keep = [None, extra, extra, 1, None, extra]
+    mixed, smaller, whole = run(
+        model,
+        [
+            case | {"kv": kv | served, "engine": engine, "keep": keep},
+            case | {"kv": kv | less, "engine": pool(model, 400)},
+            case | {"kv": kv | served, "engine": pool(model, 400)},
+        ],
+    )
+    assert mixed["preemptions"] > 0
+    for at, (one, given) in enumerate(zip(tokens(mixed), keep, strict=True)):
+        if given != 1:
+            assert one == tokens(smaller if given else whole)[at]
+    assert_nothing_left(mixed)
+
+
 @pytest.mark.parametrize("policy", ["snap_kv", "budget", "prefix_kv", "cskv"])
 def test_prefix_cache_hits_and_changes_nothing(
     model: Path, profile: Path, bases: Path, policy: str

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kv_policies.base import Capabilities, Context, QueryFreePolicy
-from kv_policies.compaction import Layer, Observations, window_queries, workspace
+from kv_policies.compaction import Layer, Observations, workspace
 from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.planner import Planner
@@ -17,6 +17,7 @@ from kv_policies.policies.expected_attention import ExpectedAttention
 from kv_policies.policies.key_diff import KeyDiff
 from kv_policies.policies.r_kv import RKV
 from kv_policies.recent_queries import RecentQueries
+from kv_policies.window_policy import window_queries
 from kv_policies.windows import compact_windows
 from kv_policies.workspace import LIMIT, Heads
 from vllm_plugin.kv_cache.joined import join

@@ -16,6 +16,8 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
+from kv_policies.layout.base import Layout
+from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.tokens import TokenLayout
 from tests.support.layout_sim import live_columns
 from vllm_plugin.kv_cache.manager import register
@@ -25,7 +27,7 @@ BLOCK = 16
 BLOCKS = 400
 
 
-def make(layouts: Sequence[TokenLayout], caching: bool = True) -> KVCacheManager:
+def make(layouts: Sequence[Layout], caching: bool = True) -> KVCacheManager:
     register()
     init_none_hash(sha256)
     plain = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
@@ -172,6 +174,44 @@ def test_a_request_that_opted_out_frees_nothing_and_is_hashed_whole() -> None:
     assert live(manager, one) == list(range(21))
     table = manager.coordinator.single_type_managers[0].req_to_blocks["a"]
     assert all(block.block_hash for block in table[:20])
+
+
+def test_a_request_that_asked_for_less_frees_more() -> None:
+    layout = TokenLayout(BLOCK, Fraction(1, 2))
+    manager = make([layout])
+    one, other = (request(name, list(range(330)), **extra) for name, extra in ASKED.items())
+    for each in (one, other):
+        start(manager, each)
+        for _ in range(3):
+            decode(manager, each)
+    own = layout.asked(Fraction(1, 4))
+    for each, theirs in ((one, layout), (other, own)):
+        assert live(manager, each) == live_columns(theirs, 330, 332, 21)
+        table = manager.coordinator.single_type_managers[0].req_to_blocks[each.request_id]
+        hashed = theirs.first_destination(330)
+        blocks = [block for block in table if not block.is_null]
+        assert hashed is not None and not any(block.block_hash for block in blocks)
+
+
+ASKED: dict[str, dict[str, object]] = {"a": {}, "b": {"compress_keep": "0.25"}}
+
+
+def test_a_budget_of_its_own_is_never_begun_from_a_hit() -> None:
+    layout = BoundedLayout(BLOCK, 20 * BLOCK, 4 * BLOCK)
+    manager = make([layout])
+    first = request("a", list(range(150)))
+    assert start(manager, first) == 0
+    one = request("b", list(range(150)), compress_budget=8 * BLOCK)
+    with pytest.raises(RuntimeError, match="request b asks for a budget of its own and may have"):
+        start(manager, one)
+    one = request("c", list(range(150)), compress_budget=8 * BLOCK)
+    one.skip_reading_prefix_cache = True  # as the check of requests sees to it
+    assert start(manager, one) == 0
+    for _ in range(3):
+        decode(manager, one)
+    columns = live_columns(layout.asked(8 * BLOCK), 150, 152, 10)
+    assert live(manager, one) == columns and len(columns) < 10
+    assert start(manager, request("d", list(range(150)))) > 0
 
 
 def test_a_prompt_that_grows_is_refused() -> None:

@@ -26,9 +26,16 @@ import vllm_plugin
 from compress_common.errors import CompressError
 from quant_methods.formats.checkpoint_formats import MARKER
 from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
+from vllm_plugin.kv_cache import requests
 from vllm_plugin.kv_cache.budget import bases_of
 from vllm_plugin.kv_cache.latent import latent_problems
-from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck, check
+from vllm_plugin.kv_cache.requests import (
+    KVRequestCheck,
+    UncachedKVRequestCheck,
+    asked,
+    check,
+    opts_out,
+)
 from vllm_plugin.kv_cache.support import WORKER, choose_engine_args, lacks_fp8
 from vllm_plugin.settings import KVSettings
 
@@ -406,11 +413,60 @@ def test_stock_is_left_alone(demo_model: Path) -> None:
     assert not config.model_config.logits_processors
 
 
-@pytest.mark.parametrize("value", [0.5, 0, True, "x", 2])
-def test_requests_may_keep_everything_or_nothing_special(value: Any) -> None:
-    check(SamplingParams(extra_args={"compress_keep": 1}), cached=True)
+@pytest.mark.parametrize("value", [0.5, 0, True, "x", 2, "1/2", "1e-999999999", 1e-12, [1]])
+def test_requests_may_keep_everything_or_nothing_special(
+    value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "served", requests.Served())
+    for whole in (1, 1.0, "1", "1.0"):
+        params = SamplingParams(extra_args={"compress_keep": whole})
+        check(params, cached=True)
+        assert opts_out(params) and asked(params) is None
     check(SamplingParams(), cached=False)
     with pytest.raises(ValueError, match="can only be 1"):
         check(SamplingParams(extra_args={"compress_keep": value}), cached=True)
     with pytest.raises(ValueError, match="needs prefix caching"):
         check(SamplingParams(extra_args={"compress_keep": 1}), cached=False)
+
+
+def test_requests_may_ask_for_less_than_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "served", requests.Served(keep=Fraction(1, 2)))
+    for value in (0.5, "0.25", 0.001):
+        params = SamplingParams(extra_args={"compress_keep": value})
+        check(params, cached=True)
+        assert asked(params) == Fraction(str(value)) and not opts_out(params)
+        assert not params.skip_reading_prefix_cache  # its hits are safe
+    for value in (0.51, "1e-999999999", "0." + "1" * 30, 0, -0.5):
+        with pytest.raises(ValueError, match="1, which keeps its whole KV cache, or a share up to"):
+            check(SamplingParams(extra_args={"compress_keep": value}), cached=True)
+    with pytest.raises(ValueError, match=r"compress_budget .* needs a server with compress.kv.bu"):
+        check(SamplingParams(extra_args={"compress_budget": 512}), cached=True)
+
+
+def test_requests_may_ask_for_a_smaller_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = requests.Served(budget=1024, least_budget=512)
+    monkeypatch.setattr(requests, "served", served)
+    params = SamplingParams(extra_args={"compress_budget": "700"})
+    check(params, cached=True)
+    assert asked(params) == 700 and params.skip_reading_prefix_cache
+    check(SamplingParams(extra_args={"compress_keep": 1}), cached=True)
+    for value in (511, 1025, 0, True, "x", "9" * 5000, 600.0):
+        with pytest.raises(ValueError, match="can only be 512 to 1024 tokens, got"):
+            check(SamplingParams(extra_args={"compress_budget": value}), cached=True)
+    with pytest.raises(ValueError, match="can only be 1, which keeps its whole KV cache, got 0.5"):
+        check(SamplingParams(extra_args={"compress_keep": 0.5}), cached=True)
+    both = {"compress_keep": 1, "compress_budget": 512}
+    with pytest.raises(ValueError, match="exclude each other"):
+        check(SamplingParams(extra_args=both), cached=True)
+    with pytest.raises(ValueError, match="compress_budget needs prefix caching"):
+        check(SamplingParams(extra_args={"compress_budget": 512}), cached=False)
+
+
+def test_what_is_served_is_known_where_requests_arrive(demo_model: Path) -> None:
+    for kv, expected in (
+        ({"policy": "snap_kv", "keep": 0.25}, requests.Served(keep=Fraction(1, 4))),
+        ({"policy": "snap_kv", "keep": 1}, requests.Served()),
+        ({"policy": "h2o", "budget": 600}, requests.Served(budget=608, least_budget=512)),
+    ):
+        configure(demo_model, kv, max_model_len=4096)
+        assert requests.served == expected
