@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What scores decode windows, and from how many queries."""
 
+from typing import Final
+
 from kv_policies.base import KVPolicy, Policy
 from kv_policies.layout.base import Layout
-from kv_policies.policies.key_diff import KeyDiff
+from kv_policies.policies.key_diff import KeyDiff, KeyDiffSettings
 from kv_policies.workspace import QUERIES
+
+_RECENT: Final = 0.125  # share of what stays of a window that is its last tokens
 
 
 def window_policy(policy: KVPolicy) -> KVPolicy:
-    """What scores decode windows: the policy, or key_diff where it needs queries of a prompt."""
+    """What scores decode windows: the policy, or key_diff where it needs queries of a prompt.
+
+    key_diff alone forgets what was just generated, which costs more of a text than it gains.
+    """
     if policy.capabilities.needs_queries and not policy.decode_queries:
-        return KeyDiff(KeyDiff.settings_type())
+        return KeyDiff(KeyDiffSettings(recent=_RECENT))
     return policy
 
 

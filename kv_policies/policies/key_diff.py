@@ -4,9 +4,22 @@
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch.nn.functional import normalize
 
-from kv_policies.base import Capabilities, Context, QueryFreePolicy
+from kv_policies.base import Capabilities, Context, NoSettings, QueryFreePolicy
+
+
+class KeyDiffSettings(NoSettings):
+    """Settings of ``key_diff``."""
+
+    recent: float = Field(
+        0,
+        ge=0,
+        lt=1,
+        description="share of what stays that is the last tokens, as in no paper; larger: text "
+        "goes on more fluently, less room for the rest",
+    )
 
 
 class KeyDiff(QueryFreePolicy):
@@ -20,6 +33,7 @@ class KeyDiff(QueryFreePolicy):
     """
 
     name: ClassVar[str] = "key_diff"
+    settings_type: ClassVar[type[NoSettings]] = KeyDiffSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
         needs=frozenset({"keys"}),
         per_head=True,
@@ -33,4 +47,11 @@ class KeyDiff(QueryFreePolicy):
         norms = keys.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         # The sum of the unit keys has the direction of their mean. Padding is zero, adds nothing.
         anchor = normalize((1 / norms).transpose(-1, -2) @ keys, dim=-1)
-        return -(keys @ anchor.transpose(-1, -2) / norms).squeeze(-1)
+        scores = -(keys @ anchor.transpose(-1, -2) / norms).squeeze(-1)  # at most 1
+        if not self.settings.recent:
+            return scores
+        assert context.kept is not None
+        count = (context.kept.double() * self.settings.recent).long()
+        at = torch.arange(context.tokens, device=scores.device)
+        recent = at - (context.lengths - count)[:, None, None]
+        return torch.where(recent >= 0, 2 + recent, scores)

@@ -287,6 +287,19 @@ def test_expected_attention_against_the_plain_formula(tokens: int, last: int, se
         assert got[0, head, 0] == got[0, head].amax()
 
 
+def test_key_diff_keeps_its_share_of_the_last_tokens() -> None:
+    _, keys = inputs(60)
+    plain, recent = (
+        score(build_policy("key_diff", {"recent": share}), None, keys, torch.tensor([60]))
+        for share in (0, 0.2)  # of the 30 that stay
+    )
+    assert torch.equal(plain[..., :54], recent[..., :54])
+    chosen = select(recent, torch.tensor([60]), torch.tensor([30]))
+    assert chosen[0, :, -6:].tolist() == [list(range(54, 60))] * KV_HEADS
+    few = select(recent, torch.tensor([60]), torch.tensor([4]))  # the first, then the latest
+    assert few[0].tolist() == [[0, 57, 58, 59]] * KV_HEADS
+
+
 def test_recent_keeps_sinks_and_the_end() -> None:
     keys = torch.zeros(1, KV_HEADS, 20, DIM)
     scores = score(build_policy("recent", {"sinks": 2}), None, keys, torch.tensor([20]))
