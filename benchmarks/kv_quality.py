@@ -16,7 +16,8 @@ P_K_nats, fp8_nats         Nats per token above the full cache, of 64 tokens aft
                            contexts of 1,000 tokens of the second half of Newton's Opticks (profiles
                            are made from the first), forced one by one in decode. P_K_nats_se:
                            standard error, paired by context.
-Extra: cskv_020_*, cskv_014_*, ratio 0.8 and 0.86; cskv at 0.50 is in 16 bits, else in 4;
+Extra: h2o_K_*, r_kv_K_*, expected_attention_K_*; cskv_020_*, cskv_014_*, ratio 0.8 and 0.86; cskv
+at 0.50 is in 16 bits, else in 4;
 cskv_16bit_K_*, ratio 0.75 and 0.8 in 16 bits; cskv_halves_020_*, ratio 0.8 in 16 bits with the same
 ranks in all layers, for keys and for values;
 snap_kv_fp8_K_*, snap_kv in vLLM's fp8 cache, which needs AVX-512 or AMX on a CPU;

@@ -18,7 +18,8 @@ from vllm_plugin.demo_model import demo_model_path
 
 KEEPS = (0.50, 0.25, 0.10)
 MEASURES = ("passkey", "needles", "nats")
-ROWS = (*POLICIES, "snap_kv_profile", "snap_kv_fp8", "cskv_16bit", "cskv_halves")
+NEWER = ("h2o", "r_kv", "expected_attention")
+ROWS = (*POLICIES, *NEWER, "snap_kv_profile", "snap_kv_fp8", "cskv_16bit", "cskv_halves")
 # cskv at its default and at the ratio of its paper too, and there without allocation.
 KEEPS_OF = {"cskv": (*KEEPS, 0.20, 0.14), "cskv_16bit": (0.25, 0.20), "cskv_halves": (0.20,)}
 SMOKE_SIZES = Sizes((160,), (0.5,), (160,), 2, 1, 2, 160, 8)

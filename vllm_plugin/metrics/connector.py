@@ -23,7 +23,7 @@ from vllm_plugin.diffusion.activity import Activity as Denoising
 from vllm_plugin.diffusion.activity import Done as Denoised
 from vllm_plugin.kv_cache.activity import Activity, Done
 from vllm_plugin.kv_cache.manager import CompressedManager
-from vllm_plugin.kv_cache.requests import opts_out
+from vllm_plugin.kv_cache.requests import asked, opts_out
 from vllm_plugin.metrics.prometheus import CompressMetrics, publish
 from vllm_plugin.metrics.stats import CompressStats
 from vllm_plugin.self_check import log_table
@@ -123,9 +123,10 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _reason_to_skip(self, request: Request) -> str | None:
         n = request.num_prompt_tokens
-        layouts = [manager.layout for manager in self._managers]
         if opts_out(request.sampling_params):
             return "opted_out"
+        amount = asked(request.sampling_params)
+        layouts = [manager.layout.for_request(amount) for manager in self._managers]
         # Windows too: a budget may leave a prompt whole, and evict generated tokens.
         if any(layout.freed(n, request.num_computed_tokens) for layout in layouts):
             return None
