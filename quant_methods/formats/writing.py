@@ -32,7 +32,8 @@ from quant_methods.progress import Progress, silent
 from quant_methods.structure.derive import structure_of
 from quant_methods.structure.structure import HEAD
 
-_SHARD_BYTES = 2 << 30  # of source weights
+# Of source weights. While a shard is written, it is in memory twice.
+_SHARD_BYTES = 1 << 30
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -199,7 +200,7 @@ def _written(checkpoint: Checkpoint, plan: Plan) -> list[str]:
 
 
 def _shards(checkpoint: Checkpoint, names: list[str]) -> Iterator[list[str]]:
-    """Cut tensor names into runs of about two gigabytes."""
+    """Cut tensor names into runs of about a gigabyte."""
     sizes = checkpoint.shapes()
     shard: list[str] = []
     size = 0

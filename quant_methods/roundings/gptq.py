@@ -110,50 +110,44 @@ class GPTQ:
         fixed = quantize(weight, grid, shrink=shrink, scale_dtype=scale_dtype)
         # One column of the weight is one row here, so that each step works on whole rows.
         left = weight.float().t()[order]
-        group = order // grid.width(weight.shape[1])
-        scales, zeros = fixed.scale.t()[group], fixed.zero.t()[group]
-        table = None
-        if grid.activations == "fp8":
-            per_group, per_channel = converted(fixed.scale)
-            table = per_group.float().t()[group], per_channel[:, 0]
-        signed = _compensated(left, inverse, scales, -zeros, grid.levels - 1 - zeros, table)
         codes = torch.empty_like(fixed.q)
-        codes[:, order] = signed.add_(zeros).to(torch.uint8).t()
+        codes[:, order] = _compensated(left, inverse, fixed, order // grid.width(len(order))).t()
         return QuantizedWeight(codes, fixed.scale, fixed.zero, grid)
 
 
 def _compensated(
-    left: torch.Tensor,
-    inverse: torch.Tensor,
-    scales: torch.Tensor,
-    lowest: torch.Tensor,
-    highest: torch.Tensor,
-    table: tuple[torch.Tensor, torch.Tensor] | None = None,
+    left: torch.Tensor, inverse: torch.Tensor, fixed: QuantizedWeight, group: torch.Tensor
 ) -> torch.Tensor:
-    """Return the codes without their zero points, fp32 [K, N]. ``left`` is used up.
+    """Return the codes, uint8 [K, N]. ``left`` is used up.
+
+    What a block of columns is rounded with is made for each block: for all of them at once it would
+    take four times the memory of the weight.
 
     Args:
         left: The weight, fp32 [K, N].
         inverse: ``inverse_factor`` of the inputs, [K, K].
-        scales: Of each weight, [K, N].
-        lowest: The smallest code without its zero point, [K, N].
-        highest: The largest, [K, N].
-        table: For FP8 activations the scales that the kernel makes: of each weight's group [K, N],
-            and of each output channel [N].
+        fixed: Has the grid, and the scales and zero points of the groups.
+        group: Of each input, [K].
     """
+    table = converted(fixed.scale) if fixed.grid.activations == "fp8" else None
     fused = _fused() if left.is_cuda and table is None else None
     if fused is not None:
-        left, scales = left.contiguous(), scales.contiguous()
-        lowest, highest = lowest.contiguous(), highest.contiguous()
-    codes = torch.empty_like(left)
+        left = left.contiguous()
+    codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     for begin in range(0, len(left), _BLOCK):
         here, behind = slice(begin, begin + _BLOCK), slice(begin + _BLOCK, None)
-        parts = left[here], scales[here], lowest[here], highest[here], inverse[here, here]
-        errors = torch.empty_like(parts[0])
+        scales, zeros = (part.t()[group[here]].contiguous() for part in (fixed.scale, fixed.zero))
+        limits = -zeros, fixed.grid.levels - 1 - zeros
+        parts = left[here], scales, *limits, inverse[here, here]
+        rounded, errors = torch.empty_like(scales), torch.empty_like(scales)
         if fused is not None:
-            fused(*parts, codes[here], errors)
+            fused(*parts, rounded, errors)
+        elif table is not None:
+            entries = table[0].float().t()[group[here]], table[1][:, 0]
+            _round_block(*parts, rounded, errors, entries)
         else:
-            _round_block(*parts, codes[here], errors, table and (table[0][here], table[1]))
+            _round_block(*parts, rounded, errors, None)
+        codes[here] = rounded.add_(zeros)
         if behind.start < len(left):
             left[behind].addmm_(inverse[here, behind].t(), errors, alpha=-1)
     return codes
@@ -180,7 +174,8 @@ def _round_block(
         inverse: See ``left``.
         codes: See ``left``.
         errors: See ``left``.
-        table: As in ``_compensated``.
+        table: For FP8 activations the scales that the kernel makes: of each weight's group, as
+            ``scales``, and of each output channel [N]. None: activations are not FP8.
     """
     for column in range(len(left)):
         value, scale, code, error = left[column], scales[column], codes[column], errors[column]
