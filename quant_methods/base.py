@@ -57,6 +57,12 @@ class GridSettings(BaseModel):
         "enough calibration text (8,000 tokens), takes minutes and stores codes as large as the "
         "quantized model",
     )
+    experts: Literal["routed", "all"] = Field(
+        "routed",
+        description="tokens that calibrate a routed expert of a mixture: those that go to it, and "
+        "others up to four times the group size; or all, which takes as many times longer as there "
+        "are experts for each that a token goes to",
+    )
     embeddings: Literal["none", "int8", "int4"] = Field(
         "none",
         description="bits of the token embedding and lm_head, tied or not: int8 has one scale per "
@@ -119,9 +125,8 @@ class GridSettings(BaseModel):
             allocation = read_allocation(self.allocation)
             allocation.check_grid(self.model_dump())
             bits |= allocation.checked(units)
-        kinds = {unit.name: unit for unit in structure.units}
         sizes = {
-            unit: self._group_size(kinds[unit.rpartition(".")[2]], structure, count)
+            unit: self._group_size(structure.unit(unit), structure, count)
             for unit, count in bits.items()
             if count != SIXTEEN
         }
@@ -190,21 +195,26 @@ class GridSettings(BaseModel):
 
     def _group_size(self, unit: Unit, structure: Structure, bits: int) -> int | None:
         """Return the group size that the linears of a unit share; None: they stay at 16 bits."""
-        shapes = structure.shapes
-        ranks, inputs = self.tensor_parallel, shapes[unit.linears[0]][1]
-        outputs = [shapes[name][0] for name in unit.linears]
-        if unit.linears[0] in structure.row_parallel:
-            if inputs % ranks:
-                raise CompressError(
-                    f"{unit.linears[0]} has {inputs} input channels, which {ranks} ranks do not "
-                    "divide; change the tensor parallel size"
-                )
-            inputs //= ranks
-        else:  # vLLM repeats key and value heads that are fewer than the ranks
-            outputs = [size if size % ranks else size // ranks for size in outputs]
-        if sum(outputs) % _KERNEL_OUTPUTS or any(size * bits % _WORD_BITS for size in outputs):
-            return None
-        return pick_group_size(inputs, self.group_size)
+        shapes, ranks = structure.shapes, self.tensor_parallel
+        sizes: set[int | None] = set()
+        # Each shape once: a layer can have hundreds of experts.
+        alike = {(shapes[n], n in structure.row_parallel): n for n in unit.linears}
+        for (_, row), name in alike.items():
+            inputs = shapes[name][1]
+            outputs = [shapes[n][0] for n in unit.linears if shapes[n][1] == inputs]
+            if row:
+                if inputs % ranks:
+                    raise CompressError(
+                        f"{name} has {inputs} input channels, which {ranks} ranks do not divide; "
+                        "change the tensor parallel size"
+                    )
+                inputs //= ranks
+            else:  # vLLM repeats key and value heads that are fewer than the ranks
+                outputs = [size if size % ranks else size // ranks for size in outputs]
+            if sum(outputs) % _KERNEL_OUTPUTS or any(size * bits % _WORD_BITS for size in outputs):
+                return None
+            sizes.add(pick_group_size(inputs, self.group_size))
+        return None if None in sizes else min(size for size in sizes if size is not None)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from quant_methods.formats.plan import decoder_problem
 from quant_methods.parts import trim_heap
 from quant_methods.placement import HOST, Placement
 from quant_methods.structure.derive import structure_of
+from quant_methods.structure.experts import unstack
 from quant_methods.structure.structure import Structure
 from quant_methods.structure.wrapper import decoder_class
 
@@ -36,7 +37,7 @@ def _shape_problem(checkpoint: Checkpoint, structure: Structure) -> str | None:
     wanted = {
         f"{structure.layers}.{index}.{name}.weight": shape
         for index in range(structure.depth)
-        for name, shape in structure.shapes.items()
+        for name, shape in structure.layer(index).shapes.items()
     }
     wanted[f"{structure.embedding}.weight"] = (
         config.vocab_size,
@@ -121,6 +122,27 @@ def load_model(
             f"transformers cannot build the model of {checkpoint.folder} ({reason}); its config is "
             "damaged, or is that of another model"
         ) from error
+    unstack(model)
+    _keep_mapped(model, structure_of(config), state)
     if dtype is not None and widened:
         widen(model, structure_of(config), dtype)
     return model.eval().to(device)
+
+
+def _keep_mapped(model: Any, structure: Structure, state: dict[str, torch.Tensor]) -> None:
+    """Let routed experts use the mapped tensors of the files, and free the stacks of them.
+
+    Raises:
+        CompressError: An expert has other weights than the tensor of its name.
+    """
+    for index in range(structure.depth):
+        for name in structure.layer(index).routed:
+            full = f"{structure.layers}.{index}.{name}"
+            linear = model.get_submodule(full)
+            tensor = state[f"{full}.weight"].to(linear.weight.dtype)
+            if not torch.equal(tensor, linear.weight):
+                raise CompressError(
+                    f"transformers loads other weights as {full} than its checkpoint has there; "
+                    "this is not supported"
+                )
+            linear.weight = torch.nn.Parameter(tensor, requires_grad=False)

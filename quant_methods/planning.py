@@ -15,6 +15,7 @@ from compress_common.store import Store, digest
 from quant_methods.base import QuantMethod
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.precision import computed_in
+from quant_methods.calibration.routing import routing_kept
 from quant_methods.calibration.stages import Stages
 from quant_methods.calibration.text import CalibrationSettings, check_length
 from quant_methods.checkpoint import Checkpoint
@@ -198,7 +199,11 @@ def _calibrate(
         blocks = calibration_blocks(checkpoint, model, tokens, placement, stages, dtype)
         plan = method.plan(blocks, progress)
         if (rounding := method.settings.rounder()).needs_gram and not plan.codes:
-            round_blocks(plan, blocks, rounding, progress=progress)
+            experts = method.settings.experts
+            round_blocks(plan, blocks, rounding, experts=experts, progress=progress)
+        if blocks.structure.has_experts:
+            progress("routing", 0, 1)
+            plan.report["routing"] = routing_kept(plan, blocks)
         plan.report["calibration"] = request.calibration.model_dump() | {
             "tokens": tokens.numel(),
             "dtype": str(dtype or model.dtype).removeprefix("torch."),

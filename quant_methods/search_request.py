@@ -117,7 +117,11 @@ class SearchRequest(BaseModel):
     def sizes(self, checkpoint: Checkpoint) -> Sizes:
         """Return the bytes of the search on a device."""
         given, config = self.calibration, checkpoint.hf_config
-        structure_of(config)  # refuses others
+        if structure_of(config).has_experts:  # refuses others
+            raise CompressError(
+                "search does not measure routed experts; write the bits of each unit to a file by "
+                "hand, and quantize with --set allocation=FILE"
+            )
         tokens = given.samples * given.length
         states = 2 * tokens + (config.num_hidden_layers + 2) * self._search_tokens
         most = max(tokens, self._search_tokens)

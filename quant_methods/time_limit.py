@@ -84,15 +84,18 @@ def least_operations(config: Any, tokens: int, *, sampled: bool, gram: bool) -> 
         gram: Whether GPTQ rounds: on Gram matrices, with a second pass of the rounded model.
     """
     structure = structure_of(config)
-    shapes, layers = structure.shapes, structure.depth
-    passes = 1 + sampled + gram
-    linears = sum(outputs * inputs for outputs, inputs in shapes.values())
-    total = 2.0 * linears * layers * tokens * passes
-    if gram:
-        for unit in structure.units:
-            inputs = shapes[unit.linears[0]][1]
-            outputs = sum(shapes[name][0] for name in unit.linears)
-            total += layers * inputs**2 * (2.0 * tokens + outputs + inputs)
+    passes, total = 1 + sampled + gram, 0.0
+    for index in range(structure.depth):
+        kind = structure.layer(index)
+        for stack in kind.stacks:
+            inputs = kind.shapes[stack.linears[0]][1]
+            outputs = sum(kind.shapes[name][0] for name in stack.linears)
+            seen: float = tokens
+            if stack.linears[0] in kind.routed and kind.experts is not None:
+                seen *= kind.experts.chosen / kind.experts.count
+            total += 2.0 * outputs * inputs * seen * passes
+            if gram:
+                total += inputs**2 * (2.0 * seen + outputs + inputs)
     return total
 
 

@@ -77,6 +77,19 @@ KV_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_GROUPS = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+# Decoders with routed experts.
+EXPERT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4_moe": (  # a dense first layer, shared experts, a bias that only chooses
+        "Glm4MoeConfig",
+        _FOUR | _GROUPS | {"n_routed_experts": 4, "use_qk_norm": True},
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),  # other names in checkpoints
+    "qwen2_moe": ("Qwen2MoeConfig", _FOUR | {"shared_expert_intermediate_size": 128}),  # two gates
+    "qwen3_moe": ("Qwen3MoeConfig", _FOUR | {"norm_topk_prob": True}),
+}
+
 # Groups of 32, 64 and 128 divide every width; 32 is the smallest head vLLM's CPU attention takes.
 SHARED: dict[str, Any] = {
     "hidden_size": 128,
@@ -104,9 +117,9 @@ def demo_model() -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Callable[..., Path]:
     """Return ``make(arch, seed=0, **config)``: the folder of a random bfloat16 model.
 
-    ``arch`` is a key of TINY_MODELS, MORE_MODELS or KV_MODELS, ``config`` overrides fields of its
-    Hugging Face config. The same call gives the same folder, so tests must copy it before they
-    change anything in it. The tokenizer is the demo model's.
+    ``arch`` is a key of a table above, ``config`` overrides fields of its Hugging Face config. The
+    same call gives the same folder, so tests must copy it before they change anything in it. The
+    tokenizer is the demo model's.
     """
     made: dict[str, Path] = {}
 
@@ -135,7 +148,7 @@ def _save_tiny_model(
 
     source = transformers.AutoConfig.from_pretrained(tokenizer)
     tokens = {k: getattr(source, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    class_name, own = (TINY_MODELS | MORE_MODELS | KV_MODELS)[arch]
+    class_name, own = (TINY_MODELS | MORE_MODELS | KV_MODELS | EXPERT_MODELS)[arch]
     fields = SHARED | {"vocab_size": source.vocab_size} | tokens | own | overrides
     config = getattr(transformers, class_name)(**fields)
     with torch.random.fork_rng(devices=[]):

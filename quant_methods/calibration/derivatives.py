@@ -59,7 +59,7 @@ def derivatives(
             partial(_block, blocks, database, index, inputs.pop(), gradient),
         )
         gradient = stored["gradient"]
-        for unit in (prefix + kind.name for kind in blocks.structure.units):
+        for unit in (prefix + kind.name for kind in blocks.structure.layer(index).units):
             if unit not in database.losses:
                 continue
             found.fisher[unit] = dict.fromkeys(database.losses[unit], 0.0)
@@ -105,7 +105,7 @@ def _block(
     stored: Tensors = {"gradient": torch.empty_like(gradient)}
     with blocks.resident(index) as block:
         errors: dict[str, list[tuple[str, torch.Tensor]]] = {}  # {linear: [(unit:bits, error)]}
-        for unit in blocks.structure.units:
+        for unit in blocks.structure.layer(index).units:
             for bits in database.losses.get(prefix + unit.name, {}):
                 if bits == SIXTEEN:
                     continue

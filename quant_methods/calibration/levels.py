@@ -150,7 +150,7 @@ def _take(
 ) -> None:
     """Put what ``_block`` returned into a database."""
     prefix, grids = blocks.prefix(index), database.plan.grids
-    for unit in blocks.structure.units:
+    for unit in blocks.structure.layer(index).units:
         linears = [prefix + name for name in unit.linears if prefix + name in grids]
         if not linears:
             continue

@@ -89,7 +89,7 @@ class ModelProbe:
         """Return the quantized weights of a block, as they are between original neighbors."""
         prefix = self.blocks.prefix(index)
         weights = {}
-        for unit in self.blocks.structure.units:
+        for unit in self.blocks.structure.layer(index).units:
             count = bits.get(prefix + unit.name, SIXTEEN)
             if count == SIXTEEN:
                 continue

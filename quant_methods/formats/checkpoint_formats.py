@@ -19,6 +19,7 @@ from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight
 from quant_methods.structure.derive import structure_of
 from quant_methods.structure.structure import EMBEDDINGS, Structure, split_units
 
+_EXPERT = re.compile(r"(?<=\.)\d+(?=\\\.)")  # the index of an expert in an escaped name
 # Marks a quantization_config as ours. Stock loaders ignore the key.
 MARKER = "vllm_compress"
 # The ``quant_method`` of a checkpoint that stock vLLM does not serve. It refuses this name.
@@ -73,15 +74,19 @@ def patterns(names: Iterable[str], structure: Structure) -> list[str]:
         names: Full names of the linears.
         structure: Of the model.
     """
-    layers: dict[str, list[str]] = {}  # end of a linear's name -> the layers that are meant
+    # End of a linear's name -> the layers that are meant, and those that have such a linear.
+    layers: dict[str, dict[str, None]] = {}
+    having: dict[str, set[int]] = {}
     for full in names:
         layer, name = structure.place(full)
-        layers.setdefault(_end(name, structure), []).append(str(layer))
-    everywhere = sorted(end for end, which in layers.items() if len(which) == structure.depth)
+        end = _end(name, structure)
+        layers.setdefault(end, {})[str(layer)] = None
+        having.setdefault(end, set()).update(structure.layers_with[name])
+    everywhere = sorted(end for end, which in layers.items() if len(which) == len(having[end]))
     found = [rf"re:.*\.({'|'.join(everywhere)})$"] if everywhere else []
     somewhere: dict[tuple[str, ...], list[str]] = {}
     for end, which in layers.items():
-        if len(which) < structure.depth:
+        if len(which) < len(having[end]):
             somewhere.setdefault(tuple(which), []).append(end)
     stack = structure.layers.rpartition(".")[2]
     for some, ends in somewhere.items():
@@ -92,10 +97,14 @@ def patterns(names: Iterable[str], structure: Structure) -> list[str]:
 
 
 def _end(name: str, structure: Structure) -> str:
-    """Return the end of a linear's name that no other linear of its layer has, as a pattern."""
+    """Return the end of a linear's name that no other linear of its layer has, as a pattern.
+
+    It is the same for that linear of all routed experts, which have one grid.
+    """
     last = name.rpartition(".")[2]
-    alike = [other for other in structure.names if other.rpartition(".")[2] == last]
-    return last if len(alike) == 1 else re.escape(name)
+    if structure.ends[last] == 1:
+        return last
+    return _EXPERT.sub(r"\\d+", re.escape(name)) if name in structure.routed else re.escape(name)
 
 
 def _left(grids: dict[str, Grid], linears: list[str], structure: Structure) -> list[str]:
@@ -106,6 +115,7 @@ def _left(grids: dict[str, Grid], linears: list[str], structure: Structure) -> l
     outside = [rf"re:(.*\.)?{re.escape(name.rpartition('.')[2])}$" for name in structure.others]
     outside += [rf"re:(.*\.)?{re.escape(name)}\..*" for name in structure.towers]
     ends = [rf"re:.*\.{_end(name, structure)}$" for name in nowhere]
+    ends += [rf"re:.*\.{re.escape(name)}$" for name in structure.gates]
     return [*outside, *ends, *patterns(rest, structure)]
 
 
@@ -206,6 +216,10 @@ def _awq_config(
             "embeddings=none"
         )
     structure = structure_of(config)
+    if structure.has_experts:
+        raise CompressError(
+            "the awq format was not tested with routed experts; use --format compressed-tensors"
+        )
     whole_linears(grids, structure)
     kinds = set(grids.values())
     if len(kinds) > 1 or any(grid.bits != 4 or grid.activations != "none" for grid in kinds):
@@ -215,7 +229,7 @@ def _awq_config(
             "--format compressed-tensors"
         )
     names = {structure.place(name)[1] for name in grids}
-    if len(grids) != len(names) * structure.depth:
+    if len(grids) != sum(len(structure.layers_with[name]) for name in names):
         raise CompressError(
             "the awq format quantizes the same linears in every layer; use --format "
             "compressed-tensors for a mixed allocation"
@@ -231,6 +245,7 @@ def _awq_config(
             *structure.towers,
             *(name.rpartition(".")[2] for name in structure.others),
             *(name.rpartition(".")[2] for name in structure.names if name not in names),
+            *structure.gates,
         ],
         MARKER: marker,
     }

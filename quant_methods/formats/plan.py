@@ -248,7 +248,11 @@ def decoder_problem(names: Iterable[str], structure: Structure) -> str | None:
     """
     have, prefix, layers = set(names), structure.layers, structure.depth
     endings = tuple(f".{name}.weight" for name in structure.names)
-    wanted = {f"{prefix}.{i}{name}" for i in range(layers) for name in endings}
+    wanted = {
+        f"{prefix}.{index}.{name}.weight"
+        for index in range(layers)
+        for name in (*structure.layer(index).names, *structure.layer(index).gates)
+    }
     linears = {n for n in have if n.startswith(f"{prefix}.") and n.endswith(endings)}
     if not any(name.startswith(f"{prefix}.") for name in have):
         if any(".attention.wq." in name for name in have):

@@ -18,7 +18,7 @@ from quant_methods.grid import Grid
 from quant_methods.identity import tensor_digest
 from quant_methods.structure.structure import Structure
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 def save_plan(plan: Plan, path: Path) -> None:

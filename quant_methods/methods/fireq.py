@@ -58,7 +58,8 @@ class FireQSettings(GridSettings):
                 "bfloat16 first"
             )
         try:
-            structure_of(config)
+            if structure_of(config).has_experts:
+                problems.append("fireq was not tested with routed experts; use another method")
             if self.key_scale is not None:
                 check_keys(config)
         except CompressError as error:
@@ -66,7 +67,8 @@ class FireQSettings(GridSettings):
         if problems:
             raise joined(problems)
         structure = structure_of(config)
-        if all(self._group_size(unit, structure, self.bits) is None for unit in structure.units):
+        units = {unit.name: unit for kind in structure.kinds for unit in kind.units}.values()
+        if all(self._group_size(unit, structure, self.bits) is None for unit in units):
             raise CompressError(
                 f"fireq needs linears whose inputs and outputs are multiples of {_TILE}, and the "
                 f"model has none: hidden size {config.hidden_size}, intermediate size "

@@ -143,6 +143,7 @@ class RSQ:
             settings.rounder(),
             token_weights=settings.weigher(),
             by_unit=settings.steps == "unit",
+            experts=settings.experts,
             progress=progress,
         )
         return plan

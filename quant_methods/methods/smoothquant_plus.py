@@ -126,7 +126,8 @@ class SmoothQuantPlus:
         clips = settings.clip and settings.rounding == "nearest"  # else the rounding does
         if settings.smoothed == "none" and not clips:
             return plan
-        decoder = SmoothedDecoder(blocks, plan.grids, settings.smoothed, progress)
+        everyone = settings.experts == "all"
+        decoder = SmoothedDecoder(blocks, plan.grids, settings.smoothed, progress, everyone)
         alpha = settings.alpha
         if settings.smoothed != "none":
             if alpha is None:

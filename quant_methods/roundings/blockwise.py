@@ -3,18 +3,24 @@
 
 from collections.abc import Sequence
 from functools import partial
+from statistics import median
+from typing import Any
 
 import torch
 
 from compress_common.errors import CompressError
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.collectors import Grams
+from quant_methods.calibration.routing import Calibrated, enough_tokens, routed
 from quant_methods.calibration.token_weights import TokenWeights, weighed
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
 from quant_methods.parts import trim_heap
 from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
+from quant_methods.roundings.experts import round_experts
+
+_TOKENS = "tokens of experts"  # among the tensors of a stored block
 
 
 @torch.no_grad()
@@ -25,13 +31,15 @@ def round_blocks(
     *,
     token_weights: TokenWeights | None = None,
     by_unit: bool = False,
+    experts: Calibrated = "routed",
     progress: Progress = silent,
 ) -> None:
     """Round every linear of a plan, and put the codes into the plan.
 
     Each block runs on the output of the quantized blocks before it. A finished block is stored, so
-    an interruption loses one block. Memory beyond the model: one chunk, the hidden states, and the
-    Gram matrices of one block.
+    an interruption loses one block. Memory beyond the model: one chunk, the hidden states, the
+    inputs of routed experts, which are as large, and the Gram matrices of one block. Routed experts
+    have them one at a time.
 
     Args:
         plan: Has transforms and grids. Its ``codes`` are filled.
@@ -40,9 +48,11 @@ def round_blocks(
         token_weights: How much each token counts in the Gram matrices; None: all count alike.
         by_unit: Whether each unit is rounded on the output of the rounded ones before it in its
             block (a pass for each), not all of a block on one pass.
+        experts: Which tokens routed experts are calibrated on.
         progress: Called for each block.
     """
     hidden = blocks.inputs()
+    counts: dict[str, Any] = {}
     for index in range(len(blocks)):
         progress(rounding.name, index + 1, len(blocks))
         prefix = blocks.prefix(index)
@@ -51,12 +61,15 @@ def round_blocks(
             stored = blocks.stages.tensors(
                 stage,
                 partial(
-                    _round_block, plan, blocks, index, hidden, rounding, token_weights, by_unit
+                    _round_block,
+                    *(plan, blocks, index, hidden, rounding, token_weights, by_unit, experts),
                 ),
             )
+            if _TOKENS in stored:
+                counts[str(index)] = _counted(plan, blocks, index, stored[_TOKENS], experts)
             if index + 1 < len(blocks):
                 # Bound to no name: fp32 weights of this block would stay while the next is rounded.
-                with blocks.replaced(index, _rounded(plan, prefix, stored, blocks.device)):
+                with blocks.replaced(index, _rounded(plan, blocks, index, stored)):
                     hidden = blocks.run(index, hidden, out=hidden)
             stored = blocks.stages.reread(stage, stored)
             for name, grid in grids.items():
@@ -64,16 +77,20 @@ def round_blocks(
                     "cpu"
                 )
         trim_heap()
+    if counts:
+        plan.report["experts"] = counts
 
 
 def _rounded(
-    plan: Plan, prefix: str, stored: dict[str, torch.Tensor], device: torch.device
+    plan: Plan, blocks: Blocks, index: int, stored: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Return the rounded weights of a block, as they are between original neighbors."""
-    weights = {}
+    prefix, weights = blocks.prefix(index), {}
     for name, grid in plan.layer_grids(prefix).items():
-        packed = PackedWeight.taken(prefix + name, stored, grid).to(device)
-        weights[name] = plan.unfolded(prefix + name, packed.unpacked().dequantize())
+        packed = PackedWeight.taken(prefix + name, stored, grid).to(blocks.device)
+        rounded = plan.unfolded(prefix + name, packed.unpacked().dequantize())
+        own = blocks.layers[index].get_submodule(name).weight
+        weights[name] = rounded.to(own.dtype)  # type: ignore[arg-type]
     return weights
 
 
@@ -85,27 +102,53 @@ def _round_block(
     rounding: Rounding,
     token_weights: TokenWeights | None,
     by_unit: bool,
+    experts: Calibrated,
 ) -> dict[str, torch.Tensor]:
     """Round the linears of a resident block. Returns their codes as a plan file stores them."""
-    prefix = blocks.prefix(index)
+    prefix, kind = blocks.prefix(index), blocks.structure.layer(index)
     grids = plan.layer_grids(prefix)
     weights: dict[str, torch.Tensor] = {}  # those that are rounded already
     tensors: dict[str, torch.Tensor] = {}
     counted = weighed(blocks, index, hidden, token_weights)
-    units = [unit.linears for unit in blocks.structure.units]
-    for step in units if by_unit else [blocks.structure.names]:
+    units = [unit.linears for unit in kind.units]
+    for step in units if by_unit else [kind.names]:
         names = [name for name in step if name in grids]
         if not names:
             continue
-        with blocks.replaced(index, weights):
-            grams = unit_grams(plan, blocks, index, hidden, names, counted)
-        done = round_units(plan, blocks, index, names, rounding, grams, reuse_grams=True)
+        dense = [name for name in names if name not in kind.routed]
+        with blocks.replaced(index, weights), routed(blocks, index) as seen:
+            grams = unit_grams(plan, blocks, index, hidden, dense, counted)
+        done = round_units(plan, blocks, index, dense, rounding, grams, reuse_grams=True)
+        if len(dense) < len(names):
+
+            def stack(
+                names: tuple[str, ...], grams: dict[str, torch.Tensor], tokens: int
+            ) -> dict[str, PackedWeight]:
+                options = {"reuse_grams": True, "tokens": tokens}
+                return round_units(plan, blocks, index, names, rounding, grams, **options)  # type: ignore[arg-type]
+
+            more, tensors[_TOKENS] = round_experts(
+                plan, blocks, index, seen, counted, experts, stack
+            )
+            done |= more
         for linear, packed in done.items():
             tensors |= packed.tensors(linear)
             if by_unit:  # else there is no next step
                 rounded = packed.unpacked().dequantize()
                 weights[linear.removeprefix(prefix)] = plan.unfolded(linear, rounded)
     return tensors
+
+
+def _counted(
+    plan: Plan, blocks: Blocks, index: int, tokens: torch.Tensor, experts: Calibrated
+) -> dict[str, Any]:
+    """Return what a report says of the tokens that went to the experts of a block."""
+    kind = blocks.structure.layer(index)
+    first = min(kind.routed)
+    enough = enough_tokens(plan.grids[blocks.prefix(index) + first], kind.shapes[first][1])
+    counts = tokens.tolist()
+    shown = sum(count < enough for count in counts) if experts == "routed" else len(counts)
+    return {"least": min(counts), "median": median(counts), "shown_other_tokens": shown}
 
 
 def unit_grams(
@@ -126,7 +169,7 @@ def unit_grams(
         names: Linears of the block, by the names that they have there.
         weights: How much each token counts, as ``weighed`` returns it.
     """
-    first = blocks.structure.first_sharing
+    first = blocks.structure.layer(index).first_sharing
     collector = Grams(first[name] for name in names)
     blocks.run(index, hidden, (collector,), weights)
     prefix = blocks.prefix(index)
@@ -146,6 +189,7 @@ def round_units(
     grams: dict[str, torch.Tensor],
     *,
     reuse_grams: bool = False,
+    tokens: int | None = None,
 ) -> dict[str, PackedWeight]:
     """Round linears of a resident block, those of a unit stacked. Returns them by full name.
 
@@ -159,10 +203,12 @@ def round_units(
         rounding: How a weight is rounded.
         grams: ``{name: Gram matrix}``, as ``unit_grams`` returns them.
         reuse_grams: Whether they are overwritten and dropped one by one, the largest first.
+        tokens: How many tokens they are of; None: all.
     """
     prefix, block = blocks.prefix(index), blocks.layers[index]
     found: dict[str, PackedWeight] = {}
-    units = [unit for unit in blocks.structure.units if unit.linears[0] in names]
+    stacks = blocks.structure.layer(index).stacks
+    units = [unit for unit in stacks if unit.linears[0] in names]
     for unit in sorted(units, key=lambda unit: len(grams[unit.linears[0]]), reverse=True):
         linears = [prefix + name for name in unit.linears]
         parts = [
@@ -182,7 +228,7 @@ def round_units(
                 shrink=torch.cat(given) if len(given) == len(sizes) else None,
                 scale_dtype=blocks.scale_dtype,
                 reuse_gram=reuse_grams,
-                tokens=blocks.tokens.numel(),
+                tokens=blocks.tokens.numel() if tokens is None else tokens,
             )
         except CompressError as error:
             raise CompressError(f"{prefix}{unit.name} cannot be rounded: {error}") from error

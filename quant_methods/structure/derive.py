@@ -11,16 +11,15 @@ from torch import nn
 from transformers import AttentionInterface
 
 from compress_common.errors import CompressError, joined
+from quant_methods.structure.experts import Experts, unstack
 from quant_methods.structure.flow import Flow
-from quant_methods.structure.follow import ATTENTION, follow, is_norm, unfollowed
+from quant_methods.structure.follow import ATTENTION, follow, is_norm, is_router, unfollowed
 from quant_methods.structure.layer import Layer
 from quant_methods.structure.norms import passes_rotation
-from quant_methods.structure.structure import Structure
+from quant_methods.structure.structure import LayerStructure, Linear, Structure
 from quant_methods.structure.wrapper import decoder_class, towers_of
 
-_MIXTURE = "mixture-of-experts layers are not supported: routers share the norm"
 _LATENT = "multi-head latent attention (MLA) folds its linears into attention when it is served"
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _SHOWN = 3
 _found: dict[str, Structure | list[str]] = {}
 
@@ -69,14 +68,13 @@ def _known(config: Any) -> Structure | list[str]:
 
 def _derived(config: Any) -> Structure:
     kind = f"model_type {getattr(config, 'model_type', None)!r} is not supported"
-    if any(getattr(config, name, None) for name in _EXPERTS):
-        raise CompressError(f"{kind}: {_MIXTURE}")
     if getattr(config, "kv_lora_rank", None):
         raise CompressError(f"{kind}: {_LATENT}")
     if not getattr(config, "num_hidden_layers", None):
         raise CompressError(f"{kind}: its config does not say how many layers it has")
     model = build(config)
     try:
+        unstack(model)
         found = derive(model, config)
         if (whole := getattr(config, "wrapper", None)) is None:
             return found
@@ -134,7 +132,7 @@ def derive(model: nn.Module, config: Any) -> Structure:
     """Return the structure of a model.
 
     Args:
-        model: As ``build`` returns it.
+        model: As ``build`` returns it, after ``unstack``.
         config: Its config.
 
     Raises:
@@ -148,9 +146,7 @@ def derive(model: nn.Module, config: Any) -> Structure:
         raise CompressError(f"it cannot be followed ({reason})") from error
     _check_layers(model, layers, flow)
     found = [Layer(model, f"{layers}.{index}", flow) for index in range(config.num_hidden_layers)]
-    for index, layer in enumerate(found):
-        if layer.content != found[0].content:
-            raise CompressError(f"its layers 0 and {index} have different linears")
+    kinds, pattern = _kinds(found)
     first, head = found[0], model.get_output_embeddings()  # type: ignore[operator]
     names = {id(module): name for name, module in model.named_modules()}
     if id(head) not in names or len(flow.inputs.get(names[id(head)], ())) != 1:
@@ -161,16 +157,17 @@ def derive(model: nn.Module, config: Any) -> Structure:
     return Structure(
         model_type=str(config.model_type),
         layers=layers,
-        depth=config.num_hidden_layers,
+        kinds=kinds,
+        pattern=pattern,
         hidden=config.hidden_size,
         norm=norm if last is not None and is_norm(last) else None,
         head=head_name,
         embedding=names[id(model.get_input_embeddings())],  # type: ignore[operator]
-        linears=first.linears,
-        units=first.units(),
-        folds=first.folds(),
         attention=first.attention,
-        rotates=first.rotates and last is not None and is_norm(last) and passes_rotation(last),
+        rotates=all(layer.rotates for layer in found)
+        and last is not None
+        and is_norm(last)
+        and passes_rotation(last),
         others=tuple(
             name
             for name, module in model.named_modules()
@@ -181,11 +178,37 @@ def derive(model: nn.Module, config: Any) -> Structure:
     )
 
 
+def _kinds(layers: list[Layer]) -> tuple[tuple[LayerStructure, ...], tuple[int, ...]]:
+    """Return the kinds of layers, and that of each.
+
+    Raises:
+        CompressError: They differ in more than whether they have experts.
+    """
+    kinds: list[LayerStructure] = []
+    pattern: list[int] = []
+    known: dict[str, tuple[int, Linear]] = {}
+    for index, layer in enumerate(layers):
+        found = layer.structure()
+        if found not in kinds:
+            kinds.append(found)
+        pattern.append(kinds.index(found))
+        for linear in found.linears:
+            other, same = known.setdefault(linear.name, (index, linear))
+            if same != linear:
+                raise CompressError(f"its layers {other} and {index} have different linears")
+        mixed = any(kind.experts is not None for kind in kinds)
+        if layer.attention != layers[0].attention or len(kinds) > 1 + mixed:
+            raise CompressError(f"its layers 0 and {index} have different linears")
+    return tuple(kinds), tuple(pattern)
+
+
 def _check_layers(model: nn.Module, layers: str, flow: Flow) -> None:
     """Raise CompressError where layers have weights that are no linears, or more than one input."""
     problems: list[str] = []
     stack = model.get_submodule(layers)
     linear = {id(m.weight) for m in stack.modules() if isinstance(m, nn.Linear)}
+    if any(isinstance(module, Experts) for module in stack.modules()):
+        linear |= {id(p) for m in stack.modules() if is_router(m) for p in m.parameters()}
     strange = sorted(
         {
             name.partition(".")[2]
@@ -193,9 +216,7 @@ def _check_layers(model: nn.Module, layers: str, flow: Flow) -> None:
             if parameter.ndim > 1 and id(parameter) not in linear
         }
     )
-    if any("expert" in name for name in strange):
-        problems.append(_MIXTURE)
-    elif strange:
+    if strange:
         problems.append(f"its layers have weights that are not linears: {_listed(strange)}")
     count = {name: len(calls) for name, calls in flow.inputs.items()}
     odd = sorted(

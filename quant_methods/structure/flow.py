@@ -51,6 +51,7 @@ class Flow:
         layer_extras: ``{layer: names of other arguments that depend on the tokens}``.
         cuts: ``{linear: last dimensions of its output where it was cut into parts}``.
         positional: Layers that are given more than hidden states by position.
+        choosers: Modules that choose experts: their output is ranked, or it is more than a tensor.
     """
 
     inputs: dict[str, list[Trace]] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Flow:
     layer_outputs: dict[str, Trace] = field(default_factory=dict)
     layer_extras: dict[str, list[str]] = field(default_factory=dict)
     positional: set[str] = field(default_factory=set)
+    choosers: set[str] = field(default_factory=set)
 
     def origin(self, trace: Trace) -> str | None:
         """Return the module whose output a tensor is; None: something was computed since."""

@@ -24,9 +24,17 @@ _ARRANGE = frozenset(
     + ("clone", "_to_copy", "detach", "alias", "slice", "copy_", "lift_fresh")
 )
 _SCALE = frozenset(("mul", "mul_"))
+_RANK = frozenset(("topk", "sort", "argsort"))
 _CUT = frozenset(("slice", "split", "split_with_sizes", "select", "unbind", "index"))
 # Operators that take a shape or a type from their input, and none of its numbers.
 _IGNORE = frozenset(("empty_like", "zeros_like", "ones_like", "new_empty", "new_zeros", "new_ones"))
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module multiplies by a matrix of its own, and does more with the result."""
+    weight = module._parameters.get("weight")
+    plain = isinstance(module, (nn.Linear, nn.Embedding))
+    return not plain and weight is not None and weight.ndim == 2  # noqa: PLR2004 (outputs, inputs)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -80,6 +88,8 @@ class _Follower(TorchDispatchMode):
         if not traces:
             return out
         near = frozenset().union(*(trace.near for trace in traces))
+        if name in _RANK:
+            self.flow.choosers |= near
         scaled: frozenset[str] = frozenset()
         if name in _SCALE:
             scaled = scaled.union(*(trace.scaled for trace in traces))
@@ -121,6 +131,11 @@ def _watched(model: nn.Module, layers: str, follower: _Follower) -> Iterator[Non
             follower.inside -= 1
             tensor = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
             own = frozenset((name,))
+            if not isinstance(out, torch.Tensor):
+                flow.choosers.add(name)
+                for part in tree_leaves(out):
+                    follower.mark(part, own)
+                return
             trace = (
                 follower.mark(out, own, own)
                 if linear
@@ -165,7 +180,8 @@ def _watched(model: nn.Module, layers: str, follower: _Follower) -> Iterator[Non
     with ExitStack() as stack:
         for name, module in model.named_modules():
             handles = []
-            if (linear := isinstance(module, nn.Linear)) or is_norm(module):
+            linear = isinstance(module, nn.Linear) or is_router(module)
+            if linear or is_norm(module):
                 handles = [
                     module.register_forward_pre_hook(enter(name, linear), with_kwargs=True),
                     module.register_forward_hook(leave(name, linear), with_kwargs=True),

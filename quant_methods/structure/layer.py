@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """One decoder layer, as it was seen in a forward pass: linears, units, folds and attention."""
 
-from typing import Any
-
 from torch import nn
 
 from compress_common.errors import CompressError
+from quant_methods.structure.experts import Experts as StackedExperts
 from quant_methods.structure.flow import Flow, Trace
+from quant_methods.structure.follow import is_router
 from quant_methods.structure.norms import norm_offset, passes_rotation
-from quant_methods.structure.structure import Attention, Fold, Linear, Unit
+from quant_methods.structure.structure import (
+    Attention,
+    Experts,
+    Fold,
+    LayerStructure,
+    Linear,
+    Unit,
+)
 
 
 class Layer:
@@ -29,18 +36,23 @@ class Layer:
             for linear, calls in flow.inputs.items()
             if linear.startswith(self.prefix)
         }
+        self._first_reader: dict[int, str] = {}
+        for linear, trace in self.inputs.items():
+            self._first_reader.setdefault(trace.value, linear)
         self.attention = self._attention()
+        self.experts = self._experts()
+        self.gates = tuple(linear for linear in self.inputs if self._is_gate(linear))
         linears: list[Linear] = []
         for linear in self.inputs:
-            rows = {done.name for done in linears if done.row_parallel}
-            linears.append(self._linear(linear, rows))
+            if linear not in self.gates:
+                rows = {done.name for done in linears if done.row_parallel}
+                linears.append(self._linear(linear, rows))
         self.linears = tuple(linears)
-        self.rotates = self._rotates()
+        self.rotates = self.experts is None and self._rotates()
 
-    @property
-    def content(self) -> tuple[Any, ...]:
-        """What all layers must have in common."""
-        return self.linears, self.attention, self.folds(), self.rotates
+    def structure(self) -> LayerStructure:
+        """Return what was found."""
+        return LayerStructure(self.linears, self.units(), self.folds(), self.gates, self.experts)
 
     def _own(self, name: str | None) -> str | None:
         """Return the name of a module of this layer; None: it is none."""
@@ -56,18 +68,44 @@ class Layer:
 
     def _linear(self, name: str, rows: set[str]) -> Linear:
         trace, module = self.inputs[name], self.module.get_submodule(name)
-        shares = next(n for n, other in self.inputs.items() if other.value == trace.value)
         # A linear that reads what a column-parallel one gives closes a pair. Others lie between.
         row = any(near in self.inputs and near not in rows for near in map(self._own, trace.near))
+        shares = self._first(name)
         return Linear(name, module.out_features, module.in_features, shares, row)  # type: ignore[arg-type]
 
+    def _first(self, name: str) -> str:
+        """Return the first linear or gate with the same input."""
+        return self._first_reader[self.inputs[name].value]
+
+    def _experts(self) -> Experts | None:
+        for name, module in self.module.named_modules():
+            if isinstance(module, StackedExperts):
+                return Experts(name, module.count, module.chosen)
+        return None
+
+    def _is_gate(self, name: str) -> bool:
+        """Whether a linear chooses experts, or gives one number to weigh them with."""
+        module = self.module.get_submodule(name)
+        if self.experts is None:
+            return False
+        chooses = self.prefix + name in self.flow.choosers
+        return chooses or is_router(module) or module.out_features == 1
+
     def units(self) -> tuple[Unit, ...]:
-        """Return linears that share an input and a parent, by short and unique names."""
+        """Return linears that share an input and a parent, by short and unique names.
+
+        The routed experts are one unit: vLLM multiplies all of them by one kernel.
+        """
         groups: dict[tuple[str, str], list[str]] = {}
+        start = "" if self.experts is None else f"{self.experts.module}."
         for linear in self.linears:
             key = linear.shares, linear.name.rpartition(".")[0]
+            if start and linear.name.startswith(start):
+                key = start, start
             groups.setdefault(key, []).append(linear.name)
         short = {key: _short(names) for key, names in groups.items()}
+        if (start, start) in short:
+            short[start, start] = start[:-1].rpartition(".")[2]
         names = list(short.values())
         return tuple(
             Unit(
@@ -81,24 +119,24 @@ class Layer:
 
     def folds(self) -> tuple[Fold, ...]:
         """Return the candidates, in the order in which their consumers run."""
-        found: dict[str, Fold] = {}
-        for linear in self.linears:
-            trace = self.inputs[linear.name]
-            if linear.shares != linear.name:
-                continue
-            consumers = tuple(n.name for n in self.linears if n.shares == linear.name)
+        found: list[Fold] = []
+        for shares in dict.fromkeys(linear.shares for linear in self.linears):
+            consumers = [linear for linear in self.linears if linear.shares == shares]
+            names = tuple(linear.name for linear in consumers)
+            gates = tuple(gate for gate in self.gates if self._first(gate) == shares)
+            trace, inputs = self.inputs[shares], consumers[0].inputs
             if norm := self._from_hidden(trace):
                 offset = norm_offset(self.module.get_submodule(norm))
                 if offset is not None and not self.flow.used(trace.value):
-                    found[linear.name] = Fold(norm, consumers, True, offset)
+                    found.append(Fold(norm, names + gates, True, offset))
             elif producer := self._producer(trace):
                 head_dim = self.attention.head_dim
                 size = self.module.get_submodule(producer).out_features
-                repeat, rest = divmod(linear.inputs, int(size))  # type: ignore[arg-type]
+                repeat, rest = divmod(inputs, int(size))  # type: ignore[arg-type]
                 if not rest:
                     dims = head_dim if repeat > 1 else 1
-                    found[linear.name] = Fold(producer, consumers, False, 0.0, repeat, dims)
-        return tuple(found.values())
+                    found.append(Fold(producer, names, False, 0.0, repeat, dims))
+        return tuple(found)
 
     def _producer(self, trace: Trace) -> str | None:
         """Return the only linear whose channels a tensor scales; None: there is none, or two."""

@@ -16,6 +16,7 @@ from quant_methods.structure.structure import Fold
 _TOLERANCE = 2e-4
 _MATTERS = 20  # without one side of a fold, at least so many times as much changes
 _SPREAD = 0.4  # of the logarithm of a random vector
+_SHOWN = 4  # names in a message
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM only shows loggers below its own
 
@@ -116,9 +117,10 @@ def proved_folds(blocks: Blocks) -> list[tuple[Fold, ...]]:
     Args:
         blocks: The decoder, with calibration tokens. The first sample runs through each block.
     """
-    hidden, candidates = blocks.first(1).inputs(), blocks.structure.folds
-    shapes, found = blocks.structure.shapes, []
+    hidden, found = blocks.first(1).inputs(), []
     for index in range(len(blocks)):
+        kind = blocks.structure.layer(index)
+        shapes, candidates = kind.shapes, kind.folds
         proof, proved = Proof(blocks, index, hidden), candidates
         if not proof.proves(shapes, candidates):
             proved = tuple(fold for fold in candidates if proof.proves(shapes, (fold,)))
@@ -127,7 +129,12 @@ def proved_folds(blocks: Blocks) -> list[tuple[Fold, ...]]:
                 logger.warning(
                     "%s%s is not folded into %s, because the block then gives other numbers: "
                     "these linears are rounded as they are",
-                    *(blocks.prefix(index), fold.producer, ", ".join(fold.consumers)),
+                    *(blocks.prefix(index), fold.producer, _listed(fold.consumers)),
                 )
         found.append(proved)
     return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of a decoder: its linears, which of them share an input, and what feeds them."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -37,7 +38,8 @@ class Unit:
 
     Attributes:
         name: Short name of the unit, unique in a decoder layer.
-        linears: Its linears, relative to the layer. They share an input and a parent module.
+        linears: Its linears, relative to the layer. They share an input and a parent module, unless
+            they are the routed experts.
     """
 
     name: str
@@ -52,7 +54,7 @@ class Fold:
 
     Attributes:
         producer: The norm whose weight, or the linear whose output rows, the vector divides.
-        consumers: The linears whose input channels the vector multiplies.
+        consumers: The linears, and last the gates, whose input channels the vector multiplies.
         from_norm: Whether the producer is a norm.
         offset: What the norm adds to its stored weight: 1 for Gemma.
         repeat: Query heads that each channel of the producer feeds; above 1 with grouped queries.
@@ -96,20 +98,108 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The routed experts of a decoder layer.
+
+    Attributes:
+        module: Name of the module that has them, relative to the layer.
+        count: How many they are.
+        chosen: To how many of them a token goes.
+    """
+
+    module: str
+    count: int
+    chosen: int
+
+
+@dataclass(frozen=True)
+class LayerStructure:
+    """What a decoder layer has, by the names that it has there.
+
+    Attributes:
+        linears: In the order in which they run.
+        units: The linears that have one grid. All routed experts are one unit.
+        folds: Candidates.
+        gates: What chooses or weighs experts. Gates are folded into, and stay at 16 bits.
+        experts: The routed experts; None: it has none.
+    """
+
+    linears: tuple[Linear, ...]
+    units: tuple[Unit, ...]
+    folds: tuple[Fold, ...]
+    gates: tuple[str, ...] = ()
+    experts: Experts | None = None
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the linears."""
+        return tuple(linear.name for linear in self.linears)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``{linear: (out_features, in_features)}``."""
+        return {linear.name: (linear.outputs, linear.inputs) for linear in self.linears}
+
+    @cached_property
+    def first_sharing(self) -> dict[str, str]:
+        """``{linear: the first linear or gate with the same input}``."""
+        return {linear.name: linear.shares for linear in self.linears}
+
+    @cached_property
+    def row_parallel(self) -> frozenset[str]:
+        """The linears that tensor parallelism cuts along input channels."""
+        return frozenset(linear.name for linear in self.linears if linear.row_parallel)
+
+    @cached_property
+    def routed(self) -> frozenset[str]:
+        """The linears of routed experts."""
+        start = None if self.experts is None else f"{self.experts.module}."
+        return frozenset(name for name in self.names if start and name.startswith(start))
+
+    @cached_property
+    def stacks(self) -> tuple[Unit, ...]:
+        """The units, cut into linears that share an input and a parent: they round as one."""
+        return tuple(stack for unit in self.units for stack in self._cut(unit))
+
+    def _cut(self, unit: Unit) -> list[Unit]:
+        parts: dict[tuple[str, str], list[str]] = {}
+        for name in unit.linears:
+            key = self.first_sharing[name], name.rpartition(".")[0]
+            parts.setdefault(key, []).append(name)
+        if len(parts) == 1:
+            return [unit]
+        return [Unit(names[0], tuple(names)) for names in parts.values()]
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return what ``asdict`` was called on."""
+        return cls(
+            linears=tuple(Linear(**linear) for linear in content["linears"]),
+            units=tuple(Unit(u["name"], tuple(u["linears"])) for u in content["units"]),
+            folds=tuple(
+                Fold(**{**fold, "consumers": tuple(fold["consumers"])}) for fold in content["folds"]
+            ),
+            gates=tuple(content["gates"]),
+            experts=None if content["experts"] is None else Experts(**content["experts"]),
+        )
+
+
+@dataclass(frozen=True)
 class Structure:
-    """What ``derive`` found of a decoder. Every layer is alike.
+    """What ``derive`` found of a decoder.
+
+    Layers are alike, or some have experts and others none. A linear that two kinds of layers have
+    is the same in both.
 
     Attributes:
         model_type: As in its config.
         layers: Name of the list of decoder layers.
-        depth: How many they are.
+        kinds: The kinds of layers.
+        pattern: Index of the kind of each layer.
         hidden: Channels of the hidden states.
         norm: The last norm; None: the head reads something else.
         head: The head.
         embedding: The token embedding.
-        linears: Those of a layer, in the order in which they run.
-        units: Of a layer.
-        folds: Candidates.
         attention: Of a layer.
         rotates: Whether nothing but norms that a rotation passes reads the hidden states.
         others: Linears outside the layers, the head apart. They stay at 16 bits.
@@ -118,18 +208,25 @@ class Structure:
 
     model_type: str
     layers: str
-    depth: int
+    kinds: tuple[LayerStructure, ...]
+    pattern: tuple[int, ...]
     hidden: int
     norm: str | None
     head: str
     embedding: str
-    linears: tuple[Linear, ...]
-    units: tuple[Unit, ...]
-    folds: tuple[Fold, ...]
     attention: Attention
     rotates: bool
     others: tuple[str, ...] = ()
     towers: tuple[str, ...] = ()
+
+    def layer(self, index: int) -> LayerStructure:
+        """Return what a layer has."""
+        return self.kinds[self.pattern[index]]
+
+    @property
+    def depth(self) -> int:
+        """How many decoder layers it has."""
+        return len(self.pattern)
 
     @property
     def backbone(self) -> str:
@@ -137,24 +234,48 @@ class Structure:
         return self.layers.rpartition(".")[0]
 
     @property
+    def has_experts(self) -> bool:
+        """Whether a layer has routed experts."""
+        return any(kind.experts is not None for kind in self.kinds)
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
-        """Names of the linears of a layer."""
-        return tuple(linear.name for linear in self.linears)
+        """Names of the linears that a layer can have."""
+        return tuple(dict.fromkeys(name for kind in self.kinds for name in kind.names))
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """``{linear: (out_features, in_features)}`` of a layer."""
-        return {linear.name: (linear.outputs, linear.inputs) for linear in self.linears}
-
-    @cached_property
-    def first_sharing(self) -> dict[str, str]:
-        """``{linear: the first linear with the same input}``."""
-        return {linear.name: linear.shares for linear in self.linears}
+        """``{linear: (out_features, in_features)}`` of the linears that a layer can have."""
+        return {name: shape for kind in self.kinds for name, shape in kind.shapes.items()}
 
     @cached_property
     def row_parallel(self) -> frozenset[str]:
-        """The linears that tensor parallelism cuts along input channels."""
-        return frozenset(linear.name for linear in self.linears if linear.row_parallel)
+        """Of the linears that a layer can have, those that are cut along input channels."""
+        return frozenset().union(*(kind.row_parallel for kind in self.kinds))
+
+    @cached_property
+    def routed(self) -> frozenset[str]:
+        """Of the linears that a layer can have, those of routed experts."""
+        return frozenset().union(*(kind.routed for kind in self.kinds))
+
+    @cached_property
+    def ends(self) -> Counter[str]:
+        """How many of the linears that a layer can have share the last part of their name."""
+        return Counter(name.rpartition(".")[2] for name in self.names)
+
+    @cached_property
+    def gates(self) -> tuple[str, ...]:
+        """The gates that a layer can have."""
+        return tuple(dict.fromkeys(name for kind in self.kinds for name in kind.gates))
+
+    @cached_property
+    def layers_with(self) -> dict[str, tuple[int, ...]]:
+        """``{linear: indices of the layers that have it}``."""
+        found: dict[str, list[int]] = {}
+        for index in range(self.depth):
+            for name in self.layer(index).names:
+                found.setdefault(name, []).append(index)
+        return {name: tuple(which) for name, which in found.items()}
 
     @cached_property
     def all_units(self) -> dict[str, tuple[str, ...]]:
@@ -164,8 +285,13 @@ class Structure:
                 f"{self.layers}.{index}.{linear}" for linear in unit.linears
             )
             for index in range(self.depth)
-            for unit in self.units
+            for unit in self.layer(index).units
         }
+
+    def unit(self, name: str) -> Unit:
+        """Return a unit by full name."""
+        index, short = self.place(name)
+        return next(unit for unit in self.layer(index).units if unit.name == short)
 
     def place(self, linear: str) -> tuple[int, str]:
         """Return the layer of a full name, and the name that it has there."""
@@ -186,12 +312,8 @@ class Structure:
         return cls(
             **{
                 **content,
-                "linears": tuple(Linear(**linear) for linear in content["linears"]),
-                "units": tuple(Unit(u["name"], tuple(u["linears"])) for u in content["units"]),
-                "folds": tuple(
-                    Fold(**{**fold, "consumers": tuple(fold["consumers"])})
-                    for fold in content["folds"]
-                ),
+                "kinds": tuple(LayerStructure.from_json(kind) for kind in content["kinds"]),
+                "pattern": tuple(content["pattern"]),
                 "attention": Attention(**content["attention"]),
                 "others": tuple(content["others"]),
                 "towers": tuple(content.get("towers", ())),

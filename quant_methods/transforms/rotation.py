@@ -51,8 +51,9 @@ def check_residual(config: Any) -> None:
         )
     if not structure.rotates or (structure.embedding, structure.head) != (EMBEDDING, HEAD):
         raise CompressError(
-            f"{config.model_type} has norms behind attention and MLP, or other readers of hidden "
-            "states, which a rotation of the residual stream cannot pass; rotate heads alone"
+            f"{config.model_type} has norms behind attention and MLP, routed experts or other "
+            "readers of hidden states, which a rotation of the residual stream cannot pass; rotate "
+            "heads alone"
         )
 
 
@@ -110,14 +111,15 @@ class RotateResidual:
         plan.matrices["residual"] = hadamard(config.hidden_size, self.seed)
         for index in range(len(blocks)):
             prefix, layer = blocks.prefix(index), blocks.layers[index]
-            for fold in structure.folds:
+            kind = structure.layer(index)
+            for fold in kind.folds:
                 if fold.from_norm:
                     linears = [prefix + name for name in fold.consumers]
                     _empty(
                         plan, prefix + fold.producer, layer.get_submodule(fold.producer), linears
                     )
                     plan.rotations |= {f"{name}.input": "residual" for name in linears}
-            for name in structure.row_parallel:
+            for name in kind.row_parallel:
                 plan.rotations[f"{prefix}{name}.output"] = "residual"
         assert structure.norm is not None
         _empty(plan, structure.norm, model.get_submodule(structure.norm), [HEAD])

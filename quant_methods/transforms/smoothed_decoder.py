@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder under smoothing: its statistics, and its output when it is also rounded to nearest."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -8,9 +9,11 @@ import torch
 
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.collectors import Energies, Maxima
+from quant_methods.calibration.routing import enough_tokens
 from quant_methods.formats.plan import layer_grids
 from quant_methods.grid import Grid, fake_quantize
 from quant_methods.progress import Progress
+from quant_methods.structure.experts import shown_all
 from quant_methods.structure.prove import proved_folds
 from quant_methods.structure.structure import Fold
 from quant_methods.transforms.smoothing import (
@@ -26,12 +29,12 @@ Smoothed = Literal["none", "norms", "all"]
 
 @dataclass
 class Statistics:
-    """What is observed of one block at full precision, by the first consumer of each fold.
+    """What is observed of one block at full precision.
 
     Attributes:
-        amax: The largest |input| per channel, [K].
-        mean_square: Mean of the squared input per channel, [K].
-        wmax: The largest |weight| per channel over all consumers, [K].
+        amax: The largest |input| per channel, [K], by the first reader of the input.
+        mean_square: Mean of the squared input per channel, [K], by the same.
+        wmax: The largest |weight| per channel over all consumers of a fold, [K], by the first.
     """
 
     amax: dict[str, torch.Tensor]
@@ -58,22 +61,31 @@ class SmoothedDecoder:
         grids: ``{linear: how it is rounded}``, by full name.
         smoothed: What is smoothed.
         progress: Called for each block.
+        everyone: Whether each routed expert is observed on all tokens.
 
     Attributes:
         final: The hidden states behind the last block at full precision.
     """
 
     def __init__(
-        self, blocks: Blocks, grids: dict[str, Grid], smoothed: Smoothed, progress: Progress
+        self,
+        blocks: Blocks,
+        grids: dict[str, Grid],
+        smoothed: Smoothed,
+        progress: Progress,
+        everyone: bool = False,
     ) -> None:
         self.grids = [layer_grids(grids, blocks.prefix(index)) for index in range(len(blocks))]
         self.scale_dtype = blocks.scale_dtype
-        self.first_sharing = blocks.structure.first_sharing
+        self.layers = [blocks.structure.layer(index) for index in range(len(blocks))]
+        self.everyone = everyone
         self.folds: list[list[Fold]] = [[] for _ in self.grids]
         if smoothed != "none":
             self.folds = [
-                [fold for fold in folds if _is_smoothed(fold, smoothed, here)]
-                for folds, here in zip(proved_folds(blocks), self.grids, strict=True)
+                [fold for fold in folds if _is_smoothed(fold, smoothed, here, kind.gates)]
+                for folds, here, kind in zip(
+                    proved_folds(blocks), self.grids, self.layers, strict=True
+                )
             ]
         kept = blocks.stages.tensors("statistics", lambda: self._observe(blocks, progress))
         self.final = kept["final"].to(blocks.device)
@@ -82,20 +94,34 @@ class SmoothedDecoder:
     def _observe(self, blocks: Blocks, progress: Progress) -> dict[str, torch.Tensor]:
         """Return the statistics of each block at full precision, and ``final``, the last output."""
         kept: dict[str, torch.Tensor] = {}
-        hidden, watched = blocks.inputs(), set(self.first_sharing.values())
+        hidden = blocks.inputs()
         for index in range(len(blocks)):
             progress("activations", index + 1, len(blocks))
+            watched = sorted(set(self.layers[index].first_sharing.values()))
             maxima, energies = Maxima(watched), Energies(watched)
-            with blocks.resident(index) as block:
+            with blocks.resident(index) as block, shown_all(block, self.everyone):
                 hidden = blocks.run(index, hidden, (maxima, energies), out=hidden)
                 for name in watched:
-                    kept[f"{index}:amax:{name}"] = maxima.value(name)
-                    kept[f"{index}:mean_square:{name}"] = energies.value(name)
+                    few = self._saw_few(index, name, energies.tokens[name])
+                    for key, collector in (("amax", maxima), ("mean_square", energies)):
+                        value = torch.ones(few) if few else collector.value(name)
+                        kept[f"{index}:{key}:{name}"] = value
                 for fold in self.folds[index]:
                     weights = [block.get_submodule(c).weight for c in fold.consumers]
                     wmax = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
                     kept[f"{index}:wmax:{fold.consumers[0]}"] = wmax
         return kept | {"final": hidden}
+
+    def _saw_few(self, index: int, name: str, tokens: int) -> int:
+        """Return the inputs of a linear of an expert that too few tokens went to; 0: enough did.
+
+        All its inputs then count alike.
+        """
+        kind = self.layers[index]
+        if self.everyone or name not in kind.routed or name not in self.grids[index]:
+            return 0
+        inputs = kind.shapes[name][1]
+        return inputs if tokens < enough_tokens(self.grids[index][name], inputs) else 0
 
     def vectors(self, index: int, alpha: float) -> dict[Fold, torch.Tensor]:
         """Return the smoothing vector of each fold of a block, by channel of its producer.
@@ -105,10 +131,10 @@ class SmoothedDecoder:
             alpha: Smoothing strength, 0 to 1. More moves more of the range of activations into the
                 weights.
         """
-        seen = self.statistics[index]
+        seen, first = self.statistics[index], self.layers[index].first_sharing
         return {
             fold: smoothing_vector(
-                to_producer(fold, seen.amax[fold.consumers[0]]),
+                to_producer(fold, seen.amax[first[fold.consumers[0]]]),
                 to_producer(fold, seen.wmax[fold.consumers[0]]),
                 alpha,
             )
@@ -157,14 +183,16 @@ class SmoothedDecoder:
             weight: Its smoothed weight, [N, K].
             scale: How many times smaller smoothing made its inputs, [K]; None: it is not smoothed.
         """
-        mean_square = self.statistics[index].mean_square[self.first_sharing[name]]
+        mean_square = self.statistics[index].mean_square[self.layers[index].first_sharing[name]]
         if scale is not None:
             mean_square = mean_square / scale.square()
         return clip_percents(weight, self.grids[index][name], mean_square, self.scale_dtype)
 
 
-def _is_smoothed(fold: Fold, smoothed: Smoothed, grids: dict[str, Grid]) -> bool:
-    """Whether a fold is wanted, and all linears that it changes are quantized."""
+def _is_smoothed(
+    fold: Fold, smoothed: Smoothed, grids: dict[str, Grid], gates: Sequence[str]
+) -> bool:
+    """Whether a fold is wanted, and all linears that it changes are quantized, gates apart."""
     wanted = smoothed == "all" or (smoothed == "norms" and fold.from_norm)
     changed = fold.consumers if fold.from_norm else (*fold.consumers, fold.producer)
-    return wanted and all(name in grids for name in changed)
+    return wanted and all(name in grids or name in gates for name in changed)

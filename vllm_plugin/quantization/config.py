@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``--quantization METHOD``, for 16-bit checkpoints and those we wrote."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
 )
@@ -11,6 +13,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsWNA16,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.platforms import current_platform
 
 from compress_common.errors import CompressError
 from quant_methods.base import Capabilities, QuantMethod
@@ -22,7 +25,8 @@ from quant_methods.formats.checkpoint_formats import (
 )
 from quant_methods.grid import Grid
 from quant_methods.registry import served_methods
-from vllm_plugin.quantization.cpu_int4 import Activations
+from vllm_plugin.quantization.cpu_experts import CompressedTensorsCpuExperts
+from vllm_plugin.quantization.cpu_int4 import Activations, resolve_activations
 from vllm_plugin.quantization.embedding import QuantizedEmbedding
 from vllm_plugin.quantization.scheme import Int4Scheme
 
@@ -86,7 +90,21 @@ class MethodConfig(CompressedTensorsConfig):
         weights = self.embedding_weights
         if weights is not None and isinstance(layer, VocabParallelEmbedding):
             return QuantizedEmbedding(weights)
+        if isinstance(layer, RoutedExperts) and current_platform.is_cpu():
+            return self._cpu_experts(layer, prefix)
         return super().get_quant_method(layer, prefix)
+
+    def _cpu_experts(self, layer: RoutedExperts, prefix: str) -> Any:
+        """Return what serves routed experts on a CPU: vLLM's kernel for AMX, or ours."""
+        self._add_fused_moe_to_target_scheme_map()
+        scheme = self.get_scheme_dict(layer, f"{prefix}.0.{layer.ckpt_gate_proj_name}")
+        if scheme is None or scheme["input_activations"] is not None:
+            return super().get_quant_method(layer, prefix)
+        if resolve_activations(self.activations) == "int8":
+            # It does not take zero points, groups of 32 and some ways to route.
+            with suppress(NotImplementedError):
+                return super().get_quant_method(layer, prefix)
+        return CompressedTensorsCpuExperts(scheme["weights"], layer.moe_config)
 
     @classmethod
     def override_quantization_method(

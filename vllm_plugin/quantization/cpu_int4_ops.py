@@ -232,6 +232,17 @@ def _measure_crossover(packed: torch.Tensor, scale_zero: torch.Tensor, group_siz
     return min(_NEVER, max(0, int(fixed / gain / 4)) * 4) if 0 < gain < math.inf else _NEVER
 
 
+def int4_linear(
+    rows: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor, group_size: int
+) -> torch.Tensor:
+    """Multiply rows bfloat16 [M, K] in the way that is faster for so many: [M, N]."""
+    if rows.shape[0] == 0:
+        return rows.new_empty(0, packed.shape[0])
+    if rows.shape[0] <= crossover(packed, scale_zero, group_size):
+        return linear_int4pack(rows, packed, scale_zero, group_size)
+    return linear_dequantized(rows, packed, scale_zero)
+
+
 def _cpu_int4_linear(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -240,12 +251,7 @@ def _cpu_int4_linear(
     group_size: int,
 ) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if rows.shape[0] == 0:
-        out = x.new_empty(0, packed.shape[0])
-    elif rows.shape[0] <= crossover(packed, scale_zero, group_size):
-        out = linear_int4pack(rows, packed, scale_zero, group_size)
-    else:
-        out = linear_dequantized(rows, packed, scale_zero)
+    out = int4_linear(rows, packed, scale_zero, group_size)
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], packed.shape[0])

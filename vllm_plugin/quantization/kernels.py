@@ -16,9 +16,14 @@ from quant_methods.structure.derive import known_structure
 from quant_methods.structure.structure import Structure
 from quant_methods.structure.wrapper import language_config
 from vllm_plugin.quantization.config import MethodConfig
+from vllm_plugin.quantization.cpu_experts import BITS as EXPERT_BITS
+from vllm_plugin.quantization.cpu_experts import experts_problem
 from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
 from vllm_plugin.quantization.embedding import embedding_kernel
 from vllm_plugin.quantization.scheme import kernel_type
+
+# Bits of routed experts for which vLLM has kernels on CUDA (Marlin, Triton), by symmetry.
+_CUDA_EXPERTS = {True: (4, 8), False: (4,)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ def _units(config: VllmConfig) -> Iterator[_Unit]:
         found.setdefault((parts, target), []).append(structure.place(linears[0])[0])
     for (parts, target), layers in sorted(found.items(), key=lambda item: item[1]):
         name = "+".join(part.rpartition(".")[2].removesuffix("_proj") for part in parts)
-        where = "" if len(layers) == hf_config.num_hidden_layers else f"layers {ranges(layers)}"
+        if parts[0] in structure.routed:
+            name = "experts"
+        where = "" if len(layers) == structure.depth else f"layers {ranges(layers)}"
         yield _Unit(name, parts, None if target is None else quant.target_scheme_map[target], where)
 
 
@@ -94,6 +101,9 @@ def _described(config: VllmConfig, unit: _Unit) -> str:
     where = f"; {unit.layers}" if unit.layers else ""
     if unit.scheme is None:
         return f"vLLM's own, 16 bits{where}"
+    structure = known_structure(config.model_config.hf_text_config)
+    if structure is not None and unit.linears[0] in structure.routed:
+        return _experts_described(config, unit, structure) + where
     layer, bits = _layer(config, unit), unit.scheme["weights"].num_bits
     inputs, outputs = layer.full_weight_shape
     if unit.scheme["input_activations"] is not None:
@@ -110,6 +120,48 @@ def _described(config: VllmConfig, unit: _Unit) -> str:
         name += f", {bits} bits unpacked to {layer.weight_type.size_bits}"
     inputs, outputs = layer.partition_weight_shape
     return f"{name}; {inputs} x {outputs}, groups of {layer.group_size}{where}"
+
+
+def _experts_described(config: VllmConfig, unit: _Unit, structure: Structure) -> str:
+    """Return what multiplies routed experts, as one line.
+
+    Raises:
+        CompressError: Nothing does.
+    """
+    assert unit.scheme is not None
+    weights, ranks = unit.scheme["weights"], config.parallel_config.tensor_parallel_size
+    shapes: set[tuple[int, int]] = set()
+    for name in unit.linears:
+        outputs, inputs = structure.shapes[name]
+        row = name in structure.row_parallel
+        shapes.add((outputs, inputs // ranks) if row else (outputs // ranks, inputs))
+    kind = next(kind for kind in structure.kinds if kind.experts is not None)
+    assert kind.experts is not None
+    text = (
+        f"{kind.experts.count} experts, {kind.experts.chosen} for a token, {weights.num_bits} bits"
+    )
+    if unit.scheme["input_activations"] is not None:
+        if current_platform.is_cpu():
+            raise CompressError(
+                f"routed experts with rounded activations (w8a8) are not served on a CPU; quantize "
+                f"them to {EXPERT_BITS} bits, or leave them at 16 with an allocation"
+            )
+        return f"vLLM's own; {text}, rounded activations"
+    if current_platform.is_cpu():
+        dtype, size = config.model_config.dtype, weights.group_size or -1
+        if problem := experts_problem(weights.num_bits, size, dtype, sorted(shapes)):
+            raise CompressError(problem)
+        if resolve_activations(config.quant_config.activations) == "int8":
+            return f"vLLM's for AMX where it takes them, else CompressedTensorsCpuExperts; {text}"
+        return f"CompressedTensorsCpuExperts, bf16 activations; {text}"
+    if weights.num_bits not in _CUDA_EXPERTS[bool(weights.symmetric)]:
+        served = "4 bits, and of 8 bits without zero points (symmetric=true)"
+        raise CompressError(
+            f"no kernel here serves routed experts of {weights.num_bits} bits "
+            f"{'without' if weights.symmetric else 'with'} zero points; there are kernels for "
+            f"weights of {served}"
+        )
+    return f"vLLM's own; {text}"
 
 
 def _layer(config: VllmConfig, unit: _Unit) -> MPLinearLayerConfig:

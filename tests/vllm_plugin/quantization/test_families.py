@@ -10,12 +10,14 @@ from transformers import AutoTokenizer
 
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.planning import PlanRequest, obtain_plan
-from tests.conftest import MORE_MODELS
+from quant_methods.structure.experts import unstack
+from tests.conftest import EXPERT_MODELS, MORE_MODELS
 from tests.support.generate import generate
 from tests.support.plans import load, rounded_weights
 
 PROMPTS = ["The capital of France is", "def add(a, b):\n    return"]
-FAST = ("phi3", "starcoder2")  # fused linears; biases, LayerNorm and an MLP without a gate
+# Fused linears; biases, LayerNorm and an MLP without a gate; routed and shared experts.
+FAST = ("phi3", "qwen2_moe", "starcoder2")
 SETTINGS = {"group_size": 32}
 
 
@@ -23,7 +25,7 @@ SETTINGS = {"group_size": 32}
     "arch",
     [
         name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-        for name in sorted(MORE_MODELS)
+        for name in sorted(MORE_MODELS | EXPERT_MODELS)
     ],
 )
 def test_an_engine_computes_what_transformers_does_with_the_plan(
@@ -40,6 +42,7 @@ def test_an_engine_computes_what_transformers_does_with_the_plan(
     assert served["quantization"] == "rtn"
 
     model = load(folder, torch.float32)
+    unstack(model)
     stock = [_nats(model, folder, prompt) for prompt in PROMPTS]
     model.load_state_dict(rounded_weights(model, plan), strict=False)
     for prompt, plain, found in zip(PROMPTS, stock, served["prompt_nats"], strict=True):
