@@ -8,6 +8,7 @@ import torch
 from compress_common.errors import LimitError
 from quant_methods.calibration.precision import WHOLE, computed_in, total_memory
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.structure.derive import known_structure
 
 # What Python, torch and transformers take after the import and a first pass, measured on x86.
 PROGRAM = 700 << 20
@@ -33,6 +34,10 @@ def working_memory(
     inner = ((names.inner(name) or "", *entry) for name, entry in shapes.items())
     linears = sum(size for name, shape, size in inner if "layers." in name and len(shape) == 2)
     own = PROGRAM + 6 * linears // layers
+    if calibrates and (structure := known_structure(checkpoint.hf_config)) is not None:
+        # transformers stacks the experts once, before they are used from their files again.
+        ends = tuple(f".{name}.weight" for name in structure.routed)
+        own = max(own, PROGRAM + sum(s for n, (_, s) in shapes.items() if n.endswith(ends)))
     if calibrates and computed_in(total, device):
         if total <= WHOLE:
             return own + 2 * total, 0

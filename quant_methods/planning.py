@@ -212,5 +212,9 @@ def _calibrate(
         release(placement.device)
     plan.structure = structure = structure_of(config)
     quantized = {structure.place(name)[1] for name in plan.grids}
-    plan.report["left_at_16_bit"] = [name for name in structure.names if name not in quantized]
+    left = [name for name in structure.names if name not in quantized]
+    experts = {kind.experts.module for kind in structure.kinds if kind.experts is not None}
+    plan.report["left_at_16_bit"] = [name for name in left if name not in structure.routed] + (
+        sorted(experts) if structure.routed & set(left) else []
+    )
     return plan

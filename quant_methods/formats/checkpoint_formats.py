@@ -116,6 +116,9 @@ def _left(grids: dict[str, Grid], linears: list[str], structure: Structure) -> l
     outside += [rf"re:(.*\.)?{re.escape(name)}\..*" for name in structure.towers]
     ends = [rf"re:.*\.{_end(name, structure)}$" for name in nowhere]
     ends += [rf"re:.*\.{re.escape(name)}$" for name in structure.gates]
+    stack = structure.layers.rpartition(".")[2]
+    behind = range(structure.depth, structure.depth + structure.predicting)
+    ends += [rf"re:.*\.{stack}\.{index}\..*" for index in behind]
     return [*outside, *ends, *patterns(rest, structure)]
 
 

@@ -253,7 +253,12 @@ def decoder_problem(names: Iterable[str], structure: Structure) -> str | None:
         for index in range(layers)
         for name in (*structure.layer(index).names, *structure.layer(index).gates)
     }
-    linears = {n for n in have if n.startswith(f"{prefix}.") and n.endswith(endings)}
+    behind = tuple(f"{prefix}.{layers + index}." for index in range(structure.predicting))
+    linears = {
+        name
+        for name in have
+        if name.startswith(f"{prefix}.") and name.endswith(endings) and not name.startswith(behind)
+    }
     if not any(name.startswith(f"{prefix}.") for name in have):
         if any(".attention.wq." in name for name in have):
             return (

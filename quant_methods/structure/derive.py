@@ -175,6 +175,7 @@ def derive(model: nn.Module, config: Any) -> Structure:
             and not name.startswith(f"{layers}.")
             and name != head_name
         ),
+        predicting=int(getattr(config, "num_nextn_predict_layers", None) or 0),
     )
 
 

@@ -204,6 +204,8 @@ class Structure:
         rotates: Whether nothing but norms that a rotation passes reads the hidden states.
         others: Linears outside the layers, the head apart. They stay at 16 bits.
         towers: Modules beside the decoder, where it lies in another model: ``towers_of``.
+        predicting: Layers of a checkpoint behind the decoder's, which predict further tokens. They
+            stay at 16 bits.
     """
 
     model_type: str
@@ -218,6 +220,7 @@ class Structure:
     rotates: bool
     others: tuple[str, ...] = ()
     towers: tuple[str, ...] = ()
+    predicting: int = 0
 
     def layer(self, index: int) -> LayerStructure:
         """Return what a layer has."""

@@ -32,9 +32,11 @@ KV: dict[str, str | None] = dict.fromkeys(FAMILIES) | {
     "deepseek v2": "MLA",
     "bloom": "ALiBi",
 }
-_EXPERTS = ("qwen3 moe", "mixtral", "gpt-oss", "qwen3 next", "deepseek v2", "llama4 text")
 WEIGHTS: dict[str, str | None] = dict.fromkeys(FAMILIES | DENSE) | {
-    **dict.fromkeys(_EXPERTS, "mixture-of-experts layers are not supported"),
+    "deepseek v2": "multi-head latent attention (MLA)",
+    "gpt-oss": "its experts have biases",
+    "llama4 text": "its experts have biases, or are not stacked as",
+    "qwen3 next": "weights that are not linears: linear_attn.conv1d",
     **dict.fromkeys(("granite 4", "falcon h1"), "weights that are not linears: mamba.conv1d"),
     "gemma4 text": "given more than hidden states by position",
     "qwen2 audio": "the model around it, of model_type 'qwen2_audio', is not supported",

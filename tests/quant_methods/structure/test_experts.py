@@ -15,6 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from compress_common.errors import CompressError
 from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.checkpoint_formats import compressed_tensors_config, patterns
+from quant_methods.formats.plan import decoder_problem
 from quant_methods.grid import Grid
 from quant_methods.structure.derive import structure_of
 from quant_methods.structure.experts import Experts, unstack
@@ -111,6 +112,21 @@ def test_folds_of_a_mixture_leave_its_logits(name: str) -> None:
             for consumer in fold.consumers:
                 layer.get_submodule(consumer).weight.mul_(wide)
     assert (model(TOKENS).logits - before).abs().max() < 2e-4 * before.abs().max()
+
+
+def test_layers_that_predict_further_tokens_are_left_alone() -> None:
+    config = config_of("glm4_moe", num_nextn_predict_layers=1)
+    structure = structure_of(config)
+    every = [f"{n}.weight" for linears in structure.all_units.values() for n in linears]
+    every += ["model.layers.1.mlp.gate.weight"]
+    more = [name.replace("layers.1.", "layers.2.") for name in every if "layers.1." in name]
+    assert decoder_problem(every + more, structure) is None
+    further = [name.replace("layers.1.", "layers.3.") for name in every if "layers.1." in name]
+    assert "does not name" in str(decoder_problem(every + further, structure))
+    grids = {name.removesuffix(".weight"): Grid(32) for name in every[:-1]}
+    ignored = compressed_tensors_config(grids, config, {})["ignore"]
+    matched = [n for n in every + more if any(re.match(p[3:], n[:-7]) for p in ignored)]
+    assert matched == ["model.layers.1.mlp.gate.weight", *more]
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
