@@ -94,6 +94,8 @@ def load_model(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None,
     device: torch.device = HOST,
+    *,
+    linear_experts: bool = True,
     **options: Any,
 ) -> Any:
     """Return the ``transformers`` model of exactly the checkpoint's files and config.
@@ -105,6 +107,7 @@ def load_model(
         dtype: What it computes in; None: its own type. A model of more than ``precision.WHOLE``
             bytes stays as it is, and modules are converted one at a time.
         device: Where the model lies.
+        linear_experts: Whether routed experts become linears, which a plan knows them as.
         **options: For ``from_pretrained``.
     """
     config = checkpoint.hf_config
@@ -122,8 +125,9 @@ def load_model(
             f"transformers cannot build the model of {checkpoint.folder} ({reason}); its config is "
             "damaged, or is that of another model"
         ) from error
-    unstack(model)
-    _keep_mapped(model, structure_of(config), state)
+    if linear_experts:
+        unstack(model)
+        _keep_mapped(model, structure_of(config), state)
     if dtype is not None and widened:
         widen(model, structure_of(config), dtype)
     return model.eval().to(device)

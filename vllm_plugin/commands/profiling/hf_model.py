@@ -90,7 +90,7 @@ class HFModel:
         progress("load model", 0, 1)
         if hasattr(self.config, "wrapper") and known_structure(self.config) is not None:
             check_decoder(self.checkpoint)
-            return load_model(self.checkpoint, None, device, **options)
+            return load_model(self.checkpoint, None, device, linear_experts=False, **options)
         network = self._load(AutoModelForCausalLM, dtype="auto", **options).eval()
         self.checkpoint.check_unchanged()
         return network.to(device)
