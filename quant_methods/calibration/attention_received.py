@@ -96,6 +96,11 @@ def scores_of(blocks: Blocks, index: int, hidden: torch.Tensor) -> torch.Tensor:
         CompressError: The attention of the model does not go through AttentionInterface.
     """
     block, known = blocks.layers[index], blocks.structure.attention
+    if known is None:
+        raise CompressError(
+            f"{blocks.structure.model_type} has latent attention (MLA), whose scores are not "
+            "observed; use token_weights=uniform"
+        )
     attention = block.get_submodule(known.module)
     inputs = hidden if known.norm is None else block.get_submodule(known.norm)(hidden)
     found: list[torch.Tensor] = []

@@ -140,7 +140,7 @@ def served_weights(plan: Plan, blocks: Blocks, index: int) -> dict[str, torch.Te
     prefix, block = blocks.prefix(index), blocks.layers[index]
     weights: dict[str, torch.Tensor] = {}
     kind = blocks.structure.layer(index)
-    for name in (*kind.names, *kind.gates):
+    for name in (*kind.names, *kind.kept):
         full, weight = prefix + name, block.get_submodule(name).weight
         assert isinstance(weight, torch.Tensor)
         if full in plan.grids:

@@ -115,7 +115,7 @@ def _left(grids: dict[str, Grid], linears: list[str], structure: Structure) -> l
     outside = [rf"re:(.*\.)?{re.escape(name.rpartition('.')[2])}$" for name in structure.others]
     outside += [rf"re:(.*\.)?{re.escape(name)}\..*" for name in structure.towers]
     ends = [rf"re:.*\.{_end(name, structure)}$" for name in nowhere]
-    ends += [rf"re:.*\.{re.escape(name)}$" for name in structure.gates]
+    ends += [rf"re:.*\.{re.escape(name)}$" for name in structure.kept]
     stack = structure.layers.rpartition(".")[2]
     behind = range(structure.depth, structure.depth + structure.predicting)
     ends += [rf"re:.*\.{stack}\.{index}\..*" for index in behind]
@@ -248,7 +248,7 @@ def _awq_config(
             *structure.towers,
             *(name.rpartition(".")[2] for name in structure.others),
             *(name.rpartition(".")[2] for name in structure.names if name not in names),
-            *structure.gates,
+            *structure.kept,
         ],
         MARKER: marker,
     }

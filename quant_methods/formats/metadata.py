@@ -81,12 +81,13 @@ def write_metadata(
 def marker_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """What the config notes about the checkpoint."""
     known = structure_of(checkpoint.hf_config).attention
-    stored = f"{known.key}.output", f"{known.value}.output"
+    stored = ("",) if known is None else (f"{known.key}.output", f"{known.value}.output")
     return {
         "schema": 1,
         "method": plan.method,
         "alpha": plan.report.get("alpha"),
         "source": checkpoint.weights_digest,
         # Whether keys or values in the KV cache differ from the original model's.
-        "values_scaled": any(side.endswith(stored) for side in (*plan.vectors, *plan.rotations)),
+        "values_scaled": known is not None
+        and any(side.endswith(stored) for side in (*plan.vectors, *plan.rotations)),
     }

@@ -251,7 +251,7 @@ def decoder_problem(names: Iterable[str], structure: Structure) -> str | None:
     wanted = {
         f"{prefix}.{index}.{name}.weight"
         for index in range(layers)
-        for name in (*structure.layer(index).names, *structure.layer(index).gates)
+        for name in (*structure.layer(index).names, *structure.layer(index).kept)
     }
     behind = tuple(f"{prefix}.{layers + index}." for index in range(structure.predicting))
     linears = {

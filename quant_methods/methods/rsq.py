@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from compress_common.errors import CompressError
 from quant_methods.base import Capabilities, GridSettings
 from quant_methods.calibration.attention_received import AttentionReceived
 from quant_methods.calibration.blocks import Blocks
@@ -20,6 +21,7 @@ from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
 from quant_methods.roundings.blockwise import round_blocks
 from quant_methods.roundings.gptq import GPTQ
+from quant_methods.structure.derive import structure_of
 from quant_methods.transforms.base import Transform
 from quant_methods.transforms.rotation import (
     RotateHeads,
@@ -88,6 +90,11 @@ class RSQSettings(GridSettings):
             check_heads(config)
         if self.rotation == "both":
             check_residual(config)
+        if self.token_weights == "attention" and structure_of(config).attention is None:
+            raise CompressError(
+                f"{config.model_type} has latent attention (MLA), whose scores are not observed; "
+                "set token_weights=uniform"
+            )
         return super().grids(config)
 
     def weigher(self) -> TokenWeights | None:

@@ -19,7 +19,6 @@ from quant_methods.structure.norms import passes_rotation
 from quant_methods.structure.structure import LayerStructure, Linear, Structure
 from quant_methods.structure.wrapper import decoder_class, towers_of
 
-_LATENT = "multi-head latent attention (MLA) folds its linears into attention when it is served"
 _SHOWN = 3
 _found: dict[str, Structure | list[str]] = {}
 
@@ -68,8 +67,6 @@ def _known(config: Any) -> Structure | list[str]:
 
 def _derived(config: Any) -> Structure:
     kind = f"model_type {getattr(config, 'model_type', None)!r} is not supported"
-    if getattr(config, "kv_lora_rank", None):
-        raise CompressError(f"{kind}: {_LATENT}")
     if not getattr(config, "num_hidden_layers", None):
         raise CompressError(f"{kind}: its config does not say how many layers it has")
     model = build(config)
@@ -145,7 +142,10 @@ def derive(model: nn.Module, config: Any) -> Structure:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         raise CompressError(f"it cannot be followed ({reason})") from error
     _check_layers(model, layers, flow)
-    found = [Layer(model, f"{layers}.{index}", flow) for index in range(config.num_hidden_layers)]
+    latent = bool(getattr(config, "kv_lora_rank", None))
+    found = [
+        Layer(model, f"{layers}.{index}", flow, latent) for index in range(config.num_hidden_layers)
+    ]
     kinds, pattern = _kinds(found)
     first, head = found[0], model.get_output_embeddings()  # type: ignore[operator]
     names = {id(module): name for name, module in model.named_modules()}

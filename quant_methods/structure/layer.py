@@ -5,6 +5,7 @@ from torch import nn
 
 from compress_common.errors import CompressError
 from quant_methods.structure.experts import Experts as StackedExperts
+from quant_methods.structure.flow import Attention as Call
 from quant_methods.structure.flow import Flow, Trace
 from quant_methods.structure.follow import is_router
 from quant_methods.structure.norms import norm_offset, passes_rotation
@@ -25,9 +26,11 @@ class Layer:
         model: The whole.
         name: Of the layer.
         flow: What was seen.
+        latent: Whether attention is latent (MLA): vLLM folds its linears into attention, so they
+            stay at 16 bits.
     """
 
-    def __init__(self, model: nn.Module, name: str, flow: Flow) -> None:
+    def __init__(self, model: nn.Module, name: str, flow: Flow, latent: bool = False) -> None:
         self.flow, self.prefix = flow, f"{name}."
         self.module = model.get_submodule(name)
         self.entry = flow.layer_inputs[name]
@@ -39,20 +42,26 @@ class Layer:
         self._first_reader: dict[int, str] = {}
         for linear, trace in self.inputs.items():
             self._first_reader.setdefault(trace.value, linear)
-        self.attention = self._attention()
+        call = self._attention_call()
+        self.attention = None if latent else self._attention(call)
+        self._latent = f"{self._own(call.module)}." if latent else None
         self.experts = self._experts()
-        self.gates = tuple(linear for linear in self.inputs if self._is_gate(linear))
+        self.kept = tuple(
+            linear
+            for linear in self.inputs
+            if self._is_gate(linear) or (self._latent and linear.startswith(self._latent))
+        )
         linears: list[Linear] = []
         for linear in self.inputs:
-            if linear not in self.gates:
+            if linear not in self.kept:
                 rows = {done.name for done in linears if done.row_parallel}
                 linears.append(self._linear(linear, rows))
         self.linears = tuple(linears)
-        self.rotates = self.experts is None and self._rotates()
+        self.rotates = not self.kept and self.experts is None and self._rotates()
 
     def structure(self) -> LayerStructure:
         """Return what was found."""
-        return LayerStructure(self.linears, self.units(), self.folds(), self.gates, self.experts)
+        return LayerStructure(self.linears, self.units(), self.folds(), self.kept, self.experts)
 
     def _own(self, name: str | None) -> str | None:
         """Return the name of a module of this layer; None: it is none."""
@@ -69,7 +78,8 @@ class Layer:
     def _linear(self, name: str, rows: set[str]) -> Linear:
         trace, module = self.inputs[name], self.module.get_submodule(name)
         # A linear that reads what a column-parallel one gives closes a pair. Others lie between.
-        row = any(near in self.inputs and near not in rows for near in map(self._own, trace.near))
+        known = set(self.inputs) - rows - set(self.kept)
+        row = any(near in known for near in map(self._own, trace.near))
         shares = self._first(name)
         return Linear(name, module.out_features, module.in_features, shares, row)  # type: ignore[arg-type]
 
@@ -123,14 +133,14 @@ class Layer:
         for shares in dict.fromkeys(linear.shares for linear in self.linears):
             consumers = [linear for linear in self.linears if linear.shares == shares]
             names = tuple(linear.name for linear in consumers)
-            gates = tuple(gate for gate in self.gates if self._first(gate) == shares)
+            kept = tuple(name for name in self.kept if self._first(name) == shares)
             trace, inputs = self.inputs[shares], consumers[0].inputs
             if norm := self._from_hidden(trace):
                 offset = norm_offset(self.module.get_submodule(norm))
                 if offset is not None and not self.flow.used(trace.value):
-                    found.append(Fold(norm, names + gates, True, offset))
+                    found.append(Fold(norm, names + kept, True, offset))
             elif producer := self._producer(trace):
-                head_dim = self.attention.head_dim
+                head_dim = 1 if self.attention is None else self.attention.head_dim
                 size = self.module.get_submodule(producer).out_features
                 repeat, rest = divmod(inputs, int(size))  # type: ignore[arg-type]
                 if not rest:
@@ -143,15 +153,16 @@ class Layer:
         names = [name for name in map(self._own, trace.scaled) if name is not None]
         return names[0] if len(names) == 1 and names[0] in self.inputs else None
 
-    def _attention(self) -> Attention:
+    def _attention_call(self) -> Call:
         calls = [call for call in self.flow.attention if self._own(call.module) is not None]
         if len(calls) != 1:
             raise CompressError(
                 f"its layers go {len(calls)} times through transformers' AttentionInterface, not "
                 "once"
             )
-        call = calls[0]
+        return calls[0]
 
+    def _attention(self, call: Call) -> Attention:
         def role(trace: Trace) -> str | None:
             names = [n for n in map(self._own, trace.near) if n in self.inputs]
             return names[0] if len(names) == 1 else None

@@ -54,7 +54,8 @@ class Fold:
 
     Attributes:
         producer: The norm whose weight, or the linear whose output rows, the vector divides.
-        consumers: The linears, and last the gates, whose input channels the vector multiplies.
+        consumers: The linears whose input channels the vector multiplies, those that stay at 16
+            bits last.
         from_norm: Whether the producer is a norm.
         offset: What the norm adds to its stored weight: 1 for Gemma.
         repeat: Query heads that each channel of the producer feeds; above 1 with grouped queries.
@@ -120,14 +121,15 @@ class LayerStructure:
         linears: In the order in which they run.
         units: The linears that have one grid. All routed experts are one unit.
         folds: Candidates.
-        gates: What chooses or weighs experts. Gates are folded into, and stay at 16 bits.
+        kept: Linears that stay at 16 bits: what chooses or weighs experts, and those of latent
+            attention. Folds reach them.
         experts: The routed experts; None: it has none.
     """
 
     linears: tuple[Linear, ...]
     units: tuple[Unit, ...]
     folds: tuple[Fold, ...]
-    gates: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     experts: Experts | None = None
 
     @cached_property
@@ -179,7 +181,7 @@ class LayerStructure:
             folds=tuple(
                 Fold(**{**fold, "consumers": tuple(fold["consumers"])}) for fold in content["folds"]
             ),
-            gates=tuple(content["gates"]),
+            kept=tuple(content["kept"]),
             experts=None if content["experts"] is None else Experts(**content["experts"]),
         )
 
@@ -200,7 +202,7 @@ class Structure:
         norm: The last norm; None: the head reads something else.
         head: The head.
         embedding: The token embedding.
-        attention: Of a layer.
+        attention: Of a layer; None: it is latent (MLA), and its linears stay at 16 bits.
         rotates: Whether nothing but norms that a rotation passes reads the hidden states.
         others: Linears outside the layers, the head apart. They stay at 16 bits.
         towers: Modules beside the decoder, where it lies in another model: ``towers_of``.
@@ -216,7 +218,7 @@ class Structure:
     norm: str | None
     head: str
     embedding: str
-    attention: Attention
+    attention: Attention | None
     rotates: bool
     others: tuple[str, ...] = ()
     towers: tuple[str, ...] = ()
@@ -267,9 +269,9 @@ class Structure:
         return Counter(name.rpartition(".")[2] for name in self.names)
 
     @cached_property
-    def gates(self) -> tuple[str, ...]:
-        """The gates that a layer can have."""
-        return tuple(dict.fromkeys(name for kind in self.kinds for name in kind.gates))
+    def kept(self) -> tuple[str, ...]:
+        """The linears that a layer can have, and that stay at 16 bits."""
+        return tuple(dict.fromkeys(name for kind in self.kinds for name in kind.kept))
 
     @cached_property
     def layers_with(self) -> dict[str, tuple[int, ...]]:
@@ -317,7 +319,7 @@ class Structure:
                 **content,
                 "kinds": tuple(LayerStructure.from_json(kind) for kind in content["kinds"]),
                 "pattern": tuple(content["pattern"]),
-                "attention": Attention(**content["attention"]),
+                "attention": content["attention"] and Attention(**content["attention"]),
                 "others": tuple(content["others"]),
                 "towers": tuple(content.get("towers", ())),
             }

@@ -36,7 +36,7 @@ def check_keys(config: Any) -> Attention:
     """
     known = structure_of(config).attention
     leave = "set key_scale to null (--set key_scale=null) to leave keys alone"
-    if not known.separate:
+    if known is None or not known.separate:
         raise CompressError(
             f"{config.model_type} has no linears of its own for queries and keys; {leave}"
         )

@@ -67,7 +67,7 @@ def check_heads(config: Any) -> Attention:
         CompressError: Its values and its output are not one linear each.
     """
     known = structure_of(config).attention
-    if not known.separate or known.output is None:
+    if known is None or not known.separate or known.output is None:
         raise CompressError(
             f"{config.model_type} has no linears of its own for values and for the output of "
             "attention, so its heads cannot be rotated; set rotation=none"

@@ -82,7 +82,7 @@ class SmoothedDecoder:
         self.folds: list[list[Fold]] = [[] for _ in self.grids]
         if smoothed != "none":
             self.folds = [
-                [fold for fold in folds if _is_smoothed(fold, smoothed, here, kind.gates)]
+                [fold for fold in folds if _is_smoothed(fold, smoothed, here, kind.kept)]
                 for folds, here, kind in zip(
                     proved_folds(blocks), self.grids, self.layers, strict=True
                 )
@@ -190,9 +190,9 @@ class SmoothedDecoder:
 
 
 def _is_smoothed(
-    fold: Fold, smoothed: Smoothed, grids: dict[str, Grid], gates: Sequence[str]
+    fold: Fold, smoothed: Smoothed, grids: dict[str, Grid], kept: Sequence[str]
 ) -> bool:
-    """Whether a fold is wanted, and all linears that it changes are quantized, gates apart."""
+    """Whether a fold is wanted, and all linears that it changes are quantized or ``kept``."""
     wanted = smoothed == "all" or (smoothed == "norms" and fold.from_norm)
     changed = fold.consumers if fold.from_norm else (*fold.consumers, fold.producer)
-    return wanted and all(name in grids or name in gates for name in changed)
+    return wanted and all(name in grids or name in kept for name in changed)

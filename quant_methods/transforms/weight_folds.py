@@ -45,5 +45,7 @@ class WeightFolds:
 def _of_attention(blocks: Blocks, fold: Fold) -> bool:
     """Whether a fold changes what attention reads or gives."""
     known = blocks.structure.attention
+    if known is None:
+        return False
     names = known.query, known.key, known.value, known.output
     return any(name in names for name in fold.consumers)

@@ -190,7 +190,7 @@ def _layer(config: VllmConfig, unit: _Unit) -> MPLinearLayerConfig:
 def _cut(structure: Structure, linear: str, ranks: int, hf_config: Any) -> int:
     """Return the output channels of a linear on one rank: key and value heads may be repeated."""
     outputs, known = structure.shapes[linear][0], structure.attention
-    if linear not in (known.key, known.value):
+    if known is None or linear not in (known.key, known.value):
         return outputs // ranks
     heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
     if known.separate:

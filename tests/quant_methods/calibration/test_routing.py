@@ -57,7 +57,7 @@ def test_gptq_reaches_every_expert(tiny_model: Callable[..., Path], experts: str
     assert set(plan.codes) == set(plan.grids)
     assert {f"model.layers.1.{name}" for name in kind.names} <= set(plan.codes)
     assert {plan.grids[f"model.layers.1.{name}"] for name in kind.routed} == {Grid(32)}
-    assert not any(f"model.layers.{i}.{gate}" in plan.grids for i in (0, 1) for gate in kind.gates)
+    assert not any(f"model.layers.{i}.{gate}" in plan.grids for i in (0, 1) for gate in kind.kept)
     for counts in plan.report["experts"].values():
         # 128 tokens go to 2 of 16 experts each: some get fewer than 4 groups of 32.
         assert counts["median"] < 128
@@ -120,7 +120,7 @@ def test_expert_weights_are_those_of_a_float64_reference(
         assert (found == wanted).double().mean() > 0.999  # but for ties
         assert ((found - wanted).abs() <= scale.expand_as(groups).reshape_as(found) * 1.01).all()
     # The gate is folded like its neighbors, and stays at 16 bits.
-    for gate in kind.gates:
+    for gate in kind.kept:
         full = f"model.layers.1.{gate}"
         vector = plan.vectors[f"{full}.input"]
         first = min(kind.routed).rpartition(".")[0]

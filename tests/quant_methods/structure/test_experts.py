@@ -37,6 +37,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = EXPERT_MODELS | {
 }
 FAST = ("glm4_moe", "mixtral", "qwen2_moe")
 # Names of what stands behind the norm of the MLP, in a layer with experts.
+LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 GATES = {
     "hunyuan_v1_moe": ("mlp.gate.wg",),
     "minimax_m2": ("block_sparse_moe.gate",),
@@ -45,6 +46,7 @@ GATES = {
     "qwen2_moe": ("mlp.gate", "mlp.shared_expert_gate"),
 }
 SHARED_EXPERTS = {
+    "deepseek_v3": "mlp.shared_experts",
     "ernie4_5_moe": "mlp.shared_experts",
     "glm4_moe": "mlp.shared_experts",
     "hunyuan_v1_moe": "mlp.shared_mlp",
@@ -89,11 +91,14 @@ def test_folds_of_a_mixture_leave_its_logits(name: str) -> None:
     kind = structure.layer(1)
     assert kind.experts is not None
     assert (kind.experts.count, kind.experts.chosen) == (4, 2)
-    assert kind.gates == GATES.get(name, ("mlp.gate",))
+    gates = GATES.get(name, ("mlp.gate",))
+    latent = {f"self_attn.{part}" for part in LATENT} if name == "deepseek_v3" else set()
+    assert set(kind.kept) == {*gates, *latent}
+    assert (structure.attention is None) == bool(latent)
     shared = SHARED_EXPERTS.get(name)
-    (norm,) = (fold for fold in kind.folds if set(kind.gates) <= set(fold.consumers))
+    (norm,) = (fold for fold in kind.folds if set(gates) <= set(fold.consumers))
     behind = {n for n in kind.names if n.rpartition(".")[2] in ("gate_proj", "up_proj", "w1", "w3")}
-    assert set(norm.consumers) == behind | set(kind.gates)
+    assert set(norm.consumers) == behind | set(gates)
     assert shared is None or f"{shared}.up_proj" in behind
     assert len(kind.routed) == 12
     assert [unit.name for unit in kind.units if set(unit.linears) & kind.routed] == ["experts"]
@@ -203,7 +208,7 @@ def test_a_config_names_experts_and_leaves_gates(name: str) -> None:
         gates = [
             f"model.layers.{index}.{gate}"
             for index in range(2)
-            for gate in structure.layer(index).gates
+            for gate in structure.layer(index).kept
         ]
         assert all(any(re.match(p, gate) for p in ignored) for gate in gates)
         assert {n for n in every if any(re.match(p, n) for p in ignored)} == names

@@ -100,7 +100,7 @@ def test_stock_vllm_finds_the_scheme_of_experts_and_none_of_gates(
         assert isinstance(weights, QuantizationArgs)
         assert (weights.num_bits, weights.group_size, weights.symmetric) == (4, 32, symmetric)
         assert scheme["format"] == "pack-quantized"
-    for gate in kind.gates:
+    for gate in kind.kept:
         assert config.get_scheme_dict(linear, f"model.layers.1.{gate}") is None
 
 
