@@ -40,6 +40,7 @@ class Layer:
             if linear.startswith(self.prefix)
         }
         self._first_reader: dict[int, str] = {}
+        self._nears: dict[int, set[str]] = {}
         for linear, trace in self.inputs.items():
             self._first_reader.setdefault(trace.value, linear)
         call = self._attention_call()
@@ -78,10 +79,16 @@ class Layer:
     def _linear(self, name: str, rows: set[str]) -> Linear:
         trace, module = self.inputs[name], self.module.get_submodule(name)
         # A linear that reads what a column-parallel one gives closes a pair. Others lie between.
-        known = set(self.inputs) - rows - set(self.kept)
-        row = any(near in known for near in map(self._own, trace.near))
+        row = bool(self._near(trace) - rows)
         shares = self._first(name)
         return Linear(name, module.out_features, module.in_features, shares, row)  # type: ignore[arg-type]
+
+    def _near(self, trace: Trace) -> set[str]:
+        """Return the linears of this layer, without those kept, that a tensor depends on."""
+        if trace.value not in self._nears:  # hundreds of experts read one tensor
+            own = set(map(self._own, trace.near))
+            self._nears[trace.value] = own & (set(self.inputs) - set(self.kept))
+        return self._nears[trace.value]
 
     def _first(self, name: str) -> str:
         """Return the first linear or gate with the same input."""
