@@ -86,7 +86,7 @@ class Layer:
     def _near(self, trace: Trace) -> set[str]:
         """Return the linears of this layer, without those kept, that a tensor depends on."""
         if trace.value not in self._nears:  # hundreds of experts read one tensor
-            own = set(map(self._own, trace.near))
+            own = {name for name in map(self._own, trace.near) if name is not None}
             self._nears[trace.value] = own & (set(self.inputs) - set(self.kept))
         return self._nears[trace.value]
 
