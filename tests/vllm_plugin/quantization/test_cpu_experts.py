@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonWNA16Experts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
@@ -23,17 +24,23 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.scalar_type import scalar_types
 
+import vllm_plugin
+from compress_common.errors import CompressError
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import compressed_tensors_config
 from quant_methods.formats.packing import to_compressed_tensors
+from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import Grid, QuantizedWeight, quantize
+from quant_methods.planning import PlanRequest
 from quant_methods.structure.derive import structure_of
+from tests.support.generate import generate
 from vllm_plugin.quantization.cpu_experts import (
     CompressedTensorsCpuExperts,
     _packed,
     experts_problem,
 )
 
+PROMPTS = ["The capital of France is", "Water boils at"]
 EXPERTS, CHOSEN, HIDDEN, INNER = 8, 2, 128, 64
 
 
@@ -143,3 +150,37 @@ def test_what_a_cpu_does_not_serve_is_said(
 def test_vllm_loads_by_the_name_of_the_class() -> None:
     # RoutedExperts.weight_loader treats classes with this word as compressed-tensors.
     assert "compressed" in CompressedTensorsCpuExperts.__name__.lower()
+
+
+@pytest.mark.slow
+def test_a_written_mixture_is_served_as_one_quantized_at_load(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, text = tiny_model("qwen2_moe"), {"samples": 2, "length": 32}
+    settings = {"group_size": 32, "rounding": "nearest", "alpha": 0.5, "clip": False}
+    request = PlanRequest(method="smoothquant_plus", settings=settings, calibration=text)
+    report = quantize_checkpoint(folder, tmp_path / "out", request)
+    assert report["routing"]["tokens"] == 64
+    options = {"max_tokens": 8, "env": {"COMPRESS_INT4_ROWS": "16"}}
+    config = {"compress": {"weights": settings | {"calibration": text, "activations": "bf16"}}}
+    at_load = generate(
+        folder, PROMPTS, quantization="smoothquant_plus", additional_config=config, **options
+    )
+    written = generate(tmp_path / "out", PROMPTS, enforce_eager=False, **options)
+    assert written["quantization"] == at_load["quantization"] == "smoothquant_plus"
+    assert written["tokens"] == at_load["tokens"]
+
+
+def test_what_experts_need_is_refused_at_start(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("mixtral")
+    for settings, said in (
+        ({"bits": 8}, r"routed experts with rounded activations \(w8a8\) are not served on a CPU"),
+        ({"bits": 2}, "routed experts have 4 bits on a CPU, not 2"),
+    ):
+        vllm_plugin.register()
+        with pytest.raises(CompressError, match=said):
+            EngineArgs(
+                model=str(folder),
+                quantization="rtn",
+                additional_config={"compress": {"weights": {"group_size": 32} | settings}},
+            ).create_engine_config()
