@@ -103,6 +103,9 @@ def quantize(
     if (bits_each := report.get("embedding_bits_per_weight")) is not None:
         table.add_row("embeddings, lm_head", f"{bits_each:.2f} bits per weight with scales")
     table.add_row("weights on disk", f"{gib(before)} -> {gib(after)} ({after / before:.3f})")
+    if routing := report.get("routing"):
+        same = f"{routing['unchanged']:.1%} of {routing['tokens']} tokens, mean over layers"
+        table.add_row("same experts as before", same)
     if left := report["left_at_16_bit"]:
         table.add_row("left at 16 bits", ", ".join(left))
     out.print(table)

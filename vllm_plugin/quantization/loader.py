@@ -215,6 +215,11 @@ def _log(plan: Plan, stored: bool, seconds: float) -> None:
         len(plan.grids),
         "" if alpha is None else f", smoothed with alpha {alpha}",
     )
+    if routing := plan.report.get("routing"):
+        logger.info(
+            "%.1f %% of calibration tokens go to the same experts as before (mean over layers)",
+            100 * routing["unchanged"],
+        )
     if left := plan.report.get("left_at_16_bit"):
         allocated = (plan.report.get("settings") or {}).get("allocation")
         logger.warning(
