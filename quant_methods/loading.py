@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a checkpoint to a ``transformers`` model that calibration can run."""
 
+import copy
 import gc
 from typing import Any
 
@@ -110,7 +111,7 @@ def load_model(
         linear_experts: Whether routed experts become linears, which a plan knows them as.
         **options: For ``from_pretrained``.
     """
-    config = checkpoint.hf_config
+    config = _with_window(checkpoint.hf_config)
     kind = decoder_class(config)
     widened = dtype is not None and checkpoint.weight_bytes > WHOLE
     loaded = "auto" if dtype is None or widened else dtype
@@ -131,6 +132,19 @@ def load_model(
     if dtype is not None and widened:
         widen(model, structure_of(config), dtype)
     return model.eval().to(device)
+
+
+def _with_window(config: Any) -> Any:
+    """Give a config the window back that vLLM takes away where no layer uses it.
+
+    Some models make a mask for it all the same.
+    """
+    full = set(getattr(config, "layer_types", None) or ()) == {"full_attention"}
+    if not full or getattr(config, "sliding_window", 0) is not None:
+        return config
+    config = copy.copy(config)
+    config.sliding_window = config.max_position_embeddings
+    return config
 
 
 def _keep_mapped(model: Any, structure: Structure, state: dict[str, torch.Tensor]) -> None:

@@ -87,7 +87,7 @@ EXPERT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | _GROUPS
         | {"n_routed_experts": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "head_dim": 16}
         | {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
-        | {"num_key_value_heads": 4},
+        | {"num_key_value_heads": 4, "topk_method": "noaux_tc"},
     ),
     "glm4_moe": (  # a dense first layer, shared experts, a bias that only chooses
         "Glm4MoeConfig",

@@ -108,6 +108,9 @@ class Layer:
         chooses = self.prefix + name in self.flow.choosers
         return chooses or is_router(module) or module.out_features == 1
 
+    def _is_routed(self, name: str) -> bool:
+        return self.experts is not None and name.startswith(f"{self.experts.module}.")
+
     def units(self) -> tuple[Unit, ...]:
         """Return linears that share an input and a parent, by short and unique names.
 
@@ -117,7 +120,7 @@ class Layer:
         start = "" if self.experts is None else f"{self.experts.module}."
         for linear in self.linears:
             key = linear.shares, linear.name.rpartition(".")[0]
-            if start and linear.name.startswith(start):
+            if self._is_routed(linear.name):
                 key = start, start
             groups.setdefault(key, []).append(linear.name)
         short = {key: _short(names) for key, names in groups.items()}
@@ -135,7 +138,10 @@ class Layer:
         )
 
     def folds(self) -> tuple[Fold, ...]:
-        """Return the candidates, in the order in which their consumers run."""
+        """Return the candidates, in the order in which their consumers run.
+
+        Not those inside an expert: a sample that does not reach it proves nothing of it.
+        """
         found: list[Fold] = []
         for shares in dict.fromkeys(linear.shares for linear in self.linears):
             consumers = [linear for linear in self.linears if linear.shares == shares]
@@ -146,7 +152,7 @@ class Layer:
                 offset = norm_offset(self.module.get_submodule(norm))
                 if offset is not None and not self.flow.used(trace.value):
                     found.append(Fold(norm, names + kept, True, offset))
-            elif producer := self._producer(trace):
+            elif (producer := self._producer(trace)) and not self._is_routed(producer):
                 head_dim = 1 if self.attention is None else self.attention.head_dim
                 size = self.module.get_submodule(producer).out_features
                 repeat, rest = divmod(inputs, int(size))  # type: ignore[arg-type]

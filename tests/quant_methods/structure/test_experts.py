@@ -101,6 +101,7 @@ def test_folds_of_a_mixture_leave_its_logits(name: str) -> None:
     assert set(norm.consumers) == behind | set(gates)
     assert shared is None or f"{shared}.up_proj" in behind
     assert len(kind.routed) == 12
+    assert not any(fold.producer in kind.routed for fold in kind.folds)
     assert [unit.name for unit in kind.units if set(unit.linears) & kind.routed] == ["experts"]
 
     found = proved_folds(Blocks(model, structure, TOKENS))

@@ -79,7 +79,7 @@ def test_two_language_models_are_refused() -> None:
 def test_what_lies_beside_the_language_model_stays_at_16_bits(family: str) -> None:
     config = config_of(family)
     structure = structure_of(config)
-    assert not structure.rotates and len(structure.folds) == 4
+    assert not structure.rotates and len(structure.layer(0).folds) == 4
     with torch.device("meta"):
         whole = transformers.AutoModelForImageTextToText.from_config(config.wrapper)
     ignore = compressed_tensors_config(
