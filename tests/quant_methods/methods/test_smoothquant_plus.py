@@ -91,7 +91,7 @@ def test_unsupported_architecture_lists_everything() -> None:
     with pytest.raises(CompressError) as caught:
         structure_of(config)
     text = str(caught.value)
-    assert "2 problems" in text
+    assert "3 problems" in text
     assert (
         "model_type 'gpt2' is not supported: its layers have weights that are not linears" in text
     )
