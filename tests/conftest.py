@@ -85,8 +85,8 @@ EXPERT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3Config",
         _FOUR
         | _GROUPS
-        | {"n_routed_experts": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "head_dim": 16}
-        | {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
+        | {"n_routed_experts": 4, "q_lora_rank": 32, "kv_lora_rank": 512, "head_dim": 64}
+        | {"qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
         | {"num_key_value_heads": 4, "topk_method": "noaux_tc"},
     ),
     "glm4_moe": (  # a dense first layer, shared experts, a bias that only chooses
