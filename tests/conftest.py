@@ -81,14 +81,6 @@ _FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64
 _GROUPS = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 # Decoders with routed experts.
 EXPERT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "deepseek_v3": (  # latent attention
-        "DeepseekV3Config",
-        _FOUR
-        | _GROUPS
-        | {"n_routed_experts": 4, "q_lora_rank": 32, "kv_lora_rank": 512, "head_dim": 64}
-        | {"qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
-        | {"num_key_value_heads": 4, "topk_method": "noaux_tc"},
-    ),
     "glm4_moe": (  # a dense first layer, shared experts, a bias that only chooses
         "Glm4MoeConfig",
         _FOUR | _GROUPS | {"n_routed_experts": 4, "use_qk_norm": True},

@@ -19,6 +19,7 @@ from quant_methods.structure.norms import passes_rotation
 from quant_methods.structure.structure import LayerStructure, Linear, Structure
 from quant_methods.structure.wrapper import decoder_class, towers_of
 
+_LATENT = "multi-head latent attention (MLA) was not served with int4 weights beside it"
 _SHOWN = 3
 _found: dict[str, Structure | list[str]] = {}
 
@@ -67,6 +68,8 @@ def _known(config: Any) -> Structure | list[str]:
 
 def _derived(config: Any) -> Structure:
     kind = f"model_type {getattr(config, 'model_type', None)!r} is not supported"
+    if getattr(config, "kv_lora_rank", None):
+        raise CompressError(f"{kind}: {_LATENT}")
     if not getattr(config, "num_hidden_layers", None):
         raise CompressError(f"{kind}: its config does not say how many layers it has")
     model = build(config)

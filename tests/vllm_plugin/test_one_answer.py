@@ -33,6 +33,7 @@ KV: dict[str, str | None] = dict.fromkeys(FAMILIES) | {
     "bloom": "ALiBi",
 }
 WEIGHTS: dict[str, str | None] = dict.fromkeys(FAMILIES | DENSE) | {
+    "deepseek v2": "multi-head latent attention (MLA)",
     "gpt-oss": "its experts have biases",
     "llama4 text": "its experts have biases, or are not stacked as",
     "qwen3 next": "weights that are not linears: linear_attn.conv1d",

@@ -171,6 +171,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt_neox": ("GPTNeoXConfig", {}, "head by head"),
     "gptj": ("GPTJConfig", {}, "does not go through transformers' AttentionInterface"),
     "mamba2": ("Mamba2Config", {}, "not linears: mixer.conv1d.weight"),
+    "deepseek": ("DeepseekV3Config", {"num_hidden_layers": 4}, "multi-head latent attention"),
     "t5": ("T5Config", {}, "cannot build a language model"),
 }
 
