@@ -71,18 +71,15 @@ def towers_of(whole: Any, body: type[nn.Module]) -> tuple[str, ...]:
     found = [name for name, module in model.named_modules() if type(module) is body]
     if len(found) != 1:
         raise CompressError(f"{kind}: it has {len(found)} language models of {body.__name__}")
-    inside, towers = f"{found[0]}.", []
-    for name, _ in model.named_parameters():
-        parts = name.split(".")
-        ends = range(1, len(parts))
-        outer = next(
-            (end for end in ends if not inside.startswith(".".join(parts[:end]) + ".")), None
-        )
-        if name.startswith(inside) or parts[0] == "lm_head":
-            continue
-        if outer is None:
-            raise CompressError(f"{kind}: {name} lies in no module beside the language model")
-        towers.append(parts[outer - 1])
+    towers, above = [], found[0]
+    while above:
+        inside = above.rpartition(".")[2]
+        above = above.rpartition(".")[0]
+        towers += [
+            name
+            for name, module in model.get_submodule(above).named_children()
+            if name not in (inside, "lm_head") and any(True for _ in module.parameters())
+        ]
     return tuple(dict.fromkeys(towers))
 
 

@@ -53,6 +53,8 @@ _OTHER_TOKENS = (
     *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
 )
 
+QUESTION = "What is in this picture? It is"
+
 # family -> (config class, text, tower, its own fields, the image in a prompt)
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     "llava": (
@@ -193,13 +195,19 @@ def picture(seed: int) -> Any:
     return Image.fromarray(blocks.repeat(14, 0).repeat(14, 1))
 
 
-def prompt(family: str, text: str = "What is in this picture? It is") -> str:
+def prompt(family: str, text: str = QUESTION) -> str:
     """Return a prompt with one image."""
     return f"{FAMILIES[family][4]}{text}"
 
 
 def answer(
-    model: Path | str, family: str, seeds: list[int], *, max_tokens: int = 8, **engine_args: Any
+    model: Path | str,
+    family: str,
+    seeds: list[int],
+    *,
+    text: str = QUESTION,
+    max_tokens: int = 8,
+    **engine_args: Any,
 ) -> list[dict[str, Any]]:
     """What ``LLM(model, **engine_args)`` says of pictures: greedy ``tokens``, their ``nats``."""
     arguments = {
@@ -209,21 +217,22 @@ def answer(
         "gpu_memory_utilization": 0.2,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
     } | engine_args
-    request = str(model), family, seeds, max_tokens, arguments
+    prompts = [(prompt(family, text), seed) for seed in seeds]
+    request = str(model), prompts, max_tokens, arguments
     return in_child(_answer, *request, env=os.environ | SINGLE_PROCESS, timeout=600)
 
 
 def _answer(
-    model: str, family: str, seeds: list[int], max_tokens: int, arguments: dict[str, Any]
+    model: str, prompts: list[tuple[str, int]], max_tokens: int, arguments: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(model, **(kernel() | arguments))
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0)
-    asked = [
-        {"prompt": prompt(family), "multi_modal_data": {"image": picture(seed)}} for seed in seeds
+    requests = [
+        {"prompt": asked, "multi_modal_data": {"image": picture(seed)}} for asked, seed in prompts
     ]
-    outputs = [llm.generate(one, sampling, use_tqdm=False)[0] for one in asked]
+    outputs = [llm.generate(one, sampling, use_tqdm=False)[0] for one in requests]
     llm.llm_engine.engine_core.shutdown()
     found = []
     for output in outputs:

@@ -128,6 +128,17 @@ def test_a_body_without_a_head_gets_one() -> None:
         assert torch.equal(made, whole.generate(tokens, max_new_tokens=4, do_sample=False))
 
 
+def test_a_parameter_beside_the_language_model_is_no_tower() -> None:
+    _, own, tower, _, _ = wrapped.FAMILIES["llava"]
+    text = wrapped.TEXT | own | {"vocab_size": 512}
+    whole = transformers.LlavaNextConfig(text_config=text, vision_config=tower)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(whole)
+    assert "model.image_newline" in dict(model.named_parameters())
+    towers = structure_of(language_config(whole)).towers
+    assert towers == ("vision_tower", "multi_modal_projector")
+
+
 def test_a_model_around_that_transformers_does_not_have_is_refused() -> None:
     config = config_of("llava")
     config.wrapper = transformers.LlamaConfig()
