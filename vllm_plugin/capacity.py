@@ -23,10 +23,16 @@ from quant_methods.formats.sizes import Packing, sizes_of
 from quant_methods.local import local_folder, text_config
 from quant_methods.registry import methods
 from quant_methods.structure.derive import structure_of
-from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, unknown_kinds
+from vllm_plugin.kv_fingerprint import (
+    fingerprint_of,
+    full_attention_layers,
+    state_layers,
+    unknown_kinds,
+)
 from vllm_plugin.settings import WeightSettings
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+_STATES = 2  # blocks of a request in a group of states: where a step begins, and where it ends
 _FIXED_ALLOWANCE = 512 << 20  # a CUDA context, graphs, the sampler
 
 
@@ -51,11 +57,13 @@ class Group:
         members: their indices in the model.
         layout: how they are compressed; None: they are not.
         window: their sliding window in tokens; None: full attention.
+        state: they keep a state that fills a block, whatever a request's length.
     """
 
     members: tuple[int, ...]
     layout: Layout | None = None
     window: int | None = None
+    state: bool = False
 
     @property
     def layers(self) -> int:
@@ -191,12 +199,16 @@ def groups_of(config: Any, layouts: Mapping[int, Layout] | None) -> list[Group]:
     As vLLM's ``get_kv_cache_groups``: each kind of layer is cut into groups of the smallest kind's
     size. Where kinds are nearly equal, the smaller ones are padded to the largest instead.
     """
-    full = set(full_attention_layers(config))
+    full, states = set(full_attention_layers(config)), set(state_layers(config))
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", 0)
-    kinds: dict[tuple[Layout | None, int | None], list[int]] = {}
+    kinds: dict[tuple[Layout | None, int | None, bool], list[int]] = {}
     for layer in range(config.num_hidden_layers):
-        kind = ((layouts or {}).get(layer), None) if layer in full else (None, window)
-        kinds.setdefault(kind, []).append(layer)
+        if layer in full:
+            kinds.setdefault(((layouts or {}).get(layer), None, False), []).append(layer)
+        elif window:
+            kinds.setdefault((None, window, False), []).append(layer)
+        if layer in states:
+            kinds.setdefault((None, None, True), []).append(layer)
     counts = [len(layers) for layers in kinds.values()]
     smallest, largest = min(counts), max(counts)
     size = largest if largest < smallest * 1.5 else smallest
@@ -251,7 +263,9 @@ def request_blocks(
         )
     prefill = decoding = 0
     for group in groups:
-        if group.window:  # plus one, because a window can start inside a block
+        if group.state:
+            first = later = _STATES
+        elif group.window:  # plus one, because a window can start inside a block
             first, later = (
                 min(-(-tokens // block_size), -(-(group.window - 1 + step) // block_size) + 1)
                 for tokens, step in ((prompt, batch), (context, 1))

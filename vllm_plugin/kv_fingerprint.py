@@ -16,6 +16,15 @@ from quant_methods.local import local_folder
 
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
 _KEYS_VALUES: Final = ("self_attn.k_proj", "self_attn.v_proj")
+# Models with state-space, linear-attention or convolution layers beside attention, that KV policies
+# were tested with.
+HYBRIDS: Final = (
+    *("falcon_h1", "granitemoehybrid", "jamba", "lfm2", "nemotron_h"),
+    *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
+)
+# Kinds of layers that keep a state. Those of kind "hybrid" have attention too.
+STATES: Final = ("linear_attention", "conv", "hybrid")
+_WITHOUT_A_CACHE: Final = ("mlp", "moe")
 _HEX_DIGITS: Final = 64  # of a SHA-256
 
 
@@ -105,9 +114,21 @@ def published_weights(name: str, config: Any) -> str | None:
 
 
 def unknown_kinds(config: Any) -> list[str]:
-    """List the kinds of layers that are neither full attention nor a window of it."""
+    """List the kinds of layers that no policy can serve, nor leave alone."""
     known = {"full_attention", "sliding_attention", "chunked_attention"}
+    if config.model_type in HYBRIDS:
+        known |= {*STATES, *_WITHOUT_A_CACHE}
     return sorted(set(getattr(config, "layer_types", None) or ()) - known)
+
+
+def state_layers(config: Any) -> tuple[int, ...]:
+    """Return the indices of the layers that keep a state, which no policy touches.
+
+    Args:
+        config: the text model's.
+    """
+    kinds = getattr(config, "layer_types", None) or ()
+    return tuple(index for index, kind in enumerate(kinds) if kind in STATES)
 
 
 def full_attention_layers(config: Any, max_model_len: int | None = None) -> tuple[int, ...]:
@@ -126,7 +147,7 @@ def full_attention_layers(config: Any, max_model_len: int | None = None) -> tupl
     if kinds := getattr(config, "layer_types", None):
         if wide and set(kinds) == {"sliding_attention"}:
             return every
-        return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+        return tuple(i for i, kind in enumerate(kinds) if kind in ("full_attention", "hybrid"))
     # Without a list of kinds, the window applies to every layer (Mistral 7B 0.1).
     if window and not wide and getattr(config, "use_sliding_window", True):
         return ()

@@ -69,6 +69,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.attention.backend:AttentionBackend.validate_configuration": (
         *("head_size", "dtype", "kv_cache_dtype", "block_size", "use_mla", "has_sink"),
     ),
+    "vllm.platforms.interface:Platform._align_hybrid_block_size": ("vllm_config", "backend_cls"),
     "vllm.v1.attention.backends.registry:register_backend": ("backend", "class_path"),
     "vllm.v1.attention.selector:get_attn_spec_kind": (
         *("use_mla", "has_sliding_window", "attn_type"),

@@ -174,13 +174,55 @@ DENSE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "seed-oss": ("SeedOssConfig", "SeedOssForCausalLM", {}, None),
     "gpt neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}, None),
 }
+# Decoders that only KV policies are asked of.
+CACHES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
+    "qwen3.5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _LINEAR, None),
+    "qwen3.5 moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", _LINEAR | _MOE, None),
+    "nemotron h": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {
+            "layer_types": ["linear_attention", "full_attention", "mlp", "linear_attention"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+        },
+        None,
+    ),
+    "jamba": (
+        "JambaConfig",
+        "JambaForCausalLM",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 16},
+        None,
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+        None,
+    ),
+    "mamba 2": ("Mamba2Config", "Mamba2ForCausalLM", {"num_heads": 8, "expand": 2}, None),
+    "gemma3n text": (
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        _SLIDING | {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 512},
+        None,
+    ),
+    "gemma4 e text": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        _SLIDING | {"num_kv_shared_layers": 2, "global_head_dim": 32},
+        None,
+    ),
+}
 
 
 def write(family: str, folder: Path) -> Path:
     """Write the config of a family, and one small tensor, so that it passes for a checkpoint."""
     import transformers
 
-    name, architecture, own, encoder = (FAMILIES | DENSE)[family]
+    name, architecture, own, encoder = (FAMILIES | DENSE | CACHES)[family]
     kind, fields = getattr(transformers, name), TEXT | own
     if encoder is None:
         config = kind(**fields)

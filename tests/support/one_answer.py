@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.support.architectures import DENSE, FAMILIES, write
+from tests.support.architectures import CACHES, DENSE, FAMILIES, write
 from tests.support.child import SINGLE_PROCESS, in_child
 
-ALL = FAMILIES | DENSE
+ALL = FAMILIES | DENSE | CACHES
 Answers = dict[str, str | None]
 
 
@@ -106,6 +106,7 @@ def _start_worker(config: Any) -> None:
     """Load random weights and describe the KV cache, as an engine does before its first request."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
     from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm.utils.network_utils import get_distributed_init_method, get_open_port
 
@@ -116,6 +117,9 @@ def _start_worker(config: Any) -> None:
             worker = kind(config, 0, 0, address, is_driver_worker=True)
             worker.init_device()
             worker.load_model()
+            settled = config.cache_config.block_size
+            current_platform.update_block_size_for_backend(config)  # as an executor does
+            assert config.cache_config.block_size == settled, "the config edge saw other blocks"
             assert worker.get_kv_cache_spec()
     finally:  # groups of ranks are made for the kind of model that comes first
         cleanup_dist_env_and_memory()

@@ -9,10 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    FalconH1Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen3NextConfig,
+)
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
 from compress_common.errors import CompressError
 from kv_policies.layout.base import Layout
@@ -38,7 +49,7 @@ from vllm_plugin.capacity import (
     weight_footprint,
 )
 from vllm_plugin.kv_cache.spec import CompressedSpec
-from vllm_plugin.kv_fingerprint import full_attention_layers
+from vllm_plugin.kv_fingerprint import full_attention_layers, state_layers
 from vllm_plugin.settings import WeightSettings
 
 BLOCK = 32
@@ -54,8 +65,14 @@ SMALL = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
         (LlamaConfig(num_hidden_layers=26, **SMALL), tuple(Fraction(n, 9) for n in (1, 2, 3))),
         (Gemma3TextConfig(num_hidden_layers=26, sliding_window=512, **SMALL), None),
         (Gemma3TextConfig(num_hidden_layers=26, sliding_window=512, **SMALL), (Fraction(1, 4),)),
+        (Qwen3NextConfig(num_hidden_layers=24, **SMALL), None),
+        (Qwen3NextConfig(num_hidden_layers=24, **SMALL), (Fraction(1, 8), Fraction(3, 8))),
+        (FalconH1Config(num_hidden_layers=8, **SMALL), (Fraction(1, 4),)),
     ],
-    ids=["stock", "one level", "two levels", "padded levels", "sliding", "sliding and compressed"],
+    ids=[
+        *("stock", "one level", "two levels", "padded levels", "sliding", "sliding and compressed"),
+        *("states", "states and two levels", "states in all layers"),
+    ],
 )
 def test_groups_and_block_bytes_are_those_of_vllm(
     config: LlamaConfig, shares: tuple[Fraction, ...] | None
@@ -69,24 +86,31 @@ def test_groups_and_block_bytes_are_those_of_vllm(
     shape = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
     for layer in range(config.num_hidden_layers):
         spec = FullAttentionSpec(**shape)
-        if layer not in full:
+        if layer in state_layers(config):
+            size = {"shapes": ((64,),), "dtypes": (torch.float32,), "block_size": BLOCK}
+            state = MambaSpec(**size, page_size_padded=spec.page_size_bytes)
+            specs[f"layers.{layer}.state"] = state
+        elif layer not in full:
             spec = SlidingWindowSpec(**shape, sliding_window=512)
-        elif layouts:
+        if layer in full and layouts:
             spec = CompressedSpec.of(spec, layouts[layer])
-        specs[f"layers.{layer}"] = spec
+        if layer in full or layer not in state_layers(config):
+            specs[f"layers.{layer}"] = spec
     theirs_config = VllmConfig()
     theirs_config.cache_config.kv_cache_layout = "LBHNC"
     theirs = get_kv_cache_groups(theirs_config, specs)
     ours = groups_of(config, layouts)
-    members = [{int(name.rpartition(".")[2]) for name in group.layer_names} for group in theirs]
+    members = [{int(name.split(".")[1]) for name in group.layer_names} for group in theirs]
     assert sorted(map(sorted, members)) == sorted(sorted(group.members) for group in ours)
     memory, each = 1 << 28, layer_token_bytes(config, torch.bfloat16)
     for count in (1, 2, 3):
-        stages = [range(*get_pp_indices(len(specs), at, count)) for at in range(count)]
-        assert [layer for stage in stages for layer in stage] == list(range(len(specs)))
+        depth = config.num_hidden_layers
+        stages = [range(*get_pp_indices(depth, at, count)) for at in range(count)]
+        assert [layer for stage in stages for layer in stage] == list(range(depth))
         blocks = []
         for stage in stages:  # vLLM gives all stages as many blocks as the one with the fewest
-            there = projected(theirs, {f"layers.{at}": specs[f"layers.{at}"] for at in stage})
+            here = {name: x for name, x in specs.items() if int(name.split(".")[1]) in stage}
+            there = projected(theirs, here)
             found = get_kv_cache_config_from_groups(theirs_config, there, memory)
             blocks.append(found.num_blocks)
         assert memory // block_bytes(ours, BLOCK, each, stages) == min(blocks)

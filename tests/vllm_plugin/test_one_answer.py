@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 import vllm_plugin
 from compress_common.errors import CompressError
 from tests.support import one_answer
-from tests.support.architectures import DENSE, FAMILIES, TEXT
+from tests.support.architectures import CACHES, DENSE, FAMILIES, TEXT
 from vllm_plugin.compatibility import model_length
 from vllm_plugin.kv_fingerprint import full_attention_layers
 from vllm_plugin.settings import parse_settings
@@ -23,12 +23,12 @@ CSKV = {"policy": "cskv", "keep": 1}  # every check, but no bases are needed
 INT4 = {"group_size": 32, "calibration": {"samples": 1, "length": 16}}
 
 # What all of them must say of each family: a part of the reason, or None for "accepted".
-KV: dict[str, str | None] = dict.fromkeys(FAMILIES) | {
+KV: dict[str, str | None] = dict.fromkeys(FAMILIES | CACHES) | {
     "mistral windowed": "no layer with full attention",
     "gemma4 text": "layers that differ in head_dim",
-    "qwen3 next": "layers of kinds linear_attention",
-    "granite 4": "layers of kinds linear_attention",
-    "falcon h1": "layers of kinds hybrid",
+    "mamba 2": "state-space",
+    "gemma3n text": "layers that share another layer's KV cache",
+    "gemma4 e text": "layers that share another layer's KV cache",
     "deepseek v2": "MLA",
     "bloom": "ALiBi",
 }

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from vllm_plugin.capacity import (
 from vllm_plugin.commands.common import Problems
 from vllm_plugin.compatibility import drop_wide_window, model_length, refuse_diffusion
 from vllm_plugin.kv_cache.budget import layouts_of
+from vllm_plugin.kv_fingerprint import state_layers, unknown_kinds
 from vllm_plugin.settings import Settings, no_method_problem, parse_settings
 
 _CUDA_BLOCK = 16  # vLLM's default
@@ -84,12 +85,14 @@ class Comparison:
     Attributes:
         activation_memory: bytes set aside for activations and graphs.
         model_length: tokens that the model has positions for; None: its config does not say.
+        block_size: tokens per block, larger than asked for where a block must hold a state.
     """
 
     without: Column
     compressed: Column
     activation_memory: int
     model_length: int | None
+    block_size: int
 
 
 def compare(
@@ -128,6 +131,11 @@ def compare(
         weights = problems.collect(lambda: _weights(folder, quantization, settings, packing))
         if settings.kv is not None:
             drop_wide_window(config, load.context)  # as the config edge does
+        if state_layers(config) and not unknown_kinds(config):
+            from vllm_plugin.kv_cache.hybrid import served_block_size  # imports vLLM
+
+            size = problems.collect(lambda: served_block_size(str(folder), load.block_size))
+            load = replace(load, block_size=size or load.block_size)
         layouts = problems.collect(lambda: _layouts(settings, load.block_size, model, config))
         if not problems.found:  # it would say of the same model that its cache is not counted
             each = problems.collect(lambda: layer_token_bytes(config, torch.bfloat16))
@@ -145,7 +153,7 @@ def compare(
             (layouts, weights.compressed, kv.compressed),
         )
     )
-    return Comparison(without, compressed, aside, model_length(config))
+    return Comparison(without, compressed, aside, model_length(config), load.block_size)
 
 
 def _column(

@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -121,6 +121,7 @@ def plan(
         activation_memory=aside,
         problems=problems,
     )
+    load = replace(load, block_size=found.block_size)
     warning = _too_long(load.context, found.model_length)
     if as_json:
         if warning:

@@ -27,10 +27,11 @@ from vllm_plugin.compatibility import (
 from vllm_plugin.kv_cache import requests
 from vllm_plugin.kv_cache.backends import choose_backend, name_cpu_backend
 from vllm_plugin.kv_cache.budget import layouts_of
+from vllm_plugin.kv_cache.hybrid import settle_block_size
 from vllm_plugin.kv_cache.latent import latent_problems, no_latents, rope_of
 from vllm_plugin.kv_cache.quantized import FP8
 from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck
-from vllm_plugin.kv_fingerprint import full_attention_layers
+from vllm_plugin.kv_fingerprint import HYBRIDS, full_attention_layers
 from vllm_plugin.settings import KVSettings
 
 _CPU_BLOCK = 32
@@ -73,7 +74,9 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
     layouts: dict[int, Layout] = {}
     steps: list[Callable[[], object]] = [settings.build]
     if not model_problems:
-        steps += lambda: choose_backend(config), lambda: layouts.update(_layouts(settings, config))
+        steps.append(lambda: choose_backend(config))
+        steps.append(lambda: settle_block_size(config))
+        steps.append(lambda: layouts.update(_layouts(settings, config)))
     for step in steps:
         try:
             step()
@@ -125,7 +128,8 @@ def _model_problems(config: VllmConfig, settings: KVSettings) -> list[str]:
     found = {
         MLA: model.use_mla,
         ENCODER: model.is_encoder_decoder,
-        STATE: model.is_hybrid or model.is_attention_free,
+        STATE: model.is_attention_free
+        or (model.is_hybrid and model.hf_text_config.model_type not in HYBRIDS),
     }
     problems = [f"{problem}; remove compress.kv" for problem, present in found.items() if present]
     if settings.latents and model.using_transformers_backend():

@@ -22,6 +22,7 @@ from vllm.v1.request import Request
 from vllm_plugin.diffusion.activity import Activity as Denoising
 from vllm_plugin.diffusion.activity import Done as Denoised
 from vllm_plugin.kv_cache.activity import Activity, Done
+from vllm_plugin.kv_cache.junction import Junction
 from vllm_plugin.kv_cache.manager import CompressedManager
 from vllm_plugin.kv_cache.requests import asked, opts_out
 from vllm_plugin.metrics.prometheus import CompressMetrics, publish
@@ -48,6 +49,7 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
         self.denoising: Denoising | None = None
         self._stats = CompressStats()
         self._managers: list[CompressedManager] = []
+        self._junction: Junction | None = None
         self._freed = 0
         self._gauges: dict[str, float] = {}
         self._peak = 0.0
@@ -81,11 +83,9 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
     # -- the scheduler's instance ----------------------------------------------------------------
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
-        self._managers = [
-            manager
-            for manager in kv_cache_manager.coordinator.single_type_managers
-            if isinstance(manager, CompressedManager)
-        ]
+        managers = kv_cache_manager.coordinator.single_type_managers
+        self._managers = [one for one in managers if isinstance(one, CompressedManager)]
+        self._junction = Junction(managers)
 
     def _read_managers(self) -> None:
         freed = sum(manager.freed_blocks for manager in self._managers)
@@ -135,6 +135,9 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
+        """Find nothing elsewhere. Called before a request's first step, with the request."""
+        if self._junction is not None:
+            self._junction.tell(request)
         return 0, False
 
     def update_state_after_alloc(self, *args: Any) -> None:
