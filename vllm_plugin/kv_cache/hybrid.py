@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from compress_common.errors import CompressError
 from vllm_plugin.kv_cache.backends import FULL
 
 
@@ -40,9 +41,18 @@ def served_block_size(model: str, block_size: int) -> int:
     Args:
         model: a folder.
         block_size: tokens of a block before it is made as large as a state.
+
+    Raises:
+        CompressError: vLLM refuses the model.
     """
-    config = EngineArgs(
+    args = EngineArgs(
         model=model, block_size=block_size, load_format="dummy", skip_tokenizer_init=True
-    ).create_engine_config()
-    settle_block_size(config)
+    )
+    try:
+        config = args.create_engine_config()
+        settle_block_size(config)
+    except Exception as error:  # vLLM raises many types
+        raise CompressError(
+            f"vLLM does not tell how large a state of {model} is: {error}"
+        ) from error
     return config.cache_config.block_size
