@@ -114,10 +114,6 @@ KV_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "JambaConfig",
         {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 16},
     ),
-    "lfm2": (
-        "Lfm2Config",
-        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-    ),
 }
 
 _FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}

@@ -16,14 +16,13 @@ from quant_methods.local import local_folder
 
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
 _KEYS_VALUES: Final = ("self_attn.k_proj", "self_attn.v_proj")
-# Models with state-space, linear-attention or convolution layers beside attention, that KV policies
-# were tested with.
+# Models with state-space or linear-attention layers beside attention that policies were tested with.
 HYBRIDS: Final = (
-    *("falcon_h1", "granitemoehybrid", "jamba", "lfm2", "nemotron_h"),
+    *("falcon_h1", "granitemoehybrid", "jamba", "nemotron_h"),
     *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
 )
 # Kinds of layers that keep a state. Those of kind "hybrid" have attention too.
-STATES: Final = ("linear_attention", "conv", "hybrid")
+STATES: Final = ("linear_attention", "hybrid")
 _WITHOUT_A_CACHE: Final = ("mlp", "moe")
 _HEX_DIGITS: Final = 64  # of a SHA-256
 

@@ -26,7 +26,8 @@ INT4 = {"group_size": 32, "calibration": {"samples": 1, "length": 16}}
 KV: dict[str, str | None] = dict.fromkeys(FAMILIES | CACHES) | {
     "mistral windowed": "no layer with full attention",
     "gemma4 text": "layers that differ in head_dim",
-    "mamba 2": "state-space",
+    "mamba 2": "layers of kinds linear_attention",
+    "lfm2": "layers of kinds conv",
     "gemma3n text": "layers that share another layer's KV cache",
     "gemma4 e text": "layers that share another layer's KV cache",
     "deepseek v2": "MLA",

@@ -22,9 +22,7 @@ HYBRIDS = [
     "qwen3_next",
     *(
         pytest.param(name, marks=slow)
-        for name in (
-            *("qwen3_5", "qwen3_5_moe", "granite_4", "nemotron_h", "falcon_h1", "jamba", "lfm2"),
-        )
+        for name in ("qwen3_5", "qwen3_5_moe", "granite_4", "nemotron_h", "falcon_h1", "jamba")
     ),
 ]
 FAMILIES = ["gpt_oss", *HYBRIDS]
