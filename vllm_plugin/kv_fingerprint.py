@@ -16,7 +16,7 @@ from quant_methods.local import local_folder
 
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
 _KEYS_VALUES: Final = ("self_attn.k_proj", "self_attn.v_proj")
-# Models with state-space or linear-attention layers beside attention that policies were tested with.
+# Models that policies were tested with, of those with state-space or linear-attention layers.
 HYBRIDS: Final = (
     *("falcon_h1", "granitemoehybrid", "jamba", "nemotron_h"),
     *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),

@@ -20,8 +20,12 @@ def settle_block_size(config: VllmConfig) -> None:
 
     Args:
         config: vLLM's own, of this engine, after the choice of a backend; changed in place.
+
+    Raises:
+        CompressError: vLLM has no size for this model's states.
     """
-    if not config.model_config.is_hybrid:
+    model = config.model_config
+    if not model.is_hybrid:
         return
     attention, cache = config.attention_config, config.cache_config
     on_cpu = current_platform.is_cpu()
@@ -32,7 +36,12 @@ def settle_block_size(config: VllmConfig) -> None:
     if not on_cpu and not cache.user_specified_block_size:  # as ``update_block_size_for_backend``
         with set_current_vllm_config(config):
             cache.block_size = kind.get_preferred_block_size(cache.DEFAULT_BLOCK_SIZE)
-    current_platform._align_hybrid_block_size(config, kind)
+    try:
+        current_platform._align_hybrid_block_size(config, kind)
+    except Exception as error:  # of a model's own code, where its config is not as it expects
+        raise CompressError(
+            f"vLLM does not tell how large a state of {model.model} is: {error}; remove compress.kv"
+        ) from error
 
 
 def served_block_size(model: str, block_size: int) -> int:
@@ -51,8 +60,8 @@ def served_block_size(model: str, block_size: int) -> int:
     try:
         config = args.create_engine_config()
         settle_block_size(config)
+    except CompressError:
+        raise
     except Exception as error:  # vLLM raises many types
-        raise CompressError(
-            f"vLLM does not tell how large a state of {model} is: {error}"
-        ) from error
+        raise CompressError(f"vLLM refuses {model}: {error}") from error
     return config.cache_config.block_size
