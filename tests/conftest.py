@@ -110,10 +110,6 @@ KV_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "falcon_h1": ("FalconH1Config", _MAMBA2),  # attention and a state in each layer
-    "jamba": (
-        "JambaConfig",
-        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 16},
-    ),
 }
 
 _FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}

@@ -28,6 +28,7 @@ KV: dict[str, str | None] = dict.fromkeys(FAMILIES | CACHES) | {
     "gemma4 text": "layers that differ in head_dim",
     "mamba 2": "layers of kinds linear_attention",
     "lfm2": "layers of kinds conv",
+    "jamba": "layers of kinds linear_attention",
     "gemma3n text": "layers that share another layer's KV cache",
     "gemma4 e text": "layers that share another layer's KV cache",
     "deepseek v2": "MLA",
