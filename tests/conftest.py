@@ -64,23 +64,6 @@ MORE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2Config", {"sliding_window": None}),  # biases, LayerNorm, no gate
 }
 
-_HYBRID = ["linear_attention", "full_attention"]
-_LINEAR: dict[str, Any] = {
-    "layer_types": _HYBRID,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
-}
-_MOE: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
-_MAMBA2: dict[str, Any] = {
-    "mamba_n_heads": 4,
-    "mamba_d_head": 64,
-    "mamba_d_state": 16,
-    "mamba_d_ssm": 256,
-    "mamba_n_groups": 1,
-}
-
 # Models whose attention or cache has something else beside. KV policies serve them.
 KV_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": (  # attention sinks, experts
@@ -92,24 +75,6 @@ KV_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
         },
     ),
-    "qwen3_next": ("Qwen3NextConfig", _LINEAR | _MOE),
-    "qwen3_5": ("Qwen3_5TextConfig", _LINEAR),
-    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", _LINEAR | _MOE),
-    "granite_4": (
-        "GraniteMoeHybridConfig",
-        _MAMBA2 | {"layer_types": _HYBRID, "num_local_experts": 0, "shared_intermediate_size": 128},
-    ),
-    "nemotron_h": (
-        "NemotronHConfig",
-        {
-            "layer_types": ["linear_attention", "full_attention", "mlp", "linear_attention"],
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 64,
-            "ssm_state_size": 16,
-            "n_groups": 1,
-        },
-    ),
-    "falcon_h1": ("FalconH1Config", _MAMBA2),  # attention and a state in each layer
 }
 
 _FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}

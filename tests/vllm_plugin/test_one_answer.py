@@ -29,6 +29,8 @@ KV: dict[str, str | None] = dict.fromkeys(FAMILIES | CACHES) | {
     "mamba 2": "layers of kinds linear_attention",
     "lfm2": "layers of kinds conv",
     "jamba": "layers of kinds linear_attention",
+    "qwen3 next": "layers of kinds linear_attention",
+    "falcon h1": "layers of kinds hybrid",
     "gemma3n text": "layers that share another layer's KV cache",
     "gemma4 e text": "layers that share another layer's KV cache",
     "deepseek v2": "MLA",

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefix hits of models that have windows or states beside compressed layers.
+"""Prefix hits of models that have sliding windows beside compressed layers.
 
 A hit is as long as the shortest of all groups of layers. A compressed group hits up to its first
-block that is overwritten. vLLM keeps a window or a state where a request ends, which lies behind
-that, and where it was told that another request will go on: at ``shared_prefix_boundary``. So a
-request is told, before its first step, where a hit in its prompt will end.
+block that is overwritten. vLLM keeps a window where a request ends, which lies behind that, and
+where it was told that another request will go on: at ``shared_prefix_boundary``. So a request is
+told, before its first step, where a hit in its prompt will end.
+
+States are left out: one exists only where a step ended, so the prompt would be cut there, which no
+engine has run yet.
 """
 
 from collections.abc import Sequence
@@ -21,14 +24,15 @@ from vllm_plugin.kv_cache.manager import CompressedManager
 
 
 class Junction:
-    """Tells requests where windows and states are kept for those that repeat their prompt.
+    """Tells requests where windows are kept for those that repeat their prompt.
 
     Args:
         managers: Of all groups of layers.
     """
 
     def __init__(self, managers: Sequence[SingleTypeKVCacheManager]) -> None:
-        sparse = any(isinstance(one, SlidingWindowManager | MambaManager) for one in managers)
+        sparse = any(isinstance(one, SlidingWindowManager) for one in managers)
+        sparse &= not any(isinstance(one, MambaManager) for one in managers)
         layouts = [one.layout for one in managers if isinstance(one, CompressedManager)]
         self._layouts: list[Layout] = layouts if sparse else []
 
