@@ -61,7 +61,8 @@ class RecentQueries:
         self._free, self._slots = list(reversed(range(requests))), dict[str, int]()
         self._nobody = requests * count
         self._known: list[int] = []  # first places of the rows of the last decode step
-        self._first = self._there = torch.zeros(0, dtype=torch.int64, device=device)
+        # All that rows can be, at once: a CUDA graph goes on reading this memory.
+        self._first, self._there = torch.zeros(2, requests, dtype=torch.int64, device=device)
 
     @staticmethod
     def bytes(count: int, requests: int, heads: int, size: int, dtype: torch.dtype) -> int:
@@ -103,8 +104,10 @@ class RecentQueries:
             for name, there in zip(ids, generated.tolist(), strict=True)
         ]
         if rows > len(self._first):
-            self._first, self._there = self._first.new_zeros(2, rows)
-            self._known = []
+            raise RuntimeError(
+                f"a step has {rows} rows, more than --max-num-seqs; report this with your version "
+                "of vLLM"
+            )
         if self._known[:rows] != first:
             self._known[:rows] = first
             self._first[:rows].copy_(*to_device(self._first.device, np.array(first)))

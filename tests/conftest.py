@@ -64,6 +64,13 @@ MORE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2Config", {"sliding_window": None}),  # biases, LayerNorm, no gate
 }
 
+_LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,  # vLLM's kernel for CPUs knows few sizes
+    "linear_value_head_dim": 128,
+}
 # Models whose attention or cache has something else beside. KV policies serve them.
 KV_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": (  # attention sinks, experts
@@ -74,6 +81,11 @@ KV_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
         },
+    ),
+    "qwen3_5": ("Qwen3_5TextConfig", _LINEAR),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeTextConfig",
+        _LINEAR | {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
     ),
 }
 

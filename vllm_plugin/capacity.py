@@ -33,6 +33,7 @@ from vllm_plugin.settings import WeightSettings
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 _STATES = 2  # blocks of a request in a group of states: where a step begins, and where it ends
+_WINDOWED = ("sliding_attention", "chunked_attention")
 _FIXED_ALLOWANCE = 512 << 20  # a CUDA context, graphs, the sampler
 
 
@@ -201,11 +202,12 @@ def groups_of(config: Any, layouts: Mapping[int, Layout] | None) -> list[Group]:
     """
     full, states = set(full_attention_layers(config)), set(state_layers(config))
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", 0)
+    named = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     kinds: dict[tuple[Layout | None, int | None, bool], list[int]] = {}
     for layer in range(config.num_hidden_layers):
         if layer in full:
             kinds.setdefault(((layouts or {}).get(layer), None, False), []).append(layer)
-        elif window:
+        elif window and named[layer] in _WINDOWED:
             kinds.setdefault((None, window, False), []).append(layer)
         if layer in states:
             kinds.setdefault((None, None, True), []).append(layer)

@@ -17,7 +17,7 @@ from quant_methods.local import local_folder
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
 _KEYS_VALUES: Final = ("self_attn.k_proj", "self_attn.v_proj")
 # Models that policies were tested with, of those with state-space or linear-attention layers.
-HYBRIDS: Final = ("granitemoehybrid", "nemotron_h", "qwen3_5_text", "qwen3_5_moe_text")
+HYBRIDS: Final = ("qwen3_5_text", "qwen3_5_moe_text")
 # Kinds of layers that keep a state. Those of kind "hybrid" have attention too.
 STATES: Final = ("linear_attention", "hybrid")
 _WITHOUT_A_CACHE: Final = ("mlp", "moe")

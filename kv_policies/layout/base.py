@@ -112,7 +112,11 @@ class Layout(ABC):
         raise ValueError(f"{type(self).__name__} has no other amounts")
 
     def for_request(self, amount: Amount | None) -> "Layout":
-        """The layout of a request that asked for an amount, or for nothing."""
+        """The layout of a request that asked for an amount, or for nothing.
+
+        It is this layout where there is no such amount. A request is checked before it gets here,
+        but by what the engine serves that this process configured last.
+        """
         return self if amount is None else _asked(self, amount)
 
     @property
@@ -284,4 +288,7 @@ class Layout(ABC):
 
 @lru_cache(1024)
 def _asked(layout: Layout, amount: Amount) -> Layout:
-    return layout.asked(amount)
+    try:
+        return layout.asked(amount)
+    except ValueError:
+        return layout

@@ -119,7 +119,7 @@ def _left(grids: dict[str, Grid], linears: list[str], structure: Structure) -> l
     stack = structure.layers.rpartition(".")[2]
     behind = range(structure.depth, structure.depth + structure.predicting)
     ends += [rf"re:.*\.{stack}\.{index}\..*" for index in behind]
-    return [*outside, *ends, *patterns(rest, structure)]
+    return [*dict.fromkeys([*outside, *ends]), *patterns(rest, structure)]
 
 
 def _head(structure: Structure) -> str:

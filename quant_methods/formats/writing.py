@@ -237,7 +237,7 @@ def _write_shards(
                     parts = chosen.tensors(value, dtype)
                     out |= {f"{name}.{part}": t.cpu() for part, t in parts.items()}
                 else:
-                    out[name] = (value.to(dtype) if value.is_floating_point() else value).cpu()
+                    out[name] = _stored(value, dtype, checkpoint.names.inner(name) is None).cpu()
             out = {name: tensor.contiguous() for name, tensor in out.items()}
             save_file(out, file.with_suffix(".tmp"), metadata={"format": "pt"})
             file.with_suffix(".tmp").chmod(mode)  # save_file makes files that only we can read
@@ -245,3 +245,12 @@ def _write_shards(
         index |= dict.fromkeys(Checkpoint.names_in(file), file.name)
     progress("write", len(shards), len(shards))
     return index
+
+
+def _stored(value: torch.Tensor, dtype: torch.dtype, tower: bool) -> torch.Tensor:
+    """Return a tensor that is not quantized as it is written.
+
+    What lies beside the language model stays as it is. So do vectors: a bias of a router decides by
+    differences that 16 bits can lose, and vLLM holds it in float32.
+    """
+    return value if tower or value.dim() < 2 or not value.is_floating_point() else value.to(dtype)

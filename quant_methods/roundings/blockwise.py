@@ -202,7 +202,8 @@ def round_units(
         names: Linears of the block, by the names that they have there.
         rounding: How a weight is rounded.
         grams: ``{name: Gram matrix}``, as ``unit_grams`` returns them.
-        reuse_grams: Whether they are overwritten and dropped one by one, the largest first.
+        reuse_grams: Whether they are dropped one by one, the largest first, and overwritten where
+            no other unit needs the same one. Units that read one input share theirs.
         tokens: How many tokens they are of; None: all.
     """
     prefix, block = blocks.prefix(index), blocks.layers[index]
@@ -220,18 +221,21 @@ def round_units(
         sizes = [len(part) for part in parts]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         parts.clear()
+        gram = grams[unit.linears[0]]
+        shared = any(other is gram for name, other in grams.items() if name not in unit.linears)
         try:
             rounded = rounding.round(
                 weight,
                 plan.grids[linears[0]],
-                grams[unit.linears[0]],
+                gram,
                 shrink=torch.cat(given) if len(given) == len(sizes) else None,
                 scale_dtype=blocks.scale_dtype,
-                reuse_gram=reuse_grams,
+                reuse_gram=reuse_grams and not shared,
                 tokens=blocks.tokens.numel() if tokens is None else tokens,
             )
         except CompressError as error:
             raise CompressError(f"{prefix}{unit.name} cannot be rounded: {error}") from error
+        del gram
         if reuse_grams:
             for name in unit.linears:
                 del grams[name]

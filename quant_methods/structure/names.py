@@ -65,7 +65,8 @@ def names_of(tensors: Iterable[str], structure: Structure | None) -> Names:
     if structure is None or not structure.towers:
         return Names()
     every, stack = set(tensors), structure.layers.rpartition(".")[2]
-    first = [f"{stack}.{i}.{structure.names[0]}." for i in (0, structure.depth - 1)]
+    ends = (0, structure.depth - 1)
+    first = [f"{stack}.{i}.{structure.layer(i).names[0]}." for i in ends]
     modules = {name.rpartition(".")[0] + "." for name in every}
     found = sorted(
         {name.removesuffix(first[0]) for name in modules if name.endswith(first[0])}
@@ -74,7 +75,7 @@ def names_of(tensors: Iterable[str], structure: Structure | None) -> Names:
     whole = [
         prefix
         for prefix in found
-        if all(f"{prefix}{stack}.0.{linear}." in modules for linear in structure.names)
+        if all(f"{prefix}{stack}.0.{linear}." in modules for linear in structure.layer(0).names)
     ]
     if not whole:
         return Names()

@@ -118,9 +118,11 @@ class SmoothedDecoder:
         All its inputs then count alike.
         """
         kind = self.layers[index]
-        if self.everyone or name not in kind.routed or name not in self.grids[index]:
+        if self.everyone or name not in kind.routed:
             return 0
         inputs = kind.shapes[name][1]
+        if name not in self.grids[index]:  # it stays at 16 bits: any token will do
+            return 0 if tokens else inputs
         return inputs if tokens < enough_tokens(self.grids[index][name], inputs) else 0
 
     def vectors(self, index: int, alpha: float) -> dict[Fold, torch.Tensor]:

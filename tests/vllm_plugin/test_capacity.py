@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
-    FalconH1Config,
     Gemma3TextConfig,
     LlamaConfig,
-    Qwen3NextConfig,
+    Qwen3_5TextConfig,
 )
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
@@ -65,13 +64,12 @@ SMALL = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
         (LlamaConfig(num_hidden_layers=26, **SMALL), tuple(Fraction(n, 9) for n in (1, 2, 3))),
         (Gemma3TextConfig(num_hidden_layers=26, sliding_window=512, **SMALL), None),
         (Gemma3TextConfig(num_hidden_layers=26, sliding_window=512, **SMALL), (Fraction(1, 4),)),
-        (Qwen3NextConfig(num_hidden_layers=24, **SMALL), None),
-        (Qwen3NextConfig(num_hidden_layers=24, **SMALL), (Fraction(1, 8), Fraction(3, 8))),
-        (FalconH1Config(num_hidden_layers=8, **SMALL), (Fraction(1, 4),)),
+        (Qwen3_5TextConfig(num_hidden_layers=24, **SMALL), None),
+        (Qwen3_5TextConfig(num_hidden_layers=24, **SMALL), (Fraction(1, 8), Fraction(3, 8))),
     ],
     ids=[
         *("stock", "one level", "two levels", "padded levels", "sliding", "sliding and compressed"),
-        *("states", "states and two levels", "states in all layers"),
+        *("states", "states and two levels"),
     ],
 )
 def test_groups_and_block_bytes_are_those_of_vllm(

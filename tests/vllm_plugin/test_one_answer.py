@@ -28,6 +28,7 @@ KV: dict[str, str | None] = dict.fromkeys(FAMILIES | CACHES) | {
     "gemma4 text": "layers that differ in head_dim",
     "mamba 2": "layers of kinds linear_attention",
     "lfm2": "layers of kinds conv",
+    **dict.fromkeys(("granite 4", "nemotron h"), "layers of kinds linear_attention"),
     "jamba": "layers of kinds linear_attention",
     "qwen3 next": "layers of kinds linear_attention",
     "falcon h1": "layers of kinds hybrid",

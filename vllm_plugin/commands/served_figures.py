@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures of a running server, read from its Prometheus endpoint. Imports no vLLM."""
 
+import http.client
 import urllib.error
 import urllib.request
 from collections import defaultdict
@@ -93,7 +94,7 @@ def fetch(url: str) -> str:
             return str(answer.read().decode())
     except urllib.error.HTTPError as error:
         reason = f"HTTP {error.code}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
     raise CompressError(
         f"no metrics at {address}: {reason}; give the URL of the server, such as "

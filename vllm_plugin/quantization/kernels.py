@@ -101,7 +101,7 @@ def _described(config: VllmConfig, unit: _Unit) -> str:
     where = f"; {unit.layers}" if unit.layers else ""
     if unit.scheme is None:
         return f"vLLM's own, 16 bits{where}"
-    structure = known_structure(config.model_config.hf_text_config)
+    structure = known_structure(language_config(config.model_config.hf_config))
     if structure is not None and unit.linears[0] in structure.routed:
         return _experts_described(config, unit, structure) + where
     layer, bits = _layer(config, unit), unit.scheme["weights"].num_bits
@@ -129,6 +129,11 @@ def _experts_described(config: VllmConfig, unit: _Unit, structure: Structure) ->
         CompressError: Nothing does.
     """
     assert unit.scheme is not None
+    if config.parallel_config.enable_expert_parallel:
+        raise CompressError(
+            "quantized experts were never tested with --enable-expert-parallel; use "
+            "--tensor-parallel-size alone"
+        )
     weights, ranks = unit.scheme["weights"], config.parallel_config.tensor_parallel_size
     shapes: set[tuple[int, int]] = set()
     for name in unit.linears:

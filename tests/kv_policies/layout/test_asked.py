@@ -142,3 +142,13 @@ def test_more_than_is_served_is_an_error() -> None:
         BoundedLayout(16, 96, 16).asked(128)
     with pytest.raises(ValueError, match="asked for 64"):
         TokenLayout(16, Fraction(1, 4)).asked(64)
+
+
+def test_an_amount_that_there_is_not_is_what_is_served() -> None:
+    """What a request may ask for is checked by the engine that a process configured last."""
+    share = TokenLayout(32, Fraction(1, 4), window=64)
+    budget = BoundedLayout(32, 256, 64)
+    assert share.for_request(Fraction(1, 2)) is share and share.for_request(100) is share
+    assert budget.for_request(512) is budget and budget.for_request(Fraction(1, 8)) is budget
+    assert budget.for_request(1) is budget  # less than two windows
+    assert share.for_request(Fraction(1, 8)) == share.asked(Fraction(1, 8))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compress_common.errors import CompressError
 from quant_methods import memory, planning, texts
@@ -66,6 +66,20 @@ def test_written_weights_are_the_plans(
     assert config["quantization_config"]["vllm_compress"]["method"] == "smoothquant_plus"
     assert json.loads((target / "report.json").read_text()) == report
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
+
+
+def test_vectors_keep_their_type(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """As a router's bias must: its experts differ by less than 16 bits tell apart."""
+    source, target = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny_model("qwen2"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-4
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    quantize_checkpoint(source, target, PlanRequest(method="rtn", settings={"group_size": 64}))
+    written = Checkpoint(target)
+    ((_, norm),) = written.tensors(["model.norm.weight"])
+    assert norm.dtype == torch.float32
+    assert torch.equal(norm, tensors["model.norm.weight"])
 
 
 def test_an_interrupted_run_goes_on(

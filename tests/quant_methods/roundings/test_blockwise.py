@@ -14,7 +14,7 @@ from quant_methods.calibration.stages import Stages
 from quant_methods.formats.plan import Plan
 from quant_methods.methods.smoothquant_plus import SmoothQuantPlusSettings
 from quant_methods.parts import trim_heap
-from quant_methods.roundings.blockwise import round_blocks
+from quant_methods.roundings.blockwise import round_blocks, round_units, unit_grams
 from quant_methods.roundings.gptq import GPTQ
 from quant_methods.structure.derive import structure_of
 from tests.support.plans import TOKENS, load
@@ -50,6 +50,26 @@ def test_a_finished_block_leaves_its_codes_alone(
     round_blocks(plan, blocks, GPTQ(), by_unit=by_unit, progress=progress)
     assert len(alive) == 4
     assert alive[1:] == alive[:1] * 3
+
+
+@torch.no_grad()
+def test_units_that_read_one_input_do_not_spoil_its_gram(tiny_model: Callable[..., Path]) -> None:
+    """Cohere's attention and MLP both read the output of one norm."""
+    model = load(tiny_model("cohere"), torch.float32)
+    blocks = Blocks(model, structure_of(model.config), TOKENS)
+    plan = Plan("rtn", SmoothQuantPlusSettings(group_size=32).grids(model.config))
+    names = list(plan.layer_grids(blocks.prefix(0)))
+    with blocks.resident(0):
+        grams = unit_grams(plan, blocks, 0, blocks.inputs(), names)
+        assert grams["self_attn.q_proj"] is grams["mlp.gate_proj"]
+        apart = {name: gram.clone() for name, gram in grams.items()}
+        found = [
+            round_units(plan, blocks, 0, names, GPTQ(), *given, reuse_grams=reuse)
+            for given, reuse in (((grams,), True), ((apart,), False))
+        ]
+    for name, packed in found[0].items():
+        assert torch.equal(packed.words, found[1][name].words), name
+        assert torch.equal(packed.scale, found[1][name].scale), name
 
 
 def resident() -> int:

@@ -18,8 +18,16 @@ from tests.vllm_plugin.kv_cache.test_engine import assert_nothing_left, cached, 
 slow = pytest.mark.slow
 LENGTHS = [5, 33, 129, 300, 640, 1000]
 ENGINE = {"dtype": "float32", "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 1 << 28}
-ENGINES: dict[str, dict[str, Any]] = {"gpt_oss": ENGINE}
-FAMILIES = list(ENGINES)
+# One request at a time: stock vLLM on a CPU needs bfloat16 there, in which other batches give other
+# tokens. The block of a state is large.
+ALONE = {"dtype": "bfloat16", "max_num_seqs": 1, "max_num_batched_tokens": 2048}
+ENGINES: dict[str, dict[str, Any]] = {
+    "gpt_oss": ENGINE,
+    "qwen3_5": ENGINE | ALONE,
+    "qwen3_5_moe": ENGINE | ALONE,
+}
+HYBRIDS = ("qwen3_5", "qwen3_5_moe")
+FAMILIES = ["gpt_oss", "qwen3_5", pytest.param("qwen3_5_moe", marks=slow)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -36,8 +44,11 @@ def test_what_a_request_keeps(tiny_model: Callable[..., Path], family: str) -> N
         assert cached(same, number) == cached(stock, number)
     assert not any(same["freed"])
     assert tokens(ours) != tokens(stock)
-    assert max(freed or 0 for freed in ours["freed"]) > 10
-    assert cached(ours, 1)[-1] >= 0.69 * cached(stock, 1)[-1] > 0
+    if family in HYBRIDS:  # blocks are large, and no state is kept where a hit would end
+        assert max(freed or 0 for freed in ours["freed"]) > 0
+    else:
+        assert max(freed or 0 for freed in ours["freed"]) > 10
+        assert cached(ours, 1)[-1] >= 0.69 * cached(stock, 1)[-1] > 0
     assert ours["sinks"] == (1 if family == "gpt_oss" else 0)
     assert_nothing_left(same)
     assert_nothing_left(ours)
@@ -59,12 +70,17 @@ def test_keep_1_is_stock(tiny_model: Callable[..., Path], family: str, policy: s
 
 
 @slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_storm_leaves_nothing(tiny_model: Callable[..., Path], family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "blocks", "window"), [("gpt_oss", 60, {"decode_window": 64}), ("qwen3_5", 16, {})]
+)
+def test_a_storm_leaves_nothing(
+    tiny_model: Callable[..., Path], family: str, blocks: int, window: dict[str, Any]
+) -> None:
     model = tiny_model(family)
-    small: dict[str, Any] = ENGINES[family] | {"max_model_len": 700, "num_gpu_blocks_override": 60}
+    small = ENGINES[family] | {"max_model_len": 700, "num_gpu_blocks_override": blocks}
+    small |= {"max_num_seqs": 64}
     case = {
-        "kv": {"policy": "snap_kv", "keep": 0.25, "decode_window": 64},
+        "kv": {"policy": "snap_kv", "keep": 0.25} | window,
         "prompts": text_prompts(model, [40 + 97 * number % 460 for number in range(60)]),
         "engine": small,
         "max_tokens": 70,
