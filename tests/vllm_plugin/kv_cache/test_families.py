@@ -71,17 +71,22 @@ def test_keep_1_is_stock(tiny_model: Callable[..., Path], family: str, policy: s
 
 @slow
 @pytest.mark.parametrize(
-    ("family", "blocks", "window"), [("gpt_oss", 60, {"decode_window": 64}), ("qwen3_5", 16, {})]
+    ("family", "blocks", "longest", "window"),
+    [("gpt_oss", 60, 500, {"decode_window": 64}), ("qwen3_5", 24, 1300, {})],  # of 288 tokens
 )
 def test_a_storm_leaves_nothing(
-    tiny_model: Callable[..., Path], family: str, blocks: int, window: dict[str, Any]
+    tiny_model: Callable[..., Path],
+    family: str,
+    blocks: int,
+    longest: int,
+    window: dict[str, Any],
 ) -> None:
     model = tiny_model(family)
-    small = ENGINES[family] | {"max_model_len": 700, "num_gpu_blocks_override": blocks}
-    small |= {"max_num_seqs": 64}
+    small = ENGINES[family] | {"num_gpu_blocks_override": blocks, "max_num_seqs": 64}
+    small |= {"max_model_len": longest + 200}
     case = {
         "kv": {"policy": "snap_kv", "keep": 0.25} | window,
-        "prompts": text_prompts(model, [40 + 97 * number % 460 for number in range(60)]),
+        "prompts": text_prompts(model, [40 + 97 * number % (longest - 40) for number in range(60)]),
         "engine": small,
         "max_tokens": 70,
         "storm": 7,
