@@ -42,7 +42,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "r_kv": {},
     "expected_attention": {},
     "key_diff": {},
-    "key_diff_recent": {"policy": "key_diff", "recent": 0.125},
+    "key_diff_recent": {"name": "key_diff", "recent": 0.125},
     "recent": {},
 }
 THIRDS = ("early", "middle", "late")
@@ -157,7 +157,7 @@ def quality(options: Options, result: Result) -> None:
                     arguments = {"plugin": False, "kv_cache_dtype": "fp8"}
                 else:
                     window = 64 if options.smoke else WINDOW
-                    kv = {"policy": name} | POLICIES[name]
+                    kv = {"name": name} | POLICIES[name]
                     arguments = policy(**kv, budget=budget, decode_window=window)
                 _record(result, prefix, measure(prefix, arguments), full)
         for what in MEASURES if failed else ():
