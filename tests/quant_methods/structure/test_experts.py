@@ -4,12 +4,12 @@
 import functools
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from compress_common.errors import CompressError
@@ -22,6 +22,7 @@ from quant_methods.structure.experts import Experts, unstack
 from quant_methods.structure.prove import proved_folds
 from quant_methods.structure.structure import Structure
 from tests.conftest import EXPERT_MODELS, SHARED
+from tests.quant_methods.structure.test_structure import model_of
 
 TOKENS = torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(0))
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -52,21 +53,19 @@ SHARED_EXPERTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several threads cut products of other sizes in other places, and sum in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def config_of(name: str, **fields: Any) -> Any:
     kind, own = MIXTURES[name]
     tokens = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return getattr(transformers, kind)(**(SHARED | tokens | own | fields))
-
-
-def model_of(config: Any) -> torch.nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
 
 
 @pytest.mark.parametrize(
