@@ -20,7 +20,7 @@ from benchmarks.diffusion_speed import DiffusionEngine
 from benchmarks.engine import Engine, EngineFailed
 from benchmarks.gpu_models import SENSITIVE, SENSITIVE_TINY, llada, llama, made_up_bases
 from benchmarks.kv_engine import KVEngine, last_line, policy
-from benchmarks.models import random_llama
+from benchmarks.random_models import random_llama
 
 # (requests, tokens of each prompt, new tokens)
 DECODES = ((1, 2048, 64), (8, 2048, 64), (64, 480, 64))

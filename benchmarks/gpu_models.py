@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.common import Options, cache_folder
 from benchmarks.engine import in_process
 from benchmarks.kv_engine import save_made_up_bases
-from benchmarks.models import Size
+from benchmarks.random_models import Size
 
 if TYPE_CHECKING:
     from kv_policies.latents.format import Bits

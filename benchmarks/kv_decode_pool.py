@@ -14,7 +14,7 @@ from benchmarks.kv_engine import (
     policy,
     shape_of,
 )
-from benchmarks.models import TINY, random_llama
+from benchmarks.random_models import TINY, random_llama
 
 _PROMPT = 64
 

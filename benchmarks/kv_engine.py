@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import ROOT, Options, cache_folder
 from benchmarks.engine import Engine, EngineFailed, in_process
-from benchmarks.models import TINY, random_llama
+from benchmarks.random_models import TINY, random_llama
 from benchmarks.texts import opticks
 from kv_policies.budget.levels import exact
 from vllm_plugin.demo_model import demo_model_path

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.common import Options, Result, alternate, cache_folder
 from benchmarks.engine import in_process
-from benchmarks.models import bench_model
 from benchmarks.peers import PeersUnavailable, run_peer
+from benchmarks.random_models import bench_model
 from benchmarks.weights_judge import calibration_windows
 from benchmarks.weights_quality import GROUP, bench
 from compress_common.cache import cache_dir

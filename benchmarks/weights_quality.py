@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from benchmarks.common import Options, Result, cache_folder
 from benchmarks.engine import in_process
-from benchmarks.models import TINY, random_llama
 from benchmarks.peers import PeersUnavailable
+from benchmarks.random_models import TINY, random_llama
 from benchmarks.texts import opticks, reference
 from benchmarks.weights_judge import Bench, Contender, judge
 from benchmarks.weights_served import served

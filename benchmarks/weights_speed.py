@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import Options, Result, alternate, cache_folder
 from benchmarks.engine import Engine
-from benchmarks.models import bench_model, write_rtn
+from benchmarks.random_models import bench_model, write_rtn
 
 PROMPT, PREFILL = 32, 512
 BATCHES = {1: 24, 8: 24, 32: 16}  # requests at once -> tokens each

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.common import Options, Result, alternate, cache_folder
 from benchmarks.engine import Engine
-from benchmarks.models import TINY, bench_model, random_llama, write_rtn
+from benchmarks.random_models import TINY, bench_model, random_llama, write_rtn
 from vllm_plugin.demo_model import demo_model_path
 
 
