@@ -17,6 +17,7 @@ _COMPRESSED = (
 _KERNEL = "vllm.model_executor.kernels.linear"
 _LOADER = "vllm.model_executor.model_loader.default_loader:DefaultModelLoader"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
+_MANAGER_OF_WINDOWS = "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _UPDATE = ("layer", "key", "value", "kv_cache", "slot_mapping")
 _FORWARD = ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
@@ -65,6 +66,9 @@ SEAMS: dict[str, tuple[str, ...]] = {
     f"{_MANAGER}._remove_blocks_in_range": ("request_id", "first_block", "last_block"),
     f"{_MANAGER}.find_longest_cache_hit": (
         *("block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec"),
+    ),
+    f"{_MANAGER_OF_WINDOWS}.cache_blocks": (
+        *("request", "num_tokens", "retention_interval", "replay_boundaries"),
     ),
     "vllm.v1.attention.backend:AttentionBackend.validate_configuration": (
         *("head_size", "dtype", "kv_cache_dtype", "block_size", "use_mla", "has_sink"),
@@ -129,6 +133,11 @@ SEAMS: dict[str, tuple[str, ...]] = {
     # metrics/
     f"{_CONNECTOR}.base:KVConnectorBase_V1.__init__": ("vllm_config", "role", "kv_cache_config"),
     f"{_CONNECTOR}.base:KVConnectorBase_V1.bind_kv_cache_manager": ("kv_cache_manager",),
+    f"{_CONNECTOR}.base:KVConnectorBase_V1.get_num_new_matched_tokens": (
+        *("request", "num_computed_tokens"),
+    ),
+    f"{_CONNECTOR}.base:KVConnectorBase_V1.build_connector_meta": ("scheduler_output",),
+    f"{_SCHEDULER}._mamba_block_aligned_split": ("request", "num_new_tokens"),
     f"{_CONNECTOR}.base:KVConnectorBase_V1.get_kv_connector_stats": (),
     f"{_CONNECTOR}.base:KVConnectorBase_V1.build_kv_connector_stats": ("data",),
     f"{_CONNECTOR}.base:SupportsHMA.request_finished_all_groups": ("request", "block_ids"),

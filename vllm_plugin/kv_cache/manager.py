@@ -17,6 +17,7 @@ from vllm.v1.request import Request
 from kv_policies.layout.base import Layout
 from vllm_plugin.kv_cache.requests import asked, opts_out
 from vllm_plugin.kv_cache.spec import CompressedSpec
+from vllm_plugin.kv_cache.windows import WindowManager, WindowSpec
 
 
 class CompressedManager(FullAttentionManager):
@@ -142,10 +143,11 @@ class CompressedManager(FullAttentionManager):
 
 
 def register() -> None:
-    """Tell vLLM which manager serves compressed layers, in every process. May be called again."""
+    """Tell vLLM which managers serve our specs, in every process. May be called again."""
     # An entry of ours alone would make vLLM believe that its own were there already.
     register_all_kvcache_specs(None)
     KVCacheSpecRegistry.register(CompressedSpec, CompressedManager)
+    KVCacheSpecRegistry.register(WindowSpec, WindowManager)
 
 
 def _streamed(request_id: str) -> RuntimeError:

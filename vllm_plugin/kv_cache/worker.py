@@ -15,7 +15,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import with_gpu_sync_check
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 
 from compress_common.errors import joined
 from kv_policies.base import KVPolicy
@@ -33,6 +38,7 @@ from vllm_plugin.kv_cache.latent import latent_cache_type
 from vllm_plugin.kv_cache.quantized import FP8
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.support import layer_problems
+from vllm_plugin.kv_cache.windows import WindowSpec
 from vllm_plugin.settings import parse_settings
 from vllm_plugin.transient import reserve
 
@@ -54,7 +60,7 @@ class CompressedWorker(PlatformWorker):
         super().__init__(vllm_config, *args, **kwargs)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """The layout of each compressed layer; the specs of all others as they are."""
+        """The layout of each compressed layer, and windows that know it; others as they are."""
         specs = super().get_kv_cache_spec()
         context = self.vllm_config.compilation_config.static_forward_context
         full = {
@@ -101,7 +107,13 @@ class CompressedWorker(PlatformWorker):
         self._compressed = {
             name: CompressedSpec.of(specs[name], layouts[index]) for name, index in full.items()
         }
-        return specs | self._compressed
+        every = tuple(dict.fromkeys(layouts.values()))
+        windows = {
+            name: WindowSpec.of(spec, every)
+            for name, spec in specs.items()
+            if type(spec) is SlidingWindowSpec
+        }
+        return specs | windows | self._compressed
 
     def determine_available_memory(self) -> int:
         """What vLLM leaves for the cache, less what compaction takes beside it."""

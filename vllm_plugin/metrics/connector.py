@@ -6,14 +6,8 @@ Connectors are vLLM's typed channel from workers and scheduler to the metrics of
 
 from typing import Any
 
-import torch
 from vllm.config import KVTransferConfig, VllmConfig
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorMetadata,
-    KVConnectorRole,
-    SupportsHMA,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -22,9 +16,9 @@ from vllm.v1.request import Request
 from vllm_plugin.diffusion.activity import Activity as Denoising
 from vllm_plugin.diffusion.activity import Done as Denoised
 from vllm_plugin.kv_cache.activity import Activity, Done
-from vllm_plugin.kv_cache.junction import Junction
 from vllm_plugin.kv_cache.manager import CompressedManager
 from vllm_plugin.kv_cache.requests import asked, opts_out
+from vllm_plugin.kv_cache.states import StateConnector
 from vllm_plugin.metrics.prometheus import CompressMetrics, publish
 from vllm_plugin.metrics.stats import CompressStats
 from vllm_plugin.self_check import log_table
@@ -33,8 +27,8 @@ from vllm_plugin.settings import Settings, parse_settings
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
 
 
-class StatsConnector(KVConnectorBase_V1, SupportsHMA):
-    """Reports what compression did since the last step. It loads and saves nothing.
+class StatsConnector(StateConnector):
+    """Reports what compression did since the last step.
 
     The scheduler's instance counts requests and blocks, from the cache managers that free them. The
     worker's instance counts what was compacted or denoised, from the ``activity`` or ``denoising``
@@ -49,7 +43,6 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
         self.denoising: Denoising | None = None
         self._stats = CompressStats()
         self._managers: list[CompressedManager] = []
-        self._junction: Junction | None = None
         self._freed = 0
         self._gauges: dict[str, float] = {}
         self._peak = 0.0
@@ -83,9 +76,9 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
     # -- the scheduler's instance ----------------------------------------------------------------
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
         managers = kv_cache_manager.coordinator.single_type_managers
         self._managers = [one for one in managers if isinstance(one, CompressedManager)]
-        self._junction = Junction(managers)
 
     def _read_managers(self) -> None:
         freed = sum(manager.freed_blocks for manager in self._managers)
@@ -108,18 +101,14 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Count a request whose prompt was computed.
-
-        Returns:
-            False, None: the blocks may be freed at once, and the answer gets no parameters.
-        """
+        """Count a request whose prompt was computed."""
         if self._managers and request.num_computed_tokens >= request.num_prompt_tokens:
             reason = self._reason_to_skip(request)
             if reason is None:
                 self._stats.add("kv_eligible_requests", 1)
             else:
                 self._stats.add("kv_skipped_requests", 1, reason)
-        return False, None
+        return super().request_finished_all_groups(request, block_ids)
 
     def _reason_to_skip(self, request: Request) -> str | None:
         n = request.num_prompt_tokens
@@ -131,20 +120,6 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
         if any(layout.freed(n, request.num_computed_tokens) for layout in layouts):
             return None
         return "short_prompt" if n < layouts[0].min_prompt else "nothing_to_evict"
-
-    def get_num_new_matched_tokens(
-        self, request: Request, num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
-        """Find nothing elsewhere. Called before a request's first step, with the request."""
-        if self._junction is not None:
-            self._junction.tell(request)
-        return 0, False
-
-    def update_state_after_alloc(self, *args: Any) -> None:
-        pass
-
-    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
-        return _Nothing()
 
     # -- a worker's instance ---------------------------------------------------------------------
 
@@ -165,29 +140,6 @@ class StatsConnector(KVConnectorBase_V1, SupportsHMA):
         self._stats.add("diffusion_requests", done.requests)
         self._stats.add("diffusion_request_steps", done.steps_of)
 
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        pass
-
-    def has_connector_metadata(self) -> bool:
-        """Return False: attention then calls neither method below, twice a layer in each step."""
-        return False
-
-    def start_load_kv(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        pass
-
-    def save_kv_layer(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def wait_for_save(self) -> None:
-        pass
-
-
-class _Nothing(KVConnectorMetadata):
-    """The object that vLLM asks for in each step."""
-
 
 def report(config: VllmConfig, settings: Settings) -> None:
     """Have this engine report what it compresses.
@@ -202,14 +154,12 @@ def report(config: VllmConfig, settings: Settings) -> None:
     chosen = config.kv_transfer_config
     if not settings.metrics:
         log_table(config, settings)
+        states = config.model_config.is_hybrid and config.cache_config.enable_prefix_caching
+        if settings.kv is not None and states:
+            config.kv_transfer_config = _connected_by(StateConnector)
         return
     if chosen is None:
-        # A consumer would make the scheduler hold back blocks that are freed.
-        config.kv_transfer_config = KVTransferConfig(
-            kv_connector=StatsConnector.__name__,
-            kv_connector_module_path=__name__,
-            kv_role="kv_producer",
-        )
+        config.kv_transfer_config = _connected_by(StatsConnector)
         return
     children = chosen.kv_connector_extra_config.get("connectors", ())
     names = {chosen.kv_connector, *(child.get("kv_connector") for child in children)}
@@ -223,3 +173,10 @@ def report(config: VllmConfig, settings: Settings) -> None:
                 type(error).__name__,
                 error,
             )
+
+
+def _connected_by(kind: type[StateConnector]) -> KVTransferConfig:
+    # A consumer would make the scheduler hold back blocks that are freed.
+    return KVTransferConfig(
+        kv_connector=kind.__name__, kv_connector_module_path=kind.__module__, kv_role="kv_producer"
+    )
