@@ -71,6 +71,13 @@ _LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 128,  # vLLM's kernel for CPUs knows few sizes
     "linear_value_head_dim": 128,
 }
+_UNEQUAL: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 64,
+    "global_head_dim": 64,
+    "hidden_size_per_layer_input": 0,
+}
+_ONE_GLOBAL_HEAD = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 # Models whose attention or cache has something else beside. KV policies serve them.
 KV_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": (  # attention sinks, experts
@@ -82,6 +89,9 @@ KV_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
         },
     ),
+    # Other heads in full attention than in windows, so other blocks: larger ones, or smaller ones.
+    "gemma4": ("Gemma4TextConfig", _UNEQUAL | {"num_key_value_heads": 4, **_ONE_GLOBAL_HEAD}),
+    "gemma4_large": ("Gemma4TextConfig", _UNEQUAL),
     "qwen3_5": ("Qwen3_5TextConfig", _LINEAR),
     "qwen3_5_moe": (
         "Qwen3_5MoeTextConfig",

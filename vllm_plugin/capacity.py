@@ -29,6 +29,7 @@ from vllm_plugin.kv_fingerprint import (
     state_layers,
     unknown_kinds,
 )
+from vllm_plugin.page_sizes import block_sizes
 from vllm_plugin.settings import WeightSettings
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
@@ -59,12 +60,14 @@ class Group:
         layout: how they are compressed; None: they are not.
         window: their sliding window in tokens; None: full attention.
         state: they keep a state that fills a block, whatever a request's length.
+        scale: tokens of their blocks, as a multiple of the block size: see ``page_sizes``.
     """
 
     members: tuple[int, ...]
     layout: Layout | None = None
     window: int | None = None
     state: bool = False
+    scale: int = 1
 
     @property
     def layers(self) -> int:
@@ -143,7 +146,7 @@ def weight_footprint(
 
 
 def layer_token_bytes(config: Any, dtype: torch.dtype, cache_dtype: str = "auto") -> int:
-    """Compute the KV bytes of one token in one layer.
+    """Compute the KV bytes of one token in one layer with full attention.
 
     Args:
         config: the text model's.
@@ -214,8 +217,9 @@ def groups_of(config: Any, layouts: Mapping[int, Layout] | None) -> list[Group]:
     counts = [len(layers) for layers in kinds.values()]
     smallest, largest = min(counts), max(counts)
     size = largest if largest < smallest * 1.5 else smallest
+    scales = block_sizes(config, 1)
     return [
-        Group(tuple(layers[part::parts]), *kind)
+        Group(tuple(layers[part::parts]), *kind, scale=scales[layers[0] not in full])
         for kind, layers in kinds.items()
         for parts in [-(-len(layers) // size)]
         for part in range(parts)
@@ -232,7 +236,7 @@ def block_bytes(
 
     Args:
         groups: of ``groups_of``.
-        block_size: tokens per block.
+        block_size: tokens per block, of the layers whose tokens take most.
         token_bytes: of ``layer_token_bytes``.
         stages: the layers of each pipeline stage; None: one stage has all. All stages have as many
             blocks as the one where a block is largest, and that is where this is counted.
@@ -241,7 +245,8 @@ def block_bytes(
     if stages is not None:
         layers = [tuple(x for x in members if x in stage) for members in layers for stage in stages]
     most = max(map(len, layers))
-    return most * block_size * token_bytes
+    scales = [group.scale for group in groups if group.window is None and not group.state]
+    return most * block_size * next(iter(scales), 1) * token_bytes
 
 
 def request_blocks(
@@ -251,7 +256,7 @@ def request_blocks(
 
     Args:
         groups: of ``groups_of``.
-        block_size: tokens per block.
+        block_size: tokens per block, of the layers whose tokens take most.
         context: tokens of the request when it ends.
         prompt: how many of them are prompt. While the prompt is computed, all of it is stored.
         batch: most tokens of one step.
@@ -265,18 +270,16 @@ def request_blocks(
         )
     prefill = decoding = 0
     for group in groups:
+        size = block_size * group.scale
         if group.state:
             first = later = _STATES
         elif group.window:  # plus one, because a window can start inside a block
             first, later = (
-                min(-(-tokens // block_size), -(-(group.window - 1 + step) // block_size) + 1)
+                min(-(-tokens // size), -(-(group.window - 1 + step) // size) + 1)
                 for tokens, step in ((prompt, batch), (context, 1))
             )
         else:
-            first, later = (
-                -(-prompt // block_size),
-                _most_blocks(group.layout, block_size, prompt, context),
-            )
+            first, later = -(-prompt // size), _most_blocks(group.layout, size, prompt, context)
         prefill, decoding = prefill + first, decoding + later
     return RequestBlocks(max(prefill, decoding), decoding)
 

@@ -69,9 +69,8 @@ def kv_model_problems(
         "layers that share another layer's KV cache": bool(
             getattr(config, "num_kv_shared_layers", 0)
         ),
-        f"layers that differ in {', '.join(shapes)}, where every layer must have one shape": bool(
-            shapes
-        ),
+        f"layers with full attention that differ in {', '.join(shapes)}, where all must have one "
+        "shape": bool(shapes),
         SINKS: has_sinks(config) and policy is not None and not policy.serves_sinks,
         "ALiBi: a token that moves to another place would get another bias": _has_alibi(config),
     }

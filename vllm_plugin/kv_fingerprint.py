@@ -25,7 +25,7 @@ _HEX_DIGITS: Final = 64  # of a SHA-256
 
 
 def fingerprint_of(name: str, config: Any, weights: str | None = None) -> ModelFingerprint:
-    """Read the fingerprint of a decoder.
+    """Read the fingerprint of a decoder. Its heads are those of the layers with full attention.
 
     Args:
         name: for messages: a hub id or a folder.
@@ -34,23 +34,24 @@ def fingerprint_of(name: str, config: Any, weights: str | None = None) -> ModelF
         weights: SHA-256 of every tensor, see ``published_weights``; None: not known.
 
     Raises:
-        CompressError: the config lacks a size, or gives layers different sizes.
+        CompressError: the config lacks a size, or gives these layers different sizes.
     """
     if varying := shapes_per_layer(config):
         raise CompressError(
-            f"{name} has layers that differ in {', '.join(varying)}: it has no single shape of "
-            "attention"
+            f"{name} has layers with full attention that differ in {', '.join(varying)}: it has no "
+            "single shape of attention"
         )
-    heads = getattr(config, "num_attention_heads", None)
+    one = layer_configs(config)[next(iter(full_attention_layers(config)), 0)]
+    heads = getattr(one, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
-    head_dim = getattr(config, "head_dim", None)
+    head_dim = getattr(one, "head_dim", None)
     if head_dim is None and isinstance(heads, int) and isinstance(hidden, int):
         head_dim = hidden // heads
     sizes = {
         "num_hidden_layers": getattr(config, "num_hidden_layers", None),
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "num_key_value_heads": getattr(one, "num_key_value_heads", None) or heads,
         "head_dim": head_dim,
         "vocab_size": getattr(config, "vocab_size", None),
     }
@@ -64,15 +65,22 @@ def fingerprint_of(name: str, config: Any, weights: str | None = None) -> ModelF
         ) from error
 
 
-def shapes_per_layer(config: Any) -> list[str]:
-    """List the sizes of attention in which layers differ; empty where all have one shape.
+def layer_configs(config: Any) -> list[Any]:
+    """Return the config of each layer.
 
-    transformers raises an error where such a size is read from the config of the whole model.
+    transformers raises an error where a size in which layers differ is read from the config of the
+    whole model.
     """
-    if not getattr(config, "is_heterogeneous", False):
-        return []
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * config.num_hidden_layers
+
+
+def shapes_per_layer(config: Any) -> list[str]:
+    """List the sizes of attention in which layers with full attention differ."""
     sizes = ("head_dim", "num_key_value_heads", "num_attention_heads")
-    layers = config.per_layer_config
+    every = layer_configs(config)
+    layers = [every[index] for index in full_attention_layers(config)]
     return [name for name in sizes if len({getattr(layer, name, None) for layer in layers}) > 1]
 
 

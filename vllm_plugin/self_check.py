@@ -14,6 +14,7 @@ from vllm_plugin.capacity import Footprint, kv_footprint, requests_in_pool, weig
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.diffusion.support import diffusion_of
 from vllm_plugin.kv_cache.budget import layouts_of
+from vllm_plugin.page_sizes import full_block_size
 from vllm_plugin.quantization.cpu_int4 import resolve_activations
 from vllm_plugin.settings import KEY, Settings, WeightSettings
 
@@ -103,7 +104,9 @@ def layouts(config: VllmConfig, settings: Settings) -> Mapping[int, Layout] | No
         return None
     model = config.model_config
     text = language_config(model.hf_config)
-    return layouts_of(settings.kv, config.cache_config.block_size, model.model, text)
+    ranks = config.parallel_config.tensor_parallel_size
+    block_size = full_block_size(text, config.cache_config.block_size, ranks)
+    return layouts_of(settings.kv, block_size, model.model, text)
 
 
 def stages(config: VllmConfig) -> list[range]:

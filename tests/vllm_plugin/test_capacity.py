@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     LlamaConfig,
     Qwen3_5TextConfig,
 )
@@ -48,11 +49,15 @@ from vllm_plugin.capacity import (
     weight_footprint,
 )
 from vllm_plugin.kv_cache.spec import CompressedSpec
-from vllm_plugin.kv_fingerprint import full_attention_layers, state_layers
+from vllm_plugin.kv_cache.windows import WindowSpec
+from vllm_plugin.kv_fingerprint import full_attention_layers, layer_configs, state_layers
+from vllm_plugin.page_sizes import block_sizes
 from vllm_plugin.settings import WeightSettings
 
 BLOCK = 32
 SMALL = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+
+ONE_HEAD = SMALL | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 
 
 @pytest.mark.parametrize(
@@ -66,23 +71,27 @@ SMALL = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
         (Gemma3TextConfig(num_hidden_layers=26, sliding_window=512, **SMALL), (Fraction(1, 4),)),
         (Qwen3_5TextConfig(num_hidden_layers=24, **SMALL), None),
         (Qwen3_5TextConfig(num_hidden_layers=24, **SMALL), (Fraction(1, 8), Fraction(3, 8))),
+        (Gemma4TextConfig(num_hidden_layers=24, global_head_dim=64, **SMALL), (Fraction(1, 4),)),
+        (Gemma4TextConfig(num_hidden_layers=24, global_head_dim=32, **ONE_HEAD), (Fraction(1, 4),)),
     ],
     ids=[
         *("stock", "one level", "two levels", "padded levels", "sliding", "sliding and compressed"),
-        *("states", "states and two levels"),
+        *("states", "states and two levels", "larger heads", "fewer heads"),
     ],
 )
 def test_groups_and_block_bytes_are_those_of_vllm(
     config: LlamaConfig, shares: tuple[Fraction, ...] | None
 ) -> None:
     full = full_attention_layers(config)
+    full_size, window_size = block_sizes(config, BLOCK)
     layouts = shares and {
-        layer: TokenLayout(BLOCK, shares[at * len(shares) // len(full)])
+        layer: TokenLayout(full_size, shares[at * len(shares) // len(full)])
         for at, layer in enumerate(full)
     }
     specs: dict[str, KVCacheSpec] = {}
-    shape = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
-    for layer in range(config.num_hidden_layers):
+    for layer, one in enumerate(layer_configs(config)):
+        shape = {"num_kv_heads": one.num_key_value_heads, "head_size": one.head_dim}
+        shape |= {"block_size": BLOCK, "dtype": torch.bfloat16}
         spec = FullAttentionSpec(**shape)
         if layer in state_layers(config):
             size = {"shapes": ((64,),), "dtypes": (torch.float32,), "block_size": BLOCK}
@@ -90,12 +99,16 @@ def test_groups_and_block_bytes_are_those_of_vllm(
             specs[f"layers.{layer}.state"] = state
         elif layer not in full:
             spec = SlidingWindowSpec(**shape, sliding_window=512)
+            if layouts:
+                spec = WindowSpec.of(spec, tuple(layouts.values()), window_size)
         if layer in full and layouts:
             spec = CompressedSpec.of(spec, layouts[layer])
         if layer in full or layer not in state_layers(config):
             specs[f"layers.{layer}"] = spec
     theirs_config = VllmConfig()
     theirs_config.cache_config.kv_cache_layout = "LBHNC"
+    pages = {spec.page_size_bytes for spec in specs.values()}
+    assert len(pages) == 1, "vLLM would change the size of blocks"
     theirs = get_kv_cache_groups(theirs_config, specs)
     ours = groups_of(config, layouts)
     members = [{int(name.split(".")[1]) for name in group.layer_names} for group in theirs]

@@ -25,7 +25,6 @@ INT4 = {"group_size": 32, "calibration": {"samples": 1, "length": 16}}
 # What all of them must say of each family: a part of the reason, or None for "accepted".
 KV: dict[str, str | None] = dict.fromkeys(FAMILIES | CACHES) | {
     "mistral windowed": "no layer with full attention",
-    "gemma4 text": "layers that differ in head_dim",
     "mamba 2": "layers of kinds linear_attention",
     "lfm2": "layers of kinds conv",
     **dict.fromkeys(("granite 4", "nemotron h"), "layers of kinds linear_attention"),

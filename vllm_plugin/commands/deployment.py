@@ -28,9 +28,15 @@ from vllm_plugin.capacity import (
     weight_footprint,
 )
 from vllm_plugin.commands.common import Problems
-from vllm_plugin.compatibility import drop_wide_window, model_length, refuse_diffusion
+from vllm_plugin.compatibility import (
+    drop_wide_window,
+    kv_model_problems,
+    model_length,
+    refuse_diffusion,
+)
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_fingerprint import state_layers, unknown_kinds
+from vllm_plugin.page_sizes import full_block_size
 from vllm_plugin.settings import Settings, no_method_problem, parse_settings
 
 _CUDA_BLOCK = 16  # vLLM's default
@@ -225,4 +231,6 @@ def _layouts(
     if settings.kv is None:
         return None
     settings.kv.build()
-    return layouts_of(settings.kv, block_size, model, config)
+    if problems := kv_model_problems(config, settings.kv.capabilities):
+        raise joined(problems)
+    return layouts_of(settings.kv, full_block_size(config, block_size), model, config)

@@ -22,8 +22,8 @@ class CompressedSpec(FullAttentionSpec):
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, layout: Layout) -> "CompressedSpec":
-        """The same cache with a layout."""
-        return replace_as(spec, cls, layout=layout)
+        """The same cache with a layout, in the blocks of that layout."""
+        return replace_as(spec, cls, layout=layout, block_size=layout.block_size)
 
     @classmethod
     def merge(cls, specs: Sequence[KVCacheSpec]) -> "CompressedSpec":

@@ -32,6 +32,7 @@ from vllm_plugin.kv_cache.latent import latent_problems, no_latents, rope_of
 from vllm_plugin.kv_cache.quantized import FP8
 from vllm_plugin.kv_cache.requests import KVRequestCheck, UncachedKVRequestCheck
 from vllm_plugin.kv_fingerprint import HYBRIDS, full_attention_layers
+from vllm_plugin.page_sizes import full_block_size
 from vllm_plugin.settings import KVSettings
 
 _CPU_BLOCK = 32
@@ -104,7 +105,9 @@ def _layouts(settings: KVSettings, config: VllmConfig) -> Mapping[int, Layout]:
     """Make the layouts, or raise what rules them out."""
     model = config.model_config
     text = language_config(model.hf_config)
-    made = layouts_of(settings, config.cache_config.block_size, model.model, text)
+    ranks = config.parallel_config.tensor_parallel_size
+    block_size = full_block_size(text, config.cache_config.block_size, ranks)
+    made = layouts_of(settings, block_size, model.model, text)
     longest = model.max_model_len
     if settings.budget and not any(each.freed(longest, longest) for each in made.values()):
         raise CompressError(

@@ -23,9 +23,11 @@ class WindowSpec(SlidingWindowSpec):
     layouts: tuple[Layout, ...]
 
     @classmethod
-    def of(cls, spec: SlidingWindowSpec, layouts: tuple[Layout, ...]) -> "WindowSpec":
-        """The same cache beside these layouts."""
-        return replace_as(spec, cls, layouts=layouts)
+    def of(
+        cls, spec: SlidingWindowSpec, layouts: tuple[Layout, ...], block_size: int
+    ) -> "WindowSpec":
+        """The same cache beside these layouts, in blocks of so many tokens."""
+        return replace_as(spec, cls, layouts=layouts, block_size=block_size)
 
 
 class WindowManager(SlidingWindowManager):

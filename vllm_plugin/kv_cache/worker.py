@@ -39,6 +39,7 @@ from vllm_plugin.kv_cache.quantized import FP8
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.support import layer_problems
 from vllm_plugin.kv_cache.windows import WindowSpec
+from vllm_plugin.page_sizes import block_sizes
 from vllm_plugin.settings import parse_settings
 from vllm_plugin.transient import reserve
 
@@ -85,9 +86,11 @@ class CompressedWorker(PlatformWorker):
         if problems:
             raise joined(problems)
         model = self.model_config
-        layouts = layouts_of(
-            settings, self.cache_config.block_size, model.model, language_config(model.hf_config)
+        text = language_config(model.hf_config)
+        full_size, window_size = block_sizes(
+            text, self.cache_config.block_size, self.parallel_config.tensor_parallel_size
         )
+        layouts = layouts_of(settings, full_size, model.model, text)
         self.settings, self.policy = settings, settings.build()
         self._counts_segments = counting_layer(layouts) in self._stage
         self._layers = len(layouts)
@@ -102,14 +105,14 @@ class CompressedWorker(PlatformWorker):
             len(specs),
             one.compacted_from,
             describe_windows(self.policy, one.window),
-            self.cache_config.block_size,
+            one.block_size,
         )
         self._compressed = {
             name: CompressedSpec.of(specs[name], layouts[index]) for name, index in full.items()
         }
         every = tuple(dict.fromkeys(layouts.values()))
         windows = {
-            name: WindowSpec.of(spec, every)
+            name: WindowSpec.of(spec, every, window_size)
             for name, spec in specs.items()
             if type(spec) is SlidingWindowSpec
         }
@@ -123,7 +126,8 @@ class CompressedWorker(PlatformWorker):
     def _transient(self) -> int:
         """The most bytes that compaction takes: in one layer, and for what is observed in all."""
         longest, bases = self.model_config.max_model_len, self._bases
-        block_size = self.cache_config.block_size
+        sizes = (spec.block_size for spec in self._compressed.values())
+        block_size = next(sizes, self.cache_config.block_size)
         prompt, prompts = -(-longest // block_size) * block_size, self._partial_prompts
         needed, observed = [0], 0
         for name, spec in self._compressed.items():

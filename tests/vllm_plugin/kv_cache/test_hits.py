@@ -86,7 +86,7 @@ def make(configs: dict[str, VllmConfig]) -> Make:
         beside: KVCacheSpec
         if kind == "windows":
             beside = SlidingWindowSpec(block_size=block, sliding_window=2 * block - 3, **SHAPE)
-            beside = beside if engine == "stock" else WindowSpec.of(beside, every)
+            beside = beside if engine == "stock" else WindowSpec.of(beside, every, block)
         else:
             beside = MambaSpec(
                 block_size=block,
