@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks.common import Options, Part, Result, main
 from benchmarks.engine import Engine
 from benchmarks.kv_engine import BLOCK, computed_dtype, contender
-from benchmarks.models import HYBRIDS, random_hybrid
+from benchmarks.random_models import HYBRIDS, random_hybrid
 
 KEEP = 0.25
 STATES = ("qwen3_5",)
