@@ -6,54 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from vllm import SamplingParams, TokensPrompt
-from vllm.config import VllmConfig
 from vllm.v1.request import Request
-from vllm.v1.sample.logits_processor import (
-    BatchUpdate,
-    LogitsProcessor,
-    process_dict_updates,
-)
 
 from benchmarks.engine_child import Child
-
-FORCED = "forced"  # key of SamplingParams.extra_args: the token ids to be sampled, in order
-FREE = -1  # in place of a token id: the model samples it
-
-
-class ForcedTokens(LogitsProcessor):
-    """Samples the tokens that a request lists, one a step; others are not touched.
-
-    Log-probabilities are taken before this (``logprobs_mode`` is raw by default), so they are what
-    the model thinks of the text it is made to write.
-    """
-
-    def __init__(self, config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        # Row -> (tokens to be sampled, tokens sampled so far; vLLM appends to the latter).
-        self._rows: dict[int, tuple[list[int], list[int]]] = {}
-
-    def is_argmax_invariant(self) -> bool:
-        return False
-
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self._rows, batch_update, self._row)
-
-    @staticmethod
-    def _row(
-        params: SamplingParams, prompt: list[int] | None, output: list[int]
-    ) -> tuple[list[int], list[int]] | None:
-        forced = (params.extra_args or {}).get(FORCED)
-        return (forced, output) if forced else None
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        for row, (forced, output) in self._rows.items():
-            # The row of a chunk that does not end the prompt is sampled too, and thrown away.
-            token = forced[min(len(output), len(forced) - 1)]
-            if token != FREE:
-                logits[row].fill_(-torch.inf)
-                logits[row, token] = 0
-        return logits
+from vllm_plugin.commands.judging import forced_tokens
 
 
 class KVChild(Child):
@@ -162,33 +119,8 @@ class KVChild(Child):
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def forced_nats(self, windows: list[list[int]], context: int) -> list[list[float]]:
-        """Negative log-likelihood of each token after the first ``context``, measured in decode.
-
-        Log-probabilities of a prompt would all be those of the full cache: it is compacted at its
-        end. The engine needs ``logits_processors=[FORCED_TOKENS]``.
-        """
-        sampling = [
-            SamplingParams(
-                temperature=0,
-                max_tokens=len(window) - context,
-                ignore_eos=True,
-                logprobs=0,  # the sampled token's only
-                detokenize=False,
-                extra_args={FORCED: window[context:]},
-            )
-            for window in windows
-        ]
-        inputs = [TokensPrompt(prompt_token_ids=window[:context]) for window in windows]
-        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
-        return [
-            [
-                -position[token].logprob
-                for token, position in zip(
-                    window[context:], output.outputs[0].logprobs, strict=True
-                )
-            ]
-            for window, output in zip(windows, outputs, strict=True)
-        ]
+        """See ``forced_tokens``. The engine needs ``logits_processors=[FORCED_TOKENS]``."""
+        return forced_tokens.forced_nats(self.llm, windows, context)
 
     def grown(
         self, requests: list[tuple[list[int], list[int]]], at_once: int = 1
@@ -208,15 +140,8 @@ class KVChild(Child):
         for prompt, forced in requests:
             self.requests += 1
             names.append(str(self.requests))
-            sampling = SamplingParams(
-                temperature=0,
-                max_tokens=len(forced),
-                ignore_eos=True,
-                logprobs=0,
-                detokenize=False,
-                extra_args={FORCED: forced},
-            )
-            self.engine.add_request(names[-1], TokensPrompt(prompt_token_ids=prompt), sampling)
+            given = TokensPrompt(prompt_token_ids=prompt)
+            self.engine.add_request(names[-1], given, forced_tokens.forcing(forced))
         if at_once > 1:
             self._resume(dict(zip(names, requests, strict=True)), at_once)
         done: dict[str, Any] = {}
@@ -231,10 +156,7 @@ class KVChild(Child):
         return [
             {
                 "tokens": list(one.token_ids)[1:],
-                "nats": [
-                    -position[token].logprob
-                    for token, position in zip(one.token_ids, one.logprobs, strict=True)
-                ][1:],
+                "nats": forced_tokens.nats(one)[1:],
                 "peak_blocks": peaks[name],
             }
             for name, one in zip(names, made, strict=True)

@@ -8,7 +8,6 @@ are those of resumed requests, and ``resumed_minus_decoded_nats`` says that this
 """
 
 import random
-import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from tqdm import tqdm
 
 from benchmarks.common import Options, Result
 from benchmarks.engine import in_process
-from benchmarks.kv_child import FREE
 from benchmarks.kv_engine import (
     BLOCK,
     FORCED_TOKENS,
@@ -28,8 +26,10 @@ from benchmarks.kv_engine import (
     policy,
     reported,
 )
-from benchmarks.kv_prompts import ASK_NEEDLE, CITIES, FILLER, NEEDLE
+from benchmarks.kv_prompts import ASK_NEEDLE, CITIES, NEEDLE
 from benchmarks.texts import opticks
+from vllm_plugin.commands.judging.forced_tokens import FREE
+from vllm_plugin.commands.judging.questions import FILLER, is_answered
 from vllm_plugin.demo_model import demo_model_path
 
 BUDGETS = (512, 256, 1024)  # the most telling first
@@ -214,11 +214,10 @@ class _Measure:
                 self._tokenizer.decode(answer["tokens"][begin - text :][: self._sizes.answer])
                 for _, begin in questions
             ]
-            numbers = [re.search(r"\d+", text) for text in said]
             recalled.append(
                 [
-                    found is not None and found.group() == number
-                    for found, (number, _) in zip(numbers, questions, strict=True)
+                    is_answered(text, number)
+                    for text, (number, _) in zip(said, questions, strict=True)
                 ]
             )
             self._result.details.setdefault(f"{name}_answers", []).append(said)

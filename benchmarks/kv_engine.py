@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 BLOCK = 32  # tokens, for all contenders: vLLM's own default for CPUs is 128
 POLICIES = ("prefix_kv", "snap_kv", "key_diff", "recent", "cskv", "fp8")
-FORCED_TOKENS = "benchmarks.kv_child:ForcedTokens"
+FORCED_TOKENS = "vllm_plugin.commands.judging.forced_tokens:ForcedTokens"
 _MOST_IN_4_BITS = 0.28  # of the cache's bytes: all numbers of the demo model
 _REVISION = 5  # raise it when profiles are made differently
 

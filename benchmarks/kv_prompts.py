@@ -2,35 +2,17 @@
 """Prompts with something to remember, and windows of a book: tokens for ``kv_quality``."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.texts import opticks
+from vllm_plugin.commands.judging import questions
+from vllm_plugin.commands.judging.questions import Question, ask_for_keys, encode, hide
 
-# The demo model recalls what it read among these sentences; in a book it loses some of it.
-FILLER = (
-    " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-)
-PASS_KEY = " The pass key is {}. Remember it."
-ASK_PASS_KEY = " What is the pass key? The pass key is"
-# Other ways to say and to ask for such a key: that it has to be remembered is not said.
-WORDINGS = {
-    "locker": (
-        " Bob's locker combination: {}.",
-        " What is Bob's locker combination? Bob's locker combination:",
-    ),
-    "record": (
-        ' {{"user": "bob", "locker": "{}", "floor": 2}}',
-        ' The record of bob again: {"user": "bob", "locker": "',
-    ),
-    "dialogue": (
-        ' "What was the number of the taxi?" asked Anna. "It was {}," said Tom.',
-        ' Anna asked Tom again for the number of the taxi. "The number of the taxi was',
-    ),
-}
+# Wordings of a key beside the pass key.
+WORDINGS = tuple(name for name in questions.WORDINGS if name != "passkey")
 NEEDLE = " The secret number of {} is {}. Remember it."
 ASK_NEEDLE = " What is the secret number of {0}? The secret number of {0} is"
 CITIES = ("Paris", "London", "Rome", "Berlin", "Madrid", "Vienna", "Tokyo", "Cairo")
@@ -58,16 +40,6 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt, and the digits that must come first in its continuation."""
-
-    prompt: list[int]
-    answer: str
-    length: int
-    depth: float
-
-
-@dataclass(frozen=True)
 class Material:
     """``questions`` by name: passkey, those of the wordings, needles."""
 
@@ -82,38 +54,21 @@ def material(model: Path, sizes: Sizes, seed: int) -> Material:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     draw = random.Random(seed)
-    known = {"passkey": (PASS_KEY, ASK_PASS_KEY)} | {n: WORDINGS[n] for n in sizes.wordings}
-    questions: dict[str, list[Question]] = {name: [] for name in known}
-    for name, (fact, ask) in known.items():
-        for _, length, depth in product(range(sizes.prompts), sizes.lengths, sizes.depths):
-            key = str(draw.randrange(10_000, 100_000))
-            prompt = _hide(tokenizer, length, [(depth, fact.format(key))], ask)
-            questions[name].append(Question(prompt, key, length, depth))
+    places = list(product(sizes.lengths, sizes.depths)) * sizes.prompts
+    keys = {
+        wording: ask_for_keys(tokenizer, wording, places, draw)
+        for wording in ("passkey", *sizes.wordings)
+    }
     needles = []
     depths = [(index + 0.5) / sizes.needles for index in range(sizes.needles)]
     for _, length, asked in product(range(sizes.prompts), sizes.needle_lengths, range(len(depths))):
         cities = draw.sample(CITIES, sizes.needles)
         numbers = [str(number) for number in draw.sample(range(1000, 10_000), sizes.needles)]
         facts = [NEEDLE.format(*pair) for pair in zip(cities, numbers, strict=True)]
-        question = ASK_NEEDLE.format(cities[asked])
-        prompt = _hide(tokenizer, length, list(zip(depths, facts, strict=True)), question)
-        needles.append(Question(prompt, numbers[asked], length, depths[asked]))
-    return Material(questions | {"needles": needles}, _windows(tokenizer, sizes))
-
-
-def _hide(
-    tokenizer: Any, length: int, facts: Sequence[tuple[float, str]], question: str
-) -> list[int]:
-    """``length`` tokens of filler with each fact after its share of them, and the question."""
-    filler = tokenizer.encode(FILLER)
-    filler = (filler * (length // len(filler) + 1))[:length]
-    prompt: list[int] = []
-    at = 0
-    for depth, fact in facts:
-        stop = int(depth * length)
-        prompt += filler[at:stop] + tokenizer.encode(fact)
-        at = stop
-    return prompt + filler[at:] + tokenizer.encode(question)
+        ask = encode(tokenizer, ASK_NEEDLE.format(cities[asked]))
+        told = hide(tokenizer, length, list(zip(depths, facts, strict=True)))
+        needles.append(Question(told, ask, numbers[asked], length, depths[asked]))
+    return Material(keys | {"needles": needles}, _windows(tokenizer, sizes))
 
 
 def _windows(tokenizer: Any, sizes: Sizes) -> list[list[int]]:

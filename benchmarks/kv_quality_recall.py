@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recall and loss of each policy at each keep share: one engine at a time, the same prompts."""
 
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from tqdm import tqdm
 from benchmarks.common import Options, Result
 from benchmarks.engine import in_process
 from benchmarks.kv_engine import BLOCK, FORCED_TOKENS, POLICIES, KVEngine, contender, reported
-from benchmarks.kv_prompts import Material, Question, Sizes, material
+from benchmarks.kv_prompts import Material, Sizes, material
+from vllm_plugin.commands.judging.questions import ANSWER_TOKENS, Question, is_answered
 from vllm_plugin.demo_model import demo_model_path
 
 KEEPS = (0.50, 0.25, 0.10)
@@ -24,7 +24,6 @@ ROWS = (*POLICIES, *NEWER, "snap_kv_profile", "snap_kv_fp8", "cskv_16bit", "cskv
 KEEPS_OF = {"cskv": (*KEEPS, 0.20, 0.14), "cskv_16bit": (0.25, 0.20), "cskv_halves": (0.20,)}
 SMOKE_SIZES = Sizes((160,), (0.5,), (160,), 2, 1, 2, 160, 8)
 SMOKE_ROWS = ("fp8", "snap_kv_025")
-_ANSWER_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -142,11 +141,11 @@ class Measure:
         self, engine: KVEngine, name: str, what: str, questions: list[Question]
     ) -> list[bool]:
         prompts = [question.prompt for question in questions]
-        texts = engine.ask("complete", prompts=prompts, tokens=_ANSWER_TOKENS)
-        recalled = []
-        for question, text in zip(questions, texts, strict=True):
-            number = re.search(r"\d+", text)
-            recalled.append(number is not None and number.group() == question.answer)
+        texts = engine.ask("complete", prompts=prompts, tokens=ANSWER_TOKENS)
+        recalled = [
+            is_answered(text, question.answer)
+            for question, text in zip(questions, texts, strict=True)
+        ]
         self._result.details[f"{name}_{what}_answers"] = [
             {"length": q.length, "depth": q.depth, "answer": q.answer, "text": text, "right": right}
             for q, text, right in zip(questions, texts, recalled, strict=True)
