@@ -12,6 +12,8 @@ from torch import nn
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.v1.worker.gpu_worker import Worker  # CPUWorker inherits load_model from it
 
+from vllm_plugin.commands.judging.figures import token_nats
+
 
 class Child:
     """One engine and what can be asked of it; every method returns plain values."""
@@ -77,10 +79,7 @@ class Child:
         prompts = [TokensPrompt(prompt_token_ids=window) for window in windows]
         outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         return [
-            [
-                -position[token].logprob
-                for token, position in zip(window[1:], output.prompt_logprobs[1:], strict=True)
-            ]
+            token_nats(window[1:], output.prompt_logprobs[1:])
             for window, output in zip(windows, outputs, strict=True)
         ]
 

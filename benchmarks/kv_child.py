@@ -11,6 +11,7 @@ from vllm.v1.request import Request
 
 from benchmarks.engine_child import Child
 from vllm_plugin.commands.judging import forced_tokens
+from vllm_plugin.commands.judging.figures import token_nats
 
 
 class KVChild(Child):
@@ -156,7 +157,7 @@ class KVChild(Child):
         return [
             {
                 "tokens": list(one.token_ids)[1:],
-                "nats": forced_tokens.nats(one)[1:],
+                "nats": token_nats(one.token_ids, one.logprobs)[1:],
                 "peak_blocks": peaks[name],
             }
             for name, one in zip(names, made, strict=True)

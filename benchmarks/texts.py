@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts that come with what vLLM requires: Newton's Opticks, and Python's language reference."""
+"""A text that comes with what vLLM requires: Newton's Opticks."""
 
 import importlib.util
 from pathlib import Path
-from pydoc_data.topics import topics
 
 _PACKAGE, _FILE = "tvm_ffi", "3rdparty/libbacktrace/Isaac.Newton-Opticks.txt"
 
@@ -16,8 +15,3 @@ def opticks() -> tuple[str, str]:
         raise FileNotFoundError(f"the text {_FILE} of the package apache-tvm-ffi")
     content = book.read_text(encoding="utf-8", errors="replace")
     return content[: len(content) // 2], content[len(content) // 2 :]
-
-
-def reference() -> str:
-    """Technical prose of today: the language reference that ``help()`` of Python shows."""
-    return "\n\n".join(topics[name] for name in sorted(topics))

@@ -19,6 +19,7 @@ from vllm_plugin.commands.common import err
 from vllm_plugin.commands.demo_model import demo_model
 from vllm_plugin.commands.doctor import doctor
 from vllm_plugin.commands.evaluate import evaluate_models
+from vllm_plugin.commands.evaluate_kv import evaluate_kv_settings
 from vllm_plugin.commands.methods import list_methods
 from vllm_plugin.commands.plan import plan
 from vllm_plugin.commands.profile import profile
@@ -68,6 +69,7 @@ app.command()(doctor)
 app.command()(status)
 app.command()(ray_serve)
 app.command("eval")(evaluate_models)
+app.command("eval-kv")(evaluate_kv_settings)
 app.command("methods")(list_methods)
 app.command("demo-model")(demo_model)
 

@@ -68,6 +68,11 @@ class Problems:
             self.found += error.problems
             return None
 
+    def raise_found(self) -> None:
+        """Raise one CompressError that lists what was found, if anything was."""
+        if self.found:
+            raise joined(self.found)
+
 
 def json_object(option: str, text: str) -> dict[str, Any]:
     """Return the object that an option has.

@@ -4,13 +4,8 @@
 A model is named ``FOLDER_OR_ID``, or ``FOLDER_OR_ID@METHOD`` to quantize it while it loads.
 """
 
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +14,8 @@ from typing import Any
 from compress_common.errors import CompressError
 from quant_methods.checkpoint import Checkpoint, resolve
 from quant_methods.progress import Progress, silent
+from vllm_plugin.commands.judging.figures import paired, token_nats
+from vllm_plugin.commands.judging.process import answer, in_process
 
 _DECODE_TOKENS = 32
 _KV_CACHE_BYTES = 1 << 29  # fixed, so that it can be told from weights
@@ -94,7 +91,8 @@ def evaluate(
                 "perplexities cannot be compared; evaluate them separately"
             )
         reference = tokens
-        measured = _in_process(
+        measured = in_process(
+            __name__,
             {
                 "model": str(folder),
                 "tokens": tokens,
@@ -130,27 +128,6 @@ def evaluate(
     return results
 
 
-def paired(nats: list[list[float]], base: list[list[float]]) -> tuple[float, float | None]:
-    """Return the mean difference per token of two models, and its standard error.
-
-    The error is that of the means of windows. Tokens of one window depend on each other, so an
-    error over tokens would be too small.
-
-    Args:
-        nats: Negative log-likelihood of each token of each window, all windows of one length.
-        base: The same tokens, by the model that is compared with.
-
-    Returns:
-        The error is None with fewer than two windows.
-    """
-    means = [
-        statistics.fmean(a - b for a, b in zip(window, others, strict=True))
-        for window, others in zip(nats, base, strict=True)
-    ]
-    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
-    return statistics.fmean(means), error
-
-
 def as_rows(results: list[Evaluation]) -> list[dict[str, Any]]:
     """Return rows that can be written as JSON."""
     return [asdict(result) for result in results]
@@ -169,27 +146,6 @@ def _windows(folder: Path, text: Path, windows: int, length: int) -> list[list[i
         )
     stride = len(ids) // windows
     return [ids[i * stride : i * stride + length] for i in range(windows)]
-
-
-def _in_process(request: dict[str, Any], name: str) -> dict[str, Any]:
-    """Run ``_serve`` in a new process, so that memory is measured from a clean start."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        process = subprocess.run(
-            [sys.executable, "-m", __name__, str(answer)],
-            input=json.dumps(request),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={"VLLM_LOGGING_LEVEL": "ERROR"}
-            | os.environ
-            | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        )
-        if not answer.is_file():
-            lines = [line for line in process.stdout.splitlines() if line.strip()]
-            reason = next((x for x in reversed(lines) if "Error" in x), "\n".join(lines[-5:]))
-            raise CompressError(f"{name} cannot be served: {reason}")
-        return json.loads(answer.read_text(encoding="utf-8"))
 
 
 def _resident() -> int:
@@ -216,10 +172,7 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
     outputs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     prefill = sum(map(len, request["tokens"])) / (time.perf_counter() - started)
     nats = [
-        [
-            -position[token].logprob
-            for token, position in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
-        ]
+        token_nats(ids[1:], output.prompt_logprobs[1:])
         for output, ids in zip(outputs, request["tokens"], strict=True)
     ]
     short = [TokensPrompt(prompt_token_ids=ids[:16]) for ids in request["tokens"]]
@@ -236,4 +189,4 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(_serve(json.load(sys.stdin))), encoding="utf-8")
+    answer(_serve)

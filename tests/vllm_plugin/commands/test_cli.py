@@ -189,7 +189,7 @@ def test_eval_names_models_at_80_columns() -> None:
 
 def test_the_error_of_eval_is_that_of_windows() -> None:
     """Tokens of a window that all shift together are one observation."""
-    from vllm_plugin.commands.evaluation import paired
+    from vllm_plugin.commands.judging.figures import paired
 
     base = [[1.0, 2.0, 3.0, 4.0]] * 3
     shifted = [[value + shift for value in base[0]] for shift in (0.1, 0.2, 0.6)]

@@ -15,6 +15,8 @@ from vllm.v1.sample.logits_processor import (
     process_dict_updates,
 )
 
+from vllm_plugin.commands.judging.figures import token_nats
+
 FORCED: Final = "forced"  # key of SamplingParams.extra_args: the token ids to be sampled, in order
 FREE: Final = -1  # in place of a token id: the model samples it
 
@@ -77,12 +79,6 @@ def generate(llm: LLM, requests: list[tuple[list[int], list[int]]]) -> list[Any]
     return [made.outputs[0] for made in llm.generate(prompts, sampling, use_tqdm=False)]
 
 
-def nats(output: Any) -> list[float]:
-    """Return the negative log-likelihood of each token of an output of ``generate``."""
-    pairs = zip(output.token_ids, output.logprobs, strict=True)
-    return [-position[token].logprob for token, position in pairs]
-
-
 def forced_nats(llm: LLM, windows: list[list[int]], context: int) -> list[list[float]]:
     """Return the negative log-likelihood of each token behind a prompt, measured in decode.
 
@@ -92,4 +88,4 @@ def forced_nats(llm: LLM, windows: list[list[int]], context: int) -> list[list[f
         context: how many of each window are its prompt.
     """
     requests = [(window[:context], window[context:]) for window in windows]
-    return [nats(output) for output in generate(llm, requests)]
+    return [token_nats(output.token_ids, output.logprobs) for output in generate(llm, requests)]

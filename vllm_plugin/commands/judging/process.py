@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines in processes of their own: memory and plugins of one are kept out of the next."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compress_common.errors import CompressError
+
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def in_process(module: str, request: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return what a module answers to a request. It is run with ``python -m``.
+
+    Args:
+        module: calls ``answer`` when it is run.
+        request: can be written as JSON.
+        name: of what is served, for the message.
+
+    Raises:
+        CompressError: the process ended without an answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "answer.json"
+        process = subprocess.run(
+            [sys.executable, "-m", module, str(written)],
+            input=json.dumps(request),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={"VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | _ENVIRONMENT,
+        )
+        if not written.is_file():
+            lines = [line for line in process.stdout.splitlines() if line.strip()]
+            reason = next((x for x in reversed(lines) if "Error" in x), "\n".join(lines[-5:]))
+            raise CompressError(f"{name} cannot be served: {reason}")
+        return json.loads(written.read_text(encoding="utf-8"))
+
+
+def answer(function: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Write what a function makes of the request on standard input."""
+    Path(sys.argv[1]).write_text(json.dumps(function(json.load(sys.stdin))), encoding="utf-8")
