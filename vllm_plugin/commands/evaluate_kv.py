@@ -3,6 +3,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,7 +82,7 @@ def evaluate_kv_settings(
     single = config_of("{}", policy, keep, budget, profile, bases)
     settings = [single[KEY]["kv"]] if single else []
     for given in kv or ():
-        if section := problems.collect(lambda given=given: parse_setting(given)):
+        if section := problems.collect(partial(parse_setting, given)):
             settings.append(section)
     problems.raise_found()
     with bar() as progress:

@@ -71,7 +71,7 @@ def test_the_table_fits_80_columns() -> None:
     console.print(comparison(rows))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "+0.1234 ± 0.0321" in text and "0.81 ± 0.10" in text and "0.25 dialogue" in text
-    lines = [line for line in text.splitlines() if line.startswith("#")]
+    lines = [line for line in text.splitlines() if line.lstrip().startswith("#")]
     assert len(lines) == 3 and lines[2].split() == ["#3", "0.25", "+0.1234", "-", "-", "-"]
 
 
@@ -102,7 +102,10 @@ def test_everything_wrong_is_said_before_an_engine_starts(
 
     monkeypatch.setattr(kv_evaluation, "judge", lambda *_: pytest.fail("an engine was started"))
     model = tiny_model("llama")
-    settings = ("snapkv,keep=0.5", "snap_kv,keep=2", "r_kv,budget=1024", "cskv,bases=nowhere")
+    settings = (
+        *("snapkv,keep=0.5", "snap_kv,keep=2", "r_kv,budget=1024", "cskv,bases=nowhere"),
+        "snap_kv,keep=0.5,min_prompt=400",
+    )
     flags = [word for setting in settings for word in ("--kv", setting)]
     code, _, err = run("eval-kv", model, "--keep", 0.5, *flags, "--text", "nowhere.txt", *SMALL)
     assert code == 1
@@ -110,11 +113,12 @@ def test_everything_wrong_is_said_before_an_engine_starts(
         "no policy, keep 0.5: ",
         "did you mean 'snap_kv'",
         "snap_kv, keep 2: ",
-        "r_kv, budget 1024 keeps all of a prompt of 320 tokens",
+        "r_kv, budget 1024: compress.kv.budget is 1024, and requests have at most 448 tokens",
+        "snap_kv, keep 0.5, min_prompt 400 keeps all of a prompt of 320 tokens",
         "cskv, bases nowhere: ",
         "nowhere.txt is not a file",
     ):
-        assert problem in err, problem
+        assert problem in err, (problem, err)
     _, _, err = run("eval-kv", model, "--context", 2000)
     assert "no setting is given" in err and "2,048 positions; lower --context" in err
     _, _, err = run("eval-kv", model, "--kv", "snap_kv,keep=0.5", "--engine-args", '{"x": 1}')
