@@ -25,11 +25,11 @@ class Routed:
     """What the routed experts of a block get.
 
     Attributes:
-        hidden: Their input, in chunks [tokens, hidden].
+        hidden: Their input, [tokens, hidden]; None: it is not kept, or nothing has run yet.
         chosen: The experts of each token, in chunks [tokens, chosen].
     """
 
-    hidden: list[torch.Tensor] = field(default_factory=list)
+    hidden: torch.Tensor | None = None
     chosen: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -49,7 +49,11 @@ def routed(blocks: Blocks, index: int, *, hidden: bool = True) -> Iterator[Route
 
     def watch(given: torch.Tensor, chosen: torch.Tensor) -> None:
         if hidden:
-            seen.hidden.append(given.to(blocks.states))
+            if seen.hidden is None:  # of all tokens: chunks would be held twice when joined
+                shape = blocks.tokens.numel(), given.shape[-1]
+                seen.hidden = torch.empty(shape, dtype=given.dtype, device=blocks.states)
+            start = sum(map(len, seen.chosen))
+            seen.hidden[start : start + len(given)] = given
         seen.chosen.append(chosen)
 
     module = blocks.layers[index].get_submodule(experts.module)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration tokens: text the model samples for itself, or a text or JSONL file."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from compress_common.errors import CompressError
@@ -26,7 +26,16 @@ class CalibrationSettings(BaseModel):
     )
     samples: int = Field(32, ge=1, le=4096, description="sequences; more: slower, steadier")
     length: int = Field(32, ge=16, le=32768, description="tokens per sequence")
-    seed: int = Field(0, ge=0, description="seed of the self-sampled text")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the self-sampled text")
+
+    @model_validator(mode="after")
+    def _seed_has_a_use(self) -> Self:
+        if self.seed and self.source != SELF:
+            raise ValueError(
+                "`seed` is that of text which the model samples, and the source is a file; remove "
+                "one of them"
+            )
+        return self
 
 
 def calibration_tokens(

@@ -20,6 +20,9 @@ from quant_methods.structure.structure import EMBEDDINGS, HEAD
 # GEMM two bfloat16, vLLM's AMX kernel a float32, an int32 and an int8.
 Packing = Literal["checkpoint", "cpu-bf16", "cpu-int8"]
 _CPU_GROUP_BYTES = {"cpu-bf16": 4, "cpu-int8": 9}
+# Names of modules that predict further tokens, and of decoder layers by number.
+_PREDICTING = re.compile(r"(?:.*\.)?mtp(?:_[a-z]+)?\.")
+_LAYER = re.compile(r"(?:model\.|language_model\.)*layers\.(\d+)\.")
 _PACKED = ("weight_packed", "qweight")
 _ZEROS = ("weight_zero_point", "qzeros")
 _SCALES = ("weight_scale", "scales")
@@ -78,15 +81,17 @@ def sizes_of(
         checkpoint: What is measured.
         grids: ``{linear: grid}`` by full name for a 16-bit checkpoint; empty: nothing is quantized.
         tied: Whether the embedding is the head too. A second copy in the file is not counted.
+            Neither are layers that predict further tokens: vLLM loads them as a draft model alone.
         embedding: How the embeddings of a 16-bit checkpoint are quantized; None: they are not.
     """
     linears = weights = code_bits = kernel_bits = groups = zero_bits = rest = rows = 0
     if embedding is not None:
         grids = grids | dict.fromkeys(EMBEDDINGS, embedding)
     written = checkpoint.config.get("quantization_config") or {}
+    depth = getattr(checkpoint.hf_config, "num_hidden_layers", None)
     for outer, (shape, size) in checkpoint.shapes().items():
         name = checkpoint.names.inner(outer) or outer
-        if tied and name == f"{HEAD}.weight":
+        if (tied and name == f"{HEAD}.weight") or predicts_further(name, depth):
             continue
         module, _, kind = name.rpartition(".")
         grid = grids.get(module) if kind == "weight" else None
@@ -115,6 +120,21 @@ def sizes_of(
             code_bits += elements * bits
             kernel_bits += elements * (4 if bits <= 4 else 8)
     return Sizes(linears, weights, code_bits, kernel_bits, groups, zero_bits, rest, rows)
+
+
+def predicts_further(name: str, depth: int | None) -> bool:
+    """Whether a tensor is of layers that predict further tokens (MTP).
+
+    Checkpoints have them under a name of their own, or behind the decoder's layers.
+
+    Args:
+        name: Of the tensor.
+        depth: Number of decoder layers; None: it is not known.
+    """
+    if _PREDICTING.match(name):
+        return True
+    layer = _LAYER.match(name)
+    return layer is not None and depth is not None and int(layer[1]) >= depth
 
 
 def _written_bits(config: dict[str, Any], module: str) -> int:

@@ -116,10 +116,11 @@ def _round_block(
         if not names:
             continue
         dense = [name for name in names if name not in kind.routed]
-        with blocks.replaced(index, weights), routed(blocks, index) as seen:
+        mixed = len(dense) < len(names)
+        with blocks.replaced(index, weights), routed(blocks, index, hidden=mixed) as seen:
             grams = unit_grams(plan, blocks, index, hidden, dense, counted)
         done = round_units(plan, blocks, index, dense, rounding, grams, reuse_grams=True)
-        if len(dense) < len(names):
+        if mixed:
 
             def stack(
                 names: tuple[str, ...], grams: dict[str, torch.Tensor], tokens: int

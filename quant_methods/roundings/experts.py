@@ -43,8 +43,8 @@ def round_experts(
         CompressError: The calibration text is too short for an expert.
     """
     kind = blocks.structure.layer(index)
-    assert kind.experts is not None
-    hidden, chosen = torch.cat(seen.hidden), torch.cat(seen.chosen)
+    assert kind.experts is not None and seen.hidden is not None
+    hidden, chosen = seen.hidden, torch.cat(seen.chosen)
     counted = None if weights is None else weights.flatten()
     found: dict[str, PackedWeight] = {}
     counts: list[int] = []

@@ -20,6 +20,8 @@ _NAME = re.compile(r"(.+)\.(\d+)\.([^.]+)\.weight")
 _PARTS = ("gate", "up", "down")
 # What transformers' ``use_experts_implementation`` notes about a stack, and what we support.
 _LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+# What vLLM computes in routed experts, also where the config of a mixture names something else.
+_ACTIVATION = torch.nn.functional.silu
 _TOKENS = 4  # that compare both ways to compute experts
 _CLOSE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -132,6 +134,11 @@ def unstack(model: nn.Module) -> None:
                 "its experts have biases, or are not stacked as [gate; up] and [down] by rows, "
                 "which is not supported"
             )
+        if not _is_silu(stack.act_fn):
+            raise CompressError(
+                f"its experts have the activation {_described(stack.act_fn)}, where vLLM computes "
+                "SiLU"
+            )
         layer = re.match(r".*?\.\d+(?=\.)", name)
         places, renamed = saved_names(model, layer[0] if layer else name, name)
         folder, experts = _unstacked(stack, name, places)
@@ -146,6 +153,16 @@ def unstack(model: nn.Module) -> None:
 def _is_stack(module: nn.Module) -> bool:
     deep = any(parameter.ndim == STACKED for parameter in module.parameters(recurse=False))
     return deep and "expert" in type(module).__name__.lower()
+
+
+def _is_silu(act: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether an activation computes SiLU, whatever its class is called."""
+    x = torch.linspace(-4, 4, 33)
+    return torch.allclose(act(x), _ACTIVATION(x), atol=1e-6)
+
+
+def _described(act: Callable[..., torch.Tensor]) -> str:
+    return str(getattr(act, "__name__", None) or type(act).__name__)
 
 
 def _names(module: nn.Module) -> Any:

@@ -161,7 +161,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     ),
     "bloom": ("BloomConfig", "BloomForCausalLM", {"n_layer": 4, "n_head": 4}, None),
 }
-# Dense decoders that only int4 weights are asked of.
+# Decoders that only int4 weights are asked of.
 DENSE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", {"sliding_window": None}, None),
     "stablelm": ("StableLmConfig", "StableLmForCausalLM", {}, None),
@@ -172,6 +172,12 @@ DENSE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "nemotron": ("NemotronConfig", "NemotronForCausalLM", {}, None),
     "olmo 3": ("Olmo3Config", "Olmo3ForCausalLM", _SLIDING, None),
     "seed-oss": ("SeedOssConfig", "SeedOssForCausalLM", {}, None),
+    "qwen3 moe gelu": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        _MOE | {"hidden_act": "gelu"},
+        None,
+    ),
     "gpt neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}, None),
 }
 # Decoders that only KV policies are asked of.

@@ -31,6 +31,7 @@ from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
+from quant_methods.formats.sizes import predicts_further
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.local import local_folder
 from quant_methods.planning import PlanRequest
@@ -221,6 +222,28 @@ def test_a_second_copy_of_a_tied_embedding_is_not_counted(
     head = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
     assert weight_footprint(tmp_path, "rtn") == weight_footprint(source, "rtn")
+
+
+@pytest.mark.parametrize("place", ["model.layers.2.eh_proj", "model.mtp.layers.0.fc", "mtp.fc"])
+def test_layers_that_predict_further_tokens_are_not_counted(
+    tiny_model: Callable[..., Path], tmp_path: Path, place: str
+) -> None:
+    """vLLM leaves them out when it loads the model: they are a draft model's."""
+    source = tiny_model("llama")
+    shutil.copy(source / "config.json", tmp_path)
+    tensors = dict(Checkpoint(source).tensors())
+    more = {f"{place}.weight": torch.zeros(128, 128, dtype=torch.bfloat16)}
+    save_file(tensors | more, tmp_path / "model.safetensors")
+    for method in (None, "rtn"):
+        assert weight_footprint(tmp_path, method) == weight_footprint(source, method)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "visual.encoder.layers.30.fc.weight", "mtps.x"]
+)
+def test_other_tensors_are_counted(name: str) -> None:
+    assert not predicts_further(name, 2)
+    assert not predicts_further("model.layers.2.mlp.up_proj.weight", None)
 
 
 def test_what_is_not_known_is_none(tiny_model: Callable[..., Path]) -> None:

@@ -39,6 +39,7 @@ KV: dict[str, str | None] = dict.fromkeys(FAMILIES | CACHES) | {
 WEIGHTS: dict[str, str | None] = dict.fromkeys(FAMILIES | DENSE) | {
     "deepseek v2": "multi-head latent attention (MLA)",
     "gpt-oss": "its experts have biases",
+    "qwen3 moe gelu": "its experts have the activation GELUActivation, where vLLM computes SiLU",
     "llama4 text": "its experts have biases, or are not stacked as",
     "qwen3 next": "weights that are not linears: linear_attn.conv1d",
     **dict.fromkeys(("granite 4", "falcon h1"), "weights that are not linears: mamba.conv1d"),

@@ -20,6 +20,7 @@ from vllm_plugin.commands.common import (
     Device,
     Model,
     Plot,
+    Seed,
     check_writable,
     out,
     print_written,
@@ -54,6 +55,7 @@ def calibrate_kv(
         int, typer.Option(help="texts: more are steadier; the last quarter is held out")
     ] = 24,
     length: Annotated[int, typer.Option(help="tokens per text")] = 512,
+    seed: Seed = 0,
     allocate: Annotated[
         bool,
         typer.Option(help="give layers, keys and values different ranks; else all get the same"),
@@ -87,7 +89,7 @@ def calibrate_kv(
 
     given = _RATIOS.get(bits, "0") if ratio is None else ratio
     share, width, wanted = _checked(given, bits, method, objective)
-    settings = CalibrationSettings(source=text, samples=samples, length=length)
+    settings = CalibrationSettings(source=text, samples=samples, length=length, seed=seed)
     if target is None:
         name = Path(model).expanduser().resolve().name
         target = Path(f"kv-bases-{name}-{float(share):g}-{width}bit.safetensors")

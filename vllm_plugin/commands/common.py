@@ -39,6 +39,9 @@ BasesFile = Annotated[Path | None, typer.Option(help="low-rank bases, for cskv")
 CalibrationText = Annotated[
     str, typer.Option(help="'self' (the model samples it), or a .txt or .jsonl file")
 ]
+Seed = Annotated[
+    int, typer.Option(min=0, help="seed of the text that the model samples; none with a text file")
+]
 MethodSettings = Annotated[
     list[str] | None,
     typer.Option("--set", help="a setting of the method, KEY=VALUE; may be repeated"),

@@ -16,6 +16,7 @@ from vllm_plugin.commands.common import (
     Device,
     Model,
     Plot,
+    Seed,
     check_writable,
     out,
     print_written,
@@ -38,6 +39,7 @@ def profile(
     length: Annotated[
         int, typer.Option(help="tokens per text; about as many as your prompts have is best")
     ] = 512,
+    seed: Seed = 0,
     levels: Annotated[
         int | None,
         typer.Option(help="different shares to serve, 1 to 8 (default: what suits the model)"),
@@ -68,7 +70,7 @@ def profile(
     from vllm_plugin.commands.profiling.profile_plot import canvas, draw
 
     share = exact(keep)
-    settings = CalibrationSettings(source=text, samples=samples, length=length)
+    settings = CalibrationSettings(source=text, samples=samples, length=length, seed=seed)
     if target is None:
         name = Path(model).expanduser().resolve().name
         target = Path(f"kv-profile-{name}-{float(share):g}.json")

@@ -15,6 +15,7 @@ from vllm_plugin.commands.common import (
     Device,
     MethodSettings,
     Model,
+    Seed,
     TensorParallelSize,
     err,
     gib,
@@ -49,6 +50,7 @@ def quantize(
     calibration: Annotated[str, typer.Option(help="'self', or a .txt or .jsonl file")] = SELF,
     samples: Annotated[int, typer.Option(help="calibration sequences")] = 64,
     length: Annotated[int, typer.Option(help="tokens per calibration sequence")] = 128,
+    seed: Seed = 0,
     tensor_parallel_size: TensorParallelSize = 1,
     device: Device = AUTO,
     as_json: AsJson = False,
@@ -76,7 +78,9 @@ def quantize(
     request = PlanRequest(
         method=method,
         settings=options,
-        calibration=CalibrationSettings(source=calibration, samples=samples, length=length),
+        calibration=CalibrationSettings(
+            source=calibration, samples=samples, length=length, seed=seed
+        ),
     )
     request.build()
     source = resolve(model)

@@ -19,6 +19,7 @@ from vllm_plugin.commands.common import (
     MethodSettings,
     Model,
     Plot,
+    Seed,
     TensorParallelSize,
     check_writable,
     err,
@@ -51,6 +52,7 @@ def search(
     text: CalibrationText = SELF,
     samples: Annotated[int, typer.Option(help="calibration sequences")] = 64,
     length: Annotated[int, typer.Option(help="tokens per sequence")] = 128,
+    seed: Seed = 0,
     search_samples: Annotated[
         int, typer.Option(help="sequences that the search measures on, besides the calibration's")
     ] = 32,
@@ -85,7 +87,7 @@ def search(
         group_size=group_size,  # type: ignore[arg-type]  # pydantic says which there are
         symmetric=symmetric,
         tensor_parallel=tensor_parallel_size,
-        calibration=CalibrationSettings(source=text, samples=samples, length=length),
+        calibration=CalibrationSettings(source=text, samples=samples, length=length, seed=seed),
         search_samples=search_samples,
     )
     request.allocator()
@@ -171,4 +173,5 @@ def _quantize_command(model: str, file: Path, made: "Allocation") -> str:
     calibration = made.report["calibration"]
     words += ["--calibration", calibration["source"]] if calibration["source"] != SELF else []
     words += ["--samples", str(calibration["samples"]), "--length", str(calibration["length"])]
+    words += ["--seed", str(calibration["seed"])] if calibration["seed"] else []
     return shlex.join([*words, "--out", f"{Path(model).name}-mixed"])

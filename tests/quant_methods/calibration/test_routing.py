@@ -14,14 +14,16 @@ from safetensors import safe_open
 
 from compress_common.errors import CompressError
 from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.routing import routing_kept, tokens_for
+from quant_methods.calibration.routing import routed, routing_kept, tokens_for
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import Grid
 from quant_methods.loading import _keep_mapped, load_model
 from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.roundings.experts import round_experts
 from quant_methods.structure.derive import structure_of
+from tests.support.peak import Peak
 
 TEXT = {"samples": 8, "length": 32}
 GROUP = {"group_size": 32}
@@ -75,6 +77,32 @@ def test_gptq_reaches_every_expert(tiny_model: Callable[..., Path]) -> None:
         ]
         assert not torch.equal(codes[0], codes[1])
         assert not torch.equal(codes[1], codes[2])
+
+
+def test_inputs_of_experts_are_held_once(tiny_model: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint(tiny_model("qwen3_moe"))
+    structure = structure_of(checkpoint.hf_config)
+    tokens = torch.randint(3, 512, (64, 32), generator=torch.Generator().manual_seed(1))
+    blocks = Blocks(load_model(checkpoint, None), structure, tokens, chunk_tokens=64)
+    hidden = blocks.inputs()
+    shown: list[torch.Tensor] = []
+    experts = blocks.layers[1].get_submodule("mlp.experts")
+    experts.register_forward_pre_hook(lambda _, given: shown.append(given[0].clone()))
+    with blocks.resident(1), routed(blocks, 1) as seen:
+        blocks.run(1, hidden)
+    assert len(shown) == 32
+    assert seen.hidden is not None and torch.equal(seen.hidden, torch.cat(shown))
+    grids = {f"{blocks.prefix(1)}{name}": Grid(32) for name in structure.layer(1).routed}
+    size = 0
+
+    def nothing(names: tuple[str, ...], grams: dict[str, torch.Tensor], count: int) -> dict:
+        return {}
+
+    with Peak() as peak:
+        options = (None, "routed", nothing)
+        round_experts(Plan("none", grids), blocks, 1, seen, *options)
+        size = peak.most
+    assert size < 0.7 * seen.hidden.nbytes  # no second copy of them
 
 
 @pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe"])

@@ -50,12 +50,13 @@ def test_quantize_prints_a_table(tiny_model: Callable[..., Path], tmp_path: Path
 
 
 def test_quantize_prints_json(run: Callable, tiny_model: Callable[..., Path]) -> None:
-    arguments = ("--out", "int4", *QUICK, "--set", "alpha=0.5", "--json")
+    arguments = ("--out", "int4", *QUICK, "--set", "alpha=0.5", "--seed", "3", "--json")
     code, output, errors = run("quantize", tiny_model("llama"), *arguments)
     assert code == 0, errors
     report = json.loads(output)
     assert report["alpha"] == 0.5
     assert report["settings"]["group_size"] == 64
+    assert report["calibration"]["seed"] == 3
 
 
 def test_a_method_keeps_its_own_defaults(run: Callable, tiny_model: Callable[..., Path]) -> None:
@@ -105,6 +106,7 @@ def test_methods_and_help(run: Callable) -> None:
         (("--format", "gguf"), "valid: compressed-tensors, awq"),
         (("--calibration", "/no/such.txt"), "is not a file"),
         (("--samples", "0"), "samples"),
+        (("--calibration", "text.txt", "--seed", "1"), "the source is a file; remove one"),
         (("--group-size", "48"), "group_size"),
         (("--device", "cuda:99"), "the device cuda:99 cannot be used"),
     ],

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from quant_methods.allocators.allocation import Allocation
+from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.sizes import sizes_of
+from vllm_plugin.commands.search import _quantize_command
 
 QUICK = ("--samples", 4, "--length", 32, "--search-samples", 4, "--group-size", 32)
 
@@ -77,6 +80,17 @@ def test_search_and_quantize(
     code, _, errors = run(*command)
     assert code == 1 and "bits.json.version" in errors
     assert not Path("other").exists() and not Path(".other.partial").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_printed_command_calibrates_on_the_same_text(seed: int) -> None:
+    grid = {"group_size": 64, "symmetric": False, "eight_bit": "w8a8", "tensor_parallel": 1}
+    calibration = CalibrationSettings(samples=8, length=64, seed=seed).model_dump()
+    bits = {"model.layers.0.qkv": 8}
+    made = Allocation(bits=bits, grid=grid, report={"calibration": calibration})
+    command = _quantize_command("MODEL", Path("bits.json"), made)
+    assert "--samples 8 --length 64" in command
+    assert ("--seed 5" in command) is (seed == 5)
 
 
 @pytest.mark.parametrize(
