@@ -30,6 +30,7 @@ from quant_methods.roundings.nearest import Nearest
 from quant_methods.search_request import SearchRequest
 from quant_methods.searching import search
 from quant_methods.structure.derive import structure_of
+from tests.support.interrupting import in_parts, random_numbers, stages_of
 from tests.support.plans import TOKENS, load
 
 EVOLUTION = {"generations": 4, "offspring": 3, "survivors": [2, 1], "tokens": [32, 64]}
@@ -78,21 +79,23 @@ def test_an_interrupted_search_ends_as_if_it_had_not_been(
 ) -> None:
     checkpoint = Checkpoint(tiny_model("qwen2"))
     request = request_for(method="evopress", settings=EVOLUTION)
+    random = random_numbers()
     cache("whole")
-    whole = search(checkpoint, request)
-    assert whole.report["search"]["generations"] >= 1
+    with stages_of() as names:
+        whole = search(checkpoint, request)
+    generations = whole.report["search"]["generations"]
+    assert generations >= 1
     assert whole.report["bits_per_weight"] <= request.budget
 
+    # At every block of the database, every generation, and one of the probes before them.
+    probes = [name for name in names if name.startswith("probe ")]
+    others = [name for name in names if not name.startswith(("probe ", "loss "))]
+    assert len(others) >= len(structure_of(checkpoint.hf_config).pattern) + generations
     cache("parts")
-    with stopping(level_module, "_block", 2, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
-        search(checkpoint, request)
-    for at in (5, 14):  # the first amid the probes, the second amid a generation
-        with stopping(level_module, "_block", 2, AssertionError("rounded again")):
-            probe = stopping(ModelProbe, "__call__", at, KeyboardInterrupt())
-            with probe as done, pytest.raises(KeyboardInterrupt):
-                search(checkpoint, request)
-            assert len(done) == at - 1
-    resumed = search(checkpoint, request)
+    chosen = [*others, random.choice(probes[1:])]
+    resumed, parts = in_parts(lambda: search(checkpoint, request), chosen, random)
+    assert len(parts) == len(chosen)
+    assert [name for part in parts for name in part] == names  # nothing is computed twice
     assert resumed.model_dump_json() == whole.model_dump_json()
     with stopping(ModelProbe, "__call__", 1, AssertionError("measured again")):
         assert search(checkpoint, request) == whole

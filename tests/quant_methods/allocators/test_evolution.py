@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from compress_common.store import Store
-from quant_methods.allocators.evolution import EvolutionSettings, Genome, evolve
+from quant_methods.allocators.evolution import Evolution, EvolutionSettings, Genome, evolve
 from quant_methods.calibration.stages import Stages
+from tests.support.interrupting import in_parts, random_numbers, stages_of
 
 
 def mutate(genome: Genome, rng: Random) -> Genome | None:
@@ -74,26 +75,37 @@ def test_it_finds_the_best_and_then_stops() -> None:
     assert [after for _, after in found.curve[-5:]] == [0.0] * 5
 
 
-@pytest.mark.parametrize("stop", [1, 7, 40])
-def test_an_interrupted_search_ends_as_if_it_had_not_been(tmp_path: Path, stop: int) -> None:
-    chosen = given_settings()
-    whole = evolve((0, 9, 2), mutate, noisy, chosen)
-    calls = 0
+def test_an_interrupted_search_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """Interrupted at every generation, and amid one of them."""
+    chosen, random = given_settings(), random_numbers()
+    measured: list[Genome] = []
+    stop: int | None = None
 
     def stopping(genome: Genome, tokens: int | None = None, seed: int | None = None) -> float:
-        nonlocal calls
-        calls += 1
-        if calls == stop:
+        measured.append(genome)
+        if len(measured) == stop:
             raise KeyboardInterrupt
         return noisy(genome, tokens, seed)
 
-    stages = Stages("0" * 64, Store(tmp_path))
+    def run(folder: str) -> Evolution:
+        stages = Stages("0" * 64, Store(tmp_path / folder))
+        return evolve((0, 9, 2), mutate, stopping, chosen, stages=stages)
+
+    with stages_of() as names:
+        whole = run("whole")
+    assert len(names) >= chosen.generations / 2
+    resumed, parts = in_parts(lambda: run("parts"), names, random)
+    assert resumed == whole and parts == [[name] for name in names]
+
+    measured.clear()
+    whole = run("whole")
+    assert not measured  # nothing is measured again
+    count = len(names)
+    stop = random.randrange(2, 6 * count)
     with pytest.raises(KeyboardInterrupt):
-        evolve((0, 9, 2), mutate, stopping, chosen, stages=stages)
-    assert evolve((0, 9, 2), mutate, stopping, chosen, stages=stages) == whole
-    calls = stop  # a second run counts from here: nothing is measured again
-    assert evolve((0, 9, 2), mutate, stopping, chosen, stages=stages) == whole
-    assert calls == stop
+        run("amid")
+    stop = None
+    assert run("amid") == whole
 
 
 def test_no_neighbors_and_no_numbers() -> None:

@@ -16,8 +16,8 @@ from quant_methods.calibration.stages import Stages
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
 from quant_methods.planning import PlanRequest, obtain_plan
-from quant_methods.roundings import blockwise
 from quant_methods.transforms.smoothed_decoder import SmoothedDecoder
+from tests.support.interrupting import in_parts, random_numbers, stages_of
 
 REQUEST = PlanRequest(
     settings={"group_size": 32, "folds": "all", "rounding": "gptq"},
@@ -40,38 +40,20 @@ def same(first: Plan, second: Plan) -> bool:
 def test_the_plan_equals_that_of_a_whole_run(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = Checkpoint(tiny_model("qwen2"))
+    """Interrupted at every block and every alpha."""
+    checkpoint, random, sampled = Checkpoint(tiny_model("qwen2")), random_numbers(), []
     monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "whole"))
-    whole, _ = obtain_plan(checkpoint, REQUEST)
+    with stages_of() as names:
+        whole, _ = obtain_plan(checkpoint, REQUEST)
+    assert {"statistics", "alpha 0.40", "gptq 0", "gptq 1"} <= set(names)
 
     monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "parts"))
-    work: list[str] = []  # what was computed since the last interruption
-
-    def stopping(owner: object, name: str, at: int) -> None:
-        """Interrupt the ``at``-th call of a stage's function."""
-        original, calls = getattr(owner, name), []
-
-        def stopped(*args: object, **kwargs: object) -> object:
-            calls.append(name)
-            if len(calls) == at:
-                raise KeyboardInterrupt
-            work.append(name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, stopped)
-
-    for owner, name, at in ((SmoothedDecoder, "propagated", 2), (blockwise, "_round_block", 2)):
-        with monkeypatch.context(), pytest.raises(KeyboardInterrupt):
-            stopping(owner, name, at)
-            obtain_plan(checkpoint, REQUEST)
-        monkeypatch.undo()
-        monkeypatch.setenv("VLLM_COMPRESS_CACHE", str(tmp_path / "parts"))
-        assert len(work) >= 1
-    monkeypatch.setattr(texts, "sampled_tokens", lambda *args: pytest.fail("sampled again"))
-    monkeypatch.setattr(SmoothedDecoder, "_observe", lambda *args: pytest.fail("observed again"))
-    monkeypatch.setattr(SmoothedDecoder, "propagated", lambda *args: pytest.fail("searched again"))
-    resumed, stored = obtain_plan(checkpoint, REQUEST)
+    original = texts.sampled_tokens
+    monkeypatch.setattr(texts, "sampled_tokens", lambda *args: sampled.append(1) or original(*args))
+    (resumed, stored), parts = in_parts(lambda: obtain_plan(checkpoint, REQUEST), names, random)
     assert not stored and same(whole, resumed)
+    assert parts == [[name] for name in names]  # nothing is computed twice
+    assert len(sampled) == 1
     left = list((tmp_path / "parts" / "calibration-stage").iterdir())
     assert not left  # a finished plan needs none of them
 
