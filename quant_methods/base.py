@@ -88,6 +88,22 @@ class GridSettings(BaseModel):
             content["allocation"] = read_allocation(self.allocation).bits
         return content
 
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether linears get and give what they did, as adapters of the original model need.
+
+        False where a method does not say. One that never changes them has ``smooths=False``.
+        """
+        return False
+
+    @property
+    def needs_head(self) -> str | None:
+        """What these settings need a language-model head for, and what to set else; None: nothing.
+
+        Models that embed or classify have none.
+        """
+        return None
+
     def check_model(self, weights_digest: str) -> None:
         """Raise CompressError when the allocation is of a model with other weights.
 
@@ -227,7 +243,7 @@ class Capabilities:
         formats: Checkpoint formats that hold its result.
         paper: Address of the paper, or "".
         smooths: Whether some settings rescale or rotate weights. LoRA adapters of the original
-            model then do not fit.
+            model then do not fit, unless ``GridSettings.keeps_inputs`` says that these do not.
     """
 
     calibrates: bool

@@ -14,7 +14,8 @@ from compress_common.errors import CompressError
 from compress_common.store import digest
 from quant_methods.identity import TensorDigests, hashed, hashing_threads
 from quant_methods.structure.names import Names, names_of
-from quant_methods.structure.structure import EMBEDDINGS
+from quant_methods.structure.structure import EMBEDDINGS, HEAD
+from quant_methods.structure.wrapper import generates
 
 INDEX = "model.safetensors.index.json"
 # Mistral's own copy of the weights, which its repositories publish beside the Hugging Face files.
@@ -207,12 +208,28 @@ class Checkpoint:
         """
         from quant_methods.structure.derive import known_structure
 
-        if not hasattr(self.hf_config, "wrapper"):
+        bare = any(name.startswith("layers.") for name in self.files)
+        if not (bare or hasattr(self.hf_config, "wrapper")):
             return Names()
         try:
             return names_of(self.files, known_structure(self.hf_config))
         except CompressError as error:
             raise CompressError(f"{self.folder} cannot be quantized: {error}") from error
+
+    @cached_property
+    def has_head(self) -> bool:
+        """Whether it gives logits, by an lm_head of its own or by its embedding.
+
+        Models of embeddings, and those that classify, do not.
+        """
+        from quant_methods.structure.derive import known_structure
+
+        structure = known_structure(self.hf_config)
+        head = HEAD if structure is None else structure.head
+        if f"{self.names.outer(head)}.weight" in self.files:
+            return True
+        tied = getattr(self.hf_config, "tie_word_embeddings", False)
+        return bool(tied) and not self.names.parts and generates(self.hf_config)
 
     def decoder_files(self) -> dict[str, Path]:
         """Return ``{tensor: file}`` of the language model, by inner names: see ``Names``."""

@@ -118,6 +118,11 @@ def load_model(
     names = checkpoint.names
     found = ((names.inner(n), tensor) for n, tensor in checkpoint.verified_tensors().items())
     state = {name: tensor for name, tensor in found if name is not None}
+    if not checkpoint.has_head:
+        structure = structure_of(config)
+        state = {n: t for n, t in state.items() if n.startswith(f"{structure.backbone}.")}
+        # Nothing reads the head that the class has, and transformers would invent one.
+        state[f"{structure.head}.weight"] = state[f"{structure.embedding}.weight"]
     try:
         model = kind.from_pretrained(None, config=config, state_dict=state, dtype=loaded, **options)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress_common.errors import CompressError
+from compress_common.errors import CompressError, joined
 from compress_common.space import check_space
 from compress_common.store import Store, digest
 from quant_methods.base import QuantMethod
@@ -17,7 +17,7 @@ from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.precision import computed_in
 from quant_methods.calibration.routing import routing_kept
 from quant_methods.calibration.stages import Stages
-from quant_methods.calibration.text import CalibrationSettings, check_length
+from quant_methods.calibration.text import SELF, CalibrationSettings, check_length
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import SCHEMA_VERSION, load_plan, save_plan
@@ -60,6 +60,26 @@ class PlanRequest(BaseModel):
         settings = self.build().settings
         if settings.allocation is not None:  # or the weights would be hashed for nothing
             settings.check_model(checkpoint.weights_digest)
+
+    def check_head(self, checkpoint: Checkpoint) -> None:
+        """Raise CompressError when the plan needs a language-model head that the model lacks."""
+        settings = self.build().settings
+        if not (self.calibrates or settings.embeddings != "none") or checkpoint.has_head:
+            return
+        problems = []
+        if self.calibrates and self.calibration.source == SELF:
+            problems.append(
+                "it samples no calibration text of its own: give a text file (`vllm-compress "
+                "quantize --calibration FILE`, at load compress.weights.calibration.source), or "
+                "use rtn, which needs none"
+            )
+        if (use := settings.needs_head) is not None:
+            problems.append(use)
+        if settings.embeddings != "none":
+            problems.append("quantized embeddings were not tested there: set embeddings=none")
+        if problems:
+            why = f"{checkpoint.folder} has no language-model head, it embeds or classifies; "
+            raise joined([why + problem for problem in problems])
 
     @property
     def tokens(self) -> int:
@@ -135,6 +155,7 @@ def obtain_plan(
     """
     request.check_model(checkpoint)
     check_decoder(checkpoint)
+    request.check_head(checkpoint)
     settings = request.build().settings
     embedding = settings.embedding_grid(checkpoint.hf_config)
     store, dtype = Store(), None

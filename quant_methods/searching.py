@@ -65,6 +65,11 @@ def search(
     structure, levels = structure_of(config), request.chosen_levels()
     allocator, given = request.allocator(), request.grid_settings()
     check_decoder(checkpoint)
+    if not checkpoint.has_head:
+        raise CompressError(
+            f"{checkpoint.folder} has no language-model head, by whose logits bits are compared; "
+            "quantize it without a search"
+        )
     plan = Plan("levels", given.grids(config))
     counted = UnitSizes.counted(plan.grids, given, levels, config)
     _check_budget(request, counted)

@@ -136,6 +136,7 @@ def weight_footprint(
         if quantization in methods():
             structure_of(config)
             request = (settings or WeightSettings()).request(str(quantization), tensor_parallel)
+            request.check_head(checkpoint)
             chosen = request.build().settings
             grids, embedding = chosen.grids(config), chosen.embedding_grid(config)
         elif quantization or written:

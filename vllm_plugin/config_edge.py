@@ -20,6 +20,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 from compress_common.errors import CompressError, joined, nearest
+from quant_methods.checkpoint import Checkpoint
+from quant_methods.local import local_folder
+from quant_methods.planning import PlanRequest
 from quant_methods.structure.derive import structure_of
 from quant_methods.structure.wrapper import language_config
 from vllm_plugin.compatibility import refuse_diffusion
@@ -32,7 +35,10 @@ from vllm_plugin.quantization.embedding import embedding_problems
 from vllm_plugin.quantization.fp8 import fp8_problems
 from vllm_plugin.quantization.kernels import kernel_problems
 from vllm_plugin.quantization.loader import LOAD_FORMAT
+from vllm_plugin.quantization.lora import lora_problems
+from vllm_plugin.quantization.pooling import pooling_problems
 from vllm_plugin.quantization.source import source_problem
+from vllm_plugin.quantization.speculative import speculative_problems
 from vllm_plugin.self_check import log_nothing
 from vllm_plugin.settings import (
     KEY,
@@ -216,6 +222,8 @@ def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto")
         _apply_weights(config, config.quant_config, settings.weights or WeightSettings())
     elif settings.weights is not None:
         raise no_method_problem(config.model_config.quantization)
+    elif problems := speculative_problems(config):
+        raise joined(problems)
     quantized = isinstance(config.quant_config, MethodConfig)
     compressed = settings.kv is not None or quantized or diffusion.denoises(config)
     if compressed:
@@ -235,13 +243,9 @@ def _apply_weights(
     problems += fp8_problems(config, quant_config)
     problems += kernel_problems(config)
     problems += embedding_problems(config, quant_config.embedding_weights)
-    if config.lora_config is not None and quant_config.capabilities.smooths:
-        problems.append(
-            f"--enable-lora: {quant_config.method} can change the inputs of linears (by folds, "
-            "alpha or a rotation), which adapters do not expect, and adapters were not tested with "
-            "settings that leave the inputs as they are; remove the flag, or serve the 16-bit "
-            "checkpoint with --quantization rtn"
-        )
+    problems += lora_problems(config, quant_config, settings)
+    problems += speculative_problems(config)
+    problems += pooling_problems(config, quant_config)
     if problems:
         raise joined(problems)
     if config.load_config.load_format in _LOAD_FORMATS:
@@ -267,6 +271,7 @@ def _problems_at_load(
         chosen = request.build().settings
         embedding = chosen.embedding_grid(hf_config)
         quant_config.describe(chosen.grids(hf_config), hf_config, embedding)
+        problems += _head_problems(config, request)
     except CompressError as error:
         problems += error.problems
     if problem := source_problem(config.model_config):
@@ -277,3 +282,20 @@ def _problems_at_load(
             "at auto or quantize offline with `vllm-compress quantize`"
         )
     return problems
+
+
+def _head_problems(config: VllmConfig, request: PlanRequest) -> list[str]:
+    """List what calibration lacks in a model that gives no logits, where it is on this machine."""
+    model = config.model_config
+    folder = local_folder(model.model, model.revision, config.load_config.download_dir)
+    if folder is None:  # the loader asks
+        return []
+    try:
+        checkpoint = Checkpoint(folder, hf_config=language_config(model.hf_config))
+    except CompressError:  # no checkpoint, which the loader refuses
+        return []
+    try:
+        request.check_head(checkpoint)
+    except CompressError as error:
+        return error.problems
+    return []

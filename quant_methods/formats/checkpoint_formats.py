@@ -18,6 +18,7 @@ from quant_methods.formats.packing import to_awq, to_compressed_tensors
 from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight
 from quant_methods.structure.derive import structure_of
 from quant_methods.structure.structure import EMBEDDINGS, Structure, split_units
+from quant_methods.structure.wrapper import generates
 
 _EXPERT = re.compile(r"(?<=\.)\d+(?=\\\.)")  # the index of an expert in an escaped name
 # Marks a quantization_config as ours. Stock loaders ignore the key.
@@ -91,7 +92,7 @@ def patterns(names: Iterable[str], structure: Structure) -> list[str]:
     stack = structure.layers.rpartition(".")[2]
     for some, ends in somewhere.items():
         # OPT has linears directly in a layer, others in modules of it.
-        place = rf"re:.*\.{stack}\.({'|'.join(some)})"
+        place = rf"re:(.*\.)?{stack}\.({'|'.join(some)})"
         found.append(rf"{place}\.(.*\.)?({'|'.join(sorted(ends))})$")
     return found
 
@@ -118,7 +119,7 @@ def _left(grids: dict[str, Grid], linears: list[str], structure: Structure) -> l
     ends += [rf"re:.*\.{re.escape(name)}$" for name in structure.kept]
     stack = structure.layers.rpartition(".")[2]
     behind = range(structure.depth, structure.depth + structure.predicting)
-    ends += [rf"re:.*\.{stack}\.{index}\..*" for index in behind]
+    ends += [rf"re:(.*\.)?{stack}\.{index}\..*" for index in behind]
     return [*dict.fromkeys([*outside, *ends]), *patterns(rest, structure)]
 
 
@@ -148,7 +149,8 @@ def compressed_tensors_config(
         by_grid.setdefault(grid, []).append(name)
     groups: dict[str, dict[str, Any]] = {}
     for number, (grid, names) in enumerate(by_grid.items()):
-        everything = len(by_grid) == 1 and len(names) == len(linears)
+        # A head that scores is a linear too, and vLLM does not name every one.
+        everything = len(by_grid) == 1 and len(names) == len(linears) and generates(config)
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if everything else patterns(names, structure)
         } | _scheme(grid)
@@ -222,6 +224,11 @@ def _awq_config(
     if structure.has_experts:
         raise CompressError(
             "the awq format was not tested with routed experts; use --format compressed-tensors"
+        )
+    if not generates(config):
+        raise CompressError(
+            "the awq format was not tested with a model that gives no logits; use --format "
+            "compressed-tensors"
         )
     whole_linears(grids, structure)
     kinds = set(grids.values())

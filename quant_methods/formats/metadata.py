@@ -10,6 +10,7 @@ import torch
 
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import NEEDS_PLUGIN, Format
+from quant_methods.formats.modules import copy_modules
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.sizes import bits_per_weight
 from quant_methods.structure.derive import structure_of
@@ -43,6 +44,7 @@ def write_metadata(
             # params.json is Mistral's own config, for weight files that are not copied.
             if not file.name.endswith((".index.json", "params.json")):
                 shutil.copyfile(file, folder / file.name)
+    copy_modules(checkpoint.folder, folder)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     report = {
         "method": plan.method,
@@ -90,4 +92,8 @@ def marker_of(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         # Whether keys or values in the KV cache differ from the original model's.
         "values_scaled": known is not None
         and any(side.endswith(stored) for side in (*plan.vectors, *plan.rotations)),
+        # Whether linears get and give what they did: then adapters of the original model fit.
+        "inputs_kept": not (plan.vectors or plan.rotations),
+        # Whether only the head undoes what was done to the last hidden states.
+        "last_states_rotated": f"{HEAD}.input" in plan.rotations,
     }

@@ -266,11 +266,6 @@ def decoder_problem(names: Iterable[str], structure: Structure) -> str | None:
                 "quantized; serve a repository with Hugging Face files (model*.safetensors) and "
                 "--load-format hf --config-format hf --tokenizer-mode hf"
             )
-        if any(name.startswith("layers.") for name in have):
-            return (
-                f"its tensors are named layers.*, not {prefix}.*: it is an embedding model or "
-                "a body without a language-model head, which is not quantized; serve it at 16 bits"
-            )
         first = min(have, default="none")
         return f"its tensors are not named {prefix}.*, {first} for one: this is not supported"
     if missing := sorted(wanted - have):

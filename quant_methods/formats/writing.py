@@ -21,6 +21,7 @@ from quant_methods.calibration.precision import check_device
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import FORMATS, Format
 from quant_methods.formats.metadata import marker_of, write_metadata
+from quant_methods.formats.modules import module_folders
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import plan_digest
 from quant_methods.formats.sizes import sizes_of
@@ -114,12 +115,14 @@ def quantize_checkpoint(
         request = request.model_copy(update={"settings": request.settings | {"uniform": True}})
     checkpoint = Checkpoint(source)
     settings, config = request.build().settings, checkpoint.hf_config
-    # Refuses what the format cannot hold before the work, not after it.
+    # Refuses what cannot be written before the work, not after it.
     chosen.config(settings.grids(config), config, {}, settings.embedding_grid(config))
+    module_folders(source)
     partial = target.parent / f".{target.name}.partial"
     try:
         if target.exists():
             raise CompressError(f"{target} exists; give another folder or remove it")
+        request.check_head(checkpoint)
         request.check_memory(checkpoint, device)
         _check_space(partial, checkpoint, request, device)
         partial.mkdir(parents=True, exist_ok=True)

@@ -97,6 +97,13 @@ class RSQSettings(GridSettings):
             )
         return super().grids(config)
 
+    @property
+    def needs_head(self) -> str | None:
+        """See the base class."""
+        if self.rotation != "both":
+            return None
+        return "rotation=both turns the last hidden states, which the head undoes: give heads"
+
     def weigher(self) -> TokenWeights | None:
         """Return what weighs tokens; None: all count alike."""
         if self.token_weights == "attention":

@@ -59,6 +59,18 @@ class SmoothQuantPlusSettings(GridSettings):
             return self.folds
         return "norms" if self.rounding == "nearest" or self.alpha is not None else "none"
 
+    @property
+    def keeps_inputs(self) -> bool:
+        """See the base class: nothing is smoothed."""
+        return self.smoothed == "none"
+
+    @property
+    def needs_head(self) -> str | None:
+        """See the base class."""
+        if self.smoothed == "none" or self.alpha is not None:
+            return None
+        return "alpha is searched by the loss of next tokens: give alpha, or leave folds at none"
+
     def identity(self) -> dict[str, Any]:
         """See the base class. What is smoothed counts, not how that was said."""
         content = super().identity() | {"folds": self.smoothed}

@@ -70,6 +70,10 @@ def _derived(config: Any) -> Structure:
     kind = f"model_type {getattr(config, 'model_type', None)!r} is not supported"
     if getattr(config, "kv_lora_rank", None):
         raise CompressError(f"{kind}: {_LATENT}")
+    try:
+        decoder_class(config)
+    except CompressError as error:
+        raise CompressError(f"{kind}: {error}") from error
     if not getattr(config, "num_hidden_layers", None):
         raise CompressError(f"{kind}: its config does not say how many layers it has")
     model = build(config)

@@ -13,10 +13,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+)
 
 from compress_common.errors import CompressError
 
+# Ends of the names of classes with a language-model head, as vLLM knows them.
+_GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel")
 # What the config of a whole model tells, and that of its language model need not.
 _OF_THE_WHOLE = ("dtype", "tie_word_embeddings", "quantization_config", "_commit_hash")
 
@@ -40,6 +46,19 @@ def language_config(config: Any) -> Any:
         if (value := getattr(config, name, None)) is not None:
             setattr(text, name, value)
     return text
+
+
+def generates(config: Any) -> bool:
+    """Whether a model gives logits of next tokens, by the class that its config names.
+
+    Args:
+        config: As ``language_config`` returns it.
+
+    Returns:
+        True also where the config names no class.
+    """
+    named = getattr(getattr(config, "wrapper", config), "architectures", None) or ()
+    return not named or named[0].endswith(_GENERATING)
 
 
 def towers_of(whole: Any, body: type[nn.Module]) -> tuple[str, ...]:
@@ -94,6 +113,11 @@ def decoder_class(config: Any) -> type[PreTrainedModel]:
     Raises:
         CompressError: There is none.
     """
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        raise CompressError(
+            "it is an encoder, which predicts masked tokens as BERT does, and only decoders are "
+            "quantized; serve it at 16 bits"
+        )
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[no-any-return]
     if type(config) not in MODEL_MAPPING or not hasattr(config, "wrapper"):

@@ -172,6 +172,8 @@ DENSE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any] | None]] = {
     "nemotron": ("NemotronConfig", "NemotronForCausalLM", {}, None),
     "olmo 3": ("Olmo3Config", "Olmo3ForCausalLM", _SLIDING, None),
     "seed-oss": ("SeedOssConfig", "SeedOssForCausalLM", {}, None),
+    "qwen2 embedding": ("Qwen2Config", "Qwen2Model", {}, None),
+    "bert": ("BertConfig", "BertModel", {}, None),
     "qwen3 moe gelu": (
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",

@@ -134,6 +134,11 @@ def _experts_described(config: VllmConfig, unit: _Unit, structure: Structure) ->
             "quantized experts were never tested with --enable-expert-parallel; use "
             "--tensor-parallel-size alone"
         )
+    if config.lora_config is not None:
+        raise CompressError(
+            "quantized experts were never tested with --enable-lora; remove the flag, or leave "
+            "experts at 16 bits with an allocation"
+        )
     weights, ranks = unit.scheme["weights"], config.parallel_config.tensor_parallel_size
     shapes: set[tuple[int, int]] = set()
     for name in unit.linears:

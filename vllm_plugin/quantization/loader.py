@@ -71,8 +71,15 @@ class QuantizedStream:
         self.tensors = ((name, tensor) for name, tensor in tensors if needed(name))
         self.expected = [name for name in plan.sources if needed(name)]
         self.started = False  # whether a tensor was handed on
+        self._made = self._make()
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self  # a pooling model of vLLM's looks at the first tensors, and then goes on
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        return next(self._made)
+
+    def _make(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in self.plan.transform(
             self.tensors, self.dtype, device=self.device, expected=self.expected
         ):

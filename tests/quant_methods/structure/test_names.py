@@ -68,6 +68,20 @@ def test_names_of_a_language_model_are_its_own() -> None:
     assert names == Names() and names.inner("any.name") == names.outer("any.name") == "any.name"
 
 
+def test_names_of_a_model_without_a_head_begin_behind_its_class() -> None:
+    structure = structure_of(transformers.LlamaConfig(**wrapped.TEXT, vocab_size=512))
+    inside = ["layers.0.self_attn.q_proj.weight", "embed_tokens.weight", "norm.weight"]
+    every = [*inside, "score.weight"]
+    names = names_of(every, structure)
+    for name in inside:
+        assert names.inner(name) == f"model.{name}" and names.outer(f"model.{name}") == name
+    assert names.inner("score.weight") is None
+    assert names.head is None and names.outer("lm_head") == "lm_head"
+    names = names_of([*every, "lm_head.weight"], structure)
+    assert names.inner("lm_head.weight") == names.outer("lm_head.weight") == "lm_head.weight"
+    assert names_of(["layers.0.attention.wq.weight", "norm.weight"], structure) == Names()
+
+
 def test_two_language_models_are_refused() -> None:
     structure = structure_of(config_of("llava"))
     twice = tensors_of(structure, "llava") + tensors_of(structure, "saved by transformers 4.52")
