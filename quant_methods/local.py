@@ -10,7 +10,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     StrictDataclassError,
 )
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from compress_common.errors import CompressError
 from quant_methods.structure.wrapper import language_config
@@ -59,3 +59,21 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder} has no tokenizer that knows any text; fetch tokenizer.json of the model too"
         )
     return tokenizer
+
+
+def load_processor(folder: Path) -> Any:
+    """Return the processor of images and text; CompressError when a folder has none."""
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # damaged files raise many types, a missing package ImportError
+        reason = str(error).strip().splitlines()[0]
+        raise CompressError(
+            f"transformers cannot load the processor of {folder}: {reason}"
+        ) from error
+    # Without its files transformers returns the tokenizer.
+    if getattr(processor, "image_processor", None) is None:
+        raise CompressError(
+            f"{folder} has no processor of images; fetch preprocessor_config.json and "
+            "processor_config.json of the model too"
+        )
+    return processor

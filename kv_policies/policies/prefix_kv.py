@@ -6,8 +6,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from kv_policies.attention import pooled
 from kv_policies.attention_policy import AttentionPolicy, AttentionSettings, decode_queries
 from kv_policies.base import Capabilities, Context, NoSettings
+from kv_policies.workspace import Heads, Transient
 
 
 class PrefixKVSettings(AttentionSettings):
@@ -18,6 +20,12 @@ class PrefixKVSettings(AttentionSettings):
         ge=0,
         description="at most this many last prompt tokens vote, 0 for all, as in the paper; fewer: "
         "cheaper for long prompts, and closer to snap_kv",
+    )
+    pool: int = Field(
+        1,
+        ge=1,
+        description="tokens of the max pooling, odd, 1 for none, as in the paper; larger: whole "
+        "phrases stay, fewer of them",
     )
     decode_queries: int = decode_queries(0)
 
@@ -51,4 +59,8 @@ class PrefixKV(AttentionPolicy):
 
     def score(self, context: Context) -> torch.Tensor:
         assert context.observed is not None
-        return context.observed
+        pool = self.settings.pool
+        return context.observed if pool == 1 else pooled(context.observed, pool)
+
+    def transient(self, heads: Heads) -> Transient:
+        return super().transient(heads) + Transient(per_token=48 if self.settings.pool > 1 else 0)

@@ -20,7 +20,7 @@ def read_tokens(source: str, tokenizer: Any) -> list[int]:
         CompressError: The file cannot be read, or a line is not as above.
     """
     path = Path(source).expanduser()
-    text = _read(path)
+    text = read_file(path, "calibration text", "give 'self' or the path of a .txt or .jsonl file")
     if path.suffix.lower() != ".jsonl":
         return list(tokenizer(text)["input_ids"])
     ids: list[int] = []
@@ -32,16 +32,25 @@ def read_tokens(source: str, tokenizer: Any) -> list[int]:
     return ids
 
 
-def _read(path: Path) -> str:
-    hint = "give 'self' or the path of a .txt or .jsonl file"
+def read_file(path: Path, what: str, hint: str) -> str:
+    """Return the text of a file in UTF-8.
+
+    Args:
+        path: The file.
+        what: What it holds, for messages.
+        hint: What to give instead.
+
+    Raises:
+        CompressError: There is no such file, or it cannot be read.
+    """
     if path.is_dir():
-        raise CompressError(f"calibration text {path} is a folder, not a file; {hint}")
+        raise CompressError(f"{what} {path} is a folder, not a file; {hint}")
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise CompressError(f"calibration text {path} is not a file; {hint}") from error
+        raise CompressError(f"{what} {path} is not a file; {hint}") from error
     except OSError as error:
-        raise CompressError(f"cannot read calibration text {path}: {error.strerror}") from error
+        raise CompressError(f"cannot read {what} {path}: {error.strerror}") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -59,7 +68,7 @@ def _row_tokens(where: str, line: str, tokenizer: Any) -> list[int]:
         raise CompressError(f"{where} needs a 'text' or a 'messages' key")
     if "messages" not in row:
         if not isinstance(row["text"], str):
-            raise CompressError(f"{where}: 'text' must be a string, got {_shown(row['text'])}")
+            raise CompressError(f"{where}: 'text' must be a string, got {shown(row['text'])}")
         return list(tokenizer(row["text"])["input_ids"])
     messages = _messages(where, row["messages"])
     if not getattr(tokenizer, "chat_template", None):
@@ -78,13 +87,13 @@ def _row_tokens(where: str, line: str, tokenizer: Any) -> list[int]:
 def _messages(where: str, given: Any) -> list[dict[str, str]]:
     """Validate messages. Content parts of type ``text`` are joined."""
     if not isinstance(given, list) or not given:
-        raise CompressError(f"{where}: 'messages' must be a list of messages, got {_shown(given)}")
+        raise CompressError(f"{where}: 'messages' must be a list of messages, got {shown(given)}")
     messages = []
     for index, message in enumerate(given):
         at = f"{where}: messages[{index}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise CompressError(
-                f"{at} must be an object with 'role' and 'content', got {_shown(message)}"
+                f"{at} must be an object with 'role' and 'content', got {shown(message)}"
             )
         messages.append(message | {"content": _content(at, message.get("content"))})
     return messages
@@ -95,19 +104,20 @@ def _content(where: str, content: Any) -> str:
         return content
     if not isinstance(content, list):
         raise CompressError(
-            f"{where}: 'content' must be a string or a list of text parts, got {_shown(content)}"
+            f"{where}: 'content' must be a string or a list of text parts, got {shown(content)}"
         )
     texts = []
     for part in content:
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
         if not isinstance(text, str):
             raise CompressError(
-                f"{where}: only content parts of type 'text' are read, got {_shown(part)}"
+                f"{where}: only content parts of type 'text' are read, got {shown(part)}"
             )
         texts.append(text)
     return "".join(texts)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return JSON of at most 60 characters, for messages."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

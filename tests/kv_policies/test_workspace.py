@@ -89,7 +89,7 @@ def test_a_policy_takes_no_more_than_it_states(
     name: str, dtype: torch.dtype, lengths: list[int], keep: Fraction
 ) -> None:
     """Whatever is kept. The limit is small, so that work has to be cut to fit."""
-    policy = build_policy(name, {"queries": 300} if name == "prefix_kv" else {})
+    policy = build_policy(name, {"queries": 300, "pool": 7} if name == "prefix_kv" else {})
     heads = HEADS._replace(itemsize=dtype.itemsize)
     stated = workspace(policy, heads)
     limit = stated.bytes(1, 1, 1) + MIB // 2

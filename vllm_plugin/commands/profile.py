@@ -3,11 +3,12 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.table import Table
 
+from compress_common.errors import CompressError
 from vllm_plugin.commands.common import (
     AUTO,
     SELF,
@@ -29,16 +30,30 @@ if TYPE_CHECKING:
     import torch
 
     from kv_policies.budget.profile import Profile
+    from quant_methods.calibration.images import ImageSettings
+    from quant_methods.calibration.text import CalibrationSettings
+
+_LENGTH: Final = 512  # tokens of a text
 
 
 def profile(
     model: Model,
     keep: Annotated[str, typer.Option(help="share of the KV cache that stays, above 0, up to 1")],
     text: CalibrationText = SELF,
-    samples: Annotated[int, typer.Option(help="texts: more are steadier")] = 4,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="for a model of images, in place of a text: 'made' (pictures that are drawn), or "
+            "a .jsonl file of chats with image_url parts"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="texts or chats: more are steadier")] = 4,
     length: Annotated[
-        int, typer.Option(help="tokens per text; about as many as your prompts have is best")
-    ] = 512,
+        int | None,
+        typer.Option(
+            help="tokens per text, 512 by default; about as many as your prompts have is best"
+        ),
+    ] = None,
     seed: Seed = 0,
     levels: Annotated[
         int | None,
@@ -62,15 +77,18 @@ def profile(
     on average, within 0.02 of those of four other texts of 1,024 tokens (equal shares: 0.11). More
     samples make shares steadier. Longer texts fit long prompts better.
 
+    A model of images and text that will be asked about images is best measured on some: give chats
+    such as your users send, as JSON Lines of the OpenAI API's `messages`. An image is a data URI,
+    or a path from the folder of the file on.
+
     Example: vllm-compress profile meta-llama/Llama-3.1-8B-Instruct --keep 0.25
     """
     from kv_policies.budget.levels import exact
-    from quant_methods.calibration.text import CalibrationSettings
     from vllm_plugin.commands.profiling.kv_profile import make_profile
     from vllm_plugin.commands.profiling.profile_plot import canvas, draw
 
     share = exact(keep)
-    settings = CalibrationSettings(source=text, samples=samples, length=length, seed=seed)
+    settings = _settings(text, images, samples, length, seed)
     if target is None:
         name = Path(model).expanduser().resolve().name
         target = Path(f"kv-profile-{name}-{float(share):g}.json")
@@ -91,6 +109,23 @@ def profile(
     else:
         _print_table(made, attention)
         print_written(serve_command(model, policy="snap_kv", profile=target), target, plot)
+
+
+def _settings(
+    text: str, images: str | None, samples: int, length: int | None, seed: int
+) -> "CalibrationSettings | ImageSettings":
+    """What the options ask to measure on."""
+    from quant_methods.calibration.images import ImageSettings
+    from quant_methods.calibration.text import CalibrationSettings
+
+    if images is None:
+        tokens = _LENGTH if length is None else length
+        return CalibrationSettings(source=text, samples=samples, length=tokens, seed=seed)
+    if text != SELF or length is not None:
+        raise CompressError(
+            "--images takes the place of a text: leave --text and --length out, or --images"
+        )
+    return ImageSettings(source=images, samples=samples, seed=seed)
 
 
 def _print_json(made: "Profile", target: Path, plot: Path | None) -> None:

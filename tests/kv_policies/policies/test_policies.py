@@ -170,6 +170,17 @@ def test_prefix_kv_against_the_dense_reference() -> None:
     assert torch.allclose(got.double(), want, atol=1e-5)
 
 
+def test_prefix_kv_pools_where_it_is_asked_to() -> None:
+    queries, keys = inputs(60)
+    plain, wide = (
+        scored(build_policy("prefix_kv", {"queries": 9, "pool": pool}), queries, keys, [55])
+        for pool in (1, 5)
+    )
+    for token in range(60):
+        near = plain[..., max(0, token - 2) : token + 3].amax(-1)
+        assert torch.equal(wide[..., token], near)
+
+
 def test_snap_kv_against_the_dense_reference() -> None:
     tokens, window, pool = 60, 8, 5
     queries, keys = inputs(tokens)

@@ -48,7 +48,7 @@ def test_captured_attention_is_that_of_the_dense_matrix(
     with torch.no_grad():
         dense = eager(tokens, output_attentions=True).attentions
     expected = torch.stack([dense[layer].mean(1).sum(1)[0] for layer in layers])
-    found = attention_of(captured, tokens, layers)
+    found = attention_of(captured, {"input_ids": tokens}, layers)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     whole = found.sum(1) == pytest.approx(torch.full((len(layers),), 48.0), abs=1e-3)
     assert whole == (arch != "gpt_oss")
@@ -127,7 +127,7 @@ def test_other_attention_is_refused() -> None:
             config, attn_implementation=ATTENTION
         )
         with pytest.raises(CompressError, match=found):
-            attention_of(network, torch.zeros(1, 2, dtype=torch.int64), (1,))
+            attention_of(network, {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}, (1,))
 
 
 def test_config_without_architectures_or_head_dim() -> None:

@@ -51,7 +51,7 @@ def test_a_profile_is_that_of_the_whole_model_on_text(
         dense = whole(input_ids=tokens, output_attentions=True).attentions
     expected = torch.stack([dense[layer].mean(1).sum(1)[0] for layer in made.layers])
     measured = load_model(Checkpoint(folder), torch.float32, attn_implementation=ATTENTION)
-    found = attention_of(measured, tokens, made.layers)
+    found = attention_of(measured, {"input_ids": tokens}, made.layers)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
     file = tmp_path / "profile.json"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captures the attention that tokens receive, through transformers' AttentionInterface."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -25,26 +25,40 @@ def register() -> None:
 
 
 @torch.no_grad()
-def attention_of(network: Any, tokens: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+def attention_of(
+    network: Any, inputs: Mapping[str, torch.Tensor], layers: Sequence[int]
+) -> torch.Tensor:
     """Return the attention that each token receives, float32 [layers, T] on the CPU.
 
     It is summed over all queries and averaged over heads.
 
     Args:
         network: A transformers model that was loaded with ``ATTENTION``.
-        tokens: int64 [1, T], without padding.
-        layers: Indices of the layers to look at.
+        inputs: What it takes: ``input_ids`` [1, T] without padding, and what belongs to images.
+        layers: Indices of the layers to look at, of the language model.
 
     Raises:
         CompressError: The model's attention is not a plain causal softmax, or does not go through
             AttentionInterface.
     """
     received: dict[int, torch.Tensor | None] = dict.fromkeys(layers)
+    given = {
+        name: value.to(network.device, network.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+    config, body = network.config, network.base_model
+    decoder = body if config.get_text_config() is config else network.get_decoder()
+    # Given to the decoder alone: a tower of images would not know what it is.
+    observed = decoder.register_forward_pre_hook(
+        lambda _, args, named: (args, named | {"received": received}), with_kwargs=True
+    )
     try:
-        # The decoder alone: logits of a whole sample would be as large as a small model.
-        network.base_model(input_ids=tokens.to(network.device), use_cache=False, received=received)
+        # Without the head: logits of a whole sample would be as large as a small model.
+        body(**given, use_cache=False)
     except (AttributeError, TypeError) as error:  # an older decoder does not pass arguments on
         raise not_reached(network.config) from error
+    finally:
+        observed.remove()
     rows = [row for row in received.values() if row is not None]
     if len(rows) < len(layers):
         raise not_reached(network.config)
@@ -76,7 +90,7 @@ def _attention(
     """
     if received is not None and module.layer_idx in received:
         found = [what for what in _NOT_MODELLED if kwargs.get(what) is not None]
-        if not getattr(module, "is_causal", True):
+        if not getattr(module, "is_causal", True) or _looks_ahead(attention_mask):
             found.append("attention to later tokens")
         if found:
             raise CompressError(
@@ -94,6 +108,14 @@ def _attention(
         )
         kwargs["scaling"] = scale
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _looks_ahead(mask: torch.Tensor | None) -> bool:
+    """Whether some query sees a later key, as tokens of one image do in Gemma 3."""
+    if mask is None:
+        return False
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return bool(seen.triu(1).any())
 
 
 def with_sinks(

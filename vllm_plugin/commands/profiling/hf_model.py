@@ -49,6 +49,14 @@ class HFModel:
             path = Path(text.source).expanduser()
             text = text.model_copy(update={"source": str(path)})
         self.text = text
+        self._open(model)
+        check_length(text, self.config)
+        # A bad file is refused before the weights are loaded.
+        self._tokens = file_tokens(text, self.checkpoint.tokenizer) if given else None
+        self._text_digest = hashlib.sha256(path.read_bytes()).hexdigest() if given else None
+
+    def _open(self, model: str) -> None:
+        """Read everything but the weights and the text."""
         folder = resolve(model)
         self.name = folder.resolve().name if Path(model).expanduser().is_dir() else model
         self.checkpoint = Checkpoint(folder)  # says what is wrong with the files
@@ -56,10 +64,11 @@ class HFModel:
         self.config = language_config(whole)
         self.layers = _layers_to_measure(self.name, whole)
         self.fingerprint = fingerprint_of(self.name, self.config, self.checkpoint.weights_digest)
-        check_length(text, self.config)
-        # A bad file is refused before the weights are loaded.
-        self._tokens = file_tokens(text, self.checkpoint.tokenizer) if given else None
-        self._text_digest = hashlib.sha256(path.read_bytes()).hexdigest() if given else None
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of all samples."""
+        return self.text.samples * self.text.length
 
     def placement(self, device: str, *, whole: bool) -> Placement:
         """Return where a measurement keeps what.
@@ -71,8 +80,7 @@ class HFModel:
         Raises:
             CompressError: The device cannot be used, or has too little free memory.
         """
-        tokens = self.text.samples * self.text.length
-        sizes = sizes_of(self.config, self.checkpoint.weight_bytes, tokens)
+        sizes = sizes_of(self.config, self.checkpoint.weight_bytes, self.token_count)
         return placed(chosen_device(device, lambda: sizes, whole=whole), sizes, whole=whole)
 
     def network(self, progress: Progress, device: torch.device = HOST, **options: Any) -> Any:
@@ -108,18 +116,25 @@ class HFModel:
             return self._tokens
         return stored_tokens(self.checkpoint, self.text, network, progress)
 
+    def inputs(self, network: Any, progress: Progress) -> list[dict[str, torch.Tensor]]:
+        """Return what ``network`` takes of each sample; see ``tokens``."""
+        return [{"input_ids": row[None]} for row in self.tokens(network, progress)]
+
     def origin(self) -> dict[str, Any]:
         """Return the fields of a ``Calibration`` that is made now, without ``samples``."""
         text = self.text
-        own = text.source == SELF
+        own = f"sampled by the model itself, seed {text.seed}"
+        name = own if text.source == SELF else Path(text.source).name
+        return self._made_now(name, self._text_digest, text.length)
+
+    @staticmethod
+    def _made_now(text: str, digest: str | None, longest: int) -> dict[str, Any]:
         return {
             "tool_version": version("vllm-compress-plugin"),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "text": f"sampled by the model itself, seed {text.seed}"
-            if own
-            else Path(text.source).name,
-            "text_sha256": self._text_digest,
-            "sample_tokens": text.length,
+            "text": text,
+            "text_sha256": digest,
+            "sample_tokens": longest,
         }
 
     def _load(self, loader: Any, **options: Any) -> Any:

@@ -14,16 +14,18 @@ import torch
 from compress_common.errors import CompressError
 from kv_policies.budget.levels import fractions_of, quantize, retained, rounded, uniform
 from kv_policies.budget.profile import Profile, Provenance
+from quant_methods.calibration.images import ImageSettings
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.progress import Progress, silent
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, attention_of, register
+from vllm_plugin.commands.profiling.hf_images import HFImageModel
 from vllm_plugin.commands.profiling.hf_model import HFModel
 
 
 def make_profile(
     model: str,
     keep: Fraction,
-    text: CalibrationSettings,
+    samples: CalibrationSettings | ImageSettings,
     *,
     levels: int | None = None,
     device: str = "cpu",
@@ -38,7 +40,7 @@ def make_profile(
     Args:
         model: A model folder or hub id.
         keep: Mean share of the tokens that layers keep, in (0, 1].
-        text: The calibration text.
+        samples: The calibration text, or chats with images.
         levels: Number of different shares to serve, 1 to 8; None: what suits the model.
         device: Where the model runs, in its checkpoint's dtype: a name, or "auto".
         progress: Told as the work advances.
@@ -47,35 +49,39 @@ def make_profile(
         The profile, and the attention it comes from: float32 [layers, tokens] for each sample.
 
     Raises:
-        CompressError: The model cannot be profiled, or the text is missing or too short.
+        CompressError: The model cannot be profiled, or the samples are missing or too short.
     """
-    if keep * text.length < 1:
+    if isinstance(samples, ImageSettings):
+        subject: HFModel = HFImageModel(model, samples, math.ceil(1 / keep))
+    elif keep * samples.length < 1:
         raise CompressError(
-            f"keep {keep} of {text.length} tokens is less than one token; raise the length to at "
-            f"least {math.ceil(1 / keep)}"
+            f"keep {keep} of {samples.length} tokens is less than one token; raise the length to "
+            f"at least {math.ceil(1 / keep)}"
         )
-    subject = HFModel(model, text)
+    else:
+        subject = HFModel(model, samples)
     layers = subject.layers
     chosen = quantize(uniform(len(layers), keep), levels)  # refuses a bad number before the work
     place = subject.placement(device, whole=True)
     register()
     network = subject.network(progress, place.model, attn_implementation=ATTENTION)
-    attention_of(network, torch.zeros(1, 2, dtype=torch.int64), layers)  # refuses before the work
-    tokens = subject.tokens(network, progress)
-    samples = []
-    for number, row in enumerate(tokens):
-        progress("profile", number, len(tokens))
-        samples.append(attention_of(network, row[None], layers))
-    progress("profile", len(tokens), len(tokens))
+    # Refuses before the work.
+    attention_of(network, {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}, layers)
+    inputs, received = subject.inputs(network, progress), []
+    for number, given in enumerate(inputs):
+        progress("profile", number, len(inputs))
+        received.append(attention_of(network, given, layers))
+    progress("profile", len(inputs), len(inputs))
 
-    fractions = rounded(fractions_of(samples, keep))
+    fractions = rounded(fractions_of(received, keep))
     cut = quantize(fractions, len(chosen.fractions))
     shares = {"profile": fractions, "levels": cut.per_layer, "uniform": uniform(len(layers), keep)}
     provenance = Provenance(
         **subject.origin(),
-        samples=len(samples),
+        samples=len(received),
         attention_retained={
-            kind: round(fmean(kept_by_layer(samples, values)), 6) for kind, values in shares.items()
+            kind: round(fmean(kept_by_layer(received, values)), 6)
+            for kind, values in shares.items()
         },
     )
     profile = Profile(
@@ -86,7 +92,7 @@ def make_profile(
         fractions=tuple(fractions),
         provenance=provenance,
     )
-    return profile, samples
+    return profile, received
 
 
 def kept_by_layer(samples: Sequence[torch.Tensor], fractions: Sequence[Fraction]) -> list[float]:
