@@ -138,9 +138,14 @@ def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:
         return [("KV cache", f"not compressed, {size.original:,} bytes a token")]
     first = next(iter(chosen.values()))
     windows = f", then every {first.window} generated tokens" if first.window else ""
+    # A budget is the smaller a share, the longer the request.
+    longest = f" of {model.max_model_len:,}" if settings.kv.budget else ""
     rows = [
         ("KV cache", f"{settings.kv.policy}, {len(chosen)} of {text.num_hidden_layers} layers"),
-        ("KV bytes a token", f"{size.original:,} -> {size.compressed:,} ({size.ratio:.3f})"),
+        (
+            "KV bytes a token",
+            f"{size.original:,} -> {size.compressed:,} ({size.ratio:.3f}){longest}",
+        ),
         ("compacted", f"prompts from {first.compacted_from} tokens on{windows}"),
     ]
     if num_blocks is not None:

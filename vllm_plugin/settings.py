@@ -125,10 +125,14 @@ class KVSettings(BaseModel):
     def _has_a_budget(self) -> "KVSettings":
         problems = []
         given = {self.keep, self.budget, self.profile, self.bases} - {None}
-        if not given:
+        if not given and self.latents:
+            problems.append(
+                "needs `bases`, the file that `vllm-compress calibrate-kv MODEL` writes"
+            )
+        elif not given:
             problems.append(
                 "needs `keep`, the share that stays, or `budget`, the tokens that stay, or a "
-                "`profile`, or `bases` for cskv"
+                "`profile`"
             )
         if self.levels is not None and self.profile is None:
             problems.append("`levels` cuts a profile's layers; add `profile` or remove it")

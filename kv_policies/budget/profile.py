@@ -70,7 +70,9 @@ class Profile(ModelFile):
         if self.fractions:
             mean = sum(self.fractions, Fraction(0)) / len(self.fractions)
             if mean != self.keep:
-                problems.append(f"the mean of the fractions is {mean}, keep is {self.keep}")
+                problems.append(
+                    f"the mean of the fractions is {mean}, keep is {self.keep}; they must be equal"
+                )
             try:
                 quantize(self.fractions, self.levels)
             except CompressError as error:

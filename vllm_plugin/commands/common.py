@@ -37,7 +37,10 @@ Budget = Annotated[
 ProfileFile = Annotated[Path | None, typer.Option(help="per-layer shares, in place of --keep")]
 BasesFile = Annotated[Path | None, typer.Option(help="low-rank bases, for cskv")]
 CalibrationText = Annotated[
-    str, typer.Option(help="'self' (the model samples it), or a .txt or .jsonl file")
+    str,
+    typer.Option(
+        "--text", "--calibration", help="'self' (the model samples it), or a .jsonl or text file"
+    ),
 ]
 Seed = Annotated[
     int, typer.Option(min=0, help="seed of the text that the model samples; none with a text file")

@@ -184,6 +184,8 @@ def _column(
 
 def _folder(model: str) -> Path:
     folder = local_folder(model)
+    if folder is None and model.startswith(("/", "./", "../", "~")):
+        raise CompressError(f"the model folder {model!r} does not exist; give a folder or a hub id")
     if folder is None:
         raise CompressError(
             f"{model} is not on this machine, and `plan` downloads nothing; give a folder, or "

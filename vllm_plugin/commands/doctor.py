@@ -39,6 +39,8 @@ def doctor(
     bases: BasesFile = None,
     additional_config: AdditionalConfig = "{}",
     block_size: Annotated[int | None, typer.Option(help="as for `vllm serve`")] = None,
+    dtype: Annotated[str, typer.Option(help="as for `vllm serve`")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="as for `vllm serve`")] = None,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="as for `vllm serve`")] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -64,6 +66,8 @@ def doctor(
                 quantization=quantization,
                 additional_config=config,
                 block_size=block_size,
+                dtype=dtype,  # type: ignore[arg-type]
+                max_model_len=max_model_len,
                 tensor_parallel_size=tensor_parallel_size,
             )
         )

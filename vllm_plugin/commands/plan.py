@@ -84,7 +84,8 @@ def plan(
     """Tell how many requests fit a device, without and with compression. Nothing is loaded.
 
     Only the config and the headers of the weights are read, of a model on this machine. One device
-    holds the model; with tensor parallelism give the memory of all.
+    holds the model; with tensor parallelism give the memory of all. Exits with 1 if not one request
+    fits.
 
     Example: vllm-compress plan meta-llama/Llama-3.1-8B-Instruct --gpu-memory 80GiB --context 32k
     --policy snap_kv --keep 0.25 --quantization smoothquant_plus
@@ -131,6 +132,8 @@ def plan(
         print(json.dumps(asdict(load) | {"activation_memory": aside} | content))
     else:
         _print(model, load, found, packing, warning)
+    if not found.compressed.requests_one_in_prefill:
+        raise typer.Exit(1)
 
 
 def _too_long(context: int, model_length: int | None) -> str | None:
@@ -158,7 +161,7 @@ def _print(
         table.add_row(name, *(form(before), form(after), factor)[: len(headings) - 1])
 
     row(f"weights (int4 as {packing})" if quantized else "weights", "weights", gib)
-    row("KV bytes per token of a long prompt", "kv_bytes_per_token", "{:,}".format)
+    row(f"KV bytes per token of a prompt of {load.prompt:,}", "kv_bytes_per_token", "{:,}".format)
     row("memory left for KV", "kv_memory", gib)
     if without.block_bytes == compressed.block_bytes:  # else blocks are of fewer layers each
         row(f"blocks of {load.block_size} tokens", "blocks", "{:,}".format)
@@ -174,14 +177,19 @@ def _print(
     out.print(table)
     aside = gib(found.activation_memory)
     notes = [
-        "A prompt needs all its blocks while it is computed (the peak); then it is compacted.",
         f"Set aside for activations and graphs: {aside}; vLLM measures it when it starts.",
     ]
+    if compressed.decoding_blocks != without.decoding_blocks:
+        notes.append(
+            "A prompt needs all its blocks while it is computed (the peak); then it is compacted."
+        )
     if not changed:
         notes.append("Nothing is compressed: give --policy and --keep, or --quantization.")
     if compressed.requests > _MAX_NUM_SEQS:
         notes.append("vLLM also limits requests at once by --max-num-seqs: raise it to that.")
-    if not compressed.requests_one_in_prefill:
+    if not compressed.kv_memory:
+        notes.append("The weights and what is set aside take all of the memory: give more.")
+    elif not compressed.requests_one_in_prefill:
         notes.append("Not one such prompt fits: give more memory or a shorter prompt.")
     for note in notes:
         out.print(note, highlight=False, soft_wrap=True)

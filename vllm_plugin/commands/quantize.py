@@ -12,6 +12,7 @@ from vllm_plugin.commands.common import (
     AUTO,
     SELF,
     AsJson,
+    CalibrationText,
     Device,
     MethodSettings,
     Model,
@@ -47,7 +48,7 @@ def quantize(
     format_name: Annotated[
         str, typer.Option("--format", help="checkpoint format: compressed-tensors, awq")
     ] = "compressed-tensors",
-    calibration: Annotated[str, typer.Option(help="'self', or a .txt or .jsonl file")] = SELF,
+    calibration: CalibrationText = SELF,
     samples: Annotated[int, typer.Option(help="calibration sequences")] = 64,
     length: Annotated[int, typer.Option(help="tokens per calibration sequence")] = 128,
     seed: Seed = 0,

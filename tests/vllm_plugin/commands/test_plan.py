@@ -121,8 +121,21 @@ def test_the_table_says_what_a_prompt_needs(plan: Callable, demo_model: Path) ->
     assert "7,168 tokens of prompt, 8,192 in all" in text
     assert "A prompt needs all its blocks while it is computed" in text
     assert "Not one such prompt fits" not in text
-    _, text = plan(demo_model, "--gpu-memory", "1GB", *options)
-    assert "Not one such prompt fits" in text  # the allowance alone is more
+    code, text = plan(demo_model, "--gpu-memory", "1GB", *options)
+    assert code == 1
+    assert "take all of the memory" in text  # the allowance alone is more
+
+
+def test_only_what_is_compacted_is_said_to_be(plan: Callable, demo_model: Path) -> None:
+    options = ("--gpu-memory", "2GB", "--context", "8K", "--quantization", "smoothquant_plus")
+    _, text = plan(demo_model, *options)
+    assert "then it is compacted" not in text
+
+
+def test_a_folder_that_does_not_exist_is_not_a_hub_id(plan: Callable) -> None:
+    code, text = plan("./nowhere", "--gpu-memory", "2GB", "--context", "8K")
+    assert code == 1
+    assert "the model folder './nowhere' does not exist" in text
 
 
 def test_all_problems_at_once(plan: Callable, demo_model: Path) -> None:

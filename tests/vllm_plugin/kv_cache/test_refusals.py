@@ -71,6 +71,7 @@ def refusal(model: Path | str, kv: dict[str, Any] | None = None, **engine: Any) 
         ({"policy": "snap_kv", "keep": -1}, "must be in (0, 1], got -1"),
         ({"policy": "snap_kv", "keep": "abc"}, "must be a number in (0, 1], got 'abc'"),
         ({"policy": "snap_kv"}, "needs `keep`, the share that stays, or `budget`, the tokens"),
+        ({"policy": "cskv"}, "needs `bases`, the file that `vllm-compress calibrate-kv MODEL`"),
         ({"policy": "snap_kv", "budget": 0}, "budget"),
         ({"policy": "snap_kv", "budget": 0.5}, "budget"),
         (SNAP | {"budget": 512}, "`keep` has no use beside `budget`; remove it"),
