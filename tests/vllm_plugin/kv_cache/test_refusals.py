@@ -97,7 +97,6 @@ def refusal(model: Path | str, kv: dict[str, Any] | None = None, **engine: Any) 
         (SNAP | {"decode_window": 100}, "window must be 0 or a multiple of the block size 32"),
         (SNAP | {"min_blocks": 0}, "min_blocks"),
         (SNAP | {"profile": "/nowhere/kv.json"}, "cannot read the profile /nowhere/kv.json"),
-        ({"policy": "cskv"}, "or `bases` for cskv"),
         ({"policy": "cskv", "keep": 0.2}, "vllm-compress calibrate-kv"),
         ({"policy": "cskv", "bases": "/nowhere/kv"}, "cannot read the bases /nowhere/kv"),
         ({"policy": "cskv", "keep": 1, "bits": 8}, "bits"),
