@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random Llamas for figures that do not depend on what a model knows: speed, memory, load time."""
+"""Random models for figures that do not depend on what a model knows: speed, memory, counts."""
 
 import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import Options, cache_folder
 from benchmarks.engine import in_process
@@ -33,6 +34,34 @@ LLAMA_1B = Size(2048, 5632, 22, 32, 4, 32000)  # TinyLlama's shape: 1.1 billion 
 # For --smoke: every width in whole groups of 128; vocabulary of the demo model's tokenizer.
 _DEMO_VOCABULARY = 49152
 TINY = Size(128, 256, 2, 4, 2, _DEMO_VOCABULARY, tie_word_embeddings=True)
+
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+# Models with something beside full attention: the config class in transformers, what is its own.
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_oss": ("GptOssConfig", _MIXED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gemma3": ("Gemma3TextConfig", _MIXED),
+    "qwen3_5": (
+        "Qwen3_5TextConfig",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 128,  # vLLM's kernel for CPUs knows few sizes
+            "linear_value_head_dim": 128,
+        },
+    ),
+}
+
+
+def random_hybrid(name: str, options: Options) -> Path:
+    """Folder of a random bfloat16 model of ``HYBRIDS``, without a tokenizer, kept in the cache."""
+    folder = cache_folder() / f"{name}-s{options.seed}-r{_REVISION}"
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            done = Path(scratch) / "model"
+            in_process(_build_hybrid, name, options.seed, done, preloaded=options.smoke)
+            os.replace(done, folder)
+    return folder
 
 
 def random_llama(size: Size, options: Options) -> Path:
@@ -84,6 +113,29 @@ def _build(size: Size, seed: int, folder: Path) -> None:
     if tokenizer is not None:
         for file in (*tokenizer.glob("tokenizer*"), *tokenizer.glob("chat_template*")):
             shutil.copy(file, folder)
+
+
+def _build_hybrid(name: str, seed: int, folder: Path) -> None:
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    kind, own = HYBRIDS[name]
+    shared = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 1024,
+        "max_position_embeddings": 8192,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = getattr(transformers, kind)(**shared | own)
+    transformers.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
 
 
 def _quantize(model: Path, target: Path) -> None:
