@@ -172,7 +172,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gptj": ("GPTJConfig", {}, "does not go through transformers' AttentionInterface"),
     "mamba2": ("Mamba2Config", {}, "not linears: mixer.conv1d.weight"),
     "deepseek": ("DeepseekV3Config", {"num_hidden_layers": 4}, "multi-head latent attention"),
-    "t5": ("T5Config", {}, "cannot build a language model"),
+    "t5": ("T5Config", {}, "has no language model for T5Config"),
+    "bert": ("BertConfig", {}, "it is an encoder, which predicts masked tokens"),
 }
 
 
