@@ -228,7 +228,14 @@ def test_two_ranks_agree_with_one(tiny_model: Callable[..., Path], tmp_path: Pat
             {"quantization": None, "additional_config": settings()},
             "--quantization smoothquant_plus",
         ),
-        ({"load_format": "sharded_state", "enable_lora": True}, r"2 problems:(.|\n)*--enable-lora"),
+        (
+            {
+                "load_format": "sharded_state",
+                "enable_lora": True,
+                "additional_config": settings(alpha=0.5),
+            },
+            r"2 problems:(.|\n)*--enable-lora",
+        ),
     ],
 )
 def test_bad_settings_are_refused_at_start(
