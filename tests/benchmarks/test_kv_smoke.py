@@ -108,3 +108,20 @@ def test_cskv(demo_model: Path, tmp_path: Path):
     line, _ = smoke("cskv", contract, tmp_path / "cskv.json")
     assert line["bytes_per_token_ratio_086_int4"] < line["bytes_per_token_ratio_080"] < 0.25
     assert 0 < line["recon_error_vs_asvd_max"] < 1
+
+
+@pytest.mark.slow
+def test_vision(tmp_path: Path):
+    contract = {"full_asked", "full_later"} | {
+        f"{policy}_{keep}_{what}"
+        for policy in ("snap_kv", "prefix_kv", "prefix_kv_uniform", "key_diff", "h2o", "recent")
+        for keep in ("050", "025", "010")
+        for what in ("asked", "later", "asked_nats", "later_nats")
+    }
+    out = tmp_path / "vision.json"
+    line, _ = smoke("kv_vision", contract, out)
+    assert line["full_asked"] == line["full_later"] == 1
+    assert line["snap_kv_025_asked"] > line["snap_kv_010_later"]
+    assert line["prefix_kv_025_later_nats"] > line["full_later_nats"]
+    pytest.importorskip("matplotlib")
+    assert out.with_suffix(".png").is_file()
