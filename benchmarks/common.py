@@ -198,10 +198,18 @@ def source() -> str | None:
     return None
 
 
-def main(doc: str, parts: dict[str, Part], arguments: Sequence[str] | None = None) -> int:
-    """Run a benchmark; the exit status is 1 when a part broke (its keys are then null)."""
+def main(
+    doc: str,
+    parts: dict[str, Part],
+    arguments: Sequence[str] | None = None,
+    own: Sequence[argparse.ArgumentParser] = (),
+) -> int:
+    """Run a benchmark; the exit status is 1 when a part broke (its keys are then null).
+
+    ``own``: parsers of options that the benchmark reads itself.
+    """
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, parents=own
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--smoke", action="store_true", help="same path, tiny, no figures")

@@ -1,105 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
 """What doctor, plan, config edge and worker say to models, in a process of its own.
 
-``ask(cases)`` is the caller's side. A case is a family of ``architectures`` and engine arguments;
-the answer is what each of the four says, None for "accepted". The worker is only asked where the
-config edge accepts: it loads random weights and describes its KV cache. It is not asked of models
-with images or sound, because it wants a processor's files. The answer is ``{"unavailable": why}``
-where vLLM lacks a package that the family needs.
+``ask(cases)`` is the caller's side. A case is a family of ``benchmarks.architectures`` and engine
+arguments; the answer is what each of the four says, None for "accepted". The worker is only asked
+where the config edge accepts: it loads random weights and describes its KV cache. It is not asked
+of models with images or sound, because it wants a processor's files. The answer is
+``{"unavailable": why}`` where vLLM lacks a package that the family needs.
 """
 
-import contextlib
-import io
-import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.support.architectures import CACHES, DENSE, FAMILIES, write
+from benchmarks.architectures import FAMILIES, write_config
 from tests.support.child import SINGLE_PROCESS, in_child
 
-ALL = FAMILIES | DENSE | CACHES
-Answers = dict[str, str | None]
+ENGINE = {
+    "enforce_eager": True,
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "max_model_len": 512,
+    "kv_cache_memory_bytes": 1 << 24,
+}
 
 
-def ask(cases: list[tuple[str, dict[str, Any]]], timeout: float = 550) -> list[dict[str, Any]]:
+def ask(
+    cases: list[tuple[str, dict[str, Any]]], timeout: float = 550
+) -> list[dict[str, str | None]]:
     """The answers of all four to cases of (family, engine arguments)."""
     environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
     environment["VLLM_LOGGING_LEVEL"] = "ERROR"
     return in_child(_ask_all, cases, env=environment, timeout=timeout)
 
 
-def _ask_all(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    import vllm_plugin
-
-    vllm_plugin.register()
+def _ask_all(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, str | None]]:
     root = Path(tempfile.mkdtemp())
-    answers = []
-    for number, (family, engine) in enumerate(cases):
-        try:
-            _load_in_this_process(ALL[family][1])
-        except ImportError as error:
-            answers.append({"unavailable": str(error)})
-            continue
-        folder = write(family, root / str(number))
-        with contextlib.redirect_stdout(io.StringIO()):
-            answers.append(_ask(folder, engine, worker=ALL[family][3] is None))
-    return answers
+    return [
+        _ask(family, root / str(number), engine) for number, (family, engine) in enumerate(cases)
+    ]
 
 
-def _ask(folder: Path, engine: dict[str, Any], worker: bool) -> Answers:
-    from vllm.engine.arg_utils import EngineArgs
+def _ask(family: str, folder: Path, engine: dict[str, Any]) -> dict[str, str | None]:
+    from benchmarks.answers import UNAVAILABLE, answers, text
 
-    from vllm_plugin.commands.checks import model_checks
-
-    def args() -> EngineArgs:
-        return EngineArgs(
-            model=str(folder),
-            enforce_eager=True,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            max_model_len=512,
-            kv_cache_memory_bytes=1 << 24,
-            **engine,
-        )
-
-    said: Answers = {"doctor": None, "plan": _plan(folder, engine), "edge": None, "worker": None}
-    wrong = [check for check in model_checks(args()) if check.status == "problem"]
-    said["doctor"] = "; ".join(check.found for check in wrong) or None
+    kind = FAMILIES[family]
+    said, config = answers(write_config(family, folder), kind.architecture, ENGINE | engine)
+    if UNAVAILABLE not in said:
+        said["worker"] = None
     try:
-        config = args().create_engine_config()
-    except Exception as error:
-        said["edge"] = _text(error)
-        return said
-    try:
-        if worker:
+        if config is not None and kind.encoder is None:
             _start_worker(config)
     except Exception as error:
-        said["worker"] = _text(error)
+        said["worker"] = text(error)
     return said
-
-
-def _plan(folder: Path, engine: dict[str, Any]) -> str | None:
-    from vllm_plugin.cli import main
-
-    sys.argv = ["vllm-compress", "plan", str(folder), "--gpu-memory", "1GiB", "--context", "512"]
-    sys.argv += ["--activation-memory", "0B", "--block-size", "32"]
-    if method := engine.get("quantization"):
-        sys.argv += ["--quantization", method]
-    sys.argv += ["--additional-config", json.dumps(engine.get("additional_config", {}))]
-    printed = io.StringIO()
-    from vllm_plugin.commands import common
-
-    common.err.file = printed
-    try:
-        main()
-    except SystemExit as stopped:
-        return printed.getvalue() if stopped.code else None
-    except Exception as error:
-        return _text(error)
-    return None
 
 
 def _start_worker(config: Any) -> None:
@@ -123,15 +77,3 @@ def _start_worker(config: Any) -> None:
             assert worker.get_kv_cache_spec()
     finally:  # groups of ranks are made for the kind of model that comes first
         cleanup_dist_env_and_memory()
-
-
-def _load_in_this_process(architecture: str) -> None:
-    """Have vLLM know a model by its class; by its name, it would start a process to look at it."""
-    from vllm import ModelRegistry
-
-    known = ModelRegistry.models[architecture]
-    ModelRegistry.register_model(architecture, known.load_model_cls())
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

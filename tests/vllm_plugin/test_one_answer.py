@@ -11,9 +11,9 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_plugin
+from benchmarks.architectures import FAMILIES, TEXT
 from compress_common.errors import CompressError
 from tests.support import one_answer
-from tests.support.architectures import CACHES, DENSE, FAMILIES, TEXT
 from vllm_plugin.compatibility import model_length
 from vllm_plugin.kv_fingerprint import full_attention_layers
 from vllm_plugin.settings import parse_settings
@@ -23,7 +23,7 @@ CSKV = {"policy": "cskv", "keep": 1}  # every check, but no bases are needed
 INT4 = {"group_size": 32, "calibration": {"samples": 1, "length": 16}}
 
 # What all of them must say of each family: a part of the reason, or None for "accepted".
-KV: dict[str, str | None] = dict.fromkeys(FAMILIES | CACHES) | {
+KV: dict[str, str | None] = dict.fromkeys(FAMILIES) | {
     "mistral windowed": "no layer with full attention",
     "mamba 2": "layers of kinds linear_attention",
     "lfm2": "layers of kinds conv",
@@ -36,7 +36,7 @@ KV: dict[str, str | None] = dict.fromkeys(FAMILIES | CACHES) | {
     "deepseek v2": "MLA",
     "bloom": "ALiBi",
 }
-WEIGHTS: dict[str, str | None] = dict.fromkeys(FAMILIES | DENSE) | {
+WEIGHTS: dict[str, str | None] = dict.fromkeys(FAMILIES) | {
     "deepseek v2": "multi-head latent attention (MLA)",
     "gpt-oss": "its experts have biases",
     "bert": "it is an encoder, which predicts masked tokens as BERT does",
@@ -80,7 +80,7 @@ CASES = [(name, family) for name, (_, said) in SECTIONS.items() for family in sa
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict[tuple[str, str], one_answer.Answers]:
+def answers() -> dict[tuple[str, str], dict[str, str | None]]:
     # Weights first: vLLM changes the class of a model that it serves through transformers, and then
     # no other engine of the process can follow it.
     cases = sorted(CASES, key=lambda case: case[0] != "weights")
@@ -90,7 +90,7 @@ def answers() -> dict[tuple[str, str], one_answer.Answers]:
 
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_one_answer(
-    answers: dict[tuple[str, str], one_answer.Answers], name: str, family: str
+    answers: dict[tuple[str, str], dict[str, str | None]], name: str, family: str
 ) -> None:
     said, expected = answers[name, family], SECTIONS[name][1][family]
     if "unavailable" in said:
@@ -106,7 +106,7 @@ def test_one_answer(
 
 
 def test_enough_families_are_compared(
-    answers: dict[tuple[str, str], one_answer.Answers],
+    answers: dict[tuple[str, str], dict[str, str | None]],
 ) -> None:
     assert sum("unavailable" not in answers["kv", family] for family in FAMILIES) >= 20
 
