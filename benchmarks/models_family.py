@@ -3,18 +3,17 @@
 
 import random
 import tempfile
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.architectures import FAMILIES, TEXT, write_model
 from benchmarks.common import cache_folder
 from benchmarks.engine import ENGINE_ARGS, Engine, EngineFailed, in_process
-from benchmarks.kv_engine import last_line
 from benchmarks.models_cells import FAILED, Cell, kv_cell, stock_cell, weights_cell
-from compress_common.errors import CompressError
 from vllm_plugin.demo_model import demo_model_path
 
+T = TypeVar("T")
 LENGTHS, TOKENS = (7, 130, 1000), 16
 METHOD = "smoothquant_plus"
 SETTINGS: dict[str, Any] = {"group_size": 32, "folds": "all", "alpha": 0.5}
@@ -49,14 +48,12 @@ def measured(family: str) -> dict[str, Any]:
     """Return the cells of a family, and what they were judged by."""
     kind = FAMILIES[family]
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-        model = in_process(
-            *(write_model, family, Path(scratch) / "model", demo_model_path()), preloaded=True
-        )
+        model = _run(write_model, family, Path(scratch) / "model", demo_model_path())
         base = ENGINE_ARGS | BASE | (ALONE if kind.sixteen else {})
         if kind.encoder is not None:
             base |= {"language_model_only": True}
         said = {
-            name: in_process(_asked, model, kind.architecture, base | more, preloaded=True)
+            name: _run(_asked, model, kind.architecture, base | more)
             for name, more in (("kv", KV), ("weights", SIXTEEN | WEIGHTS))
         }
         stock = _stock(model, kind.architecture, base)
@@ -105,10 +102,9 @@ def _stock(model: Path, architecture: str, base: dict[str, Any]) -> dict[str, An
         with FamilyEngine(model, plugin=False, preloaded=True, **base) as engine:
             answer = engine.ask("answer", **ask)
     except EngineFailed as error:
-        return {FAILED: last_line(str(error))}
+        return {FAILED: _last_error(str(error))}
     pairs = list(zip(prompts, answer["tokens"], strict=True))
-    judged = in_process(reference.judged, model, architecture, pairs, True, preloaded=True)
-    return answer | {"judged": judged}
+    return answer | {"judged": _run(reference.judged, model, architecture, pairs, True)}
 
 
 def _kv(model: Path, base: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +116,7 @@ def _kv(model: Path, base: dict[str, Any]) -> dict[str, Any]:
                 for name, keep in (("whole", 1), ("quarter", None))
             }
     except EngineFailed as error:
-        return {FAILED: last_line(str(error))}
+        return {FAILED: _last_error(str(error))}
 
 
 def _weights(model: Path, architecture: str, base: dict[str, Any], scratch: Path) -> dict[str, Any]:
@@ -134,22 +130,29 @@ def _weights(model: Path, architecture: str, base: dict[str, Any], scratch: Path
         with FamilyEngine(model, env=environment, preloaded=True, **base | WEIGHTS) as engine:
             answer = engine.ask("answer", **ask)
     except EngineFailed as error:
-        return {FAILED: last_line(str(error))}
+        return {FAILED: _last_error(str(error))}
     pairs = list(zip(prompts, answer["tokens"], strict=True))
-    run = partial(in_process, preloaded=True)
-    try:
-        rounded = run(reference.write_rounded, model, scratch / "rounded", request, cache)
-        spent = run(reference.fold_seconds, model, request, cache)
-    except CompressError as error:
-        return {FAILED: f"CompressError: {error}"}
+    rounded = _run(reference.write_rounded, model, scratch / "rounded", request, cache)
+    spent = _run(reference.fold_seconds, model, request, cache)
     judged = {
-        name: run(reference.judged, folder, architecture, pairs, True)["nats"]
+        name: _run(reference.judged, folder, architecture, pairs, True)["nats"]
         for name, folder in (("rounded", rounded), ("plain", model))
     }
     return answer | judged | {"folds": spent}
+
+
+def _run(function: Callable[..., T], *arguments: Any) -> T:
+    return in_process(function, *arguments, preloaded=True)
 
 
 def request_of(settings: dict[str, Any]) -> Any:
     from vllm_plugin.settings import WeightSettings
 
     return WeightSettings(**settings).request(METHOD, tensor_parallel=1)
+
+
+def _last_error(log: str) -> str:
+    """Return the last line of a log that names an error, with what follows it."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no message"]
+    named = [at for at, line in enumerate(lines) if "Error" in line.partition(":")[0]]
+    return " ".join(lines[named[-1] if named else -1 :])

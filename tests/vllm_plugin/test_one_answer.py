@@ -11,13 +11,16 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_plugin
+from benchmarks import models_table
 from benchmarks.architectures import FAMILIES, TEXT
 from compress_common.errors import CompressError
 from tests.support import one_answer
+from tests.support.child import ROOT
 from vllm_plugin.compatibility import model_length
 from vllm_plugin.kv_fingerprint import full_attention_layers
 from vllm_plugin.settings import parse_settings
 
+MATRIX = ROOT / "docs" / "models.md"
 SNAP = {"policy": "snap_kv", "keep": 0.25}
 CSKV = {"policy": "cskv", "keep": 1}  # every check, but no bases are needed
 INT4 = {"group_size": 32, "calibration": {"samples": 1, "length": 16}}
@@ -103,6 +106,16 @@ def test_one_answer(
             text = said[who]
             assert text is not None and expected in text, f"{who}: {text}"
         assert str(said["edge"]).startswith("CompressError: ")
+
+
+@pytest.mark.parametrize("column", ["kv", "weights"])
+def test_the_documented_matrix_says_the_same(column: str) -> None:
+    rows, expected = models_table.read(MATRIX), SECTIONS[column][1]
+    assert rows.keys() == expected.keys()
+    for family, cells in rows.items():
+        state, _, reason = cells[column].partition(": ")
+        assert (state == "refused") is (expected[family] is not None), family
+        assert expected[family] is None or expected[family] in reason, family
 
 
 def test_enough_families_are_compared(
