@@ -40,6 +40,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -79,15 +80,22 @@ def matrix(chosen: list[str] | None, table: Path | None, options: Options, resul
     """Fill the matrix."""
     _quiet_and_fast()
     names = chosen or (list(SMOKE) if options.smoke else list(FAMILIES))
-    records = _finished(result.lines)
+    records, broken = _finished(result.lines), []
     for family in (bar := tqdm(names, desc="families", leave=False)):
         bar.set_postfix_str(family)
         if family not in records:
             begin = time.perf_counter()
-            records[family] = measured(family) | {"wall_s": time.perf_counter() - begin}
+            try:
+                records[family] = measured(family) | {"wall_s": time.perf_counter() - begin}
+            except Exception:
+                traceback.print_exc()
+                broken.append(family)
+                continue
             result.note(family, records[family])
         told = "; ".join(f"{key} {value}" for key, value in records[family]["cells"].items())
         log.print(f"{family}: {told}", highlight=False, markup=False)
+    if broken:
+        raise RuntimeError(f"not measured: {', '.join(broken)}")
     asked = {name: records[name] for name in names}
     result.details |= asked
     states = [set(record["states"].values()) for record in asked.values()]
