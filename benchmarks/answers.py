@@ -69,18 +69,17 @@ def _plan(model: Path, engine: dict[str, Any]) -> str | None:
     if method := engine.get("quantization"):
         words += ["--quantization", method]
     words += ["--additional-config", json.dumps(engine.get("additional_config", {}))]
-    printed = io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", words),
-        mock.patch.object(common.err, "file", printed),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        try:
+    printed, before = io.StringIO(), common.err.file
+    common.err.file = printed
+    try:
+        with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(io.StringIO()):
             main()
-        except SystemExit as stopped:
-            return printed.getvalue() if stopped.code else None
-        except Exception as error:
-            return text(error)
+    except SystemExit as stopped:
+        return printed.getvalue() if stopped.code else None
+    except Exception as error:
+        return text(error)
+    finally:
+        common.err.file = before
     return None
 
 
