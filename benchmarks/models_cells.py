@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-State = Literal["ok", "refused", "differs", "stock fails", "wrong", "crash", "late"]
+State = Literal["ok", "refused", "differs", "stock fails", "not asked", "wrong", "crash", "late"]
 BAD: tuple[State, ...] = ("wrong", "crash", "late")
 FAILED = "failed"  # key of an engine's record that did not start, or died
 UNAVAILABLE = "unavailable"  # key of answers, where vLLM lacks a package
@@ -26,7 +26,7 @@ class Cell(NamedTuple):
             differs: stock vLLM computes something else than transformers. stock fails: it does not
             serve the model here, so ours was not asked. wrong: ours computes or keeps something
             else than it should. crash: an error that is no refusal. late: refused, but not by all
-            of the three, or after weights were read.
+            of the three, or after weights were read. not asked: of stock, where ours refuses.
         text: A figure or the reason.
     """
 
@@ -42,9 +42,11 @@ def stock_cell(stock: Mapping[str, Any], sixteen: bool) -> Cell:
 
     Args:
         stock: ``nats`` and ``tokens`` of its answers, and transformers' as ``judged``; or why it
-            failed.
+            failed; or nothing, where it was not asked.
         sixteen: Whether it computed in bfloat16, where the most likely token can be another.
     """
+    if not stock:
+        return Cell("not asked", "")
     if FAILED in stock:
         return Cell("stock fails", shortened(stock[FAILED]))
     error = mean_error(stock["nats"], stock["judged"]["nats"])

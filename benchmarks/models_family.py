@@ -56,7 +56,8 @@ def measured(family: str) -> dict[str, Any]:
             name: _run(_asked, model, kind.architecture, base | more)
             for name, more in (("kv", KV), ("weights", SIXTEEN | WEIGHTS))
         }
-        stock = _stock(model, kind.architecture, base)
+        accepted = any(None in answers.values() for answers in said.values())
+        stock = _stock(model, kind.architecture, base) if accepted else {}
         kv = _kv(model, base) if _served(said["kv"], stock) else {}
         weights, spent = {}, {}
         if _served(said["weights"], stock):
@@ -79,7 +80,7 @@ def measured(family: str) -> dict[str, Any]:
 
 
 def _served(said: dict[str, str | None], stock: dict[str, Any]) -> bool:
-    return FAILED not in stock and all(answer is None for answer in said.values())
+    return bool(stock) and FAILED not in stock and all(answer is None for answer in said.values())
 
 
 def _asked(model: Path, architecture: str, engine: dict[str, Any]) -> dict[str, str | None]:
