@@ -242,12 +242,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Asked of int4 weights, and not in the matrix: what generates no text, and what no one publishes.
+OTHERS: dict[str, Family] = {
+    "qwen2 embedding": Family("Qwen2Config", "Qwen2Model"),
+    "bert": Family("BertConfig", "BertModel"),
+    "qwen3 moe gelu": Family(
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM", _MOE | {"hidden_act": "gelu"}
+    ),
+}
+
+
 def write_config(family: str, folder: Path) -> Path:
     """Write the config of a family, and one small tensor, so that it passes for a checkpoint."""
     import torch
     from safetensors.torch import save_file
 
-    kind = FAMILIES[family]
+    kind = (FAMILIES | OTHERS)[family]
     content = kind.hf_config().to_dict()
     content |= {"architectures": [kind.architecture], "dtype": "bfloat16"}
     folder.mkdir(parents=True)

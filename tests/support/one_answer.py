@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.architectures import FAMILIES, write_config
+from benchmarks.architectures import FAMILIES, OTHERS, write_config
 from tests.support.child import SINGLE_PROCESS, in_child
 
 ENGINE = {
@@ -44,7 +44,7 @@ def _ask_all(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, str | No
 def _ask(family: str, folder: Path, engine: dict[str, Any]) -> dict[str, str | None]:
     from benchmarks.answers import UNAVAILABLE, answers, text
 
-    kind = FAMILIES[family]
+    kind = (FAMILIES | OTHERS)[family]
     said, config = answers(write_config(family, folder), kind.architecture, ENGINE | engine)
     if UNAVAILABLE not in said:
         said["worker"] = None

@@ -22,9 +22,9 @@ from vllm.v1.kv_cache_interface import (
 )
 
 import vllm_plugin
+from benchmarks.architectures import write_config
 from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.tokens import TokenLayout
-from tests.support.architectures import write
 from tests.support.scheduling import SHAPE, Serving
 from vllm_plugin.kv_cache.hits import hit_end
 from vllm_plugin.kv_cache.spec import CompressedSpec
@@ -46,7 +46,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VllmConfig]:
     vllm_plugin.register()
     made = {}
     for kind, family in FAMILIES.items():
-        folder = write(family, root / kind)
+        folder = write_config(family, root / kind)
         for name in ("ours", "stock", "quiet"):
             kv = {"kv": {"policy": "key_diff", "keep": 0.25}, "metrics": name == "ours"}
             made[f"{kind} {name}"] = configure(folder, {} if name == "stock" else {"compress": kv})
