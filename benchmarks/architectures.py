@@ -40,9 +40,10 @@ _LINEAR = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
-    "linear_key_head_dim": 128,  # vLLM's kernel for CPUs knows few sizes
-    "linear_value_head_dim": 128,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
 }
+_LINEAR_KERNEL = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 _MAMBA = {
     "mamba_n_heads": 4,
     "mamba_d_head": 64,
@@ -61,6 +62,7 @@ class Family(NamedTuple):
         fields: What differs from ``TEXT``.
         encoder: Fields of an encoder of images or sound; ``fields`` are then of the text part.
         sixteen: Whether stock vLLM serves it on a CPU in bfloat16 only.
+        kernel: What an engine needs beside, because vLLM's kernels for CPUs know few sizes.
     """
 
     config: str
@@ -68,12 +70,13 @@ class Family(NamedTuple):
     fields: dict[str, Any] = {}
     encoder: dict[str, Any] | None = None
     sixteen: bool = False
+    kernel: dict[str, Any] = {}
 
-    def hf_config(self) -> Any:
-        """Return the config of the whole model."""
+    def hf_config(self, **more: Any) -> Any:
+        """Return the config of the whole model, its text part with other fields as well."""
         import transformers
 
-        kind, fields = getattr(transformers, self.config), TEXT | self.fields
+        kind, fields = getattr(transformers, self.config), TEXT | self.fields | more
         if self.encoder is None:
             return kind(**fields)
         part = "audio_config" if "Audio" in self.config else "vision_config"
@@ -155,17 +158,15 @@ FAMILIES: dict[str, Family] = {
         "DeepseekV2Config",
         "DeepseekV2ForCausalLM",
         {
-            "kv_lora_rank": 512,  # vLLM's kernels know one size
+            "kv_lora_rank": 32,
             "q_lora_rank": None,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
             "v_head_dim": 32,
-            "head_dim": 64,
             "n_routed_experts": 4,
             "num_key_value_heads": 4,
-            "moe_intermediate_size": 64,
-            "num_experts_per_tok": 2,
         },
+        kernel={"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64},
     ),
     # encoders of images or sound
     "gemma3": Family("Gemma3Config", "Gemma3ForConditionalGeneration", _SLIDING, _VISION),
@@ -206,10 +207,14 @@ FAMILIES: dict[str, Family] = {
         _SLIDING | {"num_kv_shared_layers": 2, "global_head_dim": 32},
     ),
     # layers that keep a state
-    "qwen3 next": Family("Qwen3NextConfig", "Qwen3NextForCausalLM", _LINEAR | _MOE, sixteen=True),
-    "qwen3.5": Family("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _LINEAR, sixteen=True),
+    "qwen3 next": Family(
+        "Qwen3NextConfig", "Qwen3NextForCausalLM", _LINEAR | _MOE, None, True, _LINEAR_KERNEL
+    ),
+    "qwen3.5": Family(
+        "Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _LINEAR, None, True, _LINEAR_KERNEL
+    ),
     "qwen3.5 moe": Family(
-        "Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", _LINEAR | _MOE, sixteen=True
+        "Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", _LINEAR | _MOE, None, True, _LINEAR_KERNEL
     ),
     "granite 4": Family(
         "GraniteMoeHybridConfig",
@@ -279,7 +284,7 @@ def write_model(family: str, folder: Path, tokenizer: Path) -> Path:
 
     kind = FAMILIES[family]
     torch.manual_seed(0)
-    model = getattr(transformers, kind.architecture)._from_config(kind.hf_config())
+    model = getattr(transformers, kind.architecture)._from_config(kind.hf_config(**kind.kernel))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # fresh norms are one and fresh biases zero
