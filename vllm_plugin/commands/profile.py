@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from quant_methods.calibration.images import ImageSettings
     from quant_methods.calibration.text import CalibrationSettings
 
-_LENGTH: Final = 512  # tokens of a text
+LENGTH: Final = 512  # tokens of a text
 
 
 def profile(
@@ -119,7 +119,7 @@ def _settings(
     from quant_methods.calibration.text import CalibrationSettings
 
     if images is None:
-        tokens = _LENGTH if length is None else length
+        tokens = LENGTH if length is None else length
         return CalibrationSettings(source=text, samples=samples, length=tokens, seed=seed)
     if text != SELF or length is not None:
         raise CompressError(
