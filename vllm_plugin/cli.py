@@ -26,6 +26,7 @@ from vllm_plugin.commands.profile import profile
 from vllm_plugin.commands.quantize import quantize
 from vllm_plugin.commands.ray_serve import ray_serve
 from vllm_plugin.commands.search import search
+from vllm_plugin.commands.serve import PASSES_FLAGS, serve
 from vllm_plugin.commands.status import status
 
 NAME = "vllm-compress"
@@ -64,6 +65,7 @@ app.command()(quantize)
 app.command()(search)
 app.command()(profile)
 app.command("calibrate-kv")(calibrate_kv)
+app.command(context_settings=PASSES_FLAGS)(serve)
 app.command()(plan)
 app.command()(doctor)
 app.command()(status)

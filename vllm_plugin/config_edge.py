@@ -8,10 +8,9 @@ nothing of ours, it returns vLLM's config unchanged.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,6 +24,7 @@ from quant_methods.local import local_folder
 from quant_methods.planning import PlanRequest
 from quant_methods.structure.derive import structure_of
 from quant_methods.structure.wrapper import language_config
+from vllm_plugin.command_line import mixed_forms, model_problems
 from vllm_plugin.compatibility import refuse_diffusion
 from vllm_plugin.diffusion import support as diffusion
 from vllm_plugin.exits import end_command
@@ -52,7 +52,6 @@ from vllm_plugin.settings import (
 _LOAD_FORMATS = ("auto", "hf", "safetensors")
 _OURS = tuple(config.method for config in CONFIGS)
 _MARK = "vllm_compress_edge"
-_FLAG = "--additional-config"
 
 
 def install() -> None:
@@ -123,7 +122,7 @@ def _settings(args: EngineArgs) -> Settings:
     Raises:
         CompressError: lists every problem found.
     """
-    problems, settings = _mixed_forms(sys.argv), Settings()
+    problems, settings = mixed_forms(sys.argv), Settings()
     given = args.additional_config
     section = given.get(KEY) if isinstance(given, dict) else None
     try:
@@ -149,28 +148,6 @@ def _method_problems(settings: WeightSettings, method: str) -> list[str]:
     return []
 
 
-def _mixed_forms(arguments: Sequence[str]) -> list[str]:
-    """Refuse JSON beside dotted flags: vLLM would leave the JSON out without a word."""
-    dotted, whole = [], []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        flag, equals, value = argument.partition("=")
-        flag = flag.replace("_", "-")
-        if flag == _FLAG:
-            whole.append(value if equals else following)
-        elif flag.startswith(f"{_FLAG}."):
-            dotted.append(flag.removeprefix(f"{_FLAG}."))
-    ours = any(f'"{KEY}"' in text for text in whole) or any(
-        path.partition(".")[0] == KEY for path in dotted
-    )
-    if not (dotted and whole and ours):
-        return []
-    problem = (
-        f"{_FLAG} is given as JSON and with dotted flags, and vLLM ignores the JSON then; write "
-        "all of it in one way"
-    )
-    return [problem]
-
-
 def _name_problems(args: EngineArgs, configured: bool) -> list[str]:
     problems = []
     method = args.quantization
@@ -178,18 +155,7 @@ def _name_problems(args: EngineArgs, configured: bool) -> list[str]:
     if unknown and (hint := nearest(str(method), _OURS)):
         problems.append(f"--quantization {method!r} is unknown{hint}")
     if method in _OURS or configured:
-        path = Path(args.model)
-        if args.model != args.model.strip():
-            problems.append(f"the model {args.model!r} has spaces around its name; remove them")
-        elif args.model.startswith(("/", "./", "../")) and not path.exists():
-            problems.append(
-                f"the model folder {args.model!r} does not exist; give a folder or a hub id"
-            )
-        elif path.is_file():
-            problems.append(
-                f"the model {args.model!r} is a file; give the folder or hub id of a 16-bit "
-                "checkpoint in safetensors"
-            )
+        problems += model_problems(args.model)
     return problems
 
 

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from vllm_plugin.commands.profiling.kv_bases import HeldOut
 
 _POLICIES: Final = ("cskv",)
-_RATIOS: Final = {4: "0.86", 16: "0.8"}  # by bits: at these cskv recalls what the full cache does
+RATIOS: Final = {4: "0.86", 16: "0.8"}  # by bits: at these cskv recalls what the full cache does
+BITS: Final = 4
+SAMPLES: Final = 24
+LENGTH: Final = 512
 
 
 def calibrate_kv(
@@ -48,14 +51,19 @@ def calibrate_kv(
             "bits, 0.8 in 16)"
         ),
     ] = None,
-    bits: Annotated[int, typer.Option(help="of a number of a latent: 4 or 16")] = 4,
+    bits: Annotated[int, typer.Option(help="of a number of a latent: 4 or 16")] = BITS,
     method: Annotated[str, typer.Option(help="KV policy: cskv")] = "cskv",
     text: CalibrationText = SELF,
     samples: Annotated[
         int, typer.Option(help="texts: more are steadier; the last quarter is held out")
+<<<<<<< HEAD
     ] = 24,
     length: Annotated[int, typer.Option(help="tokens per text")] = 512,
     seed: Seed = 0,
+=======
+    ] = SAMPLES,
+    length: Annotated[int, typer.Option(help="tokens per text")] = LENGTH,
+>>>>>>> ef0f881 (Serve with presets: check, fit bases, start vLLM, say where it is)
     allocate: Annotated[
         bool,
         typer.Option(help="give layers, keys and values different ranks; else all get the same"),
@@ -87,7 +95,7 @@ def calibrate_kv(
     from vllm_plugin.commands.profiling.kv_bases import make_bases
     from vllm_plugin.commands.profiling.profile_plot import canvas
 
-    given = _RATIOS.get(bits, "0") if ratio is None else ratio
+    given = RATIOS.get(bits, "0") if ratio is None else ratio
     share, width, wanted = _checked(given, bits, method, objective)
     settings = CalibrationSettings(source=text, samples=samples, length=length, seed=seed)
     if target is None:

@@ -13,6 +13,7 @@ import vllm
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from pydantic import ValidationError
 from vllm import envs
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -80,7 +81,7 @@ def model_checks(args: EngineArgs) -> list[Check]:
         config = args.create_engine_config()
         settings = parse_settings(config.additional_config)
     except Exception as error:  # vLLM raises many types for what a user got wrong
-        return [Check("engine arguments", False, str(error))]
+        return [Check("engine arguments", False, _reason(error))]
     return [
         Check("engine arguments", True, f"accepted, {config.model_config.architecture}"),
         *_memory(config),
@@ -91,6 +92,13 @@ def model_checks(args: EngineArgs) -> list[Check]:
         *(Check(name, True, found) for name, found in table(config, settings)),
         *(Check(name, True, found) for name, found in _shares(config, settings)),
     ]
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the input and the link that pydantic adds."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
 
 
 def _package() -> tuple[bool, str]:

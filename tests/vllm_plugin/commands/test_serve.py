@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-compress serve`: twenty mistakes, each refused before an engine starts, and one server."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vllm_plugin import presets
+from vllm_plugin.commands import launch
+from vllm_plugin.commands.missing import lacks_bases
+from vllm_plugin.settings import KEY, parse_settings
+
+KV = f"--additional-config.{KEY}.kv"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not refused must not start a server here."""
+
+    def run(*_: object) -> int:
+        raise AssertionError("was not refused")
+
+    monkeypatch.setattr(launch, "run", run)
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: Path) -> Path:
+    """Where the command runs, with what the mistakes name."""
+    (tmp_path / "model").symlink_to(model)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    (tmp_path / "bad.yaml").write_text("a: [1,\nb: 2\n")
+    (tmp_path / "kv.yaml").write_text(presets.text("safe"))
+    (tmp_path / "bases.safetensors").write_bytes(b"no bases")
+    quantized = tmp_path / "quantized"
+    shutil.copytree(model, quantized)
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
+    (quantized / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+MISTAKES = {
+    "a preset's name": (
+        "./model --preset smal",
+        "'smal' is not one of 'safe', 'balanced', 'small'",
+    ),
+    "no model": ("--preset safe", "no model is given"),
+    "a folder's name": ("./modle --preset safe", "model folder './modle' does not exist"),
+    "a space": ("'./model ' --preset safe", "has spaces around its name"),
+    "a file": ("./model.gguf --preset safe", "is a file; give the folder"),
+    "a flag's name": (
+        "./model --prot 8001",
+        "unrecognized arguments: --prot 8001; did you mean '--port'?",
+    ),
+    "a port": ("./model --port 80x", "argument --port"),
+    "a busy port": ("./model --preset safe --port BUSY", "Address already in use"),
+    "JSON": ("./model --additional-config '{compress'", "--additional-config is not JSON"),
+    "two forms": (
+        f"./model --preset safe --additional-config '{json.dumps({KEY: {}})}'",
+        "is given as JSON and with dotted flags",
+    ),
+    "two forms, a file": (
+        "./model --preset safe --config kv.yaml",
+        "is given in the file of --config and with dotted flags",
+    ),
+    "no such file": ("./model --config none.yaml", "No such file or directory: 'none.yaml'"),
+    "not YAML": ("./model --config bad.yaml", "--config is not YAML"),
+    "a key's name": (f"./model {KV}.policy snap_kv {KV}.kep 0.5", "did you mean 'keep'?"),
+    "a section's name": (
+        "./model --additional-config.comprss.kv.policy snap_kv",
+        "did you mean 'compress'?",
+    ),
+    "a share": (f"./model {KV}.policy snap_kv {KV}.keep 1.5", "compress.kv.keep"),
+    "a method's name": (
+        "./model --quantization smoothqant_plus",
+        "did you mean 'smoothquant_plus'?",
+    ),
+    "a group size": (
+        f"./model --preset balanced --additional-config.{KEY}.weights.group_size 48",
+        "group_size",
+    ),
+    "adapters": ("./model --preset small --enable-lora", "--enable-lora"),
+    "quantized": ("./quantized --preset balanced", "quantized"),
+    "too long": ("./model --preset safe --max-model-len 99999999", "max_model_len"),
+    "bases": (f"./model {KV}.policy cskv {KV}.bases bases.safetensors", "bases.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_refused_on_one_screen(
+    run: Callable, folder: Path, busy_port: int, name: str
+) -> None:
+    line, expected = MISTAKES[name]
+    code, out, err = run("serve", *shlex.split(line.replace("BUSY", str(busy_port))))
+    assert code in (1, 2)
+    assert out == ""
+    # vLLM's log comes first, and is silent in a process of its own.
+    refusal = err[err.index("error: ") :]
+    assert expected in refusal
+    assert len(refusal.splitlines()) <= 5
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_a_preset_is_a_file_for_vllm(run: Callable, tmp_path: Path, preset: presets.Preset) -> None:
+    code, shown, _ = run("serve", "--preset", preset, "--show")
+    assert code == 0
+    file = tmp_path / "shown.yaml"
+    file.write_text(shown)
+    from_file = launch.parse(["M", "--config", str(file)])
+    from_flags = launch.parse(["M", *presets.flags(preset)])
+    for parsed in (from_file, from_flags):
+        del parsed.config
+    assert vars(from_file) == vars(from_flags)
+    config = dict(from_flags.additional_config)
+    if lacks_bases(from_flags):
+        config[KEY]["kv"]["bases"] = "kv.safetensors"
+    assert parse_settings(config).kv is not None
+
+
+def test_all_presets_are_shown(run: Callable) -> None:
+    code, shown, _ = run("serve", "--show")
+    assert code == 0
+    for preset in presets.PRESETS:
+        assert f"# {preset}.yaml" in shown
+        assert yaml.safe_load(presets.text(preset))["additional-config"][KEY]["kv"]
+
+
+def test_flags_win_over_the_preset() -> None:
+    line = ["M", *presets.flags("balanced"), "--quantization", "rtn", f"{KV}.keep", "0.75"]
+    parsed = launch.parse(line)
+    assert parsed.quantization == "rtn"
+    assert parsed.additional_config == {KEY: {"kv": {"policy": "snap_kv", "keep": 0.75}}}
+
+
+def test_a_server_sees_every_plugin_and_the_check_of_streams() -> None:
+    names = launch.environment({})["VLLM_PLUGINS"].split(",")
+    assert "compress" in names
+    assert "compress_page" not in names  # off by default
+    assert launch.environment({"VLLM_PLUGINS": "compress,x"})["VLLM_PLUGINS"] == "compress,x"
+    path = launch.environment({"PATH": "/bin"})["PATH"].split(os.pathsep)
+    assert path == [str(Path(sys.executable).parent), "/bin"]
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        (None, "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::1", "http://[::1]:80"),
+        ("gpu7", "http://gpu7:80"),
+    ],
+)
+def test_a_client_is_told_an_address_that_it_can_use(host: str | None, url: str) -> None:
+    assert launch.Address(host, 80, secure=False, path=None).url == url
+    assert launch.Address(host, 80, secure=True, path=None).url == url.replace("http", "https")
+
+
+@pytest.mark.slow
+def test_it_serves_what_it_says_and_stops_at_once(demo_model: Path, tmp_path: Path) -> None:
+    """The smallest preset, whose bases are fitted first. Its own request is sent as printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm_plugin.cli", "serve", str(demo_model)]
+    command += ["--preset", "small", "--port", str(port), "--max-model-len", "512"]
+    command += ["--dtype", "float32", "--enforce-eager", "--served-model-name", "demo"]
+    log = tmp_path / "log"
+    with log.open("w") as written:
+        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT)
+        try:
+            while "undo:" not in log.read_text():
+                assert process.poll() is None, log.read_text()
+                time.sleep(1)
+            request = re.search(r"try it: +(curl .*)", log.read_text())
+            assert request is not None
+            answer = subprocess.run(shlex.split(request[1]), capture_output=True, check=True)
+            assert json.loads(answer.stdout)["choices"][0]["text"]
+            figures = subprocess.run(
+                [*command[:3], "status", f"http://127.0.0.1:{port}", "--json"],
+                capture_output=True,
+                check=True,
+            )
+            assert b"cskv" in figures.stdout and b"smoothquant_plus" in figures.stdout
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) in (0, 128 + signal.SIGINT)
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", port))
