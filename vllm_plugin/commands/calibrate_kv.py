@@ -56,14 +56,9 @@ def calibrate_kv(
     text: CalibrationText = SELF,
     samples: Annotated[
         int, typer.Option(help="texts: more are steadier; the last quarter is held out")
-<<<<<<< HEAD
-    ] = 24,
-    length: Annotated[int, typer.Option(help="tokens per text")] = 512,
-    seed: Seed = 0,
-=======
     ] = SAMPLES,
     length: Annotated[int, typer.Option(help="tokens per text")] = LENGTH,
->>>>>>> ef0f881 (Serve with presets: check, fit bases, start vLLM, say where it is)
+    seed: Seed = 0,
     allocate: Annotated[
         bool,
         typer.Option(help="give layers, keys and values different ranks; else all get the same"),
