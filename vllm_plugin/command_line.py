@@ -41,7 +41,7 @@ def mixed_forms(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def model_problems(model: str) -> list[str]:
+def name_problems(model: str) -> list[str]:
     """List what is wrong with the name of a model before anything looks for it.
 
     Args:

@@ -24,7 +24,7 @@ from quant_methods.local import local_folder
 from quant_methods.planning import PlanRequest
 from quant_methods.structure.derive import structure_of
 from quant_methods.structure.wrapper import language_config
-from vllm_plugin.command_line import mixed_forms, model_problems
+from vllm_plugin.command_line import mixed_forms, name_problems
 from vllm_plugin.compatibility import refuse_diffusion
 from vllm_plugin.diffusion import support as diffusion
 from vllm_plugin.exits import end_command
@@ -155,7 +155,7 @@ def _name_problems(args: EngineArgs, configured: bool) -> list[str]:
     if unknown and (hint := nearest(str(method), _OURS)):
         problems.append(f"--quantization {method!r} is unknown{hint}")
     if method in _OURS or configured:
-        problems += model_problems(args.model)
+        problems += name_problems(args.model)
     return problems
 
 

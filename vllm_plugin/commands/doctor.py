@@ -55,12 +55,12 @@ def doctor(
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_plugin.command_line import model_problems
+    from vllm_plugin.command_line import name_problems
     from vllm_plugin.commands.checks import Check, installation, model_checks
 
     config = config_of(additional_config, policy, keep, budget, profile, bases)
     checks = installation()
-    if model is not None and (problems := model_problems(model)):
+    if model is not None and (problems := name_problems(model)):
         checks += [Check("model", False, problem) for problem in problems]
     elif model is not None:
         checks += model_checks(

@@ -23,7 +23,7 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from compress_common.errors import CompressError, joined, nearest
-from vllm_plugin.command_line import mixed_forms, model_problems
+from vllm_plugin.command_line import mixed_forms, name_problems
 from vllm_plugin.commands.checks import installation, model_checks
 from vllm_plugin.commands.common import json_object
 
@@ -71,7 +71,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if parsed.model_tag is None and "--model" not in " ".join(arguments):
         raise CompressError("no model is given: name a folder or a hub id, or have it in --config")
     parsed.model = parsed.model_tag or parsed.model
-    if problems := model_problems(parsed.model):
+    if problems := name_problems(parsed.model):
         raise joined(problems)
     return parsed
 
