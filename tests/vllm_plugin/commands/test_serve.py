@@ -71,7 +71,7 @@ MISTAKES = {
         "'smal' is not one of 'safe', 'balanced', 'small'",
     ),
     "no model": ("--preset safe", "no model is given"),
-    "a folder's name": ("./modle --preset safe", "model folder './modle' does not exist"),
+    "a folder's name": ("./modl --preset safe", "model folder './modl' does not exist"),
     "a space": ("'./model ' --preset safe", "has spaces around its name"),
     "a file": ("./model.gguf --preset safe", "is a file; give the folder"),
     "a flag's name": (
