@@ -67,8 +67,8 @@ def folder(tmp_path: Path, model: Path) -> Path:
 
 MISTAKES = {
     "a preset's name": (
-        "./model --preset smal",
-        "'smal' is not one of 'safe', 'balanced', 'small'",
+        "./model --preset tiny",
+        "'tiny' is not one of 'safe', 'balanced', 'small'",
     ),
     "no model": ("--preset safe", "no model is given"),
     "a folder's name": ("./modl --preset safe", "model folder './modl' does not exist"),
