@@ -36,11 +36,15 @@ log = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Options:
-    """The command line. ``rounds`` is at least 5 unless --smoke or the user says otherwise."""
+    """The command line. ``rounds`` is at least 5 unless --smoke or the user says otherwise.
+
+    ``rows``: prefixes of keys, of which only these are to be measured; empty: all.
+    """
 
     smoke: bool
     rounds: int
     seed: int
+    rows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -220,8 +224,15 @@ def main(
     parser.add_argument(
         "--part", action="append", choices=list(parts), help="only this part; may be repeated"
     )
+    parser.add_argument(
+        "--row",
+        action="append",
+        default=[],
+        help="only keys with this prefix, where a part is long; may be repeated",
+    )
     given = parser.parse_args(arguments)
-    options = Options(given.smoke, given.rounds or (1 if given.smoke else 5), given.seed)
+    rounds = given.rounds or (1 if given.smoke else 5)
+    options = Options(given.smoke, rounds, given.seed, tuple(given.row))
 
     if options.smoke:
         # Fastest for tiny models, also on a busy machine. The C++ compiler alone takes a minute.

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 BLOCK = 32  # tokens, for all contenders: vLLM's own default for CPUs is 128
 POLICIES = ("prefix_kv", "snap_kv", "key_diff", "recent", "cskv", "fp8")
+# Its variants, by what they change.
+PREFIX_KV: dict[str, dict[str, int]] = {
+    "prefix_kv": {},
+    "prefix_kv_pooled": {"pool": 15},
+    "prefix_kv_all_queries": {"queries": 0},
+}
 FORCED_TOKENS = "vllm_plugin.commands.judging.forced_tokens:ForcedTokens"
 _MOST_IN_4_BITS = 0.28  # of the cache's bytes: all numbers of the demo model
 _REVISION = 5  # raise it when profiles are made differently
@@ -78,8 +84,9 @@ def policy(name: str, **settings: Any) -> dict[str, Any]:
 def contender(name: str, keep: float, model: Path, options: Options) -> dict[str, Any]:
     """The engine arguments of ``full``, ``fp8``, a policy with its defaults, or ``snap_kv_fp8``.
 
-    ``prefix_kv`` has a profile, made here if there is none yet. ``snap_kv_profile`` is snap_kv with
-    the sizes of that profile. ``cskv`` has bases, made here too, of ratio 1 - keep, in 4 bits
+    ``prefix_kv`` has a profile, made here if there is none yet; ``prefix_kv_pooled`` max-pools its
+    scores, ``prefix_kv_all_queries`` lets all queries vote. ``snap_kv_profile`` is snap_kv with the
+    sizes of that profile. ``cskv`` has bases, made here too, of ratio 1 - keep, in 4 bits
     where these can use so many bytes, else in 16; ``cskv_16bit`` in 16; ``cskv_halves`` in 16 and
     with as many latents for keys as for values in every layer.
     """
@@ -89,8 +96,8 @@ def contender(name: str, keep: float, model: Path, options: Options) -> dict[str
         return {"plugin": False, "kv_cache_dtype": "fp8"}
     if name == "snap_kv_fp8":
         return policy("snap_kv", keep=keep) | {"kv_cache_dtype": "fp8"}
-    if name == "prefix_kv":
-        return policy(name, profile=str(profile(model, keep, options)))
+    if name in PREFIX_KV:
+        return policy("prefix_kv", profile=str(profile(model, keep, options)), **PREFIX_KV[name])
     if name == "snap_kv_profile":
         return policy("snap_kv", profile=str(profile(model, keep, options)))
     if name in ("cskv", "cskv_16bit", "cskv_halves"):

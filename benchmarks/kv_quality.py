@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV policies: what a model still recalls, and how well it goes on, from a compressed context.
 
-    .venv/bin/python -m benchmarks.kv_quality [--json] [--out FILE]
+    .venv/bin/python -m benchmarks.kv_quality [--part quality|wordings] [--row ROW] [--out FILE]
 
-Demo model, blocks of 32 tokens; each policy P in prefix_kv, snap_kv, key_diff, recent, cskv with
-its defaults at keep K in 050, 025, 010, and vLLM's fp8 cache, which has no keep. With --out, the
-recall and the loss over keep are drawn beside it, as .png.
+quality. Demo model, blocks of 32 tokens; each policy P in prefix_kv, snap_kv, key_diff, recent,
+cskv with its defaults at keep K in 050, 025, 010, and vLLM's fp8 cache, which has no keep. With
+--out, the recall and the loss over keep are drawn beside it, as .png.
 
 P_K_passkey, fp8_passkey   A 5-digit key in 300 to 1,800 tokens of filler, at depths of 0.1 to 0.9;
                            the question ends the prompt. Greedy, the first number must be the key.
@@ -25,6 +25,18 @@ snap_kv_profile_K_*, scored by snap_kv with prefix_kv's shares per layer (a row 
 choice with the per-layer sizes); full_nats; forced_minus_prompt_nats, full_nats less the same
 figure from prompt log-probabilities, 0 but for rounding.
 
+wordings. The same key in four wordings that differ in kind (a sentence that says to remember it, a
+label, JSON, a dialogue), in 300, 700 and 1,200 tokens, at depths of 0.1, 0.5 and 0.9; in float32 on
+x86 without AVX-512, else in bfloat16. --row takes a prefix such as h2o_025.
+
+wordings                   How many.
+P_K_passkey_mean, P_K_passkey_min   Recalled, of what the full cache recalls: the mean over the
+                           wordings, and the worst of them.
+P_K_text_nats              As P_K_nats, of 6 contexts.
+full_passkey_min           The full cache's worst wording.
+Rows beside the policies: prefix_kv_pooled (its scores max-pooled over 15 tokens) and
+prefix_kv_all_queries (all prompt queries vote, as in the paper).
+
 Limits. A tiny model and easy prompts, 60 and 72 of them: one answer is 0.02. Every digit is a token
 and the filler repeats itself, which suits key_diff; the question is in the prompt when it is
 compacted, which suits snap_kv. Whole blocks are kept, rounded up: 0.10 of 300 tokens is 1 block of
@@ -38,9 +50,15 @@ from benchmarks.common import Part, draw_beside_out, main
 from benchmarks.kv_engine import POLICIES
 from benchmarks.kv_quality_plot import draw
 from benchmarks.kv_quality_recall import MEASURES, quality, rows
+from benchmarks.kv_quality_wordings import MEASURES as OF_WORDINGS
+from benchmarks.kv_quality_wordings import ROWS, wordings
 
 KEYS = tuple(f"{prefix}_{measure}" for prefix, _, _ in rows(POLICIES) for measure in MEASURES)
-PARTS = {"quality": Part((*KEYS, "full_passkey", "full_needles"), quality)}
+IN_WORDINGS = tuple(f"{prefix}_{measure}" for prefix, *_ in ROWS for measure in OF_WORDINGS)
+PARTS = {
+    "quality": Part((*KEYS, "full_passkey", "full_needles"), quality),
+    "wordings": Part(("wordings", *IN_WORDINGS), wordings),
+}
 
 if __name__ == "__main__":
     status = main(__doc__, PARTS)
