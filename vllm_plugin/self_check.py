@@ -8,15 +8,18 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from kv_policies.base import KVPolicy
 from kv_policies.layout.base import Layout
+from kv_policies.layout.bounded import BoundedLayout
 from quant_methods.structure.wrapper import language_config
 from vllm_plugin.capacity import Footprint, kv_footprint, requests_in_pool, weight_footprint
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.diffusion.support import diffusion_of
+from vllm_plugin.kv_cache.beside import beside_of
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.page_sizes import full_block_size
 from vllm_plugin.quantization.cpu_int4 import resolve_activations
-from vllm_plugin.settings import KEY, Settings, WeightSettings
+from vllm_plugin.settings import KEY, KVSettings, Settings, WeightSettings
 
 logger = init_logger(f"vllm.{__name__}")
 Rows = list[tuple[str, str]]
@@ -139,14 +142,16 @@ def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:
     first = next(iter(chosen.values()))
     windows = f", then every {first.window} generated tokens" if first.window else ""
     # A budget is the smaller a share, the longer the request.
-    longest = f" of {model.max_model_len:,}" if settings.kv.budget else ""
+    of_length = f" of {model.max_model_len:,}" if settings.kv.budget else ""
     rows = [
         ("KV cache", f"{settings.kv.policy}, {len(chosen)} of {text.num_hidden_layers} layers"),
         (
             "KV bytes a token",
-            f"{size.original:,} -> {size.compressed:,} ({size.ratio:.3f}){longest}",
+            f"{size.original:,} -> {size.compressed:,} ({size.ratio:.3f}){of_length}",
         ),
+        *_budget(settings.kv, chosen, size.original // len(chosen)),
         ("compacted", f"prompts from {first.compacted_from} tokens on{windows}"),
+        *_beside(config, settings.kv, chosen),
     ]
     if num_blocks is not None:
         longest = model.max_model_len
@@ -155,6 +160,39 @@ def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:
         )
         rows.append(("requests that fit", f"{before} -> {after} of {longest:,} tokens"))
     return rows
+
+
+def _budget(settings: KVSettings, layouts: Mapping[int, Layout], token_bytes: int) -> Rows:
+    """What a budget leaves of a request; ``token_bytes``: of a token in one layer."""
+    bounded = [one for one in layouts.values() if isinstance(one, BoundedLayout)]
+    if not bounded:
+        return []
+    stays, at_most = (
+        sum(map(tokens, bounded)) * token_bytes / 2**20
+        for tokens in (lambda one: one.budget, lambda one: one.most_tokens)
+    )
+    told = f"{settings.budget:,} tokens of a request in each layer"
+    if len({one.budget for one in bounded}) > 1:
+        told += " on average"
+    return [("budget", f"{told}, {stays:.1f} MiB; {at_most:.1f} MiB at most while it generates")]
+
+
+def _beside(config: VllmConfig, settings: KVSettings, layouts: Mapping[int, Layout]) -> Rows:
+    """What an engine keeps free beside the cache, on the rank where that is most."""
+    policy = settings.build()
+    if not isinstance(policy, KVPolicy):
+        return []
+    found = max(beside_of(config, policy, layouts, stage) for stage in stages(config))
+    if not found.total:
+        return []
+    told = f"{found.total / 2**20:.1f} MiB on each rank"
+    if found.queries:
+        requests = config.scheduler_config.max_num_seqs
+        told += (
+            f", {found.queries / 2**20:.1f} MiB of it for queries that score decode windows, of "
+            f"{requests} requests (--max-num-seqs)"
+        )
+    return [("beside the KV cache", told)]
 
 
 def _denoising(config: VllmConfig, served: DiffusionSettings) -> Rows:

@@ -84,6 +84,11 @@ class BoundedLayout(Layout):
     def amount(self) -> Fraction:
         return Fraction(self.budget)
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the blocks that a request has at most between two steps, while it generates."""
+        return self.budget + self.window + self.block_size
+
     def __str__(self) -> str:
         return f"budget {self.budget:,} tokens"
 

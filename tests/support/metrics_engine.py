@@ -4,7 +4,8 @@
 ``watch(model, kv, prompts, max_tokens, extra)`` is the caller's side; ``weights`` and ``diffusion``
 are those sections, ``stop`` has token ids. The answer has ``start``, the plugin's series before
 the first request, ``steps``: per step the pool's ``free`` blocks, the ``columns`` of all block
-tables, whether a request ``finished``, and the plugin's series; ``end``, its series when all is
+tables, the most blocks that are ``live`` in one of them, whether a request ``finished``, and the
+plugin's series, of each step or of ``every`` so many (else None); ``end``, its series when all is
 done, ``page``, what ``/metrics`` would then say, ``refused``, the places of prompts that were
 refused, and ``tokens`` per request. A series is its name and labels as Prometheus prints them.
 """
@@ -21,7 +22,7 @@ def watch(model: Path | str, **case: Any) -> dict[str, Any]:
     """The answer; EngineFailed when the engine does not start or dies."""
     environment = os.environ | SINGLE_PROCESS | {"OMP_NUM_THREADS": "1"}
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    return in_child(_watch, case | {"model": str(model)}, env=environment, timeout=300)
+    return in_child(_watch, case | {"model": str(model)}, env=environment, timeout=600)
 
 
 def series() -> dict[str, float]:
@@ -82,13 +83,16 @@ def _watch(case: dict[str, Any]) -> dict[str, Any]:
     while engine.has_unfinished_requests():
         outputs = engine.step()
         tokens |= {one.request_id: list(one.outputs[0].token_ids) for one in outputs}
-        tables = (m.req_to_blocks for m in manager.coordinator.single_type_managers)
+        managers = manager.coordinator.single_type_managers
+        tables = [blocks for one in managers for blocks in one.req_to_blocks.values()]
+        live = (sum(not block.is_null for block in blocks) for blocks in tables)
         steps.append(
             {
                 "free": manager.block_pool.get_num_free_blocks(),
-                "columns": sum(len(blocks) for table in tables for blocks in table.values()),
+                "columns": sum(map(len, tables)),
+                "live": max(live, default=0),
                 "finished": any(output.finished for output in outputs),
-                "series": series(),
+                "series": None if len(steps) % case.get("every", 1) else series(),
             }
         )
     end = series()

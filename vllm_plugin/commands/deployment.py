@@ -10,7 +10,11 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError, joined, nearest
+from kv_policies import memory as kv_memory
+from kv_policies.base import KVPolicy
 from kv_policies.layout.base import Layout
+from kv_policies.memory import Beside
+from kv_policies.workspace import Heads
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import MARKER
 from quant_methods.formats.sizes import Packing
@@ -35,7 +39,7 @@ from vllm_plugin.compatibility import (
     refuse_diffusion,
 )
 from vllm_plugin.kv_cache.budget import layouts_of
-from vllm_plugin.kv_fingerprint import state_layers, unknown_kinds
+from vllm_plugin.kv_fingerprint import fingerprint_of, state_layers, unknown_kinds
 from vllm_plugin.page_sizes import full_block_size
 from vllm_plugin.settings import Settings, no_method_problem, parse_settings
 
@@ -51,19 +55,28 @@ class Load:
         prompt: how many of them are prompt.
         block_size: tokens per block of the KV cache.
         batch: tokens per step, at most.
+        sequences: requests that run at a time, at most.
     """
 
     context: int
     prompt: int
     block_size: int
     batch: int
+    sequences: int = 256
 
 
 @dataclass(frozen=True)
 class Column:
-    """What one deployment takes, in bytes and blocks, and how many requests it serves at once."""
+    """What one deployment takes, in bytes and blocks, and how many requests it serves at once.
+
+    Attributes:
+        beside_cache: kept free for choosing tokens.
+        stored_queries: of it, queries of the running requests that score their decode windows.
+    """
 
     weights: int
+    beside_cache: int
+    stored_queries: int
     kv_bytes_per_token: int
     kv_memory: int
     block_bytes: int
@@ -152,27 +165,37 @@ def compare(
     if aside is None:
         aside = activation_allowance(config, load.batch)
     kv = kv_footprint(config, torch.bfloat16, "auto", layouts, load.prompt)
+    beside = _beside(settings, layouts or {}, config, load, packing) if settings else Beside()
     without, compressed = (
-        _column(groups_of(config, chosen), load, memory - aside, taken, per_token, each)
-        for chosen, taken, per_token in (
-            (None, weights.original, kv.original),
-            (layouts, weights.compressed, kv.compressed),
+        _column(groups_of(config, chosen), load, memory - aside, taken, more, per_token, each)
+        for chosen, taken, more, per_token in (
+            (None, weights.original, Beside(), kv.original),
+            (layouts, weights.compressed, beside, kv.compressed),
         )
     )
     return Comparison(without, compressed, aside, model_length(config), load.block_size)
 
 
 def _column(
-    groups: list[Group], load: Load, room: int, weights: int, per_token: int, each: int
+    groups: list[Group],
+    load: Load,
+    room: int,
+    weights: int,
+    beside: Beside,
+    per_token: int,
+    each: int,
 ) -> Column:
     """room: bytes for weights and KV. each: KV bytes of one token in one layer."""
     page = block_bytes(groups, load.block_size, each)
     need = request_blocks(groups, load.block_size, load.context, load.prompt, load.batch)
-    blocks = max(0, room - weights) // page
+    left = max(0, room - weights - beside.total)
+    blocks = left // page
     return Column(
         weights=weights,
+        beside_cache=beside.total,
+        stored_queries=beside.queries,
         kv_bytes_per_token=per_token,
-        kv_memory=max(0, room - weights),
+        kv_memory=left,
         block_bytes=page,
         blocks=blocks,
         peak_blocks=need.peak,
@@ -180,6 +203,21 @@ def _column(
         requests=need.all_decoding(blocks),
         requests_one_in_prefill=need.one_in_prefill(blocks),
     )
+
+
+def _beside(
+    settings: Settings, layouts: Mapping[int, Layout], config: Any, load: Load, packing: Packing
+) -> Beside:
+    """What one rank that has all heads keeps free beside the cache; latents are not counted."""
+    policy = settings.kv and settings.kv.build()
+    if not isinstance(policy, KVPolicy):
+        return Beside()
+    shape, dtype = fingerprint_of(str(config.model_type), config), torch.bfloat16
+    kv = shape.num_key_value_heads
+    device = "cpu" if packing.startswith("cpu") else "cuda"
+    heads = Heads(kv, shape.num_attention_heads // kv, shape.head_dim, dtype.itemsize, device)
+    work = kv_memory.Load(load.context, 1, load.sequences)
+    return kv_memory.beside_cache(policy, list(layouts.values()), heads, work, dtype)
 
 
 def _folder(model: str) -> Path:

@@ -76,6 +76,14 @@ def plan(
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="tokens per step, which activations grow with")
     ] = 8192,
+    max_num_seqs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="requests at once, as for `vllm serve`: policies that look at attention store "
+            "the last queries of each",
+        ),
+    ] = _MAX_NUM_SEQS,
     packing: Annotated[
         Packing, typer.Option(help="how int4 is held: CPU kernels need more than the checkpoint")
     ] = "checkpoint",
@@ -111,7 +119,7 @@ def plan(
         lambda: config_of(additional_config, policy, keep, budget, profile, bases)
     )
     block = block_size or default_block_size(config or {})
-    load = Load(tokens, start, block, max_num_batched_tokens)
+    load = Load(tokens, start, block, max_num_batched_tokens, max_num_seqs)
     found = compare(
         model,
         load,
@@ -162,6 +170,8 @@ def _print(
 
     row(f"weights (int4 as {packing})" if quantized else "weights", "weights", gib)
     row(f"KV bytes per token of a prompt of {load.prompt:,}", "kv_bytes_per_token", "{:,}".format)
+    if compressed.beside_cache:
+        row("memory beside the KV cache", "beside_cache", mib)
     row("memory left for KV", "kv_memory", gib)
     if without.block_bytes == compressed.block_bytes:  # else blocks are of fewer layers each
         row(f"blocks of {load.block_size} tokens", "blocks", "{:,}".format)
@@ -185,7 +195,12 @@ def _print(
         )
     if not changed:
         notes.append("Nothing is compressed: give --policy and --keep, or --quantization.")
-    if compressed.requests > _MAX_NUM_SEQS:
+    if compressed.stored_queries:
+        notes.append(
+            f"Of the memory beside the KV cache {mib(compressed.stored_queries)} are queries that "
+            f"score decode windows, stored for {load.sequences:,} requests (--max-num-seqs)."
+        )
+    if compressed.requests > load.sequences:
         notes.append("vLLM also limits requests at once by --max-num-seqs: raise it to that.")
     if not compressed.kv_memory:
         notes.append("The weights and what is set aside take all of the memory: give more.")

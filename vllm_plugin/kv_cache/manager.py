@@ -111,6 +111,13 @@ class CompressedManager(FullAttentionManager):
         return sum(self._saved.values())
 
     @property
+    def most_live_tokens(self) -> int:
+        """Tokens of the blocks that a running request holds, the most of all."""
+        tables = self.req_to_blocks.items()
+        blocks = max((len(table) - self._saved.get(name, 0) for name, table in tables), default=0)
+        return blocks * self.block_size
+
+    @property
     def columns(self) -> int:
         """Blocks that running requests would hold without compaction."""
         return sum(map(len, self.req_to_blocks.values()))

@@ -2,6 +2,7 @@
 """Workers that know layer names and prompt lengths, and hand them to attention."""
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -24,14 +25,14 @@ from vllm.v1.kv_cache_interface import (
 
 from compress_common.errors import joined
 from kv_policies.base import KVPolicy
-from kv_policies.compaction import observed_bytes, workspace
 from kv_policies.latents.bases import Bases
-from kv_policies.recent_queries import RecentQueries
-from kv_policies.window_policy import describe_windows, window_queries
+from kv_policies.memory import beside_cache
+from kv_policies.window_policy import describe_windows
 from quant_methods.structure.wrapper import language_config
 from vllm_plugin.kv_cache.activity import Activity, counting_layer
 from vllm_plugin.kv_cache.backends import put_ours_behind
 from vllm_plugin.kv_cache.batch import Batch
+from vllm_plugin.kv_cache.beside import load_of
 from vllm_plugin.kv_cache.budget import bases_of, layouts_of
 from vllm_plugin.kv_cache.equipment import Equipment, form_of, heads_of, not_compressed
 from vllm_plugin.kv_cache.latent import latent_cache_type
@@ -124,37 +125,35 @@ class CompressedWorker(PlatformWorker):
         return reserve(self, measure, self._transient(), "KV compaction", flags)
 
     def _transient(self) -> int:
-        """The most bytes that compaction takes: in one layer, and for what is observed in all."""
-        longest, bases = self.model_config.max_model_len, self._bases
-        sizes = (spec.block_size for spec in self._compressed.values())
-        block_size = next(sizes, self.cache_config.block_size)
-        prompt, prompts = -(-longest // block_size) * block_size, self._partial_prompts
-        needed, observed = [0], 0
-        for name, spec in self._compressed.items():
-            if spec.layout.share == 1:
-                continue  # nothing is ever compacted
+        """The most bytes that compaction takes: in one layer, and for what is stored in all."""
+        compacted = {
+            name: spec for name, spec in self._compressed.items() if spec.layout.share != 1
+        }
+        if not compacted:
+            return 0
+        if isinstance(self.policy, KVPolicy):
+            (name, spec), *_ = compacted.items()
             heads = heads_of(self.vllm_config, name, spec, self.device)
-            if isinstance(self.policy, KVPolicy):
-                needed.append(workspace(self.policy, heads).peak(longest))
-                observed += prompts * observed_bytes(self.policy, heads, prompt)
-                observed += RecentQueries.bytes(
-                    window_queries(self.policy, spec.layout),
-                    self.vllm_config.scheduler_config.max_num_seqs,
-                    heads.kv * heads.group,
-                    heads.size,
-                    self.model_config.dtype,
-                )
-            elif bases is not None:
-                form = form_of(self.policy, bases, name, spec)
-                kind = latent_cache_type(spec.dtype, self.device)
-                features, queries = heads.kv * heads.size, heads.kv * heads.group
-                needed.append(kind.peak(form, features, heads.size, longest, queries))
-            else:
+            layouts = [spec.layout for spec in compacted.values()]
+            load = load_of(self.vllm_config)
+            beside = beside_cache(self.policy, layouts, heads, load, self.model_config.dtype)
+            return beside.total + self._queries_in_16_bits()
+        return self._transient_of_latents(compacted)
+
+    def _transient_of_latents(self, compacted: Mapping[str, CompressedSpec]) -> int:
+        bases, needed = self._bases, []
+        for name, spec in compacted.items():
+            if bases is None:
                 raise not_compressed(self.policy, name)
+            heads = heads_of(self.vllm_config, name, spec, self.device)
+            form = form_of(self.policy, bases, name, spec)
+            kind = latent_cache_type(spec.dtype, self.device)
+            features, queries = heads.kv * heads.size, heads.kv * heads.group
+            longest = self.model_config.max_model_len
+            needed.append(kind.peak(form, features, heads.size, longest, queries))
         # Graphs have memory of their own for what attention over latents takes.
         mode = self.vllm_config.compilation_config.cudagraph_mode
-        twice = bases is not None and mode is not None and mode.has_full_cudagraphs()
-        return max(needed) * (1 + twice) + observed + self._queries_in_16_bits()
+        return max(needed) * (1 + (mode is not None and mode.has_full_cudagraphs()))
 
     def _queries_in_16_bits(self) -> int:
         """Bytes of a step's queries of one layer, which an FP8 cache can come with in FP8."""
@@ -163,17 +162,6 @@ class CompressedWorker(PlatformWorker):
         heads = self.model_config.get_num_attention_heads(self.parallel_config)
         each = heads * self.model_config.get_head_size() * self.model_config.dtype.itemsize
         return self.vllm_config.scheduler_config.max_num_batched_tokens * each
-
-    @property
-    def _partial_prompts(self) -> int:
-        """The most prompts that are not complete after a step.
-
-        The scheduler gives the first what is left of a step's tokens, unless it may take only so
-        many. The others get a share too then.
-        """
-        scheduler = self.vllm_config.scheduler_config
-        each = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
-        return min(scheduler.max_num_seqs, -(-scheduler.max_num_batched_tokens // each))
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache, then give layers and builders what they need to compress it."""

@@ -110,6 +110,11 @@ METRICS = (
         "the most that kv_saved_bytes has been since the engine started",
     ),
     Metric(
+        "kv_live_tokens_max",
+        "gauge",
+        "tokens of the blocks that a layer holds of one running request, the most of all, now",
+    ),
+    Metric(
         "kv_kept_ratio",
         "gauge",
         "share of their blocks that running requests hold, now; 1 without any compaction",

@@ -91,6 +91,7 @@ class StatsConnector(StateConnector):
         gauges = {
             "kv_saved_bytes": saved * self._block_bytes,
             "kv_saved_bytes_peak": self._peak,
+            "kv_live_tokens_max": max(manager.most_live_tokens for manager in self._managers),
             "kv_kept_ratio": 1 - saved / columns if columns else 1.0,
         }
         for name, value in gauges.items():

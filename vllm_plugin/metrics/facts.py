@@ -41,7 +41,8 @@ def facts_of(config: VllmConfig) -> Facts:
     info = dict.fromkeys(("policy", "keep", "budget", "levels", "decode_window", "profile"), NONE)
     info["method"] = getattr(config.quant_config, "method", NONE)
     gauges = {("kv_kept_ratio", ""): 1.0}
-    gauges |= {(name, ""): 0.0 for name in ("kv_saved_bytes", "kv_saved_bytes_peak")}
+    idle = ("kv_saved_bytes", "kv_saved_bytes_peak", "kv_live_tokens_max")
+    gauges |= {(name, ""): 0.0 for name in idle}
     if weights := weights_of(config, settings):
         gauges |= _both("weight_bytes", weights)
     try:

@@ -128,6 +128,20 @@ def test_a_compressed_model(demo_model: Path) -> None:
     assert found["keep 0.250"] == "layers 0 to 29"
 
 
+def test_a_budget_is_told_in_tokens_and_bytes(demo_model: Path) -> None:
+    kv = {"policy": "r_kv", "budget": 1024}
+    found = checks(demo_model, kv, max_num_seqs=16)
+    # 23,040 bytes a token; a window of 256 and a block of 32 come on top.
+    assert found["budget"] == (
+        "1,024 tokens of a request in each layer, 22.5 MiB; 28.8 MiB at most while it generates"
+    )
+    assert found["budget 1,024 tokens"] == "layers 0 to 29"
+    stored = 30 * 17 * 8 * 9 * 64 * 2 / 2**20
+    told = f"{stored:.1f} MiB of it for queries that score decode windows, of 16 requests"
+    assert told in found["beside the KV cache"]
+    assert "queries" not in checks(demo_model, SNAP)["beside the KV cache"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "reader"),
     [("bfloat16", "the kernel"), ("float32", "torch, slowly: the kernel reads bf")],

@@ -97,7 +97,8 @@ def test_figures_are_those_of_running_engines(
     assert table["KV bytes a token"].startswith("23,040 -> 5,760")
     assert f"-> {planned['with']['requests']} of 1,800 tokens" in table["requests that fit"]
     assert planned["with"]["weights"] < 0.47 * planned["without"]["weights"]
-    assert planned["with"]["requests"] > 4 * planned["without"]["requests"]
+    assert planned["with"]["requests"] > 2.5 * planned["without"]["requests"]
+    assert planned["with"]["beside_cache"] == measured["beside_cache"]
 
 
 def test_a_budget_bounds_a_request_that_decodes(plan: Callable, demo_model: Path) -> None:
@@ -112,6 +113,25 @@ def test_a_budget_bounds_a_request_that_decodes(plan: Callable, demo_model: Path
     code, text = plan(demo_model, *options, "--context", "8000", "--prompt", "4000", "--json")
     longer = json.loads(text.splitlines()[-1])["with"]
     assert 2 * longer["kv_bytes_per_token"] == pytest.approx(found[0]["kv_bytes_per_token"], abs=1)
+
+
+def test_stored_queries_leave_less_for_the_cache(plan: Callable, demo_model: Path) -> None:
+    """Of the demo model: 8 queries of 9 heads of 64 numbers, of one request more than may run."""
+    options = ("--gpu-memory", "4GiB", "--context", "8000", "--budget", "1024", "--block-size", 32)
+    found = {}
+    for policy, sequences in (("key_diff", 256), ("r_kv", 256), ("r_kv", 512)):
+        arguments = (demo_model, *options, "--policy", policy, "--max-num-seqs", sequences)
+        found[policy, sequences] = json.loads(plan(*arguments, "--json")[1])["with"]
+    for (policy, sequences), column in found.items():
+        stored = 30 * (sequences + 1) * 8 * 9 * 64 * 2 if policy == "r_kv" else 0
+        assert column["stored_queries"] == stored
+        assert column["beside_cache"] >= stored + (128 << 20)
+    less = [column["kv_memory"] + column["beside_cache"] for column in found.values()]
+    assert len(set(less)) == 1
+    _, text = plan(*arguments)
+    assert "memory beside the KV cache" in text
+    stored = found["r_kv", 512]["stored_queries"] / 2**20
+    assert f"{stored:,.1f} MiB are queries that score decode windows, stored for 512" in text
 
 
 def test_the_table_says_what_a_prompt_needs(plan: Callable, demo_model: Path) -> None:
@@ -233,6 +253,7 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
         "blocks": config.num_blocks,
         "block_bytes": config.kv_cache_tensors[0].size // config.num_blocks,
         "used": used,
+        "beside_cache": getattr(worker, "_transient", lambda: 0)(),
         "kernels": sorted({type(scheme.kernel).__name__ for scheme in schemes}),
         "table": self_check.table(engine.vllm_config, settings, config.num_blocks),
     }

@@ -69,10 +69,35 @@ def test_freed_and_saved_blocks_are_those_of_the_pool(watched: dict[str, Any]) -
         assert step["series"]["kv_freed_blocks_total"] == saved
         assert step["series"]["kv_saved_bytes"] == saved * BLOCK_BYTES
         assert step["series"]["kv_kept_ratio"] == pytest.approx(1 - saved / step["columns"])
+        assert step["series"]["kv_live_tokens_max"] == step["live"] * 32
         peak = max(peak, saved * BLOCK_BYTES)
         assert step["series"]["kv_saved_bytes_peak"] == peak
         checked += saved > 0
     assert checked > 50
+
+
+@pytest.mark.slow
+def test_8000_generated_tokens_take_no_more_than_the_first(tiny_model: Callable[..., Path]) -> None:
+    """By the pool's own count in each step, and by the gauge."""
+    model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=16_384)
+    seen = watch(
+        model,
+        kv={"policy": "key_diff", "budget": 256, "decode_window": 64},
+        prompts=text_prompts(model, [40]),
+        extra=[None],
+        max_tokens=8000,
+        every=13,
+        engine={"max_model_len": 8192, "dtype": "float32"},
+    )
+    running = [step for step in seen["steps"] if not step["finished"]]
+    taken = [seen["free"] - step["free"] for step in running]
+    assert len(taken) > 7990 and taken == [step["live"] for step in running]
+    most = (256 + 64 + 32) // 32
+    assert max(taken[:600]) == max(taken) <= most  # flat from the first windows on
+    told = [(at, step["series"]["kv_live_tokens_max"]) for at, step in enumerate(running[::13])]
+    assert all(tokens == 32 * running[13 * at]["live"] for at, tokens in told)
+    assert max(tokens for _, tokens in told) == 32 * max(taken)
+    assert seen["end"]["kv_live_tokens_max"] == 0
 
 
 def test_counters_at_the_end(watched: dict[str, Any]) -> None:

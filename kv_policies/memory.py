@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that choosing tokens takes beside the KV cache: what an engine keeps free for it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from kv_policies.base import KVPolicy
+from kv_policies.compaction import observed_bytes, workspace
+from kv_policies.layout.base import Layout
+from kv_policies.recent_queries import RecentQueries
+from kv_policies.window_policy import window_queries
+from kv_policies.workspace import Heads
+
+
+class Load(NamedTuple):
+    """What an engine has to do at most.
+
+    Attributes:
+        longest: Tokens of a request.
+        prompts: Prompts that are not complete after a step.
+        requests: Requests that run at a time: ``--max-num-seqs``.
+    """
+
+    longest: int
+    prompts: int
+    requests: int
+
+
+class Beside(NamedTuple):
+    """Bytes on one rank.
+
+    Attributes:
+        work: Of the work on one layer at a time.
+        observed: What was seen of prompts that are not complete, in all layers.
+        queries: Last queries of each request, in all layers, which score its decode windows.
+    """
+
+    work: int = 0
+    observed: int = 0
+    queries: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def beside_cache(
+    policy: KVPolicy, layouts: Sequence[Layout], heads: Heads, load: Load, dtype: torch.dtype
+) -> Beside:
+    """Compute the most bytes that compaction takes beside the KV cache.
+
+    Args:
+        policy: What scores.
+        layouts: Of each compressed layer on the rank.
+        heads: Of a layer on the rank. They are the same in all layers.
+        load: What the engine has to do.
+        dtype: Of queries.
+    """
+    compacted = [layout for layout in layouts if layout.share != 1]
+    if not compacted:
+        return Beside()
+    queries = observed = 0
+    for layout in compacted:
+        count, query_heads = window_queries(policy, layout), heads.kv * heads.group
+        queries += RecentQueries.bytes(count, load.requests, query_heads, heads.size, dtype)
+        prompt = -(-load.longest // layout.block_size) * layout.block_size
+        observed += load.prompts * observed_bytes(policy, heads, prompt)
+    return Beside(workspace(policy, heads).peak(load.longest), observed, queries)

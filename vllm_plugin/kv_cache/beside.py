@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine's config says of the memory that compaction takes beside the KV cache."""
+
+from collections.abc import Mapping
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from kv_policies.base import KVPolicy
+from kv_policies.layout.base import Layout
+from kv_policies.memory import Beside, Load, beside_cache
+from kv_policies.workspace import Heads
+from vllm_plugin.kv_cache.quantized import FP8
+
+
+def load_of(config: VllmConfig) -> Load:
+    """What an engine has to do at most.
+
+    The scheduler gives the first prompt what is left of a step's tokens, unless it may take only so
+    many. The others get a share too then, so that several can be incomplete after a step.
+    """
+    scheduler = config.scheduler_config
+    each = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
+    prompts = min(scheduler.max_num_seqs, -(-scheduler.max_num_batched_tokens // each))
+    return Load(config.model_config.max_model_len, prompts, scheduler.max_num_seqs)
+
+
+def beside_of(
+    config: VllmConfig, policy: KVPolicy, layouts: Mapping[int, Layout], stage: range
+) -> Beside:
+    """What each rank of a pipeline stage keeps free.
+
+    Args:
+        config: Of the engine.
+        policy: What scores.
+        layouts: By layer.
+        stage: The layers of the stage.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    kv, itemsize = model.get_num_kv_heads(parallel), model.dtype.itemsize
+    if config.cache_config.cache_dtype in FP8:
+        itemsize += 1
+    group = model.get_num_attention_heads(parallel) // kv
+    device = "cpu" if current_platform.is_cpu() else "cuda"
+    heads = Heads(kv, group, model.get_head_size(), itemsize, device)
+    here = [layout for layer, layout in layouts.items() if layer in stage]
+    return beside_cache(policy, here, heads, load_of(config), model.dtype)
