@@ -62,10 +62,11 @@ def beside_cache(
     compacted = [layout for layout in layouts if layout.share != 1]
     if not compacted:
         return Beside()
-    queries = observed = 0
+    queries = observed = longest = 0
     for layout in compacted:
         count, query_heads = window_queries(policy, layout), heads.kv * heads.group
         queries += RecentQueries.bytes(count, load.requests, query_heads, heads.size, dtype)
-        prompt = -(-load.longest // layout.block_size) * layout.block_size
-        observed += load.prompts * observed_bytes(policy, heads, prompt)
-    return Beside(workspace(policy, heads).peak(load.longest), observed, queries)
+        segment = layout.most_columns(load.longest, 0) * layout.block_size
+        observed += load.prompts * observed_bytes(policy, heads, segment)
+        longest = max(longest, segment)
+    return Beside(workspace(policy, heads).peak(longest), observed, queries)

@@ -280,7 +280,9 @@ def request_blocks(
                 for tokens, step in ((prompt, batch), (context, 1))
             )
         else:
-            first, later = -(-prompt // size), _most_blocks(group.layout, size, prompt, context)
+            layout = group.layout
+            first = layout.most_columns(prompt, batch) if layout else -(-prompt // size)
+            later = _most_blocks(layout, size, prompt, context)
         prefill, decoding = prefill + first, decoding + later
     return RequestBlocks(max(prefill, decoding), decoding)
 
@@ -326,9 +328,10 @@ def _most_blocks(layout: Layout | None, block_size: int, prompt: int, context: i
     if layout is None:
         return -(-context // block_size)
     # A table is largest at the end, or just before a window is compacted.
-    ends = [segment.ends for segment in layout.segments(prompt, context - 1, after=prompt)]
+    n = layout.head(prompt)
+    ends = [segment.ends for segment in layout.segments(n, context - 1, after=prompt)]
     return max(
-        -(-tokens // block_size) - sum(b - a for a, b in layout.freed(prompt, tokens - 1))
+        -(-tokens // block_size) - sum(b - a for a, b in layout.freed(n, tokens - 1))
         for tokens in [*ends, context]
     )
 

@@ -143,6 +143,10 @@ def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:
     windows = f", then every {first.window} generated tokens" if first.window else ""
     # A budget is the smaller a share, the longer the request.
     of_length = f" of {model.max_model_len:,}" if settings.kv.budget else ""
+    longest = model.max_model_len
+    cut = ""
+    if (head := first.head(longest)) < longest:
+        cut = f", those of more than {head} while they are computed"
     rows = [
         ("KV cache", f"{settings.kv.policy}, {len(chosen)} of {text.num_hidden_layers} layers"),
         (
@@ -150,11 +154,10 @@ def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:
             f"{size.original:,} -> {size.compressed:,} ({size.ratio:.3f}){of_length}",
         ),
         *_budget(settings.kv, chosen, size.original // len(chosen)),
-        ("compacted", f"prompts from {first.compacted_from} tokens on{windows}"),
+        ("compacted", f"prompts from {first.compacted_from} tokens on{cut}{windows}"),
         *_beside(config, settings.kv, chosen),
     ]
     if num_blocks is not None:
-        longest = model.max_model_len
         before, after = requests_in_pool(
             text, chosen, cache.block_size, num_blocks, longest, stages(config)
         )

@@ -92,6 +92,14 @@ class KVSettings(BaseModel):
         "together, however many there are; rounded up to whole blocks. Smaller: less memory, more "
         "is forgotten",
     )
+    prompt_window: int | None = Field(
+        None,
+        ge=1,
+        description="beside budget: longer prompts are compacted while they are computed, from "
+        "this many tokens on, rounded up to whole blocks. A prompt can then be larger than the "
+        "cache, and its later tokens see what is left of the earlier ones. Smaller: less memory, "
+        "more is lost. Default: prompts are computed whole",
+    )
     profile: Path | None = Field(
         None,
         description="file of per-layer shares, made by `vllm-compress profile`; none: every layer "
@@ -138,6 +146,8 @@ class KVSettings(BaseModel):
             problems.append("`levels` cuts a profile's layers; add `profile` or remove it")
         if self.budget is not None:
             problems += self._beside_a_budget()
+        elif self.prompt_window is not None:
+            problems.append("`prompt_window` needs `budget`, which bounds what stays; add it")
         if problems:
             raise ValueError("; ".join(problems))
         return self

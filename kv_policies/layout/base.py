@@ -7,9 +7,9 @@ complete, its content is rewritten into fewer columns and the others are freed. 
 kinds of layout: ``TokenLayout`` keeps a share of the tokens, ``BoundedLayout`` a fixed number of
 them, and ``LatentLayout`` latents of all tokens.
 
-Everything is a function of (N, c): N is the number of prompt tokens, c the number of tokens
-computed before a step. It does not matter how the tokens were cut into steps. So both sides agree
-after chunked prefill, preemption and resume, and exchange no messages.
+Everything is a function of (N, c): N is the number of prompt tokens (``Layout.head`` of them), c
+the number of tokens computed before a step. It does not matter how the tokens were cut into steps.
+So both sides agree after chunked prefill, preemption and resume, and exchange no messages.
 
 In a step that computes tokens ``[c, c + q)`` the engine does this:
 
@@ -25,7 +25,8 @@ In a step that computes tokens ``[c, c + q)`` the engine does this:
 
 A fresh request does not compute past N in the step that ends its prompt, and completes a window of
 generated tokens with the last token of a step. A *resumed* request recomputes its prompt and its
-generated tokens as one prefill, so its steps can cross N or several windows. Two rules apply:
+generated tokens as one prefill, so its steps can cross N or several windows; those of a prompt that
+is longer than its ``head`` do so too. Two rules apply:
 
 - It restarts at most at ``first_destination(n)`` columns: after a prefix-cache hit capped there,
   or at 0. From that column on its blocks are its own, and raw until they are compacted again. N
@@ -79,6 +80,23 @@ class Layout(ABC):
 
         0: what stays does not grow with the prompt. 1: nothing is ever compacted.
         """
+
+    def head(self, n: Ints) -> Ints:
+        """Tokens of a prompt of ``n`` that are compacted as a prompt: N of all other methods.
+
+        What lies behind them is treated like generated tokens, so that it is compacted while the
+        prompt is computed. Without such a limit it is all of the prompt.
+        """
+        return n
+
+    def most_columns(self, longest: int, in_flight: int) -> int:
+        """Columns that a request takes at most, while its prompt is computed and later.
+
+        Args:
+            longest: Its tokens.
+            in_flight: Computed tokens of steps that have not settled.
+        """
+        return -(-longest // self.block_size)
 
     def share_of(self, tokens: int) -> Fraction:
         """Blocks that stay per block of a prompt of so many tokens, without rounding."""

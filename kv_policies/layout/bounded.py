@@ -25,7 +25,11 @@ tokens. With b = 8 and w = 2, a long prompt (nfull = 12) and a short one (nfull 
   that does not fit overwrites some of it, which caps prefix-cache hits early in the prompt.
 
 Between two steps a request has at most b + w live columns and the one that is being filled. A
-prompt has all of its columns while it is computed.
+prompt has all of its columns while it is computed, unless there is a prompt window: then the first
+``prompt_window`` tokens of a longer prompt are compacted as a prompt of that length, and those
+behind them like generated ones, in decode windows. It is the same function with N cut to
+``prompt_window``. So the memory of a prompt is bounded too, and its later tokens see what is left
+of the earlier ones.
 """
 
 from dataclasses import dataclass, replace
@@ -49,15 +53,24 @@ class BoundedLayout(Layout):
             windows. Smaller: less memory, more loss.
         window: Generated tokens per decode window, a multiple of block_size. Smaller: memory is
             given back earlier, and tokens are chosen more often.
+        prompt_window: Longer prompts are compacted while they are computed, from this many tokens
+            on, more than the budget and a multiple of block_size. Smaller: less memory, and less of
+            the prompt is computed without loss. 0: prompts are computed whole.
     """
 
     block_size: int
     budget: int
     window: int
     min_prompt: int = 0
+    prompt_window: int = 0
 
     def __post_init__(self) -> None:
-        problems = self._not_whole_blocks("budget", "window")
+        problems = self._not_whole_blocks("budget", "window", "prompt_window")
+        if 0 < self.prompt_window <= self.budget:
+            problems.append(
+                f"a prompt window of {self.prompt_window} tokens is not more than the budget of "
+                f"{self.budget}"
+            )
         if self.window < 1:
             problems.append("window must not be 0: a budget bounds generated tokens too")
         elif self.budget < 2 * self.window:
@@ -68,6 +81,16 @@ class BoundedLayout(Layout):
             problems.append("min_prompt has no use beside a budget: shorter prompts stay whole")
         if problems:
             raise joined(problems)
+
+    def head(self, n: Ints) -> Ints:
+        return lesser(n, 0 * n + self.prompt_window) if self.prompt_window else n
+
+    def most_columns(self, longest: int, in_flight: int) -> int:
+        whole = super().most_columns(longest, in_flight)
+        if not self.prompt_window:
+            return whole
+        settled = max(self.prompt_window, self.most_tokens)
+        return min(whole, -(-(settled + in_flight) // self.block_size) + 1)
 
     @property
     def share(self) -> Fraction:

@@ -30,7 +30,8 @@ class Sim(Generic[L]):
     """A block is what its tokens are, or foreign. The worker only ever sees (table, n, c, q); the
     scheduler frees what has settled, and a freed block is overwritten by someone else at once.
 
-    ``attend`` checks what a step sees, ``compact`` does what it has to.
+    ``attend`` checks what a step sees, ``compact`` does what it has to. ``prompt``: tokens of the
+    prompt, of which the layout compacts ``n`` as one; 0: all.
     """
 
     layout: L
@@ -42,6 +43,7 @@ class Sim(Generic[L]):
     null: set[int] = field(default_factory=set)
     in_flight: list[tuple[int, int]] = field(default_factory=list)
     c: int = 0
+    prompt: int = 0
 
     def attend(self, c: int, q: int) -> None:
         raise NotImplementedError
@@ -100,10 +102,11 @@ def live(sim: Sim[L], data: st.DataObject) -> None:
     target = 0
     for _ in range(data.draw(st.integers(1, 4), label="lives")):
         sim.start(data.draw(st.integers(0, limit), label="hit blocks") * sim.layout.block_size)
-        goal = max(sim.n, target) + data.draw(st.integers(0, 60), label="new tokens")
+        goal = max(sim.n, sim.prompt, target) + data.draw(st.integers(0, 60), label="new tokens")
         budget = data.draw(st.integers(1, 90), label="tokens per step")
         while sim.c < goal:
-            known = max(sim.n, target)  # prompt, and what was generated before the preemption
+            # The prompt, and what was generated before the preemption.
+            known = max(sim.n, sim.prompt, target)
             sim.step(min(budget, known - sim.c) if sim.c < known else 1)
         sim.drain()
         target = goal

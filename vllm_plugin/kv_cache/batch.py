@@ -31,13 +31,16 @@ class Batch:
         runner: The worker's model runner.
         v2: Whether it is vLLM's second one.
         activity: Counts what is compacted.
+        head: ``Layout.head``, the same in all layers.
     """
 
-    def __init__(self, runner: Any, v2: bool, activity: Activity) -> None:
+    def __init__(
+        self, runner: Any, v2: bool, activity: Activity, head: Callable[[IntArray], IntArray]
+    ) -> None:
         self.observations = Observations()
         self.recent: RecentQueries | None = None  # where windows are scored with queries
         self.activity = activity
-        self._runner = runner
+        self._runner, self._head = runner, head
         self._read = self._v2 if v2 else self._v1
         self._opted_out: set[str] = set()
         self._asked: dict[str, Amount] = {}
@@ -74,6 +77,7 @@ class Batch:
             return Step(none, none, none + 1, none, [])
         if self._current is None:
             n, c, ids = self._read(metadata)
+            n = self._head(n)
             starts = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
             if self._opted_out:
                 n[: len(ids)][[name in self._opted_out for name in ids]] = 0

@@ -71,7 +71,8 @@ def layouts_of(
     window = settings.decode_window
     window = _whole(_WINDOW, block_size) if window is None else window
     if settings.budget is not None:
-        return _bounded_layouts(settings.budget, block_size, window, shares, whole)
+        cut = _whole(settings.prompt_window or 0, block_size)
+        return _bounded_layouts(settings.budget, block_size, window, shares, whole, cut)
     return {
         layer: TokenLayout(
             block_size=block_size,
@@ -85,7 +86,12 @@ def layouts_of(
 
 
 def _bounded_layouts(
-    budget: int, block_size: int, window: int, shares: Mapping[int, Fraction], mean: Fraction
+    budget: int,
+    block_size: int,
+    window: int,
+    shares: Mapping[int, Fraction],
+    mean: Fraction,
+    prompt_window: int,
 ) -> dict[int, Layout]:
     """The layouts of a budget, which a profile's shares scale: their mean is the budget."""
     smallest = min(shares.values()) / mean
@@ -102,7 +108,15 @@ def _bounded_layouts(
             f"a budget of {budget} tokens{where} is less than two decode windows of {window}; "
             f"{advice}"
         )
-    return {layer: BoundedLayout(block_size, each, window) for layer, each in tokens.items()}
+    if 0 < prompt_window <= (most := max(tokens.values())):
+        raise CompressError(
+            f"a prompt window of {prompt_window} tokens is not more than a layer's budget of "
+            f"{most}; raise compress.kv.prompt_window to {most + block_size} or more, or remove it"
+        )
+    return {
+        layer: BoundedLayout(block_size, each, window, prompt_window=prompt_window)
+        for layer, each in tokens.items()
+    }
 
 
 def _whole(tokens: int, block_size: int) -> int:

@@ -19,4 +19,4 @@ def hit_end(layouts: Iterable[Layout], prompt: int) -> int:
         layouts: Of all compressed layers, at least one.
         prompt: Tokens of the prompt.
     """
-    return min(layout.hit_limit(prompt) for layout in layouts)
+    return min(layout.hit_limit(layout.head(prompt)) for layout in layouts)

@@ -35,6 +35,9 @@ class CompressedManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: CompressedSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
         self.layout = kv_cache_spec.layout
+        if kv_cache_spec.most_blocks is not None:
+            # As for sliding windows: a request is admitted if this fits, not all of its prompt.
+            self.max_admission_blocks_per_request = kv_cache_spec.most_blocks
         self.freed_blocks = 0  # given back to the pool by compaction, since the start
         self._freed_until: dict[str, tuple[int, int]] = {}  # prompt length, computed tokens
         self._saved: dict[str, int] = {}  # columns of a running request that compaction freed
@@ -60,7 +63,8 @@ class CompressedManager(FullAttentionManager):
         self._freed_until[request_id] = num_prompt_tokens, processed_computed_tokens
         before = self.block_pool.get_num_free_blocks()
         layout = self.layout if request is None else self._layout(request)
-        for first, stop in layout.freed(num_prompt_tokens, processed_computed_tokens, after):
+        n = layout.head(num_prompt_tokens)
+        for first, stop in layout.freed(n, processed_computed_tokens, after):
             self._remove_blocks_in_range(request_id, first, stop)
             self._saved[request_id] = self._saved.get(request_id, 0) + stop - first
         self.freed_blocks += self.block_pool.get_num_free_blocks() - before
@@ -79,7 +83,7 @@ class CompressedManager(FullAttentionManager):
         self._hashed[request.request_id] = request
         if not opts_out(request.sampling_params):
             layout = self._layout(request)
-            num_tokens = layout.cacheable(request.num_prompt_tokens, num_tokens)
+            num_tokens = layout.cacheable(layout.head(request.num_prompt_tokens), num_tokens)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
@@ -140,7 +144,7 @@ class CompressedManager(FullAttentionManager):
         full = len(block_hashes) * block_pool.hash_block_size // layout.block_size
         return super().find_longest_cache_hit(
             block_hashes,
-            layout.cacheable(full * layout.block_size, max_length),
+            layout.cacheable(layout.head(full * layout.block_size), max_length),
             kv_cache_group_ids,
             block_pool,
             kv_cache_spec,

@@ -30,11 +30,14 @@ class Served:
         keep: Share of every layer; None: none that a request could lower.
         budget: Tokens of every layer; None: none that a request could lower.
         least_budget: Two decode windows.
+        whole: A request may keep its whole cache. Not with prompt windows: a prompt that is larger
+            than the pool would wait forever.
     """
 
     keep: Fraction | None = None
     budget: int | None = None
     least_budget: int = 0
+    whole: bool = True
 
 
 # Set where an engine is configured, in each process that takes requests. Until then a request may
@@ -95,7 +98,7 @@ def check(params: SamplingParams, cached: bool) -> None:
     if keep is not None and budget is not None:
         problem = f"{KEEP} and {BUDGET} exclude each other; leave one out"
     elif keep is not None and not _may_keep(keep):
-        problem = f"{KEEP} of a request can only be {_shares()}, got {keep!r}"
+        problem = f"{KEEP} of a request {_shares()}, got {keep!r}"
     elif budget is not None and not _may_have(budget):
         problem = f"{BUDGET} of a request {_budgets()}, got {budget!r}"
     if problem is not None:
@@ -107,7 +110,9 @@ def check(params: SamplingParams, cached: bool) -> None:
 
 def _may_keep(value: Any) -> bool:
     share = _share(value)
-    return share is not None and (share == 1 or (served.keep is not None and share <= served.keep))
+    if share is None or share == 1:
+        return share == 1 and served.whole
+    return served.keep is not None and share <= served.keep
 
 
 def _may_have(value: Any) -> bool:
@@ -121,9 +126,11 @@ def _may_have(value: Any) -> bool:
 
 def _shares() -> str:
     """The shares that a request may ask for."""
+    if not served.whole:
+        return "has no use beside prompt windows: its whole KV cache may not fit"
     if served.keep is None:
-        return "1, which keeps its whole KV cache"
-    return f"1, which keeps its whole KV cache, or a share up to {float(served.keep)}"
+        return "can only be 1, which keeps its whole KV cache"
+    return f"can only be 1, which keeps its whole KV cache, or a share up to {float(served.keep)}"
 
 
 def _budgets() -> str:

@@ -86,19 +86,19 @@ def apply_kv(config: VllmConfig, settings: KVSettings, worker: str) -> None:
     if problems:
         raise joined(problems)
     config.parallel_config.worker_cls = WORKER
-    requests.served = _for_requests(set(layouts.values()))
+    requests.served = _for_requests(set(layouts.values()), whole=settings.prompt_window is None)
     check = KVRequestCheck if config.cache_config.enable_prefix_caching else UncachedKVRequestCheck
     model.logits_processors = [*(model.logits_processors or []), check]
 
 
-def _for_requests(layouts: set[Layout]) -> requests.Served:
+def _for_requests(layouts: set[Layout], whole: bool) -> requests.Served:
     """What a request may ask for less than: nothing, where layers differ or keep everything."""
     match list(layouts):
         case [TokenLayout(keep=keep)] if keep < 1:
-            return requests.Served(keep=keep)
+            return requests.Served(keep=keep, whole=whole)
         case [BoundedLayout(budget=budget, window=window)]:
-            return requests.Served(budget=budget, least_budget=2 * window)
-    return requests.Served()
+            return requests.Served(budget=budget, least_budget=2 * window, whole=whole)
+    return requests.Served(whole=whole)
 
 
 def _layouts(settings: KVSettings, config: VllmConfig) -> Mapping[int, Layout]:
@@ -114,6 +114,12 @@ def _layouts(settings: KVSettings, config: VllmConfig) -> Mapping[int, Layout]:
             f"compress.kv.budget is {settings.budget}, and requests have at most {longest} tokens "
             "(--max-model-len): nothing would ever be compacted; set a smaller budget, or remove "
             "compress.kv"
+        )
+    if settings.prompt_window and made and all(x.head(longest) == longest for x in made.values()):
+        raise CompressError(
+            f"compress.kv.prompt_window is {settings.prompt_window}, and requests have at most "
+            f"{longest} tokens (--max-model-len): no prompt would ever be cut; set a smaller "
+            "window, or remove it"
         )
     return made
 

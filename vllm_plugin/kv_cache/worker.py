@@ -97,6 +97,7 @@ class CompressedWorker(PlatformWorker):
         self._layers = len(layouts)
         kept = Counter(str(layouts[index]) for index in full.values())
         one = next(iter(layouts.values()))
+        self._head = one.head
         logger.info(
             "KV cache: %s, %s; %d of %d layers compressed, prompts from %d tokens on, %s, "
             "blocks of %d",
@@ -108,8 +109,10 @@ class CompressedWorker(PlatformWorker):
             describe_windows(self.policy, one.window),
             one.block_size,
         )
+        longest, in_flight = model.max_model_len, self.vllm_config.max_in_flight_tokens
         self._compressed = {
-            name: CompressedSpec.of(specs[name], layouts[index]) for name, index in full.items()
+            name: CompressedSpec.of(specs[name], layouts[index], longest, in_flight)
+            for name, index in full.items()
         }
         every = tuple(dict.fromkeys(layouts.values()))
         windows = {
@@ -173,7 +176,7 @@ class CompressedWorker(PlatformWorker):
             if isinstance(group.kv_cache_spec, CompressedSpec)
         ]
         activity = Activity(self._layers, self._counts_segments)
-        self.batch = Batch(self.model_runner, self.use_v2_model_runner, activity)
+        self.batch = Batch(self.model_runner, self.use_v2_model_runner, activity, self._head)
         model = self.model_runner.get_model()
         equipment = Equipment(
             self.vllm_config, self.policy, self._bases, self.batch, model, self._backend

@@ -118,7 +118,7 @@ class StatsConnector(StateConnector):
         amount = asked(request.sampling_params)
         layouts = [manager.layout.for_request(amount) for manager in self._managers]
         # Windows too: a budget may leave a prompt whole, and evict generated tokens.
-        if any(layout.freed(n, request.num_computed_tokens) for layout in layouts):
+        if any(layout.freed(layout.head(n), request.num_computed_tokens) for layout in layouts):
             return None
         return "short_prompt" if n < layouts[0].min_prompt else "nothing_to_evict"
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layouts drawn at random, and simulations of engines that use them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TypeVar
 
@@ -38,6 +38,14 @@ def bounded_layouts(draw: st.DrawFn) -> BoundedLayout:
     block_size, window = draw(st.integers(2, 8)), draw(st.integers(1, 3))
     budget = 2 * window + draw(st.integers(0, 8))
     return BoundedLayout(block_size, block_size * budget, block_size * window)
+
+
+@st.composite
+def windowed_layouts(draw: st.DrawFn) -> BoundedLayout:
+    """Their prompts are compacted while they are computed."""
+    layout = draw(bounded_layouts())
+    more = draw(st.integers(1, 6)) * layout.block_size
+    return replace(layout, prompt_window=layout.budget + more)
 
 
 @st.composite
@@ -223,8 +231,8 @@ def token_sims(draw: st.DrawFn) -> TokenSim:
 
 @st.composite
 def bounded_sims(draw: st.DrawFn) -> BoundedSim:
-    layout = draw(bounded_layouts())
-    return BoundedSim(layout, n=draw(st.integers(1, 120)), lag=draw(st.integers(0, 2)))
+    layout, prompt = draw(bounded_layouts() | windowed_layouts()), draw(st.integers(1, 120))
+    return BoundedSim(layout, layout.head(prompt), draw(st.integers(0, 2)), prompt=prompt)
 
 
 @st.composite

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A budget of tokens: what the layout promises, for any prompt and any generation."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from compress_common.errors import CompressError
 from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.segments import Segment
-from tests.kv_policies.layout.sims import bounded_layouts
+from tests.kv_policies.layout.sims import bounded_layouts, windowed_layouts
 from tests.support.layout_sim import live_columns
 
 LAYOUT = BoundedLayout(16, 8 * 16, 2 * 16)
@@ -43,6 +45,28 @@ def test_what_is_live_never_exceeds_the_budget(layout: BoundedLayout, n: int, mo
         assert len(live_columns(layout, n, n, n // size)) * size == layout.budget
 
 
+@given(windowed_layouts(), st.integers(1, 200), st.integers(0, 400), st.integers(1, 60))
+@settings(deadline=None, max_examples=300)
+def test_a_prompt_window_bounds_prompts_too(
+    layout: BoundedLayout, prompt: int, c: int, in_flight: int
+) -> None:
+    """Whatever the prompt, with steps in flight. One that fits the window is as it was without."""
+    longest, size = 600, layout.block_size
+    n, settled = layout.head(prompt), max(0, c - in_flight)
+    freed = sum(stop - first for first, stop in layout.freed(n, settled))
+    most = layout.most_columns(longest, in_flight)
+    assert -(-c // size) - freed <= most <= -(-longest // size)
+    plain = replace(layout, prompt_window=0)
+    if prompt <= layout.prompt_window:
+        assert n == prompt and layout.freed(n, c) == plain.freed(prompt, c)
+        assert layout.hit_limit(n) == plain.hit_limit(prompt)
+    else:  # it overwrites what a prompt of the window's length overwrites
+        assert layout.hit_limit(n) == layout.prompt_window - layout.budget
+    full = prompt // size * size  # what a cache lookup knows
+    assert layout.cacheable(layout.head(full), prompt - 1) <= layout.hit_limit(n)
+    assert plain.most_columns(longest, in_flight) == -(-longest // size)
+
+
 @given(bounded_layouts(), st.integers(1, 200), st.integers(0, 400))
 @settings(deadline=None)
 def test_a_short_request_is_left_alone(layout: BoundedLayout, n: int, c: int) -> None:
@@ -67,3 +91,5 @@ def test_bad_arguments_are_listed_at_once() -> None:
     assert "3 problems" in str(caught.value)
     with pytest.raises(CompressError, match="less than two decode windows"):
         BoundedLayout(16, 48, 32)
+    with pytest.raises(CompressError, match="prompt window of 128 tokens is not more than the bu"):
+        BoundedLayout(16, 128, 32, prompt_window=128)

@@ -11,7 +11,7 @@ from vllm_plugin.kv_cache.batch import Batch
 
 @pytest.mark.parametrize("event", ["finished_req_ids", "preempted_req_ids"])
 def test_observations_of_a_request_that_leaves_are_forgotten(event: str) -> None:
-    batch = Batch(None, v2=False, activity=Activity(1))
+    batch = Batch(None, v2=False, activity=Activity(1), head=lambda n: n)
     for request in ("stays", "leaves"):
         batch.observations.keep(request, "layer", torch.zeros(1, 4))
     scheduled = SchedulerOutput.make_empty()

@@ -323,7 +323,39 @@ def test_a_request_may_keep_everything(model: Path, bases: Path, policy: str) ->
     assert_nothing_left(mixed)
 
 
-@pytest.mark.parametrize("kind", ["one level", "three levels", "budget", "latents"])
+@pytest.mark.parametrize("policy", ["r_kv", pytest.param("snap_kv", marks=pytest.mark.slow)])
+def test_prompts_may_be_larger_than_the_pool(model: Path, policy: str) -> None:
+    """They say what they say alone and in a pool with room: nothing mixes, hits change nothing, and
+    it does not matter how a prompt was cut into steps. One that fits its window is left alone."""
+    kv = {"policy": policy, "budget": 192, "decode_window": 64}
+    prompts = [*needle_prompts(model, 3, 1500), *needle_prompts(model, 3, 200)]
+    case = {"prompts": prompts, "max_tokens": 100}
+    windows, longest = kv | {"prompt_window": 320}, {"max_model_len": 2000}
+    tight = pool(model, 38) | longest | {"enable_prefix_caching": True}
+    tight |= {"max_num_batched_tokens": 256}
+    assert min(map(len, prompts[:3])) > 37 * 32
+    small, ample, whole = run(
+        model,
+        [
+            case | {"kv": windows, "engine": tight, "rounds": 2},
+            case | {"kv": windows, "engine": pool(model, 400) | longest},
+            case | {"kv": kv, "engine": pool(model, 400) | longest},
+        ],
+    )
+    assert tokens(small, 0) == tokens(small, 1) == tokens(ample)
+    assert tokens(ample)[3:] == tokens(whole)[3:] and tokens(ample)[:3] != tokens(whole)[:3]
+    assert small["preemptions"] > 0 and any(cached(small, 1))
+    assert_nothing_left(small)
+    assert_nothing_left(ample)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("one level", "three levels", "budget", "latents"),
+        pytest.param("prompt windows", marks=pytest.mark.slow),
+    ],
+)
 def test_a_storm_of_aborts_and_preemptions_leaves_nothing(
     model: Path, profile: Path, bases: Path, kind: str
 ) -> None:
@@ -332,6 +364,8 @@ def test_a_storm_of_aborts_and_preemptions_leaves_nothing(
         kv = {"policy": "prefix_kv", "profile": str(profile), "decode_window": 32, "queries": 64}
     elif kind == "budget":
         kv = {"policy": "key_diff", "budget": 96, "decode_window": 32}
+    elif kind == "prompt windows":
+        kv = {"policy": "r_kv", "budget": 96, "decode_window": 32, "prompt_window": 160}
     elif kind == "latents":
         kv = {"policy": "cskv", "bases": str(bases)}
     lengths = [40 + 97 * number % 460 for number in range(200 if kind == "one level" else 60)]

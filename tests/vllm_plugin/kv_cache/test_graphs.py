@@ -207,7 +207,8 @@ def equipped(kind: type, config: VllmConfig, device: str = "cpu") -> Any:
     builder = kind(CompressedSpec.of(SPEC, LAYOUT), ["layer"], config, torch.device(device))
     states = SimpleNamespace(prompt_len=SimpleNamespace(np=None), num_computed_tokens_np=None)
     states.index_to_req_id = {at: str(at) for at in range(4)}
-    builder.batch = Batch(SimpleNamespace(req_states=states), v2=True, activity=Activity(1))
+    runner = SimpleNamespace(req_states=states)
+    builder.batch = Batch(runner, v2=True, activity=Activity(1), head=LAYOUT.head)
     policy, heads = KeyDiff(KeyDiff.settings_type()), Heads(3, 3, 64, 2, "cpu")
     space = workspace(policy, heads)
     builder.planner = Planner([LAYOUT], policy, space)

@@ -25,6 +25,7 @@ from vllm_plugin.kv_cache.spec import CompressedSpec
 
 BLOCK = 16
 BLOCKS = 400
+LONGEST, CHUNK = 8192, 512  # tokens of a request, and of a step
 
 
 def make(layouts: Sequence[Layout], caching: bool = True) -> KVCacheManager:
@@ -32,12 +33,12 @@ def make(layouts: Sequence[Layout], caching: bool = True) -> KVCacheManager:
     init_none_hash(sha256)
     plain = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
     groups = [
-        KVCacheGroupSpec([f"layer.{index}"], CompressedSpec.of(plain, layout))
+        KVCacheGroupSpec([f"layer.{index}"], CompressedSpec.of(plain, layout, LONGEST, CHUNK))
         for index, layout in enumerate(layouts)
     ]
     return KVCacheManager(
         KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups),
-        max_model_len=4096,
+        max_model_len=LONGEST,
         scheduler_block_size=BLOCK,
         hash_block_size=BLOCK,
         enable_caching=caching,
@@ -212,6 +213,38 @@ def test_a_budget_of_its_own_is_never_begun_from_a_hit() -> None:
     columns = live_columns(layout.asked(8 * BLOCK), 150, 152, 10)
     assert live(manager, one) == columns and len(columns) < 10
     assert start(manager, request("d", list(range(150)))) > 0
+
+
+def test_a_prompt_may_be_larger_than_the_pool() -> None:
+    """With a prompt window: it is admitted, and takes no more than was said."""
+    layout = BoundedLayout(BLOCK, 64 * BLOCK, 16 * BLOCK, prompt_window=128 * BLOCK)
+    manager = make([layout])
+    group = manager.coordinator.single_type_managers[0]
+    most = group.max_admission_blocks_per_request
+    assert most is not None and most < BLOCKS < LONGEST // BLOCK
+    before = free(manager)
+    for name, length, hit in (("a", 3000, 0), ("b", 8000, 64 * BLOCK)):
+        one = request(name, list(range(length)))
+        blocks, tokens, _ = manager.get_computed_blocks(one)
+        assert tokens == hit
+        one.num_computed_tokens = tokens
+        while one.num_computed_tokens < length:
+            q = min(CHUNK, length - one.num_computed_tokens)
+            first = one.num_computed_tokens == tokens
+            added = (tokens, blocks) if first and tokens else (0, None)
+            one.num_computed_tokens -= added[0]
+            given = manager.allocate_slots(one, q, *added, full_sequence_must_fit=first)
+            assert given is not None
+            one.num_computed_tokens += added[0] + q
+            assert len(live(manager, one)) <= most
+        for _ in range(300):
+            decode(manager, one)
+            assert len(live(manager, one)) <= (64 + 16 + 1) + CHUNK // BLOCK
+        manager.free(one)
+        assert free(manager) == before
+    whole = make([BoundedLayout(BLOCK, 64 * BLOCK, 16 * BLOCK)])
+    one = request("c", list(range(8000)))
+    assert whole.allocate_slots(one, CHUNK, full_sequence_must_fit=True) is None
 
 
 def test_a_prompt_that_grows_is_refused() -> None:

@@ -462,11 +462,41 @@ def test_requests_may_ask_for_a_smaller_budget(monkeypatch: pytest.MonkeyPatch) 
         check(SamplingParams(extra_args={"compress_budget": 512}), cached=False)
 
 
+def test_prompt_windows_leave_no_request_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that is larger than the pool would wait forever."""
+    served = requests.Served(budget=1024, least_budget=512, whole=False)
+    monkeypatch.setattr(requests, "served", served)
+    for value in (1, "1.0", 0.5):
+        with pytest.raises(ValueError, match="has no use beside prompt windows"):
+            check(SamplingParams(extra_args={"compress_keep": value}), cached=True)
+    check(SamplingParams(extra_args={"compress_budget": 700}), cached=True)
+
+
+@pytest.mark.parametrize(
+    ("kv", "told"),
+    [
+        ({"keep": 0.25, "prompt_window": 2048}, "`prompt_window` needs `budget`"),
+        ({"budget": 1024, "prompt_window": 1024}, "raise compress.kv.prompt_window to 1056"),
+        ({"budget": 1024, "prompt_window": 5000}, "at most 4096 tokens .* no prompt would ever"),
+        ({"budget": 1024, "prompt_window": 0}, "prompt_window.* greater than or equal to 1"),
+    ],
+)
+def test_prompt_windows_that_mean_nothing_are_refused(
+    demo_model: Path, kv: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(CompressError, match=told):
+        configure(demo_model, {"policy": "snap_kv"} | kv, max_model_len=4096)
+
+
 def test_what_is_served_is_known_where_requests_arrive(demo_model: Path) -> None:
     for kv, expected in (
         ({"policy": "snap_kv", "keep": 0.25}, requests.Served(keep=Fraction(1, 4))),
         ({"policy": "snap_kv", "keep": 1}, requests.Served()),
         ({"policy": "h2o", "budget": 600}, requests.Served(budget=608, least_budget=512)),
+        (
+            {"policy": "h2o", "budget": 600, "prompt_window": 2000},
+            requests.Served(budget=608, least_budget=512, whole=False),
+        ),
     ):
         configure(demo_model, kv, max_model_len=4096)
         assert requests.served == expected
