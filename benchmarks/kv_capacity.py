@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV policies: how many requests one pool serves, and what compaction costs.
 
-    .venv/bin/python -m benchmarks.kv_capacity [--part pool|windows|cost] [--json] [--out FILE]
+    .venv/bin/python -m benchmarks.kv_capacity [--part pool|windows|turns|cost] [--json] [--out FILE]
 
 Demo model, blocks of 32 tokens, eager mode, no prefix caching; each policy P with its defaults.
 
@@ -18,6 +18,11 @@ pool     16 prompts of 440 to 500 tokens at once, 64 new tokens each, up to 32 r
   Extra: full_preemptions.
 windows  16 prompts of 100 to 160 tokens, 512 new tokens each, a pool for 4; snap_kv at keep 0.25.
   decode_window_steps_ratio      steps with decode_window 128 over steps with decode_window 0
+turns    A conversation of 4 turns in a tiny random model, with prefix caching: a prompt of 2,000
+         tokens, answers of 150, and 100 tokens more in each later turn.
+  P_turn_hits                    tokens of the later turns' prompts that the prefix cache had, over
+                                 all of theirs; P in full, keep_050, keep_025, budget_512,
+                                 budget_4096
 cost     Extra keys named after a policy are the same figure for it.
   keep100_throughput_ratio       new tokens per second, 16 prompts of 100 to 900 tokens, ample pool:
                                  snap_kv loaded at keep 1.0 over stock vLLM, both in blocks of 32.
@@ -46,6 +51,7 @@ import sys
 from benchmarks.common import Part, main
 from benchmarks.kv_capacity_cost import cost
 from benchmarks.kv_capacity_pool import pool, windows
+from benchmarks.kv_capacity_turns import CONTENDERS, turns
 from benchmarks.kv_engine import POLICIES
 
 OF_POLICY = ("steps_ratio", "peak_running", "preemptions", "kept")
@@ -63,6 +69,7 @@ PARTS = {
         (*(f"{name}_{key}" for name in POLICIES for key in OF_POLICY), "full_peak_running"), pool
     ),
     "windows": Part(("decode_window_steps_ratio",), windows),
+    "turns": Part(tuple(f"{name}_turn_hits" for name in CONTENDERS), turns),
     "cost": Part(COST, cost),
 }
 

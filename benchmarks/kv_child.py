@@ -119,6 +119,35 @@ class KVChild(Child):
         outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    def conversation(
+        self, first: int, answer: int, question: int, turns: int, seed: int
+    ) -> list[dict[str, int]]:
+        """Take turns: each prompt is the one before, its answer, and some random tokens.
+
+        Args:
+            first: Tokens of the first prompt.
+            answer: Tokens that are generated in each turn.
+            question: Random tokens of each later turn.
+            turns: How many there are.
+            seed: Of random tokens.
+
+        Returns:
+            Of each turn the tokens of its ``prompt``, and how many the prefix cache had (``hit``).
+        """
+        draw = random.Random(seed)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=answer, ignore_eos=True, detokenize=False
+        )
+        prompt = [draw.randrange(self.vocabulary) for _ in range(first)]
+        seen = []
+        for _ in range(turns):
+            inputs = TokensPrompt(prompt_token_ids=prompt)
+            (output,) = self.llm.generate([inputs], sampling, use_tqdm=False)
+            seen.append({"prompt": len(prompt), "hit": output.num_cached_tokens})
+            prompt = prompt + list(output.outputs[0].token_ids)
+            prompt += [draw.randrange(self.vocabulary) for _ in range(question)]
+        return seen
+
     def forced_nats(self, windows: list[list[int]], context: int) -> list[list[float]]:
         """See ``forced_tokens``. The engine needs ``logits_processors=[FORCED_TOKENS]``."""
         return forced_tokens.forced_nats(self.llm, windows, context)

@@ -2,12 +2,13 @@
 """Recall of a key in several wordings, for each policy: the mean and the worst wording."""
 
 from statistics import fmean
+from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks.common import Options, Result
 from benchmarks.engine import in_process
-from benchmarks.kv_engine import computed_dtype, contender, reported
+from benchmarks.kv_engine import computed_dtype, contender, policy, reported
 from benchmarks.kv_prompts import WORDINGS, Sizes, material
 from benchmarks.kv_quality_recall import Measure, record
 from vllm_plugin.demo_model import demo_model_path
@@ -31,6 +32,14 @@ ROWS = (
         for name in ("snap_kv", "key_diff", "h2o", "r_kv", "expected_attention")
     ),
 )
+# A budget of a quarter of the longest prompts, and the same with prompts that are compacted while
+# they are computed.
+_BOUNDED: dict[str, Any] = {"budget": 256, "decode_window": 128}
+BOUNDED = {
+    f"{name}_{kind}": policy(name, **_BOUNDED, **more)
+    for name in ("snap_kv", "h2o")
+    for kind, more in (("256", {}), ("256_windowed", {"prompt_window": 384}))
+}
 SIZES = Sizes(
     lengths=(300, 700, 1200),
     depths=(0.1, 0.5, 0.9),
@@ -54,12 +63,14 @@ def wordings(options: Options, result: Result) -> None:
     measure = Measure(model, given, sizes, options, seen, dtype)
     full = measure.full()
     result.put("full_passkey_min", min(seen.values[f"full_{name}"] or 0 for name in full.recalled))
-    rows = [row for row in ROWS if not options.rows or row[0] in options.rows]
+    every = [*ROWS, *((name, name, 0.0) for name in BOUNDED)]
+    rows = [row for row in every if not options.rows or row[0] in options.rows]
     for prefix, name, share in (bar := tqdm(rows[:1] if options.smoke else rows, "wordings")):
         bar.set_postfix_str(prefix)
         failed: dict[str, str] = {}
         with reported(failed, prefix):
-            record(seen, prefix, measure(prefix, contender(name, share, model, options)), full)
+            arguments = BOUNDED.get(name) or contender(name, share, model, options)
+            record(seen, prefix, measure(prefix, arguments), full)
             found = {one: seen.values[f"{prefix}_{one}"] or 0 for one in given.questions}
             result.put(f"{prefix}_passkey_mean", fmean(found.values()), **found)
             result.put(f"{prefix}_passkey_min", min(found.values()))

@@ -21,12 +21,22 @@ CAPACITY = {
     "plan_ms_mixed_step",
     "plan_ms_mixed_step_long",
     "plan_long_ratio",
+    *(f"{name}_turn_hits" for name in ("full", "keep_050", "keep_025", "budget_512")),
 } | {
     f"{policy}_{key}"
     for policy in POLICIES
     for key in ("steps_ratio", "peak_running", "preemptions", "kept")
 }
-QUALITY = {"full_passkey", "full_needles", "fp8_passkey", "fp8_needles", "fp8_nats"} | {
+QUALITY = {
+    "wordings",
+    "snap_kv_025_passkey_mean",
+    "h2o_025_passkey_min",
+    "full_passkey",
+    "full_needles",
+    "fp8_passkey",
+    "fp8_needles",
+    "fp8_nats",
+} | {
     f"{policy}_{keep}_{key}"
     for policy in POLICIES[:-1]
     for keep in ("050", "025", "010")
@@ -48,9 +58,11 @@ def test_planning_is_measured_without_an_engine() -> None:
 def test_capacity(demo_model: Path, tmp_path: Path):
     line, details = smoke("kv_capacity", CAPACITY, tmp_path / "capacity.json")
     left_out = ("snap_kv_", "key_diff_", "recent_", "cskv_", *_FP8_REFUSED)  # by --smoke
+    left_out += ("keep_050_", "budget_512_")
     assert {key for key in CAPACITY if line[key] is None} == {
         key for key in CAPACITY if key.startswith(left_out)
     }
+    assert 0 < line["keep_025_turn_hits"] < line["full_turn_hits"]
     assert line["prefix_kv_kept"] < 1
     assert line["prefix_kv_steps_ratio"] < 1
     served = details["pool_served"]
@@ -67,7 +79,8 @@ def test_quality(demo_model: Path, tmp_path: Path):
     out = tmp_path / "quality.json"
     line, _ = smoke("kv_quality", QUALITY, out)
     measured = {key for key in QUALITY if line[key] is not None}
-    assert measured >= {"full_passkey", "full_needles", "snap_kv_025_nats"}
+    assert measured >= {"full_passkey", "full_needles", "snap_kv_025_nats", "wordings"}
+    assert measured >= {"snap_kv_025_passkey_mean"} and line["wordings"] == 2
     assert ("fp8_nats" in measured) is not bool(_FP8_REFUSED)
     assert line["full_passkey"] == 1
     # Forcing tokens in decode is measuring them in a prompt: bfloat16 rounds differently.
