@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV policies: how many requests one pool serves, and what compaction costs.
 
-    .venv/bin/python -m benchmarks.kv_capacity [--part pool|windows|turns|cost] [--json] [--out FILE]
+    .venv/bin/python -m benchmarks.kv_capacity [--part pool|windows|turns|cost] [--out FILE]
 
 Demo model, blocks of 32 tokens, eager mode, no prefix caching; each policy P with its defaults.
 
