@@ -63,6 +63,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
         *("request", "num_tokens", "retention_interval", "replay_boundaries"),
     ),
     f"{_MANAGER}.pop_blocks_for_free": ("request_id",),
+    f"{_MANAGER}.get_num_blocks_to_allocate": ("request_id", "num_tokens"),
+    "vllm.v1.kv_cache_interface:FullAttentionSpec.max_memory_usage_bytes": ("vllm_config",),
     f"{_MANAGER}._remove_blocks_in_range": ("request_id", "first_block", "last_block"),
     f"{_MANAGER}.find_longest_cache_hit": (
         *("block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec"),

@@ -113,7 +113,8 @@ class BoundedLayout(Layout):
         return self.budget + self.window + self.block_size
 
     def __str__(self) -> str:
-        return f"budget {self.budget:,} tokens"
+        cut = f", prompt window {self.prompt_window:,}" if self.prompt_window else ""
+        return f"budget {self.budget:,} tokens{cut}"
 
     @cached_property
     def timing(self) -> tuple[object, ...]:

@@ -113,6 +113,15 @@ def test_a_budget_bounds_a_request_that_decodes(plan: Callable, demo_model: Path
     code, text = plan(demo_model, *options, "--context", "8000", "--prompt", "4000", "--json")
     longer = json.loads(text.splitlines()[-1])["with"]
     assert 2 * longer["kv_bytes_per_token"] == pytest.approx(found[0]["kv_bytes_per_token"], abs=1)
+    options += ("--context", "8000", "--prompt", "7000", "--max-num-batched-tokens", "512")
+    cut = ("--additional-config", '{"compress": {"kv": {"prompt_window": 2048}}}')
+    whole, windowed = (
+        json.loads(plan(demo_model, *options, *more, "--json")[1].splitlines()[-1])["with"]
+        for more in ((), cut)
+    )
+    # The window, the step in flight, and a block that it begins in.
+    assert (whole["peak_blocks"], windowed["peak_blocks"]) == (219, (2048 + 512) // 32 + 1)
+    assert whole["decoding_blocks"] == windowed["decoding_blocks"]
 
 
 def test_stored_queries_leave_less_for_the_cache(plan: Callable, demo_model: Path) -> None:
