@@ -63,7 +63,7 @@ def test_a_prompt_window_bounds_prompts_too(
     else:  # it overwrites what a prompt of the window's length overwrites
         assert layout.hit_limit(n) == layout.prompt_window - layout.budget
     full = prompt // size * size  # what a cache lookup knows
-    assert layout.cacheable(layout.head(full), prompt - 1) <= layout.hit_limit(n)
+    assert layout.cacheable(layout.head(full), prompt - 1) <= layout.cacheable(n, prompt - 1)
     assert plain.most_columns(longest, in_flight) == -(-longest // size)
 
 
