@@ -369,7 +369,7 @@ def test_a_storm_of_aborts_and_preemptions_leaves_nothing(
     elif kind == "latents":
         kv = {"policy": "cskv", "bases": str(bases)}
     lengths = [40 + 97 * number % 460 for number in range(200 if kind == "one level" else 60)]
-    engine = pool(model, 30 if kind == "latents" else 36)
+    engine = pool(model, {"latents": 30, "prompt windows": 22}.get(kind, 36))
     engine |= {"enable_prefix_caching": True, "max_num_batched_tokens": 192}
     case = {"kv": kv, "prompts": text_prompts(model, lengths), "max_tokens": 70, "storm": 7}
     (answer,) = run(model, [case | {"engine": engine}])
