@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.common import Options, Result
 from benchmarks.kv_engine import BLOCK, KVEngine, computed_dtype, policy
-from benchmarks.models import TINY, random_llama
+from benchmarks.random_models import TINY, random_llama
 
 # What is found depends on lengths alone, so that any policy stands for all others.
 CONTENDERS: dict[str, dict[str, Any]] = {
