@@ -121,7 +121,7 @@ def test_a_budget_bounds_a_request_that_decodes(plan: Callable, demo_model: Path
     )
     # The window, the step in flight, and a block that it begins in.
     assert (whole["peak_blocks"], windowed["peak_blocks"]) == (219, (2048 + 512) // 32 + 1)
-    assert whole["decoding_blocks"] == windowed["decoding_blocks"]
+    assert max(whole["decoding_blocks"], windowed["decoding_blocks"]) <= (1024 + 256 + 32) // 32
 
 
 def test_stored_queries_leave_less_for_the_cache(plan: Callable, demo_model: Path) -> None:
