@@ -10,7 +10,9 @@ from kv_policies.base import KVPolicy
 from kv_policies.layout.base import Layout
 from kv_policies.memory import Beside, Load, beside_cache
 from kv_policies.workspace import Heads
+from quant_methods.structure.wrapper import language_config
 from vllm_plugin.kv_cache.quantized import FP8
+from vllm_plugin.kv_fingerprint import fingerprint_of
 
 
 def load_of(config: VllmConfig) -> Load:
@@ -36,12 +38,13 @@ def beside_of(
         layouts: By layer.
         stage: The layers of the stage.
     """
-    model, parallel = config.model_config, config.parallel_config
-    kv, itemsize = model.get_num_kv_heads(parallel), model.dtype.itemsize
+    model, ranks = config.model_config, config.parallel_config.tensor_parallel_size
+    shape = fingerprint_of(model.model, language_config(model.hf_config))
+    kv, itemsize = max(1, shape.num_key_value_heads // ranks), model.dtype.itemsize
     if config.cache_config.cache_dtype in FP8:
         itemsize += 1
-    group = model.get_num_attention_heads(parallel) // kv
     device = "cpu" if current_platform.is_cpu() else "cuda"
-    heads = Heads(kv, group, model.get_head_size(), itemsize, device)
+    group = shape.num_attention_heads // ranks // kv
+    heads = Heads(kv, group, shape.head_dim, itemsize, device)
     here = [layout for layer, layout in layouts.items() if layer in stage]
     return beside_cache(policy, here, heads, load_of(config), model.dtype)
