@@ -25,6 +25,7 @@ from vllm_plugin.commands.plan import plan
 from vllm_plugin.commands.profile import profile
 from vllm_plugin.commands.quantize import quantize
 from vllm_plugin.commands.ray_serve import ray_serve
+from vllm_plugin.commands.recommend import recommend
 from vllm_plugin.commands.search import search
 from vllm_plugin.commands.serve import PASSES_FLAGS, serve
 from vllm_plugin.commands.status import status
@@ -32,7 +33,7 @@ from vllm_plugin.commands.status import status
 NAME = "vllm-compress"
 _USAGE = 2  # what the parser's errors exit with
 _INTERRUPTED = 130  # what typer returns after Ctrl-C
-_RESUMES = {"quantize", "search"}
+_RESUMES = {"quantize", "recommend", "search"}
 # Recent typer has its own copy of click, older typer imports click. Either way this is the base of
 # what the parser raises.
 _ClickException: type[Any] = typer.BadParameter.__mro__[2]
@@ -67,6 +68,7 @@ app.command()(profile)
 app.command("calibrate-kv")(calibrate_kv)
 app.command(context_settings=PASSES_FLAGS)(serve)
 app.command()(plan)
+app.command()(recommend)
 app.command()(doctor)
 app.command()(status)
 app.command()(ray_serve)

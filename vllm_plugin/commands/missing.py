@@ -11,6 +11,7 @@ from compress_common.store import Store, digest
 from kv_policies.registry import policies
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint, resolve
+from quant_methods.progress import Progress
 from vllm_plugin.commands.calibrate_kv import BITS, LENGTH, RATIOS, SAMPLES
 from vllm_plugin.commands.profiling.kv_bases import make_bases
 from vllm_plugin.progress import bar
@@ -39,32 +40,45 @@ def without_kv(parsed: argparse.Namespace) -> argparse.Namespace:
 
 
 def bases_flags(parsed: argparse.Namespace) -> list[str]:
-    """Return the flag that names the bases of a model, fitting them first if the store lacks them.
+    """Return the flag that names the bases of a model: see ``default_bases``.
 
-    They are those that ``vllm-compress calibrate-kv`` makes by default.
+    Raises:
+        CompressError: the model cannot have bases.
+    """
+    folder = resolve(parsed.model, parsed.revision, parsed.download_dir)
+    with bar() as progress:
+        file = default_bases(Checkpoint(folder), progress)
+    return [f"--additional-config.{KEY}.kv.bases", str(file)]
+
+
+def default_bases(checkpoint: Checkpoint, progress: Progress) -> Path:
+    """Return the file of bases that ``vllm-compress calibrate-kv`` makes of a model by default.
+
+    They are fitted first if the store lacks them.
+
+    Args:
+        checkpoint: of the model.
+        progress: told as the work advances.
 
     Raises:
         CompressError: the model cannot have bases.
     """
     settings = CalibrationSettings(samples=SAMPLES, length=LENGTH)
-    folder = resolve(parsed.model, parsed.revision, parsed.download_dir)
-    parts = (Checkpoint(folder).digest, RATIOS[BITS], str(BITS), settings.model_dump_json())
+    parts = (checkpoint.digest, RATIOS[BITS], str(BITS), settings.model_dump_json())
     key = digest(KIND, _REVISION, *parts)
 
     def build(target: Path) -> None:
-        with bar() as progress:
-            bases, _ = make_bases(
-                str(folder),
-                Fraction(RATIOS[BITS]),
-                settings,
-                bits=BITS,
-                device="auto",
-                progress=progress,
-            )
+        bases, _ = make_bases(
+            str(checkpoint.folder),
+            Fraction(RATIOS[BITS]),
+            settings,
+            bits=BITS,
+            device="auto",
+            progress=progress,
+        )
         bases.save(target / _FILE)
 
-    file = Store().make(KIND, key, build) / _FILE
-    return [f"--additional-config.{KEY}.kv.bases", str(file)]
+    return Store().make(KIND, key, build) / _FILE
 
 
 def _section(parsed: argparse.Namespace) -> dict[str, Any]:

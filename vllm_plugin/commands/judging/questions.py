@@ -103,7 +103,7 @@ def is_answered(text: str, answer: str) -> bool:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Return token ids of text that stands inside a prompt: no token begins or ends it."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def beginning(tokenizer: Any) -> list[int]:

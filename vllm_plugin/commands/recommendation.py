@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a few settings of a model, and chooses one for a device and a load."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress_common.errors import CompressError, joined
+from quant_methods.checkpoint import Checkpoint, resolve
+from quant_methods.local import text_config
+from quant_methods.progress import Progress, silent
+from vllm_plugin.commands.common import Problems, gib
+from vllm_plugin.commands.judging.material import Sizes
+from vllm_plugin.commands.recommending.candidates import CSKV, Setting, settings
+from vllm_plugin.commands.recommending.frontier import Candidate, choose, frontier
+from vllm_plugin.commands.recommending.known import Known
+from vllm_plugin.commands.recommending.losses import Loss, Losses
+from vllm_plugin.commands.recommending.memory import Size, size_of
+from vllm_plugin.compatibility import model_length
+from vllm_plugin.settings import KEY
+
+SIZES = Sizes(context=512, windows=12, keys=4)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The device and the load.
+
+    Attributes:
+        memory: bytes of the device.
+        utilization: share of it that vLLM may use.
+        context: tokens of a request when it ends.
+        prompt: how many of them are prompt.
+        concurrency: requests at once, one of them in prefill.
+    """
+
+    memory: int
+    utilization: float
+    context: int
+    prompt: int
+    concurrency: int
+
+    @property
+    def load(self) -> str:
+        """What is served at once."""
+        plural = "" if self.concurrency == 1 else "s"
+        return f"{self.concurrency} request{plural} of {self.context:,} tokens"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting that can be served, what it takes, and what it loses."""
+
+    setting: Setting
+    size: Size
+    weights: Loss
+    cache: Loss
+
+    @property
+    def loss(self) -> Loss:
+        """Of both together."""
+        return self.weights + self.cache
+
+    def candidate(self, concurrency: int) -> Candidate:
+        """Return it as one to choose from."""
+        needs = self.size.needs(concurrency)
+        return Candidate(
+            self.setting.name, needs, self.loss.nats, self.loss.error, self.cache.forgets
+        )
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """All settings, and those to take.
+
+    Attributes:
+        rows: what can be served, in the order of ``settings``.
+        chain: the frontier, the smallest first.
+        chosen: index in it.
+        left_out: by setting, why it cannot be served.
+        measured: how many engines ran; 0: all was known.
+        folder: where what was measured is kept.
+    """
+
+    rows: list[Row]
+    chain: list[Candidate]
+    chosen: int
+    left_out: dict[str, str] = field(default_factory=dict)
+    measured: int = 0
+    folder: Path = Path()
+
+    def row(self, candidate: Candidate) -> Row:
+        """Return the row of a candidate."""
+        return next(row for row in self.rows if row.setting.name == candidate.name)
+
+
+def recommend(
+    model: str,
+    wanted: Wanted,
+    text: Path | None = None,
+    *,
+    progress: Progress = silent,
+    problems: Problems | None = None,
+) -> Recommendation:
+    """Choose a setting.
+
+    Args:
+        model: a folder or hub id.
+        wanted: the device and the load.
+        text: a .txt or .jsonl file; None: Python's language reference.
+        progress: told before each step that takes long.
+        problems: what was found so far; what is found here is added.
+
+    Raises:
+        CompressError: lists what is wrong with the arguments, or says that nothing fits.
+    """
+    problems = problems or Problems()
+    checkpoint = problems.collect(lambda: Checkpoint(resolve(model)))
+    if checkpoint is None:
+        raise joined(problems.found)
+    if checkpoint.config.get("quantization_config"):
+        problems.found.append(f"{model} is quantized already; give the 16-bit checkpoint")
+    positions = model_length(text_config(checkpoint.folder))
+    if positions is not None and wanted.context > positions:
+        problems.found.append(
+            f"--context {wanted.context:,} is more than the model's {positions:,} positions"
+        )
+    known = Known(checkpoint)
+    losses = problems.collect(lambda: Losses(model, checkpoint, known, text, SIZES, progress))
+    problems.raise_found()
+    assert losses is not None
+
+    left_out: dict[str, str] = {}
+    sizes: dict[Setting, Size] = {}
+    sections: dict[Setting, dict[str, Any] | None] = {}
+    for setting in settings():
+        try:
+            sections[setting] = _section(setting, checkpoint, progress)
+            _check(known, checkpoint, setting, sections[setting], wanted, progress)
+            config = {} if sections[setting] is None else {KEY: {"kv": sections[setting]}}
+            sizes[setting] = size_of(
+                str(checkpoint.folder),
+                setting.quantization,
+                config,
+                wanted.context,
+                wanted.prompt,
+                wanted.utilization,
+            )
+        except CompressError as error:
+            left_out[setting.name] = "; ".join(error.problems)
+    if not sizes:
+        raise CompressError(f"{model} cannot be served: {next(iter(left_out.values()))}")
+    _refuse_too_little(sizes, wanted)
+    rows = [
+        Row(setting, size, losses.weights(setting.quantization), losses.cache(sections[setting]))
+        for setting, size in sizes.items()
+    ]
+    chain = frontier(row.candidate(wanted.concurrency) for row in rows)
+    chosen = choose(chain, wanted.memory)
+    assert chosen is not None
+    return Recommendation(rows, chain, chosen, left_out, losses.measured, known.folder)
+
+
+def _section(setting: Setting, checkpoint: Checkpoint, progress: Progress) -> dict[str, Any] | None:
+    """The section ``compress.kv``, with the bases that it needs."""
+    if setting.kv is None or setting.kv["policy"] != CSKV:
+        return setting.kv
+    from vllm_plugin.commands.missing import default_bases
+
+    return setting.kv | {"bases": str(default_bases(checkpoint, progress))}
+
+
+def _check(
+    known: Known,
+    checkpoint: Checkpoint,
+    setting: Setting,
+    kv: dict[str, Any] | None,
+    wanted: Wanted,
+    progress: Progress,
+) -> None:
+    """Raise CompressError where ``doctor`` refuses a setting. What is known needs no vLLM."""
+    section = {} if kv is None else {KEY: {"kv": kv}}
+    question = {"check": setting.name, "config": section, "context": wanted.context}
+
+    def answer() -> dict[str, Any]:
+        from vllm_plugin.commands.judging.checks import check_installation, refused
+
+        progress(f"check {setting.name}", 0, 1)
+        check_installation()
+        arguments = {
+            "quantization": setting.quantization,
+            "max_model_len": wanted.context,
+            "kv_cache_memory_bytes": 1 << 30,  # or this machine's free memory would be checked
+        }
+        return {"problems": refused(str(checkpoint.folder), section, arguments)}
+
+    if found := known.ask(question, answer)["problems"]:
+        raise CompressError("; ".join(found))
+
+
+def _refuse_too_little(sizes: dict[Setting, Size], wanted: Wanted) -> None:
+    """Raise CompressError if nothing fits, before minutes of work."""
+    smallest = min(sizes, key=lambda setting: sizes[setting].needs(wanted.concurrency))
+    size = sizes[smallest]
+    if size.needs(wanted.concurrency) <= wanted.memory:
+        return
+    fits = size.requests(wanted.memory)
+    raise CompressError(
+        f"no setting serves {wanted.load} in {gib(wanted.memory)}: the smallest, {smallest.name}, "
+        f"serves {fits} and needs "
+        f"{gib(size.needs(wanted.concurrency))}; lower --context or --concurrency, or "
+        "give more --gpu-memory"
+    )

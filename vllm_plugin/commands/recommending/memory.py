@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a setting takes of a device, as `plan` counts it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_plugin.capacity import RequestBlocks
+from vllm_plugin.commands.common import Problems
+from vllm_plugin.commands.deployment import Load, compare, default_block_size
+
+_ENDLESS = 1 << 60  # bytes: more than any setting takes, so that what it takes is the difference
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a setting takes, in bytes.
+
+    Attributes:
+        fixed: weights, activations, and what is kept free beside the KV cache.
+        page: a block of the KV cache.
+        blocks: of one request.
+        utilization: share of the device that vLLM may use.
+    """
+
+    fixed: int
+    page: int
+    blocks: RequestBlocks
+    utilization: float
+
+    def needs(self, requests: int) -> int:
+        """Bytes of a device that serves so many requests, one of them in prefill."""
+        taken = 1 + self.blocks.peak + (requests - 1) * self.blocks.decoding
+        return math.ceil((self.fixed + taken * self.page) / self.utilization)
+
+    def requests(self, memory: int) -> int:
+        """How many requests a device serves, one of them in prefill."""
+        room = int(memory * self.utilization) - self.fixed
+        return self.blocks.one_in_prefill(max(0, room) // self.page)
+
+
+def size_of(
+    model: str,
+    quantization: str | None,
+    additional_config: dict[str, Any],
+    context: int,
+    prompt: int,
+    utilization: float,
+) -> Size:
+    """Count what a setting takes, from the config and the headers of the weights.
+
+    Args:
+        model: a folder.
+        quantization: a weight method, or None.
+        additional_config: as for ``vllm serve``.
+        context: tokens of a request when it ends.
+        prompt: how many of them are prompt.
+        utilization: share of the device that vLLM may use.
+
+    Raises:
+        CompressError: lists why this setting cannot serve the model.
+    """
+    load = Load(context, prompt, default_block_size(additional_config), 8192)
+    found = compare(
+        model,
+        load,
+        _ENDLESS,
+        quantization=quantization,
+        additional_config=additional_config,
+        packing="checkpoint",
+        activation_memory=None,
+        problems=Problems(),
+    )
+    column = found.compressed
+    blocks = RequestBlocks(column.peak_blocks, column.decoding_blocks)
+    return Size(_ENDLESS - column.kv_memory, column.block_bytes, blocks, utilization)
