@@ -154,6 +154,8 @@ def request_of(settings: dict[str, Any]) -> Any:
 
 def _last_error(log: str) -> str:
     """Return the last line of a log that names an error, with what follows it."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no message"]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     named = [at for at, line in enumerate(lines) if "Error" in line.partition(":")[0]]
-    return " ".join(lines[named[-1] if named else -1 :])
+    if not named:
+        return "the process died without an error of Python"
+    return " ".join(lines[named[-1] :])
