@@ -79,7 +79,6 @@ def test_keep_1_is_stock(tiny_model: Callable[..., Path], family: str, policy: s
     ("family", "blocks", "longest", "window"),
     [
         ("gpt_oss", 60, 500, {"decode_window": 64}),
-        ("gemma4", 40, 500, {"decode_window": 64}),
         ("qwen3_5", 24, 1300, {}),  # of 288 tokens
     ],
 )
