@@ -13,11 +13,14 @@ P_K_asked_nats, P_K_later_nats   Nats of the right digits.
 full_*          With the whole cache.
 *_se            Standard error of each figure, over pictures.
 Rows of prefix_kv: prefix_kv has the shares of a profile, measured by `vllm-compress profile
---images`; prefix_kv_uniform gives all layers the same share; prefix_kv_all and
-prefix_kv_all_uniform observe all queries, as the paper does. snap_kv_profile has the scores of
-snap_kv and the shares of the profile.
+--images`; prefix_kv_uniform gives all layers the same share; prefix_kv_reversed gives the first
+layer the profile's share of the last, and so on: equal memory, but the wrong layers;
+prefix_kv_all and prefix_kv_all_uniform observe all queries, as the paper does. snap_kv_profile has
+the scores of snap_kv and the shares of the profile.
+P_K_blocks      Full blocks of a prompt that stay, mean over layers, of rows with a share per layer.
 profile_gain_K_asked, profile_gain_K_later and profile_gain_all_K_*: right digits with the profile
-less those with equal shares, paired by picture.
+less those with equal shares, paired by picture; profile_order_K_*: less those with the shares
+reversed.
 
 Limits. A tiny model and one task. A digit is one token, so what is evicted is lost: a real picture
 says most things in many tokens.
@@ -31,7 +34,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -48,23 +50,30 @@ from benchmarks.kv_engine import (
     policy,
     reported,
 )
-from benchmarks.vision_grids import grid
+from benchmarks.vision_grids import SIDE, grid
 
 MODEL = ROOT / "tests" / "fixtures" / "tiny_vision"
 KEEPS = (0.50, 0.25, 0.10)
 MEASURES = ("asked", "later", "asked_nats", "later_nats")
 # Of these one engine answers for all shares, which requests ask for.
 UNIFORM = ("snap_kv", "key_diff", "recent", "h2o", "r_kv", "expected_attention")
-# name -> (policy, its settings, whether layers have the shares of a profile)
-BY_LAYER: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "prefix_kv": ("prefix_kv", {}, True),
-    "prefix_kv_uniform": ("prefix_kv", {}, False),
-    "prefix_kv_all": ("prefix_kv", {"queries": 0}, True),
-    "prefix_kv_all_uniform": ("prefix_kv", {"queries": 0}, False),
-    "snap_kv_profile": ("snap_kv", {}, True),
+# name -> (policy, its settings, what layers have of the shares of a profile)
+BY_LAYER: dict[str, tuple[str, dict[str, Any], str]] = {
+    "prefix_kv": ("prefix_kv", {}, "profile"),
+    "prefix_kv_uniform": ("prefix_kv", {}, "uniform"),
+    "prefix_kv_reversed": ("prefix_kv", {}, "reversed"),
+    "prefix_kv_all": ("prefix_kv", {"queries": 0}, "profile"),
+    "prefix_kv_all_uniform": ("prefix_kv", {"queries": 0}, "uniform"),
+    "snap_kv_profile": ("snap_kv", {}, "profile"),
 }
 ROWS = (*UNIFORM, *BY_LAYER)
-GAINS = {"profile_gain": "prefix_kv", "profile_gain_all": "prefix_kv_all"}
+# name -> (a row, the row that it is compared with)
+GAINS = {
+    "profile_gain": ("prefix_kv", "prefix_kv_uniform"),
+    "profile_gain_all": ("prefix_kv_all", "prefix_kv_all_uniform"),
+    "profile_order": ("prefix_kv", "prefix_kv_reversed"),
+}
+BLOCKS = SIDE**2 // BLOCK  # full ones of a prompt
 _REVISION = 1  # raise it when profiles are made differently
 
 
@@ -113,30 +122,34 @@ def vision(options: Options, result: Result) -> None:
     for name in tqdm(SMOKE_ROWS if options.smoke else ROWS, "vision", leave=False):
         failed: dict[str, str] = {}
         with reported(failed, name):
-            seen |= _row(name, seeds, sizes, options)
+            seen |= _row(name, seeds, sizes, options, result)
         for keep in map(percent, KEEPS):
             prefix = f"{name}_{keep}"
             if prefix in seen:
                 _put(result, prefix, seen[prefix], sizes)
             for what in () if prefix in seen else MEASURES:
                 result.missing(f"{prefix}_{what}", failed.get(name, "it was not reached"))
-    for gain, name in GAINS.items():
+    for gain, names in GAINS.items():
         for keep in map(percent, KEEPS):
-            pair = seen.get(f"{name}_{keep}"), seen.get(f"{name}_uniform_{keep}")
-            if pair[0] is not None and pair[1] is not None:
-                _put_gain(result, f"{gain}_{keep}", pair[0], pair[1], sizes)
+            ours, theirs = (seen.get(f"{name}_{keep}") for name in names)
+            if ours and theirs:
+                _put_gain(result, f"{gain}_{keep}", ours, theirs, sizes)
 
 
-def _row(name: str, seeds: list[int], sizes: Sizes, options: Options) -> dict[str, Answers]:
+def _row(
+    name: str, seeds: list[int], sizes: Sizes, options: Options, result: Result
+) -> dict[str, Answers]:
     """The answers of a row at each share."""
     if name in UNIFORM:
         found = _answers(policy(name, keep=KEEPS[0]), seeds, sizes, KEEPS, options)
         return {f"{name}_{percent(keep)}": one for keep, one in zip(KEEPS, found, strict=True)}
-    kind, settings, profiled = BY_LAYER[name]
+    kind, settings, shares = BY_LAYER[name]
     made = {}
     for keep in KEEPS:
-        file = profile(keep, sizes)
-        file = file if profiled else in_process(_uniform, file, preloaded=options.smoke)
+        file, blocks = in_process(
+            _shared_out, profile(keep, sizes), shares, preloaded=options.smoke
+        )
+        result.put(f"{name}_{percent(keep)}_blocks", blocks)
         served = policy(kind, profile=str(file), **settings)
         made[f"{name}_{percent(keep)}"] = _answers(served, seeds, sizes, (None,), options)[0]
     return made
@@ -229,19 +242,28 @@ def chat(seed: int, listed: int = 1) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}]}
 
 
-def _uniform(file: Path) -> Path:
-    """A profile of the same model and mean in which all layers are equal."""
+def _shared_out(file: Path, shares: str) -> tuple[Path, float]:
+    """A profile with the same mean, and the full blocks of a prompt that layers keep on average."""
     from kv_policies.budget.levels import uniform
     from kv_policies.budget.profile import load
+    from kv_policies.layout.tokens import TokenLayout
 
-    made, target = load(file), file.with_suffix(".uniform.json")
-    shares: tuple[Fraction, ...] = tuple(uniform(len(made.layers), made.keep))
-    made.model_copy(update={"fractions": shares, "levels": 1}).save(target)
-    return target
+    made, target = load(file), file
+    if shares != "profile":
+        target = file.with_suffix(f".{shares}.json")
+        fractions = made.fractions[::-1]
+        if shares == "uniform":
+            fractions = tuple(uniform(len(made.layers), made.keep))
+        levels = 1 if shares == "uniform" else made.levels
+        made = made.model_copy(update={"fractions": fractions, "levels": levels})
+        made.save(target)
+    kept = [int(TokenLayout(BLOCK, share).kept(BLOCKS)) for share in made.cut().per_layer]
+    return target, statistics.fmean(kept)
 
 
 def draw(full: dict[str, Any], target: Path) -> None:
     """One panel per kind of question, one line per policy, with standard errors."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     result = full["result"]
@@ -250,7 +272,7 @@ def draw(full: dict[str, Any], target: Path) -> None:
     for axes, (what, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         if (whole := result.get(f"full_{what}")) is not None:
             axes.axhline(whole, color="gray", linestyle="--", label="whole cache")
-        for name in ROWS:
+        for name, color in zip(ROWS, colormaps["tab20"].colors, strict=False):
             figures = [(keep, f"{name}_{percent(keep)}_{what}") for keep in KEEPS]
             seen = [
                 (keep, result[key], result[f"{key}_se"])
@@ -259,8 +281,9 @@ def draw(full: dict[str, Any], target: Path) -> None:
             ]
             if seen:
                 keep, value, error = zip(*seen, strict=True)
-                style = ":" if name.endswith("uniform") else "-"
-                axes.errorbar(keep, value, error, marker="o", ls=style, capsize=2, label=name)
+                style = ":" if name.endswith(("uniform", "reversed")) else "-"
+                look = {"marker": "o", "ls": style, "color": color, "capsize": 2}
+                axes.errorbar(keep, value, error, label=name, **look)
         axes.set(
             title=title, xlabel="share of the cache that is kept", xticks=KEEPS, ylim=(0, 1.05)
         )
