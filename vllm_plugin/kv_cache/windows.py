@@ -48,10 +48,9 @@ class WindowManager(SlidingWindowManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Hash what a later request can hit: also the window where compressed layers end a hit."""
-        end = hit_end(self.kv_cache_spec.layouts, request.num_prompt_tokens)
+        if num_tokens // self.block_size > self.num_cached_block.get(request.request_id, 0):
+            end = hit_end(self.kv_cache_spec.layouts, request.num_prompt_tokens)
+            replay_boundaries = (*replay_boundaries, end)
         super().cache_blocks(
-            request,
-            num_tokens,
-            retention_interval=retention_interval,
-            replay_boundaries=(*replay_boundaries, end),
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
