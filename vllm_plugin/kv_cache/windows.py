@@ -52,5 +52,8 @@ class WindowManager(SlidingWindowManager):
             end = hit_end(self.kv_cache_spec.layouts, request.num_prompt_tokens)
             replay_boundaries = (*replay_boundaries, end)
         super().cache_blocks(
-            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+            request,
+            num_tokens,
+            retention_interval=retention_interval,
+            replay_boundaries=replay_boundaries,
         )

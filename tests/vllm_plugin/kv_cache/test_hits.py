@@ -26,6 +26,7 @@ from benchmarks.architectures import write_config
 from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.tokens import TokenLayout
 from tests.support.scheduling import SHAPE, Serving
+from vllm_plugin.kv_cache import windows
 from vllm_plugin.kv_cache.hits import hit_end
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.states import StateConnector
@@ -181,6 +182,22 @@ def test_at_keep_1_everything_is_as_in_stock(make: Make, kind: str) -> None:
     ):
         assert ours.serve(name, prompt, 40) == stock.serve(name, prompt, 40)
     assert ours.cuts == stock.cuts
+
+
+def test_a_step_that_fills_no_block_does_not_look_where_a_hit_ends(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+
+    def counted(layouts: Any, prompt: int) -> int:
+        looked.append(prompt)
+        return hit_end(layouts, prompt)
+
+    monkeypatch.setattr(windows, "hit_end", counted)
+    ours = make("windows")
+    block = block_of(ours)
+    ours.serve("a", text(8 * block + 5), 2 * block)
+    assert len(looked) == 1 + 2  # the prompt's blocks, and two of the answer
 
 
 @pytest.mark.parametrize("kind", KINDS)
