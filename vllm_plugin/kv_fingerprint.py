@@ -36,12 +36,15 @@ def fingerprint_of(name: str, config: Any, weights: str | None = None) -> ModelF
     Raises:
         CompressError: the config lacks a size, or gives these layers different sizes.
     """
-    if varying := shapes_per_layer(config):
+    known = bool(getattr(config, "num_hidden_layers", None))
+    if known and (varying := shapes_per_layer(config)):
         raise CompressError(
             f"{name} has layers with full attention that differ in {', '.join(varying)}: it has no "
             "single shape of attention"
         )
-    one = layer_configs(config)[next(iter(full_attention_layers(config)), 0)]
+    one = config
+    if known:
+        one = layer_configs(config)[next(iter(full_attention_layers(config)), 0)]
     heads = getattr(one, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
     head_dim = getattr(one, "head_dim", None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from compress_common.errors import CompressError
 from kv_policies.budget.profile import Profile, Provenance
@@ -80,6 +80,12 @@ def test_only_a_model_without_weights_has_no_digest(model: Path) -> None:
             published_weights(str(model), config)
     (model / "pytorch_model.bin").unlink()
     assert published_weights(str(model), config) is None
+
+
+def test_a_config_without_sizes_has_no_fingerprint() -> None:
+    missing = "num_hidden_layers is None, hidden_size is None, num_attention_heads is None"
+    with pytest.raises(CompressError, match=missing):
+        fingerprint_of("some/model", PretrainedConfig())
 
 
 @pytest.mark.parametrize(("length", "known"), [(64, True), (16, False), (0, False)])
