@@ -58,7 +58,8 @@ def hits(options: Options, result: Result) -> None:
                 result.put(f"{name}_{kind}_ratio", tokens / stock[kind], **details)
         result.put(f"{name}_repeat_stock_share", stock["repeat"] / stock["sent"])
     ratios = [result.values.get(f"{name}_repeat_ratio") for name in HYBRIDS]
-    result.put("prefix_hit_ratio_hybrid", min(one for one in ratios if one is not None))
+    least = min(one for one in ratios if one is not None)
+    result.put("prefix_hit_ratio_hybrid", least, keep=KEEP)
 
 
 def _served(model: Path, name: str, kind: str, options: Options) -> dict[str, int]:
