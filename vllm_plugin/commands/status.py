@@ -96,8 +96,11 @@ def _compressed(figures: "Figures") -> Rows:
     found = [("weights", f"{weights}, {_change(size, mib)}")]
     if info["policy"] == "none":
         return [*found, ("KV cache", "not compressed")]
-    chosen = [f"{name} {info[name]}" for name in ("keep", "budget", "profile")]
-    chosen = [text for text in chosen if not text.endswith(" none")]
+    chosen = [
+        f"{name.replace('_', ' ')} {info[name]}"
+        for name in ("keep", "budget", "prompt_window", "profile")
+        if info.get(name, "none") != "none"  # an older server has fewer labels
+    ]
     token = figures.sizes("kv_bytes_per_token")
     return [
         *found,

@@ -50,7 +50,10 @@ METRICS = (
         "info",
         "gauge",
         "1; what this engine compresses, and how",
-        ("version", "policy", "keep", "budget", "levels", "decode_window", "profile", "method"),
+        (
+            *("version", "policy", "keep", "budget", "prompt_window", "levels", "decode_window"),
+            *("profile", "method"),
+        ),
     ),
     Metric(
         "weight_bytes",

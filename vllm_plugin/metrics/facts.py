@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from quant_methods.structure.wrapper import language_config
 from vllm_plugin.capacity import Footprint, kv_footprint
 from vllm_plugin.diffusion.support import diffusion_of
+from vllm_plugin.metrics.catalogue import BY_NAME
 from vllm_plugin.self_check import layouts, weights_of
 from vllm_plugin.settings import KVSettings, Settings, parse_settings
 
@@ -38,7 +39,7 @@ def facts_of(config: VllmConfig) -> Facts:
     metric. Nothing is raised for it.
     """
     settings = parse_settings(config.additional_config)
-    info = dict.fromkeys(("policy", "keep", "budget", "levels", "decode_window", "profile"), NONE)
+    info = {label: NONE for label in BY_NAME["info"].labels if label != "version"}
     info["method"] = getattr(config.quant_config, "method", NONE)
     gauges = {("kv_kept_ratio", ""): 1.0}
     idle = ("kv_saved_bytes", "kv_saved_bytes_peak", "kv_live_tokens_max")
@@ -76,6 +77,7 @@ def _kv_info(config: VllmConfig, settings: Settings, kv: KVSettings) -> dict[str
     return info | {
         "keep": NONE if kv.budget else f"{float(mean):.4g}",
         "budget": str(kv.budget) if kv.budget else NONE,
+        "prompt_window": str(kv.prompt_window) if kv.prompt_window else NONE,
         "levels": str(len(set(map(str, kept)))),
         "decode_window": str(next(iter(chosen.values())).window),
     }

@@ -44,6 +44,14 @@ def test_forms_of_a_url(run: Callable, form: str) -> None:
     assert code == 0 and "snap_kv, keep 0.25" in printed
 
 
+def test_a_prompt_window_is_told(run: Callable) -> None:
+    """The other tests' servers are older: they have no such label."""
+    budget = INFO.replace('keep="0.25",budget="none"', 'keep="none",budget="64",prompt_window="96"')
+    with answering({"/metrics": budget % (0, "m")}) as url:
+        code, printed, _ = run("status", url)
+    assert code == 0 and "snap_kv, budget 64, prompt window 96" in printed
+
+
 def test_engines_of_a_model_add_up_and_models_stay_apart(run: Callable) -> None:
     """As behind data parallelism, and as Ray's agent names them."""
     count = (
