@@ -21,11 +21,13 @@ class Load(NamedTuple):
         longest: Tokens of a request.
         prompts: Prompts that are not complete after a step.
         requests: Requests that run at a time: ``--max-num-seqs``.
+        fp8_queries: Tokens of a step whose queries can come in FP8, as beside an FP8 cache.
     """
 
     longest: int
     prompts: int
     requests: int
+    fp8_queries: int = 0
 
 
 class Beside(NamedTuple):
@@ -35,11 +37,13 @@ class Beside(NamedTuple):
         work: Of the work on one layer at a time.
         observed: What was seen of prompts that are not complete, in all layers.
         queries: Last queries of each request, in all layers, which score its decode windows.
+        step: A step's queries of one layer, from FP8 to 16 bits.
     """
 
     work: int = 0
     observed: int = 0
     queries: int = 0
+    step: int = 0
 
     @property
     def total(self) -> int:
@@ -69,4 +73,5 @@ def beside_cache(
         segment = layout.most_columns(load.longest, 0) * layout.block_size
         observed += load.prompts * observed_bytes(policy, heads, segment)
         longest = max(longest, segment)
-    return Beside(workspace(policy, heads).peak(longest), observed, queries)
+    step = load.fp8_queries * heads.kv * heads.group * heads.size * dtype.itemsize
+    return Beside(workspace(policy, heads).peak(longest), observed, queries, step)

@@ -185,7 +185,8 @@ def _beside(config: VllmConfig, settings: KVSettings, layouts: Mapping[int, Layo
     policy = settings.build()
     if not isinstance(policy, KVPolicy):
         return []
-    found = max(beside_of(config, policy, layouts, stage) for stage in stages(config))
+    every = [beside_of(config, policy, layouts, stage) for stage in stages(config)]
+    found = max(every, key=lambda beside: beside.total)
     if not found.total:
         return []
     told = f"{found.total / 2**20:.1f} MiB on each rank"

@@ -34,6 +34,17 @@ def test_stored_queries_are_those_of_the_rings(requests: int, layers: int) -> No
     assert found.total == found.work + found.observed + found.queries >= LIMIT
 
 
+def test_queries_in_fp8_are_counted_once() -> None:
+    """In 16 or 32 bits, of one layer at a time."""
+    half, load = TokenLayout(32, Fraction(1, 2)), Load(1000, 1, 16)
+    for layers in (1, 3):
+        plain, fp8 = (
+            beside("snap_kv", [half] * layers, load._replace(fp8_queries=tokens))
+            for tokens in (0, 8192)
+        )
+        assert fp8.total - plain.total == fp8.step == 8192 * 4 * 32 * 4
+
+
 def test_figures_of_an_8b_model_in_the_docs() -> None:
     heads, layout = Heads(8, 4, 128, 2, "cuda"), BoundedLayout(16, 4096, 256)
     for name, gib in (("r_kv", 0.5), ("h2o", 2.0), ("key_diff", 0.0), ("snap_kv", 0.0)):

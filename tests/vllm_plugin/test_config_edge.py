@@ -18,14 +18,16 @@ from vllm.engine.arg_utils import EngineArgs
 
 import vllm_plugin
 from compress_common.errors import CompressError
+from kv_policies.layout.bounded import BoundedLayout
 from tests.support import kv_engine
 from tests.support.child import ROOT
 from tests.vllm_plugin.kv_cache.conftest import save_bases
 from vllm_plugin.exits import is_vllm_command
 from vllm_plugin.guard import METHODS, SECTION
+from vllm_plugin.kv_cache.beside import beside_of
 from vllm_plugin.metrics.facts import facts_of
 from vllm_plugin.quantization.config import CONFIGS
-from vllm_plugin.self_check import table
+from vllm_plugin.self_check import _beside, table
 from vllm_plugin.settings import KEY, parse_settings
 
 SNAP = {"compress": {"kv": {"policy": "snap_kv", "keep": 0.25}}}
@@ -202,6 +204,36 @@ def test_bytes_that_are_not_known_keep_no_engine_from_starting(
     rows = dict(table(config, parse_settings(config.additional_config), 1000))
     assert rows["weights"] == "not compressed, bytes not known"
     assert rows["KV bytes a token"].endswith("(0.250)")
+
+
+def test_facts_name_the_prompt_window(demo_model: Path) -> None:
+    kv = {"policy": "snap_kv", "budget": 256, "decode_window": 64, "prompt_window": 320}
+    found = facts_of(configure(demo_model, additional_config={"compress": {"kv": kv}}))
+    assert (found.info["budget"], found.info["prompt_window"]) == ("256", "320")
+    assert facts_of(configure(demo_model, additional_config=SNAP)).info["prompt_window"] == "none"
+
+
+def test_the_table_says_what_the_engine_keeps_free(demo_model: Path) -> None:
+    """Of the stage that keeps most, and with an FP8 cache a step's queries too."""
+    kv = {"policy": "h2o", "budget": 256, "decode_window": 64}
+    config = configure(demo_model, additional_config={"compress": {"kv": kv}}, max_model_len=8192)
+    settings = parse_settings(config.additional_config).kv
+    assert settings is not None
+    policy: Any = settings.build()
+    # One layer observes long prompts whole; those of the other stage store more queries.
+    cut = BoundedLayout(32, 256, 64, prompt_window=320)
+    layouts = {0: BoundedLayout(32, 256, 64), **dict.fromkeys(range(15, 30), cut)}
+    config.parallel_config.pipeline_parallel_size = 2
+    first, second = (
+        beside_of(config, policy, layouts, stage) for stage in (range(15), range(15, 30))
+    )
+    assert first.observed > second.observed and first.total < second.total
+    config.cache_config.cache_dtype = "fp8"
+    fp8 = beside_of(config, policy, layouts, range(15, 30))
+    itemsize = config.model_config.dtype.itemsize
+    assert fp8.step == config.scheduler_config.max_num_batched_tokens * 9 * 64 * itemsize
+    ((_, told),) = _beside(config, settings, layouts)
+    assert told.startswith(f"{fp8.total / 2**20:.1f} MiB on each rank")
 
 
 @pytest.mark.slow

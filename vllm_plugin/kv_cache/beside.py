@@ -24,7 +24,8 @@ def load_of(config: VllmConfig) -> Load:
     scheduler = config.scheduler_config
     each = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
     prompts = min(scheduler.max_num_seqs, -(-scheduler.max_num_batched_tokens // each))
-    return Load(config.model_config.max_model_len, prompts, scheduler.max_num_seqs)
+    fp8 = scheduler.max_num_batched_tokens if config.cache_config.cache_dtype in FP8 else 0
+    return Load(config.model_config.max_model_len, prompts, scheduler.max_num_seqs, fp8)
 
 
 def beside_of(

@@ -36,7 +36,6 @@ from vllm_plugin.kv_cache.beside import load_of
 from vllm_plugin.kv_cache.budget import bases_of, layouts_of
 from vllm_plugin.kv_cache.equipment import Equipment, form_of, heads_of, not_compressed
 from vllm_plugin.kv_cache.latent import latent_cache_type
-from vllm_plugin.kv_cache.quantized import FP8
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.support import layer_problems
 from vllm_plugin.kv_cache.windows import WindowSpec
@@ -139,8 +138,7 @@ class CompressedWorker(PlatformWorker):
             heads = heads_of(self.vllm_config, name, spec, self.device)
             layouts = [spec.layout for spec in compacted.values()]
             load = load_of(self.vllm_config)
-            beside = beside_cache(self.policy, layouts, heads, load, self.model_config.dtype)
-            return beside.total + self._queries_in_16_bits()
+            return beside_cache(self.policy, layouts, heads, load, self.model_config.dtype).total
         return self._transient_of_latents(compacted)
 
     def _transient_of_latents(self, compacted: Mapping[str, CompressedSpec]) -> int:
@@ -157,14 +155,6 @@ class CompressedWorker(PlatformWorker):
         # Graphs have memory of their own for what attention over latents takes.
         mode = self.vllm_config.compilation_config.cudagraph_mode
         return max(needed) * (1 + (mode is not None and mode.has_full_cudagraphs()))
-
-    def _queries_in_16_bits(self) -> int:
-        """Bytes of a step's queries of one layer, which an FP8 cache can come with in FP8."""
-        if self.cache_config.cache_dtype not in FP8:
-            return 0
-        heads = self.model_config.get_num_attention_heads(self.parallel_config)
-        each = heads * self.model_config.get_head_size() * self.model_config.dtype.itemsize
-        return self.vllm_config.scheduler_config.max_num_batched_tokens * each
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache, then give layers and builders what they need to compress it."""
