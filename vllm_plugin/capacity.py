@@ -198,11 +198,16 @@ def kv_footprint(
     return Footprint(len(layers) * each, ceil(each * kept))
 
 
-def groups_of(config: Any, layouts: Mapping[int, Layout] | None) -> list[Group]:
+def groups_of(config: Any, layouts: Mapping[int, Layout] | None, ranks: int = 1) -> list[Group]:
     """Return the KV-cache groups that vLLM makes of a model whose pages have one size.
 
     As vLLM's ``get_kv_cache_groups``: each kind of layer is cut into groups of the smallest kind's
     size. Where kinds are nearly equal, the smaller ones are padded to the largest instead.
+
+    Args:
+        config: the text model's.
+        layouts: by layer; None: nothing is compressed.
+        ranks: of tensor parallelism, which share the KV heads of each layer.
     """
     full, states = set(full_attention_layers(config)), set(state_layers(config))
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", 0)
@@ -218,7 +223,7 @@ def groups_of(config: Any, layouts: Mapping[int, Layout] | None) -> list[Group]:
     counts = [len(layers) for layers in kinds.values()]
     smallest, largest = min(counts), max(counts)
     size = largest if largest < smallest * 1.5 else smallest
-    scales = block_sizes(config, 1)
+    scales = block_sizes(config, 1, ranks)
     return [
         Group(tuple(layers[part::parts]), *kind, scale=scales[layers[0] not in full])
         for kind, layers in kinds.items()
@@ -251,7 +256,7 @@ def block_bytes(
 
 
 def request_blocks(
-    groups: Sequence[Group], block_size: int, context: int, prompt: int, batch: int = 8192
+    groups: Sequence[Group], block_size: int, context: int, prompt: int, in_flight: int = 8192
 ) -> RequestBlocks:
     """Count the blocks of a request.
 
@@ -259,8 +264,9 @@ def request_blocks(
         groups: of ``groups_of``.
         block_size: tokens per block, of the layers whose tokens take most.
         context: tokens of the request when it ends.
-        prompt: how many of them are prompt. While the prompt is computed, all of it is stored.
-        batch: most tokens of one step.
+        prompt: how many of them are prompt. While it is computed, all of it is stored, unless it is
+            longer than the prompt window of a layout.
+        in_flight: tokens of steps that have not settled, at most.
 
     Raises:
         CompressError: the prompt leaves no room for an answer.
@@ -277,11 +283,11 @@ def request_blocks(
         elif group.window:  # plus one, because a window can start inside a block
             first, later = (
                 min(-(-tokens // size), -(-(group.window - 1 + step) // size) + 1)
-                for tokens, step in ((prompt, batch), (context, 1))
+                for tokens, step in ((prompt, in_flight), (context, 1))
             )
         else:
             layout = group.layout
-            first = layout.most_columns(prompt, batch) if layout else -(-prompt // size)
+            first = layout.most_columns(prompt, in_flight) if layout else -(-prompt // size)
             later = _most_blocks(layout, size, prompt, context)
         prefill, decoding = prefill + first, decoding + later
     return RequestBlocks(max(prefill, decoding), decoding)
@@ -299,6 +305,7 @@ def requests_in_pool(
     blocks: int,
     context: int,
     stages: Sequence[range] | None = None,
+    ranks: int = 1,
 ) -> tuple[int, int]:
     """Count the requests of ``context`` tokens that can decode at once in a pool.
 
@@ -309,11 +316,12 @@ def requests_in_pool(
         blocks: of the pool, with compression.
         context: tokens of a request when it ends.
         stages: the layers of each pipeline stage; None: one stage has all.
+        ranks: of tensor parallelism.
 
     Returns:
         Requests without compression, in the same memory, and with compression.
     """
-    groups, stock = groups_of(config, layouts), groups_of(config, None)
+    groups, stock = (groups_of(config, chosen, ranks) for chosen in (layouts, None))
     ours, theirs = (block_bytes(kinds, block_size, 1, stages) for kinds in (groups, stock))
     same = blocks * ours // theirs
     before, after = (

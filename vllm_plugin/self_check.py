@@ -158,8 +158,9 @@ def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:
         *_beside(config, settings.kv, chosen),
     ]
     if num_blocks is not None:
+        ranks = config.parallel_config.tensor_parallel_size
         before, after = requests_in_pool(
-            text, chosen, cache.block_size, num_blocks, longest, stages(config)
+            text, chosen, cache.block_size, num_blocks, longest, stages(config), ranks
         )
         rows.append(("requests that fit", f"{before} -> {after} of {longest:,} tokens"))
     return rows

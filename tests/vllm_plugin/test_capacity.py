@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import (
 
 from compress_common.errors import CompressError
 from kv_policies.layout.base import Layout
+from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
 from quant_methods.calibration.text import CalibrationSettings
@@ -40,7 +41,9 @@ from tests.support.grouping import (
     get_kv_cache_groups,
     projected,
 )
+from tests.vllm_plugin.test_page_sizes import LARGE
 from vllm_plugin.capacity import (
+    Group,
     block_bytes,
     groups_of,
     kv_footprint,
@@ -156,6 +159,35 @@ def test_blocks_of_a_request_follow_the_layout(layout: Layout) -> None:
     assert stock.one_in_prefill(0) == stock.all_decoding(0) == 0
     with pytest.raises(CompressError, match="does not fit"):
         request_blocks(groups, BLOCK, 100, 100)
+
+
+def test_a_prompt_takes_the_blocks_that_an_engine_reserves() -> None:
+    """With two steps in flight, in layers with a prompt window, and with a sliding window."""
+    prompt, in_flight = 8000, 2 * 512
+    layout = BoundedLayout(BLOCK, 256, 64, prompt_window=320)
+    shape = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
+    spec = CompressedSpec.of(FullAttentionSpec(**shape), layout, prompt, in_flight)
+    window = SlidingWindowSpec(**shape, sliding_window=512)
+    theirs = window.max_admission_blocks_per_request(in_flight, prompt)
+    for group, blocks in (
+        (Group((0,), layout), spec.most_blocks),
+        (Group((0,), None, 512), theirs),
+    ):
+        found = request_blocks([group], BLOCK, prompt + 1, prompt, in_flight=in_flight)
+        assert found.peak == blocks
+
+
+@pytest.mark.parametrize(("ranks", "full", "window"), [(1, 2, 1), (8, 1, 1), (16, 1, 2)])
+def test_groups_have_the_blocks_of_a_rank(ranks: int, full: int, window: int) -> None:
+    """Gemma 4 31B: a rank of 16 has one head of 512 numbers, or one of 256."""
+    config = Gemma4TextConfig(**LARGE)
+    groups = groups_of(config, None, ranks)
+    assert {(group.window is None, group.scale) for group in groups} == {
+        (True, full),
+        (False, window),
+    }
+    fit = request_blocks(groups, BLOCK, 4096, 3584).all_decoding(2000)
+    assert requests_in_pool(config, {}, BLOCK, 2000, 4096, ranks=ranks) == (fit, fit)
 
 
 def test_pool_in_smaller_blocks_holds_as_much_without_compression() -> None:

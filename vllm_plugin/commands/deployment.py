@@ -44,6 +44,7 @@ from vllm_plugin.page_sizes import full_block_size
 from vllm_plugin.settings import Settings, no_method_problem, parse_settings
 
 _CUDA_BLOCK = 16  # vLLM's default
+_CUDA_STEPS = 2  # in flight: vLLM schedules one while another runs, by default on CUDA only
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class Comparison:
         activation_memory: bytes set aside for activations and graphs.
         model_length: tokens that the model has positions for; None: its config does not say.
         block_size: tokens per block, larger than asked for where a block must hold a state.
+        prompt_window: tokens from which on prompts are compacted while they are computed; None:
+            the prompt is computed whole.
     """
 
     without: Column
@@ -112,6 +115,7 @@ class Comparison:
     activation_memory: int
     model_length: int | None
     block_size: int
+    prompt_window: int | None = None
 
 
 def compare(
@@ -166,19 +170,24 @@ def compare(
         aside = activation_allowance(config, load.batch)
     kv = kv_footprint(config, torch.bfloat16, "auto", layouts, load.prompt)
     beside = _beside(settings, layouts or {}, config, load, packing) if settings else Beside()
+    in_flight = load.batch * (1 if packing.startswith("cpu") else _CUDA_STEPS)
+    room = memory - aside
     without, compressed = (
-        _column(groups_of(config, chosen), load, memory - aside, taken, more, per_token, each)
+        _column(groups_of(config, chosen), load, in_flight, room, taken, more, per_token, each)
         for chosen, taken, more, per_token in (
             (None, weights.original, Beside(), kv.original),
             (layouts, weights.compressed, beside, kv.compressed),
         )
     )
-    return Comparison(without, compressed, aside, model_length(config), load.block_size)
+    heads = [layout.head(load.prompt) for layout in (layouts or {}).values()]
+    cut = next((head for head in heads if head < load.prompt), None)
+    return Comparison(without, compressed, aside, model_length(config), load.block_size, cut)
 
 
 def _column(
     groups: list[Group],
     load: Load,
+    in_flight: int,
     room: int,
     weights: int,
     beside: Beside,
@@ -187,7 +196,7 @@ def _column(
 ) -> Column:
     """room: bytes for weights and KV. each: KV bytes of one token in one layer."""
     page = block_bytes(groups, load.block_size, each)
-    need = request_blocks(groups, load.block_size, load.context, load.prompt, load.batch)
+    need = request_blocks(groups, load.block_size, load.context, load.prompt, in_flight)
     left = max(0, room - weights - beside.total)
     blocks = left // page
     return Column(

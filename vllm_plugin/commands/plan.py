@@ -189,7 +189,12 @@ def _print(
     notes = [
         f"Set aside for activations and graphs: {aside}; vLLM measures it when it starts.",
     ]
-    if compressed.decoding_blocks != without.decoding_blocks:
+    if found.prompt_window:
+        notes.append(
+            f"Prompts of more than {found.prompt_window:,} tokens are compacted while they are "
+            "computed."
+        )
+    elif compressed.decoding_blocks != without.decoding_blocks:
         notes.append(
             "A prompt needs all its blocks while it is computed (the peak); then it is compacted."
         )

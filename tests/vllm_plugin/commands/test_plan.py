@@ -119,8 +119,13 @@ def test_a_budget_bounds_a_request_that_decodes(plan: Callable, demo_model: Path
         json.loads(plan(demo_model, *options, *more, "--json")[1].splitlines()[-1])["with"]
         for more in ((), cut)
     )
-    # The window, the step in flight, and a block that it begins in.
-    assert (whole["peak_blocks"], windowed["peak_blocks"]) == (219, (2048 + 512) // 32 + 1)
+    # The window, the steps in flight, and a block that it begins in.
+    assert (whole["peak_blocks"], windowed["peak_blocks"]) == (219, (2048 + 2 * 512) // 32 + 1)
+    on_cpu = json.loads(plan(demo_model, *options, *cut, "--packing", "cpu-bf16", "--json")[1])
+    assert on_cpu["with"]["peak_blocks"] == (2048 + 512) // 32 + 1
+    _, text = plan(demo_model, *options, *cut)
+    assert "Prompts of more than 2,048 tokens are compacted while they are computed." in text
+    assert "needs all its blocks" not in text
     assert max(whole["decoding_blocks"], windowed["decoding_blocks"]) <= (1024 + 256 + 32) // 32
 
 
