@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Command lines of ``vllm serve``: mistakes that vLLM meets late, or without a word."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,20 +20,22 @@ def mixed_forms(arguments: Sequence[str]) -> list[str]:
     Args:
         arguments: of a command line; of another program than vLLM if it embeds an engine.
     """
-    dotted, whole, files = [], [], []
+    dotted, whole = [], []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         flag, equals, value = argument.partition("=")
         flag, value = flag.replace("_", "-"), value if equals else following
         if flag == _FLAG:
             whole.append(value)
-        elif flag == "--config":
-            files.append(Path(value))
         elif flag.startswith(f"{_FLAG}."):
             dotted.append(flag.removeprefix(f"{_FLAG}."))
     if not dotted:  # no file is read then
         return []
     given = [("as JSON", text) for text in whole]
-    given += [("in the file of --config", section_in(file)) for file in files]
+    name = _FLAG.removeprefix("--")
+    given += [
+        ("in the file of --config", str(_content(file).get(name) or ""))
+        for file in _files(arguments)
+    ]
     ours = any(path.partition(".")[0] == KEY for path in dotted)
     return [
         f"{_FLAG} is given {where} and with dotted flags, and vLLM keeps only the dotted flags "
@@ -61,11 +65,53 @@ def name_problems(model: str) -> list[str]:
     return []
 
 
-def section_in(file: Path) -> str:
-    """Return what a file of ``--config`` has as ``--additional-config``; empty: nothing."""
-    # vLLM itself says what is wrong with a file that cannot be read.
+def overridden(arguments: Sequence[str], preset: Mapping[str, Any]) -> list[str]:
+    """List what a preset would override in files of ``--config``: vLLM lets flags win.
+
+    Args:
+        arguments: of a command line.
+        preset: what it says, by name of flag.
+    """
+    return [
+        f"--config {file} has {name!r}, and so does the preset; remove it from the file, or leave "
+        "out --preset"
+        for file in _files(arguments)
+        for name in sorted(preset.keys() & _content(file).keys())
+    ]
+
+
+def with_additional_config(arguments: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+    """Return a command line with this ``--additional-config`` in place of all that it says of it.
+
+    Args:
+        arguments: of a command line. A file of ``--config`` is overridden.
+        config: the whole of it.
+    """
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, _ = argument.partition("=")
+        flag = flag.replace("_", "-")
+        if flag != _FLAG and not flag.startswith(f"{_FLAG}."):
+            kept.append(argument)
+        elif not equals:
+            next(rest, None)
+    return [*kept, _FLAG, json.dumps(config)]
+
+
+def _files(arguments: Sequence[str]) -> list[Path]:
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    split = [(*argument.partition("="), following) for argument, following in pairs]
+    return [
+        Path(value if equals else following)
+        for flag, equals, value, following in split
+        if flag == "--config"
+    ]
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """What a file of ``--config`` has, by name of flag. vLLM says what is wrong with a file."""
     with suppress(OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        given = {str(key).replace("_", "-"): value for key, value in content.items()}
-        return str(given.get(_FLAG.removeprefix("--")) or "")
-    return ""
+        return {str(key).replace("_", "-"): value for key, value in content.items()}
+    return {}

@@ -3,18 +3,18 @@
 
 import argparse
 import copy
-from fractions import Fraction
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+from compress_common.errors import CompressError
 from compress_common.store import Store, digest
 from kv_policies.registry import policies
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.checkpoint import Checkpoint, resolve
-from quant_methods.progress import Progress
+from quant_methods.progress import Progress, silent
 from vllm_plugin.commands.calibrate_kv import BITS, LENGTH, RATIOS, SAMPLES
-from vllm_plugin.commands.profiling.kv_bases import make_bases
-from vllm_plugin.progress import bar
 from vllm_plugin.settings import KEY
 
 KIND = "kv-bases"
@@ -31,34 +31,34 @@ def lacks_bases(parsed: argparse.Namespace) -> bool:
     return kind is not None and kind.capabilities.content == "latents"
 
 
-def without_kv(parsed: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments without ``compress.kv``, to be checked before bases are fitted."""
-    rest = copy.copy(parsed)
-    section = {name: content for name, content in _section(parsed).items() if name != "kv"}
-    rest.additional_config = dict(parsed.additional_config) | {KEY: section}
-    return rest
+def whole(parsed: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments with a cache that stays whole: all checks apply, without bases.
+
+    Args:
+        parsed: arguments that lack bases.
+    """
+    return _with_kv(parsed, keep=1)
 
 
-def bases_flags(parsed: argparse.Namespace) -> list[str]:
-    """Return the flag that names the bases of a model: see ``default_bases``.
+def with_bases(parsed: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments with the bases of their model: see ``default_bases``.
 
     Raises:
         CompressError: the model cannot have bases.
     """
     folder = resolve(parsed.model, parsed.revision, parsed.download_dir)
-    with bar() as progress:
-        file = default_bases(Checkpoint(folder), progress)
-    return [f"--additional-config.{KEY}.kv.bases", str(file)]
+    return _with_kv(parsed, bases=str(default_bases(Checkpoint(folder))))
 
 
-def default_bases(checkpoint: Checkpoint, progress: Progress) -> Path:
+def default_bases(checkpoint: Checkpoint, progress: Progress = silent) -> Path:
     """Return the file of bases that ``vllm-compress calibrate-kv`` makes of a model by default.
 
-    They are fitted first if the store lacks them.
+    They are fitted first if the store lacks them, by that command in a process of its own: here
+    they would leave memory of the device taken, which an engine wants to find free.
 
     Args:
         checkpoint: of the model.
-        progress: told as the work advances.
+        progress: told before and after.
 
     Raises:
         CompressError: the model cannot have bases.
@@ -68,17 +68,23 @@ def default_bases(checkpoint: Checkpoint, progress: Progress) -> Path:
     key = digest(KIND, _REVISION, *parts)
 
     def build(target: Path) -> None:
-        bases, _ = make_bases(
-            str(checkpoint.folder),
-            Fraction(RATIOS[BITS]),
-            settings,
-            bits=BITS,
-            device="auto",
-            progress=progress,
+        command = ["calibrate-kv", str(checkpoint.folder), "--out", str(target / _FILE)]
+        progress("fit bases", 0, 1)
+        made = subprocess.run(
+            [sys.executable, "-m", "vllm_plugin.cli", *command], stdout=subprocess.DEVNULL
         )
-        bases.save(target / _FILE)
+        if made.returncode:
+            raise CompressError(f"vllm-compress calibrate-kv {checkpoint.folder} failed, see above")
+        progress("fit bases", 1, 1)
 
     return Store().make(KIND, key, build) / _FILE
+
+
+def _with_kv(parsed: argparse.Namespace, **settings: object) -> argparse.Namespace:
+    changed, section = copy.copy(parsed), _section(parsed)
+    kv = {"kv": section["kv"] | settings}
+    changed.additional_config = parsed.additional_config | {KEY: section | kv}
+    return changed
 
 
 def _section(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compress_common.errors import joined
 from vllm_plugin.commands.common import out
-from vllm_plugin.presets import PRESETS, Preset, flags, text
+from vllm_plugin.presets import PRESETS, Preset, content, flags, text
 
 if TYPE_CHECKING:
     import argparse
@@ -32,7 +33,7 @@ def serve(
 
     Everything that an engine would refuse is refused before it starts. Bases of `cskv` are fitted
     once and kept in the cache. When the server answers, its URL and a request to try are printed.
-    Flags win over the preset.
+    Flags win over the preset. A file of --config must not have what the preset has.
 
     Example: vllm-compress serve MODEL --preset balanced --port 8000 --max-model-len 8192
     """
@@ -48,14 +49,18 @@ def serve(
     # Set before vLLM is imported, as its log is not part of the answer.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from vllm_plugin.commands.launch import Address, check, environment, parse, run
-    from vllm_plugin.commands.missing import bases_flags, lacks_bases, without_kv
+    from vllm_plugin.command_line import overridden, with_additional_config
+    from vllm_plugin.commands.launch import check, parse
+    from vllm_plugin.commands.missing import lacks_bases, whole, with_bases
+    from vllm_plugin.commands.server_process import Address, command, environment, run
 
+    if preset and (problems := overridden(given, content(preset))):
+        raise joined(problems)
     parsed = parse(arguments)
     if lacks_bases(parsed):
-        check(without_kv(parsed))  # before minutes of work
-        arguments += bases_flags(parsed)
-        parsed = parse(arguments)
+        check(whole(parsed))  # before minutes of work
+        parsed = with_bases(parsed)
+        arguments = with_additional_config(arguments, parsed.additional_config)
     check(parsed)
     _say(f"starting: {shlex.join(['vllm', 'serve', *arguments])}")
     address = Address.given(parsed)
@@ -63,13 +68,16 @@ def serve(
     def ready() -> None:
         _say(_summary(parsed, address.url, preset))
 
-    raise typer.Exit(run(arguments, address, environment(env), ready))
+    raise typer.Exit(run(command(arguments), address, environment(env), ready))
 
 
 def _summary(parsed: "argparse.Namespace", url: str, preset: Preset | None) -> str:
     name = (parsed.served_model_name or [parsed.model])[0]
     body = json.dumps({"model": name, "prompt": "The capital of Japan is", "max_tokens": 16})
-    request = f"curl -s {url}/v1/completions -H 'Content-Type: application/json' -d {quote(body)}"
+    secret = parsed.api_key or os.environ.get("VLLM_API_KEY")
+    key = '-H "Authorization: Bearer $VLLM_API_KEY" ' if secret else ""
+    header = f"{key}-H 'Content-Type: application/json'"
+    request = f"curl -s {url}/v1/completions {header} -d {quote(body)}"
     lines = [f"{name} is served at {url}/v1"]
     if parsed.runner != "pooling":
         lines.append(f"  try it:   {request}")

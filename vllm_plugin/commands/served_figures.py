@@ -3,6 +3,7 @@
 
 import http.client
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ def fetch(url: str) -> str:
     address = base.rstrip("/").removesuffix("/metrics").removesuffix("/v1") + "/metrics"
     reason: object
     try:
-        with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:
+        with _opener(address).open(address, timeout=_TIMEOUT) as answer:
             return str(answer.read().decode())
     except urllib.error.HTTPError as error:
         reason = f"HTTP {error.code}"
@@ -100,6 +101,12 @@ def fetch(url: str) -> str:
         f"no metrics at {address}: {reason}; give the URL of the server, such as "
         "http://127.0.0.1:8000"
     )
+
+
+def _opener(address: str) -> urllib.request.OpenerDirector:
+    """Reads a URL: one of this machine not through a proxy, which others may need."""
+    local = urllib.parse.urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
+    return urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * local)
 
 
 def models_in(text: str, url: str) -> list[Figures]:

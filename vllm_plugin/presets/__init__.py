@@ -19,12 +19,17 @@ def text(preset: Preset) -> str:
     return (files(__name__) / f"{preset}.yaml").read_text(encoding="utf-8")
 
 
+def content(preset: Preset) -> dict[str, Any]:
+    """Return what a preset says, by vLLM's names of flags."""
+    return dict(yaml.safe_load(text(preset)))
+
+
 def flags(preset: Preset) -> list[str]:
     """Return a preset as flags of ``vllm serve``, with dots where values are nested.
 
     A dotted flag can be overridden by a later one. JSON would replace or hide the rest.
     """
-    return list(_flags("-", yaml.safe_load(text(preset))))
+    return list(_flags("-", content(preset)))
 
 
 def _flags(name: str, value: Any) -> Iterator[str]:

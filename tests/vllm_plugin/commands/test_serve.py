@@ -12,13 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from vllm_plugin import presets
-from vllm_plugin.commands import launch
+from vllm_plugin.command_line import with_additional_config
+from vllm_plugin.commands import launch, missing, server_process
 from vllm_plugin.commands.missing import lacks_bases
 from vllm_plugin.settings import KEY, parse_settings
 
@@ -37,7 +39,8 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: object) -> int:
         raise AssertionError("was not refused")
 
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(server_process, "run", run)
+    monkeypatch.setattr(missing, "default_bases", run)  # takes minutes
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ MISTAKES = {
     ),
     "two forms, a file": (
         "./model --preset safe --config kv.yaml",
-        "is given in the file of --config and with dotted flags",
+        "--config kv.yaml has 'additional-config', and so does the preset",
     ),
     "no such file": ("./model --config none.yaml", "No such file or directory: 'none.yaml'"),
     "not YAML": ("./model --config bad.yaml", "--config is not YAML"),
@@ -159,11 +162,13 @@ def test_flags_win_over_the_preset() -> None:
 
 
 def test_a_server_sees_every_plugin_and_the_check_of_streams() -> None:
-    names = launch.environment({})["VLLM_PLUGINS"].split(",")
+    names = server_process.environment({})["VLLM_PLUGINS"].split(",")
     assert "compress" in names
     assert "compress_page" not in names  # off by default
-    assert launch.environment({"VLLM_PLUGINS": "compress,x"})["VLLM_PLUGINS"] == "compress,x"
-    path = launch.environment({"PATH": "/bin"})["PATH"].split(os.pathsep)
+    assert (
+        server_process.environment({"VLLM_PLUGINS": "compress,x"})["VLLM_PLUGINS"] == "compress,x"
+    )
+    path = server_process.environment({"PATH": "/bin"})["PATH"].split(os.pathsep)
     assert path == [str(Path(sys.executable).parent), "/bin"]
 
 
@@ -177,8 +182,77 @@ def test_a_server_sees_every_plugin_and_the_check_of_streams() -> None:
     ],
 )
 def test_a_client_is_told_an_address_that_it_can_use(host: str | None, url: str) -> None:
-    assert launch.Address(host, 80, secure=False, path=None).url == url
-    assert launch.Address(host, 80, secure=True, path=None).url == url.replace("http", "https")
+    address = server_process.Address(host, 80, secure=False, path=None)
+    assert address.url == url
+    assert replace(address, secure=True).url == url.replace("http", "https")
+
+
+@pytest.mark.parametrize("form", ["a preset", "flags", "JSON", "a file"])
+def test_bases_are_named_in_whatever_form_the_policy_was(tmp_path: Path, form: str) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(presets.text("small"))
+    kv = {"kv": {"policy": "cskv"}}
+    given = {
+        "a preset": presets.flags("small"),
+        "flags": [f"{KV}.policy", "cskv", f"{KV}.recent=32"],
+        "JSON": ["--additional_config", json.dumps({KEY: kv, "other": {"a": 1}})],
+        "a file": ["--config", str(file)],
+    }[form]
+    parsed = launch.parse(["M", *given, "--port", "8001"])
+    assert lacks_bases(parsed)
+    assert missing.whole(parsed).additional_config[KEY]["kv"]["keep"] == 1
+    config = dict(parsed.additional_config)
+    config[KEY] = config[KEY] | {"kv": config[KEY]["kv"] | {"bases": "b"}}
+    again = launch.parse(with_additional_config(["M", *given, "--port", "8001"], config))
+    assert again.additional_config == config
+    assert again.port == 8001 and again.quantization == parsed.quantization
+
+
+SERVER = """if True:
+    import http.server, os, subprocess, sys, time
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(os.getpid(), child.pid, flush=True)
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+        log_message = lambda *_: None
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("ending", ["a broken pipe", "SIGTERM", "SIGHUP"])
+def test_no_process_outlives_the_command(
+    busy_port: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not for this machine
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = server_process.Address("127.0.0.1", port, secure=False, path=None)
+
+    def ready() -> None:
+        if ending == "a broken pipe":
+            raise SystemExit(1)  # as rich does
+        os.kill(os.getpid(), getattr(signal, ending))
+
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        if ending == "a broken pipe":
+            with pytest.raises(SystemExit):
+                server_process.run([sys.executable, "-c", SERVER, str(port)], address, {}, ready)
+        else:
+            code = server_process.run([sys.executable, "-c", SERVER, str(port)], address, {}, ready)
+            assert code == 128 + signal.SIGTERM
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, before[number])
+    for process in map(int, capfd.readouterr().out.split()):
+        with pytest.raises(ProcessLookupError):
+            while Path(f"/proc/{process}/stat").read_text().split()[2] != "Z":
+                os.kill(process, 0)
+            raise ProcessLookupError  # has ended, and waits for its parent
 
 
 @pytest.mark.slow
