@@ -109,12 +109,13 @@ class HFModel:
         Text that the model samples is stored, so that the next measurement need not sample it.
 
         Args:
-            network: Samples the text, unless it is in a file.
+            network: Samples the text, unless it is in a file. Its dtype is part of the key.
             progress: Told of each step of sampling.
         """
         if self._tokens is not None:
             return self._tokens
-        return stored_tokens(self.checkpoint, self.text, network, progress)
+        dtype = network.dtype if network.dtype == torch.float32 else None
+        return stored_tokens(self.checkpoint, self.text, network, progress, dtype)
 
     def inputs(self, network: Any, progress: Progress) -> list[dict[str, torch.Tensor]]:
         """Return what ``network`` takes of each sample; see ``tokens``."""

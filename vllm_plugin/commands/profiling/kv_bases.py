@@ -125,8 +125,8 @@ def make_bases(
         )
     place = subject.placement(device, whole=False)
     network = subject.network(progress, place.model)
-    tokens = subject.tokens(network, progress)
     network.to(computed_in(subject.checkpoint.weight_bytes, place.device))
+    tokens = subject.tokens(network, progress)
     blocks = Blocks(network, structure, tokens, place.device, states=place.states)
     fits = _fits(blocks, subject.layers, fitted, objective, bits, progress)
     if allocate:

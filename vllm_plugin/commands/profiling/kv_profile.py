@@ -15,6 +15,7 @@ from compress_common.errors import CompressError
 from kv_policies.budget.levels import fractions_of, quantize, retained, rounded, uniform
 from kv_policies.budget.profile import Profile, Provenance
 from quant_methods.calibration.images import ImageSettings
+from quant_methods.calibration.precision import computed_in
 from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.progress import Progress, silent
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, attention_of, register
@@ -65,6 +66,7 @@ def make_profile(
     place = subject.placement(device, whole=True)
     register()
     network = subject.network(progress, place.model, attn_implementation=ATTENTION)
+    network.to(computed_in(subject.checkpoint.weight_bytes, place.device))
     # Refuses before the work.
     attention_of(network, {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}, layers)
     inputs, received = subject.inputs(network, progress), []
