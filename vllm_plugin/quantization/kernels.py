@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.platforms import current_platform
@@ -113,7 +114,13 @@ def _described(config: VllmConfig, unit: _Unit) -> str:
             name = choose_mp_linear_kernel(layer).__name__
     except ValueError as error:
         raise CompressError(_no_kernel(bits, layer, str(error))) from error
-    if CpuInt4LinearKernel.can_implement(layer)[0]:
+    ours, reason = CpuInt4LinearKernel.can_implement(layer)
+    if current_platform.is_cpu() and not ours and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        raise CompressError(
+            f"{reason}, and vLLM's own int4 kernel needs AVX-512, which this processor lacks; use "
+            "--dtype bfloat16"
+        )
+    if ours:
         kind = resolve_activations(config.quant_config.activations)
         name = f"{CpuInt4LinearKernel.__name__}, {kind} activations"
     if layer.weight_type.size_bits != bits:

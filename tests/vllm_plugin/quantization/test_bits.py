@@ -144,3 +144,20 @@ def test_bits_that_a_cpu_has_no_kernel_for(
     [check] = model_checks(args)
     assert not check.ok and told in check.found
     assert "CPU kernels serve weights of 2, 3 and 4 bits" in check.found
+
+
+@pytest.mark.skipif(
+    hasattr(torch.ops._C, "cpu_gemm_wna16"), reason="vLLM's own int4 kernel runs on this processor"
+)
+def test_activations_that_a_cpu_has_no_kernel_for(tiny_model: Callable[..., Path]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    section = {"compress": {"weights": {"group_size": 32}}}
+    args = EngineArgs(
+        str(tiny_model("llama")),
+        quantization="rtn",
+        dtype="float32",
+        additional_config=section,
+    )
+    [check] = model_checks(args)
+    assert not check.ok and "use --dtype bfloat16" in check.found
