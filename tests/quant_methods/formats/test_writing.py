@@ -378,7 +378,7 @@ def test_an_embedding_model_is_refused_before_calibration(
     bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     writing.save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr(planning, "_calibrate", lambda *args: pytest.fail("calibrated"))
-    with pytest.raises(CompressError, match="embedding model"):
+    with pytest.raises(CompressError, match="embeds or classifies; it samples no calibration text"):
         quantize_checkpoint(folder, tmp_path / "out", request_for())
 
 
