@@ -21,7 +21,7 @@ def mixed_forms(arguments: Sequence[str]) -> list[str]:
         arguments: of a command line; of another program than vLLM if it embeds an engine.
     """
     dotted, whole = [], []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         flag, equals, value = argument.partition("=")
         flag, value = flag.replace("_", "-"), value if equals else following
         if flag == _FLAG:
@@ -100,7 +100,7 @@ def with_additional_config(arguments: Sequence[str], config: Mapping[str, Any]) 
 
 
 def _files(arguments: Sequence[str]) -> list[Path]:
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = zip(arguments, [*arguments[1:], ""], strict=False)
     split = [(*argument.partition("="), following) for argument, following in pairs]
     return [
         Path(value if equals else following)
