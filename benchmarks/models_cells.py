@@ -14,7 +14,9 @@ BEFORE = ("doctor", "plan", "edge")
 # Mean nats a token. In float32 stock is at a few millionths; in bfloat16 a model differs from
 # itself by about 0.02.
 SAME, LIMIT = 1e-3, 0.06
+FAR = 1.0  # of int4 weights from 16 bits: beyond, the model is destroyed. The farthest is at 0.83.
 _REFUSAL = "CompressError: "
+_ERROR = re.compile(r"(?!CompressError)[\w.]*(Error|Exception)\b")
 _SHOWN = 160  # characters of a reason
 
 
@@ -105,7 +107,7 @@ def weights_cell(
     error = mean_error(ours["nats"], ours["rounded"])
     far = mean_error(ours["nats"], ours["plain"])
     told = f"{error:.3f} nats, {far:.2f} from 16 bits"
-    return Cell("ok" if error < LIMIT and error < 0.5 * far else "wrong", told)
+    return Cell("ok" if error < LIMIT and error < 0.5 * far and far < FAR else "wrong", told)
 
 
 def _before(
@@ -115,19 +117,24 @@ def _before(
     if UNAVAILABLE in said:
         return Cell("stock fails", shortened(str(said[UNAVAILABLE])))
     refusing = [who for who in BEFORE if said[who] is not None]
+    edge = said["edge"]
+    broken = any(_ERROR.match(said[who] or "") for who in BEFORE)
+    if broken or (edge is not None and not edge.startswith(_REFUSAL)):
+        return Cell("crash", _of_all(said))
     if refusing and len(refusing) < len(BEFORE):
-        told = "; ".join(f"{who}: {shortened(said[who] or 'accepted')}" for who in BEFORE)
-        return Cell("late", told)
-    if refusing:
-        edge = str(said["edge"])
-        kind: State = "refused" if edge.startswith(_REFUSAL) else "crash"
-        return Cell(kind, shortened(edge))
+        return Cell("late", _of_all(said))
+    if edge is not None:
+        return Cell("refused", shortened(edge))
     if FAILED in stock:
         return Cell("stock fails", shortened(stock[FAILED]))
     if FAILED in ours:
         why = str(ours[FAILED])
         return Cell("late" if _REFUSAL in why else "crash", shortened(why))
     return None
+
+
+def _of_all(said: Mapping[str, str | None]) -> str:
+    return "; ".join(f"{who}: {shortened(said[who] or 'accepted')}" for who in BEFORE)
 
 
 def mean_error(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:

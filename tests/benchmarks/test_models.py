@@ -49,6 +49,7 @@ def test_a_policy_is_judged(whole: dict, quarter: dict, state: str) -> None:
         ([[1.01, 2.01]], [[1.3, 2.3]], "ok"),
         ([[1.07, 2.07]], [[1.3, 2.3]], "wrong"),
         ([[1.05, 2.05]], [[1.06, 2.06]], "wrong"),  # as far from what it should be as from 16 bits
+        ([[1.01, 2.01]], [[2.1, 3.1]], "wrong"),  # rounded as it should be, and destroyed
     ],
 )
 def test_weights_are_judged(rounded: list, plain: list, state: str) -> None:
@@ -64,6 +65,9 @@ def test_weights_are_judged(rounded: list, plain: list, state: str) -> None:
         (REFUSED | {"plan": None}, STOCK, {}, "late"),
         (ACCEPTED | {"edge": "CompressError: no"}, STOCK, {}, "late"),
         (dict.fromkeys(ACCEPTED, "KeyError: 'x'"), STOCK, {}, "crash"),
+        (REFUSED | {"plan": "KeyError: 'x'"}, STOCK, {}, "crash"),
+        (ACCEPTED | {"plan": "KeyError: 'x'"}, STOCK, {}, "crash"),
+        (REFUSED | {"doctor": "no layer", "plan": "problem: no layer"}, STOCK, {}, "refused"),
         (ACCEPTED, {FAILED: "IndexError: 3"}, {}, "stock fails"),
         (ACCEPTED, STOCK, {FAILED: "KeyError: 'x'"}, "crash"),
         (ACCEPTED, STOCK, {FAILED: "compress_common.errors.CompressError: no"}, "late"),
