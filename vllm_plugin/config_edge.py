@@ -188,7 +188,7 @@ def apply_settings(config: VllmConfig, settings: Settings, worker: str = "auto")
         _apply_weights(config, config.quant_config, settings.weights or WeightSettings())
     elif settings.weights is not None:
         raise no_method_problem(config.model_config.quantization)
-    elif problems := speculative_problems(config):
+    elif problems := _problems_without_config(config):
         raise joined(problems)
     quantized = isinstance(config.quant_config, MethodConfig)
     compressed = settings.kv is not None or quantized or diffusion.denoises(config)
@@ -209,13 +209,19 @@ def _apply_weights(
     problems += fp8_problems(config, quant_config)
     problems += kernel_problems(config)
     problems += embedding_problems(config, quant_config.embedding_weights)
-    problems += lora_problems(config, quant_config, settings)
+    problems += lora_problems(config, settings)
     problems += speculative_problems(config)
-    problems += pooling_problems(config, quant_config)
+    problems += pooling_problems(config)
     if problems:
         raise joined(problems)
     if config.load_config.load_format in _LOAD_FORMATS:
         config.load_config.load_format = LOAD_FORMAT
+
+
+def _problems_without_config(config: VllmConfig) -> list[str]:
+    """List problems where vLLM's own config serves the weights, also those of our awq format."""
+    problems = lora_problems(config, WeightSettings())
+    return problems + speculative_problems(config) + pooling_problems(config)
 
 
 def _problems_at_load(

@@ -4,8 +4,9 @@
 from vllm.config import VllmConfig
 
 from compress_common.errors import CompressError
-from quant_methods.formats.checkpoint_formats import MARKER
+from quant_methods.registry import methods
 from vllm_plugin.quantization.config import MethodConfig
+from vllm_plugin.quantization.marker import marker_of
 from vllm_plugin.settings import WeightSettings
 
 _HINT = (
@@ -13,23 +14,25 @@ _HINT = (
 )
 
 
-def lora_problems(
-    config: VllmConfig, quant_config: MethodConfig, settings: WeightSettings
-) -> list[str]:
+def lora_problems(config: VllmConfig, settings: WeightSettings) -> list[str]:
     """List what keeps an engine with quantized linears from adapters.
 
     An adapter reads what its linear reads. Where a fold or a rotation has changed that, it would
-    give other numbers, and nothing would say so.
+    give other numbers, and nothing would say so. Checkpoints of other tools are vLLM's affair.
 
     Args:
         config: vLLM's own, of this engine.
-        quant_config: has the method, and the marker of a checkpoint that this plugin wrote.
         settings: ``compress.weights``, which decide at load.
     """
-    method = quant_config.method
-    if config.lora_config is None or not quant_config.capabilities.smooths:
+    if config.lora_config is None:
         return []
-    if quant_config.quantizes_at_load:
+    marker, quant_config = marker_of(config), config.quant_config
+    if marker is not None:
+        method = str(marker.get("method"))
+        kept = marker.get("inputs_kept", False)
+        problem = f"{method} changed the inputs of linears in this checkpoint, or did not note it"
+    elif isinstance(quant_config, MethodConfig):
+        method = quant_config.method
         try:
             chosen = settings.request(method, tensor_parallel=1).build().settings
         except CompressError:  # among the problems already
@@ -37,7 +40,9 @@ def lora_problems(
         kept = chosen.keeps_inputs
         problem = f"with these settings {method} changes the inputs of linears"
     else:
-        kept = ((quant_config.config or {}).get(MARKER) or {}).get("inputs_kept", False)
-        problem = f"{method} changed the inputs of linears in this checkpoint, or did not note it"
+        return []
+    kind = methods().get(method)
+    if kept or (kind is not None and not kind.capabilities.smooths):
+        return []
     told = f"--enable-lora: {problem} (by folds, alpha or a rotation), which adapters do not expect"
-    return [] if kept else [f"{told}; {_HINT}"]
+    return [f"{told}; {_HINT}"]

@@ -3,18 +3,16 @@
 
 from vllm.config import VllmConfig
 
-from quant_methods.formats.checkpoint_formats import MARKER
-from vllm_plugin.quantization.config import MethodConfig
+from vllm_plugin.quantization.marker import marker_of
 
 
-def pooling_problems(config: VllmConfig, quant_config: MethodConfig) -> list[str]:
+def pooling_problems(config: VllmConfig) -> list[str]:
     """List what keeps an engine from embedding or classifying with a checkpoint that we wrote.
 
     Args:
         config: vLLM's own, of this engine.
-        quant_config: has the marker of the checkpoint.
     """
-    marker = (quant_config.config or {}).get(MARKER) or {}
+    marker = marker_of(config) or {}
     if config.model_config.runner_type == "generate" or not marker.get("last_states_rotated"):
         return []
     problem = (

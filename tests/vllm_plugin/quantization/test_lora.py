@@ -144,6 +144,17 @@ def test_adapters_are_refused_exactly_where_inputs_change(
     assert configure(tmp_path / "plain")
     with pytest.raises(CompressError, match="changed the inputs of linears in this checkpoint"):
         configure(tmp_path / "folded")
+    for name, settings in (("awq", SETTINGS), ("folded-awq", FOLDED)):
+        request = WeightSettings(**settings).request("smoothquant_plus", 1)
+        quantize_checkpoint(model, tmp_path / name, request, format_name="awq")
+    assert configure(tmp_path / "awq")
+    awq = tmp_path / "folded-awq"
+    with pytest.raises(CompressError, match="changed the inputs of linears in this checkpoint"):
+        configure(awq)  # vLLM's own config serves it
+    config = json.loads((awq / "config.json").read_text())
+    del config["quantization_config"]["vllm_compress"]
+    (awq / "config.json").write_text(json.dumps(config))
+    assert configure(awq)  # as if another tool had written it
     file = tmp_path / "plain" / "config.json"
     config = json.loads(file.read_text())
     del config["quantization_config"]["vllm_compress"]["inputs_kept"]  # an older version's
