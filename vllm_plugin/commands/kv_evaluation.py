@@ -88,7 +88,7 @@ def evaluate_kv(
 
     sizes, folder = sizes or Sizes(), resolve(model)
     arguments = engine_arguments(folder, sizes) | (engine_args or {})
-    named = {setting_name(kv): dict(kv) for kv in settings}
+    named = named_settings(settings)
     problems = Problems()
     problems.found += [f"--engine-args cannot set {n}" for n in _OURS if n in arguments]
     if not named:
@@ -108,11 +108,11 @@ def evaluate_kv(
     progress(f"judge {FULL}", 0, total)
     full = judge(str(folder), given, arguments, f"{model} ({FULL})")
     results = [_compared(FULL, 1.0, full, full)]
-    for number, (name, kv) in enumerate(named.items(), start=1):
+    for number, ((name, kv), share) in enumerate(zip(named, kept, strict=True), start=1):
         progress(f"judge {name}", number, total)
         chosen = arguments | {"additional_config": {KEY: {"kv": kv}}}
         judged = judge(str(folder), given, chosen, f"{model} ({name})")
-        results.append(_compared(name, kept[name], judged, full))
+        results.append(_compared(name, share, judged, full))
     progress("judge", total, total)
     return results
 
@@ -138,15 +138,29 @@ def engine_arguments(folder: Path, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def setting_name(kv: Mapping[str, Any]) -> str:
-    """Return what a section ``compress.kv`` is called in a table, such as ``snap_kv, keep 0.5``."""
-    rest = [f"{key} {_shown(value)}" for key, value in kv.items() if key != "policy"]
+def named_settings(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Return each section ``compress.kv`` with its name: with whole paths where names are equal."""
+    names = [setting_name(kv) for kv in settings]
+    return [
+        (name if names.count(name) == 1 else setting_name(kv, whole=True), dict(kv))
+        for name, kv in zip(names, settings, strict=True)
+    ]
+
+
+def setting_name(kv: Mapping[str, Any], whole: bool = False) -> str:
+    """Return what a section ``compress.kv`` is called in a table, such as ``snap_kv, keep 0.5``.
+
+    Args:
+        kv: the section.
+        whole: give whole paths, not the names of files.
+    """
+    rest = [f"{key} {_shown(value, whole)}" for key, value in kv.items() if key != "policy"]
     return ", ".join([str(kv.get("policy", "no policy")), *rest])
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, whole: bool) -> str:
     if isinstance(value, str):
-        return Path(value).name if "/" in value else value
+        return Path(value).name if "/" in value and not whole else value
     return json.dumps(value)
 
 

@@ -57,6 +57,18 @@ def test_settings_are_read_and_named() -> None:
         parse_setting("snap_kv,0.25")
 
 
+def test_settings_with_files_of_one_name_are_told_apart() -> None:
+    from vllm_plugin.commands.kv_evaluation import named_settings
+
+    sections = [{"policy": "cskv", "bases": f"{place}/b.safetensors"} for place in ("x", "y", "x")]
+    sections[2]["policy"] = "other"
+    assert named_settings(sections) == [
+        ("cskv, bases x/b.safetensors", sections[0]),
+        ("cskv, bases y/b.safetensors", sections[1]),
+        ("other, bases b.safetensors", sections[2]),
+    ]
+
+
 def test_the_table_fits_80_columns() -> None:
     from vllm_plugin.commands.evaluate_kv import comparison
     from vllm_plugin.commands.kv_evaluation import KVEvaluation

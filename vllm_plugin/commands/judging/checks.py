@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refuses what an engine would refuse, before any is started."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -16,13 +16,13 @@ KV = dict[str, Any]  # a section ``compress.kv``
 
 
 def kept_shares(
-    model: str, settings: Mapping[str, KV], engine_args: dict[str, Any], context: int
-) -> dict[str, float]:
+    model: str, settings: Sequence[tuple[str, KV]], engine_args: dict[str, Any], context: int
+) -> list[float]:
     """Return the share of the KV cache that each setting keeps of a prompt, whole blocks counted.
 
     Args:
         model: a folder.
-        settings: by name.
+        settings: each with its name.
         engine_args: of all engines.
         context: tokens of the prompt.
 
@@ -32,8 +32,8 @@ def kept_shares(
     """
     check_installation()
     problems = refused(model, {}, engine_args)
-    shares: dict[str, float] = {}
-    for name, kv in {} if problems else settings.items():
+    shares: list[float] = []
+    for name, kv in [] if problems else settings:
         section = {KEY: {"kv": kv}}
         if found := refused(model, section, engine_args):
             problems += [f"{name}: {problem}" for problem in found]
@@ -42,8 +42,8 @@ def kept_shares(
         chosen = layouts(config, parse_settings(config.additional_config)) or {}
         blocks = -(-context // config.cache_config.block_size)
         kept = [Fraction(blocks - int(layout.gap(context)), blocks) for layout in chosen.values()]
-        shares[name] = float(sum(kept, Fraction(0)) / len(kept))
-        if shares[name] == 1:
+        shares.append(float(sum(kept, Fraction(0)) / len(kept)))
+        if shares[-1] == 1:
             problems.append(
                 f"{name} keeps all of a prompt of {context:,} tokens, so there is nothing to "
                 "judge; raise --context, or keep less"
