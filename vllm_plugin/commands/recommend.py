@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vllm_plugin.commands.recommendation import Recommendation, Row, Wanted
 
 _UTILIZATION = 0.92  # vLLM's default
+# Defaults of vLLM's server where they are smallest: sequences on a CPU, and tokens per step.
+_SEQUENCES, _BATCH = 128, 2048
 
 
 def recommend(
@@ -135,9 +137,16 @@ def _content(
 
 
 def _command(model: str, row: "Row", wanted: "Wanted") -> str:
+    """Return the command that serves the requests that were counted."""
+    from vllm_plugin.commands.recommending.memory import BATCH
+
     more = ["--max-model-len", str(wanted.context)]
     if wanted.utilization != _UTILIZATION:
         more += ["--gpu-memory-utilization", f"{wanted.utilization:g}"]
+    if wanted.concurrency > _SEQUENCES:
+        more += ["--max-num-seqs", str(wanted.concurrency)]
+    if wanted.concurrency > _BATCH:  # vLLM refuses more sequences than tokens
+        more += ["--max-num-batched-tokens", str(max(BATCH, wanted.concurrency))]
     return row.setting.command(model, *more)
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures a few settings of a model, and chooses one for a device and a load."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from vllm_plugin.compatibility import model_length
 from vllm_plugin.settings import KEY
 
 SIZES = Sizes(context=512, windows=12, keys=4)
+
+Section = dict[str, Any] | None  # compress.kv
 
 
 @dataclass(frozen=True)
@@ -132,28 +136,54 @@ def recommend(
 
     left_out: dict[str, str] = {}
     sizes: dict[Setting, Size] = {}
-    sections: dict[Setting, dict[str, Any] | None] = {}
-    for setting in settings():
-        try:
-            sections[setting] = _section(setting, checkpoint, progress)
-            _check(known, checkpoint, setting, sections[setting], wanted, progress)
-            config = {} if sections[setting] is None else {KEY: {"kv": sections[setting]}}
-            sizes[setting] = size_of(
-                str(checkpoint.folder),
-                setting.quantization,
-                config,
-                wanted.context,
-                wanted.prompt,
-                wanted.utilization,
-            )
-        except CompressError as error:
-            left_out[setting.name] = "; ".join(error.problems)
+    sections = {setting: setting.kv for setting in settings()}
+
+    def check(setting: Setting, kv: Section) -> None:
+        _check(known, checkpoint, setting, kv, wanted, progress)
+
+    def count(setting: Setting) -> None:
+        sizes[setting] = size_of(
+            str(checkpoint.folder),
+            setting.quantization,
+            _config(sections[setting]),
+            wanted.context,
+            wanted.prompt,
+            wanted.utilization,
+            wanted.concurrency,
+        )
+
+    fitted: list[Setting] = []  # those whose bases are yet to be fitted
+    for setting, kv in sections.items():
+        with _leaving_out(setting, left_out):
+            if kv is not None and kv["policy"] == CSKV:
+                check(setting, kv | {"keep": 1})  # every check, without bases
+                fitted.append(setting)
+            else:
+                check(setting, kv)
+                count(setting)
     if not sizes:
         raise CompressError(f"{model} cannot be served: {next(iter(left_out.values()))}")
+    _refuse_too_little(sizes, wanted, unfitted=bool(fitted))
+    losses.check_text()
+    for setting in fitted:
+        with _leaving_out(setting, left_out):
+            from vllm_plugin.commands.missing import default_bases
+
+            kv = (setting.kv or {}) | {"bases": str(default_bases(checkpoint, progress))}
+            sections[setting] = kv
+            check(setting, kv)
+            count(setting)
     _refuse_too_little(sizes, wanted)
+    chosen_from = [setting for setting in sections if setting in sizes]
+    losses.expect((setting.quantization, sections[setting]) for setting in chosen_from)
     rows = [
-        Row(setting, size, losses.weights(setting.quantization), losses.cache(sections[setting]))
-        for setting, size in sizes.items()
+        Row(
+            setting,
+            sizes[setting],
+            losses.weights(setting.quantization),
+            losses.cache(sections[setting]),
+        )
+        for setting in chosen_from
     ]
     chain = frontier(row.candidate(wanted.concurrency) for row in rows)
     chosen = choose(chain, wanted.memory)
@@ -161,26 +191,34 @@ def recommend(
     return Recommendation(rows, chain, chosen, left_out, losses.measured, known.folder)
 
 
-def _section(setting: Setting, checkpoint: Checkpoint, progress: Progress) -> dict[str, Any] | None:
-    """The section ``compress.kv``, with the bases that it needs."""
-    if setting.kv is None or setting.kv["policy"] != CSKV:
-        return setting.kv
-    from vllm_plugin.commands.missing import default_bases
+@contextmanager
+def _leaving_out(setting: Setting, left_out: dict[str, str]) -> Iterator[None]:
+    """Note why a setting cannot be served."""
+    try:
+        yield
+    except CompressError as error:
+        left_out[setting.name] = "; ".join(error.problems)
 
-    return setting.kv | {"bases": str(default_bases(checkpoint, progress))}
+
+def _config(kv: Section) -> dict[str, Any]:
+    """The ``--additional-config`` of a section ``compress.kv``."""
+    return {} if kv is None else {KEY: {"kv": kv}}
 
 
 def _check(
     known: Known,
     checkpoint: Checkpoint,
     setting: Setting,
-    kv: dict[str, Any] | None,
+    kv: Section,
     wanted: Wanted,
     progress: Progress,
 ) -> None:
-    """Raise CompressError where ``doctor`` refuses a setting. What is known needs no vLLM."""
-    section = {} if kv is None else {KEY: {"kv": kv}}
-    question = {"check": setting.name, "config": section, "context": wanted.context}
+    """Raise CompressError where ``doctor`` refuses a setting. What was accepted needs no vLLM.
+
+    A refusal is not kept: its reason can be this machine, such as a package that is missing.
+    """
+    section = _config(kv)
+    question = {"accepted": setting.name, "config": section, "context": wanted.context}
 
     def answer() -> dict[str, Any]:
         from vllm_plugin.commands.judging.checks import check_installation, refused
@@ -192,22 +230,31 @@ def _check(
             "max_model_len": wanted.context,
             "kv_cache_memory_bytes": 1 << 30,  # or this machine's free memory would be checked
         }
-        return {"problems": refused(str(checkpoint.folder), section, arguments)}
+        if found := refused(str(checkpoint.folder), section, arguments):
+            raise CompressError("; ".join(found))
+        return {}
 
-    if found := known.ask(question, answer)["problems"]:
-        raise CompressError("; ".join(found))
+    known.ask(question, answer)
 
 
-def _refuse_too_little(sizes: dict[Setting, Size], wanted: Wanted) -> None:
-    """Raise CompressError if nothing fits, before minutes of work."""
+def _refuse_too_little(sizes: dict[Setting, Size], wanted: Wanted, unfitted: bool = False) -> None:
+    """Raise CompressError if nothing fits, before minutes of work.
+
+    Args:
+        sizes: of the settings that can be served.
+        wanted: the device and the load.
+        unfitted: settings of cskv are not among them yet. Their weights alone may be too large.
+    """
     smallest = min(sizes, key=lambda setting: sizes[setting].needs(wanted.concurrency))
     size = sizes[smallest]
     if size.needs(wanted.concurrency) <= wanted.memory:
         return
+    if unfitted and min(each.least for each in sizes.values()) <= wanted.memory:
+        return
     fits = size.requests(wanted.memory)
+    but = "but for cskv, " if unfitted else ""
     raise CompressError(
-        f"no setting serves {wanted.load} in {gib(wanted.memory)}: the smallest, {smallest.name}, "
-        f"serves {fits} and needs "
-        f"{gib(size.needs(wanted.concurrency))}; lower --context or --concurrency, or "
-        "give more --gpu-memory"
+        f"no setting serves {wanted.load} in {gib(wanted.memory)}: the smallest, {but}"
+        f"{smallest.name}, serves {fits} and needs {gib(size.needs(wanted.concurrency))}; lower "
+        "--context or --concurrency, or give more --gpu-memory"
     )

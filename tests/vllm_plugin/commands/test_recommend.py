@@ -14,10 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compress_common.errors import CompressError
+from quant_methods.checkpoint import Checkpoint
+from vllm_plugin.capacity import RequestBlocks
 from vllm_plugin.commands.judging.engine import Judged
 from vllm_plugin.commands.judging.questions import WORDINGS
 from vllm_plugin.commands.recommending.candidates import Setting, settings
 from vllm_plugin.commands.recommending.frontier import Candidate, choose, frontier
+from vllm_plugin.commands.recommending.known import Known
+from vllm_plugin.commands.recommending.memory import Size
 from vllm_plugin.presets import PRESETS
 
 CANDIDATES = st.lists(
@@ -171,6 +176,85 @@ def test_it_measures_once_and_goes_on_after_an_interruption(
     assert code == 1
     assert "no setting serves 1 request of 2,000 tokens in 0.00 GiB: the smallest, int4, " in err
     assert len(engines.asked) == count
+
+
+def test_bases_are_fitted_last(
+    tiny_model: Callable[..., Path],
+    engines: Engines,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """What can be refused without bases is, before they are fitted. Measurements are counted."""
+    from vllm_plugin.commands import missing, recommendation
+
+    checked: list[Any] = []
+    fitted: list[bool] = []
+    told: list[tuple[int, int]] = []
+
+    def bases(*_: Any) -> Path:
+        fitted.append(True)
+        raise CompressError("no bases for this model")
+
+    def progress(step: str, done: int, total: int) -> None:
+        if step.startswith("measure"):
+            told.append((done, total))
+
+    monkeypatch.setattr(recommendation, "_check", lambda *given: checked.append(given[3]))
+    monkeypatch.setattr(missing, "default_bases", bases)
+    model, text = str(tiny_model("llama")), tmp_path / "short.txt"
+    text.write_text("too short")
+    wanted = recommendation.Wanted(4 << 30, 0.92, 2000, 1750, 1)
+    with pytest.raises(CompressError, match="the smallest, but for cskv, int4, "):
+        recommendation.recommend(model, replace(wanted, memory=1 << 20))
+    with pytest.raises(CompressError, match="tokens, .* are needed"):
+        recommendation.recommend(model, wanted, text)
+    assert not fitted and not engines.asked
+    assert {"policy": "cskv", "keep": 1} in checked
+    found = recommendation.recommend(model, wanted, progress=progress)
+    assert len(fitted) == 2 and [*found.left_out.values()] == ["no bases for this model"] * 2
+    assert told == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+def test_a_refusal_is_not_kept(
+    tiny_model: Callable[..., Path], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reason can be a package that is missing today."""
+    from quant_methods.progress import silent
+    from vllm_plugin.commands import recommendation
+    from vllm_plugin.commands.judging import checks
+
+    checkpoint = Checkpoint(tiny_model("llama"))
+    answers: list[list[str]] = [["No module named 'x'"], []]
+    monkeypatch.setattr(checks, "check_installation", lambda: None)
+    monkeypatch.setattr(checks, "refused", lambda *_: answers.pop(0))
+    wanted = recommendation.Wanted(4 << 30, 0.92, 2000, 1750, 1)
+    given = (Known(checkpoint), checkpoint, settings()[0], None, wanted, silent)
+    with pytest.raises(CompressError, match="No module named 'x'"):
+        recommendation._check(*given)
+    recommendation._check(*given)
+    recommendation._check(*given)  # known: there is no third answer
+    assert not answers
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "flags"),
+    [
+        (128, []),
+        (300, ["--max-num-seqs", "300"]),
+        (3000, ["--max-num-seqs", "3000", "--max-num-batched-tokens", "8192"]),
+    ],
+)
+def test_the_command_runs_as_many_requests_as_were_counted(
+    concurrency: int, flags: list[str]
+) -> None:
+    from vllm_plugin.commands.recommend import _command
+    from vllm_plugin.commands.recommendation import Row, Wanted
+    from vllm_plugin.commands.recommending.losses import Loss
+
+    size = Size(0, 1, RequestBlocks(1, 1), 0.92)
+    row = Row(Setting("16 bits", "full cache"), size, Loss(), Loss())
+    command = _command("M", row, Wanted(1 << 30, 0.92, 2000, 1750, concurrency))
+    assert command.split() == ["vllm", "serve", "M", "--max-model-len", "2000", *flags]
 
 
 def test_everything_wrong_is_said_at_once(

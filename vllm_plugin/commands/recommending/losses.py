@@ -2,7 +2,7 @@
 """What a setting loses, measured once: of its weights, and of its cache."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,7 +79,29 @@ class Losses:
             self._text_digest = file_digest(text) if text else digest(reference())
         except OSError as error:
             raise CompressError(f"cannot read --text {text}: {error.strerror}") from error
-        self.measured = 0
+        self.measured, self._expected = 0, 0
+
+    def check_text(self) -> None:
+        """Read the text, unless it was measured on before.
+
+        Raises:
+            CompressError: the text cannot be read, or is too short.
+        """
+        if self._known.find(self._question(None, None)) is None:
+            _ = self._material
+
+    def expect(self, settings: Iterable[tuple[str | None, Mapping[str, Any] | None]]) -> None:
+        """Count the measurements that are to come, for the progress.
+
+        Args:
+            settings: weight methods and sections ``compress.kv``.
+        """
+        questions = [self._question(None, None)]
+        for quantization, kv in settings:
+            questions += [self._question(quantization, None), self._question(None, kv)]
+        distinct = [each for at, each in enumerate(questions) if each not in questions[:at]]
+        unknown = sum(self._known.find(each) is None for each in distinct)
+        self._expected = self.measured + unknown
 
     def weights(self, quantization: str | None) -> Loss:
         """What a weight method loses, above 16 bits."""
@@ -99,21 +121,23 @@ class Losses:
             share_error = 0.0
         return Loss(nats, error or 0.0, share, share_error)
 
-    def _judged(self, quantization: str | None, kv: Mapping[str, Any] | None) -> Judged:
-        name = quantization or (setting_name(kv) if kv else "no compression")
+    def _question(self, quantization: str | None, kv: Mapping[str, Any] | None) -> dict[str, Any]:
         content = dict(kv or {})
         if bases := content.get("bases"):
             content["bases"] = file_digest(Path(bases))
-        question = {
+        return {
             "weights": quantization,
             "kv": content,
             "text": self._text_digest,
             "sizes": asdict(self._sizes),
         }
 
+    def _judged(self, quantization: str | None, kv: Mapping[str, Any] | None) -> Judged:
+        name = quantization or (setting_name(kv) if kv else "no compression")
+
         def answer() -> dict[str, Any]:
+            self._progress(f"measure {name}", self.measured, self._expected)
             self.measured += 1
-            self._progress(f"measure {name}", self.measured, self.measured)
             folder = self._checkpoint.folder
             arguments = engine_arguments(folder, self._sizes)
             measures = _MEASURES[kv is not None]
@@ -126,7 +150,7 @@ class Losses:
             title = f"{self._model} ({name})"
             return asdict(judge(str(folder), self._material, arguments, title, measures))
 
-        return Judged(**self._known.ask(question, answer))
+        return Judged(**self._known.ask(self._question(quantization, kv), answer))
 
     @cached_property
     def _material(self) -> Material:

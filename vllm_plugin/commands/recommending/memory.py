@@ -3,13 +3,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from vllm_plugin.capacity import RequestBlocks
 from vllm_plugin.commands.common import Problems
 from vllm_plugin.commands.deployment import Load, compare, default_block_size
 
-_ENDLESS = 1 << 60  # bytes: more than any setting takes, so that what it takes is the difference
+BATCH: Final = 8192  # tokens per step
+_ENDLESS: Final = (
+    1 << 60
+)  # bytes: more than any setting takes, so that what it takes is the difference
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Size:
         taken = 1 + self.blocks.peak + (requests - 1) * self.blocks.decoding
         return math.ceil((self.fixed + taken * self.page) / self.utilization)
 
+    @property
+    def least(self) -> int:
+        """Bytes of a device that has room for everything but a KV cache."""
+        return math.ceil(self.fixed / self.utilization)
+
     def requests(self, memory: int) -> int:
         """How many requests a device serves, one of them in prefill."""
         room = int(memory * self.utilization) - self.fixed
@@ -46,6 +54,7 @@ def size_of(
     context: int,
     prompt: int,
     utilization: float,
+    concurrency: int = 1,
 ) -> Size:
     """Count what a setting takes, from the config and the headers of the weights.
 
@@ -56,11 +65,13 @@ def size_of(
         context: tokens of a request when it ends.
         prompt: how many of them are prompt.
         utilization: share of the device that vLLM may use.
+        concurrency: requests at once; vLLM's default if that is more.
 
     Raises:
         CompressError: lists why this setting cannot serve the model.
     """
-    load = Load(context, prompt, default_block_size(additional_config), 8192)
+    block_size = default_block_size(additional_config)
+    load = Load(context, prompt, block_size, BATCH, max(Load.sequences, concurrency))
     found = compare(
         model,
         load,
