@@ -120,9 +120,9 @@ def _before(
     edge = said["edge"]
     broken = any(_ERROR.match(said[who] or "") for who in BEFORE)
     if broken or (edge is not None and not edge.startswith(_REFUSAL)):
-        return Cell("crash", _of_all(said))
+        return Cell("crash", _by_who(said))
     if refusing and len(refusing) < len(BEFORE):
-        return Cell("late", _of_all(said))
+        return Cell("late", _by_who(said))
     if edge is not None:
         return Cell("refused", shortened(edge))
     if FAILED in stock:
@@ -133,7 +133,7 @@ def _before(
     return None
 
 
-def _of_all(said: Mapping[str, str | None]) -> str:
+def _by_who(said: Mapping[str, str | None]) -> str:
     return "; ".join(f"{who}: {shortened(said[who] or 'accepted')}" for who in BEFORE)
 
 
