@@ -69,6 +69,7 @@ def default_bases(checkpoint: Checkpoint, progress: Progress = silent) -> Path:
 
     def build(target: Path) -> None:
         command = ["calibrate-kv", str(checkpoint.folder), "--out", str(target / _FILE)]
+        command += ["--samples", str(SAMPLES), "--length", str(LENGTH)]
         progress("fit bases", 0, 1)
         made = subprocess.run(
             [sys.executable, "-m", "vllm_plugin.cli", *command], stdout=subprocess.DEVNULL
