@@ -151,7 +151,7 @@ def test_it_measures_once_and_goes_on_after_an_interruption(
     assert not both["forgets"] and by_name["16 bits, snap_kv 0.25"]["forgets"]
     # All is known now, in less memory and with more requests too.
     count = len(engines.asked)
-    tight = both["needs_bytes"] + 1
+    tight = by_name["16 bits, full cache"]["needs_bytes"] + 1
     script = """if True:
         import sys
         from vllm_plugin import cli
@@ -169,7 +169,8 @@ def test_it_measures_once_and_goes_on_after_an_interruption(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
-    assert "take int4, snap_kv 0.5:" in done.stdout and "safer, " in done.stdout
+    # What compaction works in is more than such a small cache.
+    assert "take 16 bits, full cache:" in done.stdout and "smaller, " in done.stdout
     assert "measured on this machine before" in done.stdout
     assert len(engines.asked) == count
     code, _, err = run(*arguments[:2], "--gpu-memory", "1MiB", "--context", "2000")
