@@ -136,8 +136,8 @@ def run(
     # In a group of its own. Otherwise Ctrl-C would reach it twice, and vLLM would not shut down.
     server = subprocess.Popen(command, env=env, process_group=0)
     try:
-        for number in caught:  # before it was there
-            server.send_signal(_passed_on(number))
+        for early in caught:  # before it was there
+            server.send_signal(_passed_on(early))
         while server.poll() is None and not (address.path or address.answers()):
             time.sleep(_POLL)
         if server.poll() is None and not address.path:
