@@ -175,7 +175,8 @@ def test_it_measures_once_and_goes_on_after_an_interruption(
     assert len(engines.asked) == count
     code, _, err = run(*arguments[:2], "--gpu-memory", "1MiB", "--context", "2000")
     assert code == 1
-    assert "no setting serves 1 request of 2,000 tokens in 0.00 GiB: the smallest, int4, " in err
+    assert "no setting serves 1 request of 2,000 tokens in 0.00 GiB: the smallest, " in err
+    assert "int4, full cache, serves 0" in err
     assert len(engines.asked) == count
 
 
