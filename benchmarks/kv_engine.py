@@ -134,17 +134,21 @@ def _made(command: str, model: Path, suffix: str, *options: str) -> Path:
     if not target.is_file():
         text = cache_folder() / "opticks-1.txt"
         text.write_text(opticks()[0], encoding="utf-8")
-        told = subprocess.run(
-            [sys.executable, "-m", "vllm_plugin.cli", command, str(model), *options]
-            + ["--text", str(text), "--out", str(target)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if told.returncode or not target.is_file():
-            raise NotMeasured(f"vllm-compress {command}: {last_line(told.stdout)}")
+        write_with(command, target, str(model), *options, "--text", str(text))
     return target
+
+
+def write_with(command: str, target: Path, *arguments: str) -> None:
+    """Have a command of ours write a file. NotMeasured: it did not."""
+    told = subprocess.run(
+        [sys.executable, "-m", "vllm_plugin.cli", command, *arguments, "--out", str(target)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if told.returncode or not target.is_file():
+        raise NotMeasured(f"vllm-compress {command}: {last_line(told.stdout)}")
 
 
 def made_up_profile(model: Path, keep: float, levels: int, options: Options) -> Path:

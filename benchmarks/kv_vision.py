@@ -30,7 +30,6 @@ import base64
 import hashlib
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,10 +44,9 @@ from benchmarks.engine import Engine, in_process
 from benchmarks.kv_engine import (
     BLOCK,
     FORCED_TOKENS,
-    NotMeasured,
-    last_line,
     policy,
     reported,
+    write_with,
 )
 from benchmarks.vision_grids import SIDE, grid
 
@@ -217,16 +215,8 @@ def profile(keep: float, sizes: Sizes) -> Path:
         chats = cache_folder() / f"{name}.jsonl"
         seeds = range(_PROFILED, _PROFILED + sizes.profiled)
         chats.write_text("".join(json.dumps(chat(seed, sizes.listed)) + "\n" for seed in seeds))
-        told = subprocess.run(
-            [sys.executable, "-m", "vllm_plugin.cli", "profile", str(MODEL), "--keep", str(keep)]
-            + ["--images", str(chats), "--samples", str(sizes.profiled), "--out", str(target)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if told.returncode or not target.is_file():
-            raise NotMeasured(f"vllm-compress profile: {last_line(told.stdout)}")
+        options = ("--keep", str(keep), "--images", str(chats), "--samples", str(sizes.profiled))
+        write_with("profile", target, str(MODEL), *options)
     return target
 
 
