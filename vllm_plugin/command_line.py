@@ -2,7 +2,7 @@
 """Command lines of ``vllm serve``: mistakes that vLLM meets late, or without a word."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,7 @@ def mixed_forms(arguments: Sequence[str]) -> list[str]:
         arguments: of a command line; of another program than vLLM if it embeds an engine.
     """
     dotted, whole = [], []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        flag, equals, value = argument.partition("=")
-        flag, value = flag.replace("_", "-"), value if equals else following
+    for flag, value in _flags(arguments):
         if flag == _FLAG:
             whole.append(value)
         elif flag.startswith(f"{_FLAG}."):
@@ -99,14 +97,15 @@ def with_additional_config(arguments: Sequence[str], config: Mapping[str, Any]) 
     return [*kept, _FLAG, json.dumps(config)]
 
 
+def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each word as a flag, spelled with dashes, and the value that it would have."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        flag, equals, value = argument.partition("=")
+        yield flag.replace("_", "-"), value if equals else following
+
+
 def _files(arguments: Sequence[str]) -> list[Path]:
-    pairs = zip(arguments, [*arguments[1:], ""], strict=False)
-    split = [(*argument.partition("="), following) for argument, following in pairs]
-    return [
-        Path(value if equals else following)
-        for flag, equals, value, following in split
-        if flag == "--config"
-    ]
+    return [Path(value) for flag, value in _flags(arguments) if flag == "--config"]
 
 
 def _content(file: Path) -> dict[str, Any]:
