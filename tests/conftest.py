@@ -165,17 +165,41 @@ def each_tiny_model(request: pytest.FixtureRequest, tiny_model: Callable[..., Pa
 def _save_tiny_model(
     folder: Path, arch: str, seed: int, overrides: dict[str, Any], tokenizer: Path
 ) -> None:
+    import transformers
+
+    class_name, own = (TINY_MODELS | MORE_MODELS | KV_MODELS | EXPERT_MODELS)[arch]
+    build = transformers.AutoModelForCausalLM.from_config
+    save_random(folder, class_name, own | overrides, build, seed, tokenizer)
+
+
+def save_random(
+    folder: Path,
+    config_class: str,
+    own: dict[str, Any],
+    build: Callable[[Any], Any],
+    seed: int,
+    tokenizer: Path,
+) -> None:
+    """Write a random model in bfloat16, with the demo model's tokenizer.
+
+    Args:
+        folder: Of the model.
+        config_class: Its name in transformers.
+        own: What its config has beside or in place of ``SHARED``.
+        build: Makes the model of a config.
+        seed: Of its weights.
+        tokenizer: The folder of a model.
+    """
     import torch
     import transformers
 
     source = transformers.AutoConfig.from_pretrained(tokenizer)
     tokens = {k: getattr(source, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    class_name, own = (TINY_MODELS | MORE_MODELS | KV_MODELS | EXPERT_MODELS)[arch]
-    fields = SHARED | {"vocab_size": source.vocab_size} | tokens | own | overrides
-    config = getattr(transformers, class_name)(**fields)
+    fields = SHARED | {"vocab_size": source.vocab_size} | tokens | own
+    config = getattr(transformers, config_class)(**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = build(config)
         with torch.no_grad():
             # Fresh norms are all one and fresh biases all zero, which would hide a forgotten one.
             for parameter in model.parameters():

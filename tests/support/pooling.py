@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import QuantizedWeight
-from tests.conftest import SHARED, TOKENIZER_FILES
+from tests.conftest import save_random
 from tests.support.child import SINGLE_PROCESS, in_child, kernel
 
 PROMPTS = ["The capital of France is Paris.", "def add(a, b):\n    return a + b", "Water boils."]
@@ -33,19 +33,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 def make(name: str, folder: Path, tokenizer: Path, *, pooling: str = "lasttoken") -> Path:
     """Write a random model. One that embeds is as Sentence Transformers saves it."""
     kind, architecture, own = MODELS[name]
-    source = transformers.AutoConfig.from_pretrained(tokenizer)
-    tokens = {k: getattr(source, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = getattr(transformers, kind)(**SHARED, vocab_size=source.vocab_size, **tokens, **own)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = getattr(transformers, architecture)(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    for file in TOKENIZER_FILES:
-        shutil.copy(tokenizer / file, folder)
+    save_random(folder, kind, own, getattr(transformers, architecture), 0, tokenizer)
     if name == "embeds":
         types = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
         modules = [
