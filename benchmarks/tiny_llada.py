@@ -20,8 +20,7 @@ import argparse
 import json
 import math
 import random
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -35,6 +34,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from benchmarks.common import ROOT
+from benchmarks.training import adam, clock, descend
 from dllm_denoising.dense import DenseLLaDA, Shape
 
 # Token ids. Digits are 0 to 9; ids after the tasks are spare.
@@ -128,33 +128,19 @@ def train(shape: Shape, how: Training) -> tuple[DenseLLaDA, int]:
     for weight in model.parameters():
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.9 * shape.d_model**-0.5)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.98), weight_decay=how.weight_decay
-    )
+    optimizer = adam(model, how.weight_decay)
     step, seen = 0, {}
     with tqdm(total=round(60 * how.minutes), unit="s", desc="train") as bar:
-        for done in _clock(60 * how.minutes):
+        for done in clock(60 * how.minutes):
             rate = min((done + 1e-3) / how.warm_up, (1 + math.cos(math.pi * done)) / 2)
-            for group in optimizer.param_groups:
-                group["lr"] = how.learning_rate * rate
             loss = _loss(model, *_batch(how.tokens, done, source), how.least_masked)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            descend(optimizer, loss, how.learning_rate * rate)
             if step % 50 == 0:
                 seen = {task: f"{_probe(model, task):.2f}" for task in TASKS}
             step += 1
             bar.update(int(done * bar.total) - bar.n)
             bar.set_postfix(loss=f"{loss.item():.3f}", step=step, **seen)
     return model.eval(), step
-
-
-def _clock(seconds: float) -> Iterator[float]:
-    """The share of the time that has passed, until all has."""
-    start = time.monotonic()
-    while (done := (time.monotonic() - start) / seconds) < 1:
-        yield done
 
 
 def _batch(tokens: int, done: float, source: random.Random) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,8 +17,7 @@ A second run gives a model as good, not the same one: the time decides how many 
 
 import argparse
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from benchmarks.common import ROOT
+from benchmarks.training import adam, clock, descend
 from benchmarks.vision_grids import CELLS, DIGITS, EMPTY, FILLED, PATCH, SIDE, drawn, filled
 
 # Token ids. Answers and the names of cells follow; the rest is spare.
@@ -226,25 +226,18 @@ def train(how: Training) -> tuple[Any, int, list[int]]:
     """A trained model, the number of its steps, and the step at which it saw each of ``SIDES``."""
     source = np.random.default_rng(how.seed)
     model = fresh(how.seed).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.98), weight_decay=how.weight_decay
-    )
+    optimizer = adam(model, how.weight_decay)
     step, stage, seen = 0, 0, 0.0
     since = [0]
     with tqdm(total=round(60 * how.minutes), unit="s", desc="train") as bar:
-        for done in _clock(60 * how.minutes):
+        for done in clock(60 * how.minutes):
             rate = min((done + 1e-3) / how.warm_up, (1 - done) / (1 - how.decay), 1)
-            for group in optimizer.param_groups:
-                group["lr"] = how.learning_rate * rate
             newest = step % 4 != 0  # every fourth batch is of some earlier size
             side = SIDES[stage if newest else source.integers(stage + 1)]
             given = batch(side, how.tokens, source)
             found = logits(model, given)
             loss = cross_entropy(found.flatten(0, 1), given.labels.flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            descend(optimizer, loss, how.learning_rate * rate)
             step += 1
             if newest:
                 seen = 0.9 * seen + 0.1 * _right(found, given).float().mean().item()
@@ -256,13 +249,6 @@ def train(how: Training) -> tuple[Any, int, list[int]]:
                 loss=f"{loss.item():.3f}", step=step, side=SIDES[stage], read=f"{seen:.2f}"
             )
     return model.eval(), step, since
-
-
-def _clock(seconds: float) -> Iterator[float]:
-    """The share of the time that has passed, until all has."""
-    start = time.monotonic()
-    while (done := (time.monotonic() - start) / seconds) < 1:
-        yield done
 
 
 def write(model: Any, target: Path, training: dict[str, Any]) -> None:
