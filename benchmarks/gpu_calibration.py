@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.common import Options, Result, cache_folder
 from benchmarks.engine import in_process
 from benchmarks.gpu_models import llama
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.checkpoint import Checkpoint
-from quant_methods.placement import placed
+from compress_common.calibration.placement import placed
+from compress_common.calibration.text import CalibrationSettings
+from compress_common.checkpoints.checkpoint import Checkpoint
 from quant_methods.planning import PlanRequest, obtain_plan
 
 _LAYERS, _SHARD = 32, 4 << 30  # bytes

@@ -19,7 +19,7 @@ from benchmarks.kv_engine import (
     profile,
     reported,
 )
-from quant_methods.calibration.precision import slow_in_16_bit
+from compress_common.calibration.precision import slow_in_16_bit
 
 KEEP = 0.25
 PREFILL = 2000

@@ -20,7 +20,7 @@ from benchmarks.kv_engine import (
     reported,
     shape_of,
 )
-from quant_methods.calibration.precision import slow_in_16_bit
+from compress_common.calibration.precision import slow_in_16_bit
 
 KEEP = 0.25
 # The default ratio, and that of the paper.

@@ -196,10 +196,10 @@ def save_made_up_bases(
     """Bases of ``factors``, one per layer and side, that fit ``model`` and come from no text."""
     from transformers import AutoConfig
 
+    from compress_common.checkpoints.checkpoint import Checkpoint
     from kv_policies.latents.bases import Bases
     from kv_policies.latents.bases_header import Header, Layer
     from kv_policies.model_file import Calibration
-    from quant_methods.checkpoint import Checkpoint
     from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers, weights_digest
 
     config = AutoConfig.from_pretrained(model)
@@ -232,7 +232,7 @@ def save_made_up_bases(
 
 def computed_dtype() -> str:
     """float32 where products in bfloat16 take ten times as long, and would hide all else."""
-    from quant_methods.calibration.precision import slow_in_16_bit
+    from compress_common.calibration.precision import slow_in_16_bit
 
     return "float32" if slow_in_16_bit() else "bfloat16"
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.precision import computed_in
-from quant_methods.checkpoint import Checkpoint
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.precision import computed_in
+from compress_common.calibration.texts import stored_tokens
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.loading import load_model
+from compress_common.progress import silent
+from compress_common.structure.derive import structure_of
 from quant_methods.grid import QuantizedWeight
-from quant_methods.loading import load_model
 from quant_methods.planning import PlanRequest, obtain_plan
-from quant_methods.progress import silent
-from quant_methods.structure.derive import structure_of
-from quant_methods.structure.prove import proved_folds
-from quant_methods.texts import stored_tokens
+from quant_methods.transforms.prove import proved_folds
 
 Sequences = list[tuple[list[int], list[int]]]  # prompt, answer
 

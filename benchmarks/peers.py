@@ -52,7 +52,7 @@ def write_peer(method: str, model: Path, windows: Path) -> Path:
     Raises:
         PeersUnavailable: The tool cannot be installed, or it failed.
     """
-    from quant_methods.checkpoint import Checkpoint
+    from compress_common.checkpoints.checkpoint import Checkpoint
 
     recipe = hashlib.sha256(windows.read_bytes())
     recipe.update(f"{peer_identity()} {Checkpoint(model).weights_digest} {_dtype(model)}".encode())
@@ -75,8 +75,8 @@ def run_peer(method: str, model: Path, windows: Path, out: Path) -> None:
 
 def _dtype(model: Path) -> str:
     """What a peer calibrates in: float32 where bfloat16 is slow, as ours does."""
-    from quant_methods.calibration.precision import computed_in
-    from quant_methods.checkpoint import Checkpoint
+    from compress_common.calibration.precision import computed_in
+    from compress_common.checkpoints.checkpoint import Checkpoint
 
     dtype = computed_in(Checkpoint(model).weight_bytes, "cpu")
     return str(dtype or "bfloat16").removeprefix("torch.")

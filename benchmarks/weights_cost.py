@@ -18,12 +18,12 @@ from benchmarks.random_models import bench_model
 from benchmarks.weights_judge import calibration_windows
 from benchmarks.weights_quality import GROUP, bench
 from compress_common.cache import cache_dir
-from quant_methods.calibration.precision import computed_in
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.checkpoint import Checkpoint
+from compress_common.calibration.precision import computed_in
+from compress_common.calibration.text import CalibrationSettings
+from compress_common.calibration.texts import KIND as TEXT_KIND
+from compress_common.checkpoints.checkpoint import Checkpoint
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.planning import PlanRequest
-from quant_methods.texts import KIND as TEXT_KIND
 from vllm_plugin.demo_model import demo_model_path
 
 # Of AWQ and ours, which take turns: AWQ takes minutes on some processors.

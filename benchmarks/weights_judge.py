@@ -21,20 +21,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from benchmarks.common import source
 from benchmarks.peers import write_peer
+from compress_common.calibration.precision import computed_in
+from compress_common.calibration.text import CalibrationSettings, file_tokens
+from compress_common.calibration.texts import stored_tokens
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.identity import tensor_digest
+from compress_common.checkpoints.loading import load_model
+from compress_common.progress import Progress, silent
 from compress_common.store import digest
 from quant_methods.allocators.allocation import read_allocation
-from quant_methods.calibration.precision import computed_in
-from quant_methods.calibration.text import CalibrationSettings, file_tokens
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.sizes import bits_per_weight
 from quant_methods.grid import QuantizedWeight
-from quant_methods.identity import tensor_digest
-from quant_methods.loading import load_model
 from quant_methods.planning import PlanRequest, obtain_plan
-from quant_methods.progress import Progress, silent
 from quant_methods.search_request import SearchRequest
 from quant_methods.searching import search
-from quant_methods.texts import stored_tokens
 from vllm_plugin.progress import bar
 
 _REVISION = 1  # raise it when the same weights would be judged differently than before

@@ -19,7 +19,7 @@ from benchmarks.random_models import TINY, random_llama
 from benchmarks.texts import opticks
 from benchmarks.weights_judge import Bench, Contender, judge
 from benchmarks.weights_served import served
-from quant_methods.calibration.precision import slow_in_16_bit
+from compress_common.calibration.precision import slow_in_16_bit
 from quant_methods.methods.smoothquant_plus import PAPER
 from vllm_plugin.commands.judging.texts import reference
 from vllm_plugin.demo_model import demo_model_path

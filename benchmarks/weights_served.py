@@ -77,6 +77,6 @@ def _write(contender: Contender, bench: Bench, target: Path) -> None:
 
 
 def _tokens(bench: Bench) -> list[list[int]]:
-    from quant_methods.checkpoint import Checkpoint
+    from compress_common.checkpoints.checkpoint import Checkpoint
 
     return windows(Checkpoint(bench.model), bench)[0].tolist()

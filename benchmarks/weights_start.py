@@ -13,7 +13,7 @@ from vllm_plugin.demo_model import demo_model_path
 
 def memory(options: Options, result: Result) -> None:
     """Fill weight_bytes_ratio, resident_ratio and resident_ratio_at_load (1.1B random Llama)."""
-    from quant_methods.checkpoint import Checkpoint
+    from compress_common.checkpoints.checkpoint import Checkpoint
 
     model = bench_model(options)
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:

@@ -6,17 +6,17 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError, joined
+from compress_common.progress import Progress, silent
+from compress_common.structure.derive import structure_of
+from compress_common.structure.structure import Structure, Unit
 from quant_methods.allocators.allocation import read_allocation
-from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import GROUP_SIZES, PER_CHANNEL, SIXTEEN, Grid, pick_group_size
-from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
 from quant_methods.roundings.gptq import GPTQ
 from quant_methods.roundings.nearest import Nearest
-from quant_methods.structure.derive import structure_of
-from quant_methods.structure.structure import Structure, Unit
 
 _WORD_BITS = 32  # zero points are packed along the output channels, in whole words
 # Models whose vLLM class lets a quantization method make its embedding.

@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
+from compress_common.calibration.parts import row_parts
 from compress_common.errors import CompressError
 from quant_methods.fp8 import nearest_codes, served_scale, served_weight
-from quant_methods.parts import row_parts
 
 GROUP_SIZES = (128, 64, 32)
 SIXTEEN = 16  # bits of a weight that is left as it is

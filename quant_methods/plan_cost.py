@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from compress_common.calibration.precision import computed_in
+from compress_common.calibration.stages import Stages
+from compress_common.calibration.texts import known_tokens
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.space import Need
 from compress_common.store import Store
-from quant_methods.calibration.precision import computed_in
-from quant_methods.calibration.stages import Stages
-from quant_methods.checkpoint import Checkpoint
+from compress_common.structure.derive import structure_of
 from quant_methods.formats.packed import packed_bytes
 from quant_methods.roundings.base import Rounding
-from quant_methods.structure.derive import structure_of
-from quant_methods.texts import known_tokens
 from quant_methods.time_limit import least_operations, operations_per_second
 
 if TYPE_CHECKING:

@@ -9,28 +9,33 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.memory import check_memory
+from compress_common.calibration.placement import Sizes, chosen_device, placed, sizes_of
+from compress_common.calibration.precision import computed_in
+from compress_common.calibration.stages import Stages
+from compress_common.calibration.text import SELF, CalibrationSettings, check_length
+from compress_common.calibration.texts import computed, stored_tokens, text_identity
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.loading import (
+    calibration_blocks,
+    check_decoder,
+    load_model,
+    release,
+)
 from compress_common.errors import CompressError, joined
+from compress_common.progress import Progress, both, silent
 from compress_common.space import check_space
 from compress_common.store import Store, digest
+from compress_common.structure.derive import structure_of
+from compress_common.structure.wrapper import decoder_class
 from quant_methods.base import QuantMethod
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.precision import computed_in
 from quant_methods.calibration.routing import routing_kept
-from quant_methods.calibration.stages import Stages
-from quant_methods.calibration.text import SELF, CalibrationSettings, check_length
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import SCHEMA_VERSION, load_plan, save_plan
-from quant_methods.loading import calibration_blocks, check_decoder, load_model, release
-from quant_methods.memory import check_memory
-from quant_methods.placement import Sizes, chosen_device, placed, sizes_of
 from quant_methods.plan_cost import KIND, least_seconds, plan_need
-from quant_methods.progress import Progress, both, silent
 from quant_methods.registry import build_method
 from quant_methods.roundings.blockwise import round_blocks
-from quant_methods.structure.derive import structure_of
-from quant_methods.structure.wrapper import decoder_class
-from quant_methods.texts import computed, stored_tokens, text_identity
 from quant_methods.time_limit import TimeLimit
 
 _FILE = "plan.safetensors"

@@ -8,16 +8,16 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compress_common.calibration.placement import Sizes, chosen_device, sizes_of
+from compress_common.calibration.text import CalibrationSettings
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
+from compress_common.structure.derive import structure_of
 from quant_methods.allocators.allocation import LEVELS
 from quant_methods.allocators.base import Allocator
 from quant_methods.allocators.registry import build_allocator
 from quant_methods.base import GridSettings
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.grid import SIXTEEN
-from quant_methods.placement import Sizes, chosen_device, sizes_of
-from quant_methods.structure.derive import structure_of
 
 
 @dataclass(frozen=True)

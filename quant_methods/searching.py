@@ -9,30 +9,30 @@ from typing import Any
 
 import torch
 
+from compress_common.calibration.memory import check_memory
+from compress_common.calibration.placement import placed
+from compress_common.calibration.precision import check_device, computed_in
+from compress_common.calibration.stages import Stages
+from compress_common.calibration.text import SELF, CalibrationSettings, check_length
+from compress_common.calibration.texts import known_tokens, stored_tokens
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.identity import tensor_digest
+from compress_common.checkpoints.loading import calibration_blocks, check_decoder, load_model
 from compress_common.errors import CompressError
+from compress_common.progress import Progress, silent
 from compress_common.space import Need, check_space
 from compress_common.store import Store, digest
+from compress_common.structure.derive import structure_of
 from quant_methods.allocators.allocation import Allocation
 from quant_methods.allocators.unit_sizes import UnitSizes
 from quant_methods.base import GridSettings
 from quant_methods.calibration.levels import build_levels, stage_name
 from quant_methods.calibration.model_probe import ModelProbe
-from quant_methods.calibration.precision import check_device, computed_in
-from quant_methods.calibration.stages import Stages
-from quant_methods.calibration.text import SELF, CalibrationSettings, check_length
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.packed import packed_bytes
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import SIXTEEN
-from quant_methods.identity import tensor_digest
-from quant_methods.loading import calibration_blocks, check_decoder, load_model
-from quant_methods.memory import check_memory
-from quant_methods.placement import placed
-from quant_methods.progress import Progress, silent
 from quant_methods.roundings.gptq import GPTQ
 from quant_methods.search_request import TARGETS, SearchRequest
-from quant_methods.structure.derive import structure_of
-from quant_methods.texts import known_tokens, stored_tokens
 
 KIND = "level-database"
 _REVISION = 2  # raised when the same request would give another database than before

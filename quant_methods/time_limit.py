@@ -10,8 +10,8 @@ from typing import Any, Final
 import torch
 
 from compress_common.errors import LimitError
-from quant_methods.progress import Progress
-from quant_methods.structure.derive import structure_of
+from compress_common.progress import Progress
+from compress_common.structure.derive import structure_of
 
 _SIDE: Final = 1024  # of the matrices whose product is timed
 _ROUNDS: Final = 3

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.local import local_folder, text_config
 from compress_common.errors import CompressError, joined
+from compress_common.structure.derive import structure_of
 from kv_policies.layout.base import Layout
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import MARKER
 from quant_methods.formats.sizes import Packing, sizes_of
-from quant_methods.local import local_folder, text_config
 from quant_methods.registry import methods
-from quant_methods.structure.derive import structure_of
 from vllm_plugin.kv_fingerprint import (
     fingerprint_of,
     full_attention_layers,

@@ -18,12 +18,12 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.local import local_folder
 from compress_common.errors import CompressError, joined, nearest
-from quant_methods.checkpoint import Checkpoint
-from quant_methods.local import local_folder
+from compress_common.structure.derive import structure_of
+from compress_common.structure.wrapper import language_config
 from quant_methods.planning import PlanRequest
-from quant_methods.structure.derive import structure_of
-from quant_methods.structure.wrapper import language_config
 from vllm_plugin.command_line import mixed_forms, name_problems
 from vllm_plugin.compatibility import refuse_diffusion
 from vllm_plugin.diffusion import support as diffusion

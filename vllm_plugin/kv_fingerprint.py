@@ -8,11 +8,11 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.local import local_folder
 from compress_common.errors import CompressError
 from kv_policies.model_file import ModelFingerprint
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import MARKER
-from quant_methods.local import local_folder
 
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
 _KEYS_VALUES: Final = ("self_attn.k_proj", "self_attn.v_proj")

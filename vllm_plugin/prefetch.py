@@ -14,8 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from compress_common.checkpoints.checkpoint import resolve
 from compress_common.errors import CompressError
-from quant_methods.checkpoint import resolve
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # gpt2 has no owner
 

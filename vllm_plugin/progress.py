@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from quant_methods.progress import Progress
+    from compress_common.progress import Progress
 
 PERIOD: Final = 30.0  # seconds between the lines
 

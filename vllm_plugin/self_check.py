@@ -8,10 +8,10 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from compress_common.structure.wrapper import language_config
 from kv_policies.base import KVPolicy
 from kv_policies.layout.base import Layout
 from kv_policies.layout.bounded import BoundedLayout
-from quant_methods.structure.wrapper import language_config
 from vllm_plugin.capacity import Footprint, kv_footprint, requests_in_pool, weight_footprint
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.diffusion.support import diffusion_of

@@ -9,12 +9,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from compress_common.calibration.text import CalibrationSettings
 from compress_common.errors import CompressError, explain, joined
 from dllm_denoising.registry import policies as diffusion_policies
 from kv_policies.base import Capabilities, Policy
 from kv_policies.budget.profile import Share
 from kv_policies.registry import KV_POLICIES, build_policy, policies
-from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.planning import PlanRequest
 from quant_methods.registry import methods
 from vllm_plugin.diffusion.settings import DiffusionSettings

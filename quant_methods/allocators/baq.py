@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from compress_common.progress import Progress, silent
 from quant_methods.allocators.base import Allocator, AllocatorSettings, Levels, Probe
 from quant_methods.allocators.budget import nearest_level, smallest, total
-from quant_methods.progress import Progress, silent
 
 
 class BAQSettings(AllocatorSettings):

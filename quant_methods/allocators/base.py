@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from quant_methods.calibration.blocks import Blocks
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.stages import Stages
+from compress_common.progress import Progress, silent
 from quant_methods.calibration.levels import LevelDatabase
-from quant_methods.calibration.stages import Stages
-from quant_methods.progress import Progress, silent
 
 # {unit: {bits: value}}. Units are full names, such as model.layers.3.gate_up.
 Levels = Mapping[str, Mapping[int, float]]

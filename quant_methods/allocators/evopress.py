@@ -12,19 +12,19 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.progress import Progress, silent
+from compress_common.search.evolution import EvolutionSettings, Fitness, Genome, evolve
 from compress_common.store import digest
 from quant_methods.allocators.base import Allocator, AllocatorSettings, Levels, Probe
 from quant_methods.allocators.budget import smallest
-from quant_methods.allocators.evolution import EvolutionSettings, Fitness, Genome, evolve
 from quant_methods.allocators.probe import KLProbe, KLProbeSettings
-from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.levels import LevelDatabase
-from quant_methods.progress import Progress, silent
 
 _MOST_CHANGES = 10  # of a child, as in the paper's code
 
 
-class EvoPressSettings(EvolutionSettings):
+class EvoPressSettings(EvolutionSettings, AllocatorSettings):
     """Settings of ``evopress``. The paper has ``start="random", swap="size"`` and more tokens."""
 
     start: Literal["probe", "random"] = Field(

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
+from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError
+from compress_common.progress import Progress, silent
 from quant_methods.allocators.base import Allocator, AllocatorSettings, Levels, Probe
 from quant_methods.allocators.budget import smallest, total
-from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.derivatives import Derivatives, derivatives
 from quant_methods.calibration.levels import LevelDatabase
-from quant_methods.progress import Progress, silent
 
 _CHECKED = 2  # states after the bisection's result that are measured too
 

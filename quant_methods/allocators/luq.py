@@ -11,13 +11,13 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError
+from compress_common.progress import Progress, silent
 from quant_methods.allocators.base import Allocator, AllocatorSettings, Levels, Probe
 from quant_methods.allocators.budget import smallest, total
-from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.entropy import cluster_entropy, mean_ranks
 from quant_methods.calibration.levels import LevelDatabase
-from quant_methods.progress import Progress, silent
 
 
 class LUQSettings(AllocatorSettings):

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from compress_common.progress import Progress, silent
 from quant_methods.allocators.base import Allocator, AllocatorSettings, Levels, Probe
 from quant_methods.allocators.budget import fill, nearest_level
-from quant_methods.progress import Progress, silent
 
 
 class KLProbeSettings(AllocatorSettings):

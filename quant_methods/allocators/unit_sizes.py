@@ -4,10 +4,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
+from compress_common.structure.derive import structure_of
 from quant_methods.allocators.budget import total
 from quant_methods.base import GridSettings
 from quant_methods.grid import SIXTEEN, Grid
-from quant_methods.structure.derive import structure_of
 
 
 class UnitSizes:

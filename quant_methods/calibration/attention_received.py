@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 from transformers import AttentionInterface
 
+from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError
-from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.token_weights import rescaled
 
 _NAME: Final = "vllm_compress_received"  # in transformers' AttentionInterface

@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch.nn.functional import cross_entropy
 
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.divergence import logits_of
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.divergence import logits_of
+from compress_common.calibration.stages import Tensors
+from compress_common.progress import Progress, silent
 from quant_methods.calibration.levels import LevelDatabase
-from quant_methods.calibration.stages import Tensors
 from quant_methods.grid import SIXTEEN
-from quant_methods.progress import Progress, silent
 
 
 @dataclass

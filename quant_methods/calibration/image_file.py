@@ -9,8 +9,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from compress_common.calibration.text_file import read_file, shown
 from compress_common.errors import CompressError
-from quant_methods.calibration.text_file import read_file, shown
 
 _HINT = "give 'made' or the path of a .jsonl file"
 

@@ -7,13 +7,13 @@ from functools import partial
 
 import torch
 
+from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError
-from quant_methods.calibration.blocks import Blocks
+from compress_common.progress import Progress, silent
 from quant_methods.calibration.token_weights import TokenWeights, weighed
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import SIXTEEN, Grid
-from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding, output_error
 from quant_methods.roundings.blockwise import round_units, unit_grams
 

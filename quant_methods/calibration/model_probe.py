@@ -6,8 +6,8 @@ from math import ceil
 
 import torch
 
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.divergence import NextTokenReference
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.divergence import NextTokenReference
 from quant_methods.calibration.levels import LevelDatabase
 from quant_methods.grid import SIXTEEN
 

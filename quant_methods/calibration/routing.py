@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-from quant_methods.calibration.blocks import Blocks
+from compress_common.calibration.blocks import Blocks
+from compress_common.structure.experts import Experts
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid
-from quant_methods.structure.experts import Experts
 
 # What routed experts are calibrated on: the tokens that go to them, or all tokens.
 Calibrated = Literal["routed", "all"]

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from quant_methods.calibration.blocks import Blocks
+from compress_common.calibration.blocks import Blocks
 
 _TINY = torch.finfo(torch.float32).tiny
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from compress_common.errors import CompressError
+from compress_common.structure.derive import structure_of
+from compress_common.structure.structure import EMBEDDINGS, Structure, split_units
+from compress_common.structure.wrapper import generates
 from quant_methods.formats.packing import to_awq, to_compressed_tensors
 from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight
-from quant_methods.structure.derive import structure_of
-from quant_methods.structure.structure import EMBEDDINGS, Structure, split_units
-from quant_methods.structure.wrapper import generates
 
 _EXPERT = re.compile(r"(?<=\.)\d+(?=\\\.)")  # the index of an expert in an escaped name
 # Marks a quantization_config as ours. Stock loaders ignore the key.

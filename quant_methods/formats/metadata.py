@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from quant_methods.checkpoint import Checkpoint
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.structure.derive import structure_of
+from compress_common.structure.structure import HEAD
 from quant_methods.formats.checkpoint_formats import NEEDS_PLUGIN, Format
 from quant_methods.formats.modules import copy_modules
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.sizes import bits_per_weight
-from quant_methods.structure.derive import structure_of
-from quant_methods.structure.structure import HEAD
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 

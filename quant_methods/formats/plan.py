@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
+from compress_common.checkpoints.identity import hashed
 from compress_common.errors import CompressError
+from compress_common.structure.names import Names
+from compress_common.structure.structure import EMBEDDINGS, Structure
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.scales import with_scales_in
 from quant_methods.grid import Grid, QuantizedWeight, quantize
-from quant_methods.identity import hashed
-from quant_methods.structure.names import Names
-from quant_methods.structure.structure import EMBEDDINGS, Structure
 
 _EMBEDDING_WEIGHTS = 1 << 22  # rounded at a time
 
@@ -237,45 +237,3 @@ def rotated(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 def layer_grids(grids: dict[str, Grid], prefix: str) -> dict[str, Grid]:
     """Return the grids of one decoder layer: see ``Plan.layer_grids``."""
     return {n.removeprefix(prefix): grid for n, grid in grids.items() if n.startswith(prefix)}
-
-
-def decoder_problem(names: Iterable[str], structure: Structure) -> str | None:
-    """Say why the tensors of a checkpoint are not those of a supported decoder; None: they are.
-
-    Args:
-        names: Of all tensors of the checkpoint.
-        structure: Of the model that its config describes.
-    """
-    have, prefix, layers = set(names), structure.layers, structure.depth
-    endings = tuple(f".{name}.weight" for name in structure.names)
-    wanted = {
-        f"{prefix}.{index}.{name}.weight"
-        for index in range(layers)
-        for name in (*structure.layer(index).names, *structure.layer(index).kept)
-    }
-    behind = tuple(f"{prefix}.{layers + index}." for index in range(structure.predicting))
-    linears = {
-        name
-        for name in have
-        if name.startswith(f"{prefix}.") and name.endswith(endings) and not name.startswith(behind)
-    }
-    if not any(name.startswith(f"{prefix}.") for name in have):
-        if any(".attention.wq." in name for name in have):
-            return (
-                "its weights have Mistral's own names (consolidated.safetensors), which are not "
-                "quantized; serve a repository with Hugging Face files (model*.safetensors) and "
-                "--load-format hf --config-format hf --tokenizer-mode hf"
-            )
-        first = min(have, default="none")
-        return f"its tensors are not named {prefix}.*, {first} for one: this is not supported"
-    if missing := sorted(wanted - have):
-        return (
-            f"it lacks {len(missing)} of {len(wanted)} weights, {missing[0]} for one: it is "
-            "incomplete, or its config is that of another model"
-        )
-    if unknown := sorted(linears - wanted):
-        return (
-            f"it has {len(unknown)} linears that its config of {layers} layers does not name, "
-            f"{unknown[0]} for one; give the config that belongs to the weights"
-        )
-    return None

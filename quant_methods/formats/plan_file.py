@@ -10,13 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from compress_common.checkpoints.identity import tensor_digest
 from compress_common.errors import CompressError
 from compress_common.store import digest
+from compress_common.structure.structure import Structure
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid
-from quant_methods.identity import tensor_digest
-from quant_methods.structure.structure import Structure
 
 SCHEMA_VERSION = 5
 

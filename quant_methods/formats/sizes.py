@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from quant_methods.checkpoint import Checkpoint
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.structure.derive import structure_of
+from compress_common.structure.structure import EMBEDDINGS, HEAD
 from quant_methods.formats.checkpoint_formats import EMBEDDING_GROUP
 from quant_methods.grid import Grid
-from quant_methods.structure.derive import structure_of
-from quant_methods.structure.structure import EMBEDDINGS, HEAD
 
 # "checkpoint": as files and CUDA kernels have it. CPU kernels hold more per group: torch's int4
 # GEMM two bfloat16, vLLM's AMX kernel a float32, an int32 and an int8.

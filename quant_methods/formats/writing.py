@@ -15,10 +15,14 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
+from compress_common.calibration.memory import PROGRAM, working_memory
+from compress_common.calibration.precision import check_device
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
+from compress_common.progress import Progress, silent
 from compress_common.space import Need, check_space
-from quant_methods.calibration.precision import check_device
-from quant_methods.checkpoint import Checkpoint
+from compress_common.structure.derive import structure_of
+from compress_common.structure.structure import HEAD
 from quant_methods.formats.checkpoint_formats import FORMATS, Format
 from quant_methods.formats.metadata import marker_of, write_metadata
 from quant_methods.formats.modules import module_folders
@@ -26,12 +30,8 @@ from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import plan_digest
 from quant_methods.formats.sizes import sizes_of
 from quant_methods.grid import QuantizedWeight
-from quant_methods.memory import PROGRAM, working_memory
 from quant_methods.plan_cost import plan_need, plan_need_left
 from quant_methods.planning import PlanRequest, obtain_plan
-from quant_methods.progress import Progress, silent
-from quant_methods.structure.derive import structure_of
-from quant_methods.structure.structure import HEAD
 
 # Of source weights. While a shard is written, it is in memory twice.
 _SHARD_BYTES = 1 << 30

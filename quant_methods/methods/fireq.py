@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError, joined
+from compress_common.progress import Progress, silent
+from compress_common.structure.derive import structure_of
+from compress_common.structure.structure import Structure, Unit
 from quant_methods.base import Capabilities, GridSettings
-from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid
-from quant_methods.progress import Progress, silent
-from quant_methods.structure.derive import structure_of
-from quant_methods.structure.structure import Structure, Unit
 from quant_methods.transforms.rope_keys import ScaleKeys, check_keys
 from quant_methods.transforms.weight_folds import WeightFolds
 

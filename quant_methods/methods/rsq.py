@@ -10,18 +10,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError
+from compress_common.progress import Progress, silent
+from compress_common.structure.derive import structure_of
 from quant_methods.base import Capabilities, GridSettings
 from quant_methods.calibration.attention_received import AttentionReceived
-from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.token_weights import ActivationNorm, FirstTokens, TokenWeights
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid
-from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
 from quant_methods.roundings.blockwise import round_blocks
 from quant_methods.roundings.gptq import GPTQ
-from quant_methods.structure.derive import structure_of
 from quant_methods.transforms.base import Transform
 from quant_methods.transforms.rotation import (
     RotateHeads,

@@ -3,10 +3,10 @@
 
 from typing import ClassVar
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.progress import Progress, silent
 from quant_methods.base import Capabilities, GridSettings
-from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
-from quant_methods.progress import Progress, silent
 
 
 class RoundToNearest:

@@ -14,11 +14,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.divergence import NextTokenReference
+from compress_common.progress import Progress, silent
 from quant_methods.base import Capabilities, GridSettings
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.divergence import NextTokenReference
 from quant_methods.formats.plan import Plan
-from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
 from quant_methods.roundings.gptq import GPTQ
 from quant_methods.transforms.smoothed_decoder import Smoothed, SmoothedDecoder
@@ -114,7 +114,7 @@ class SmoothQuantPlus:
     alpha serves the whole model. It minimizes the top-k KL divergence of the next-token
     distribution on the calibration text, with every block running on the output of the quantized
     block before it. That costs about 7 passes over half of the calibration text, with rounding.
-    Limits: dense decoders, and folds that ``structure.prove`` proves on them.
+    Limits: dense decoders, and folds that ``transforms.prove`` proves on them.
     """
 
     name: ClassVar[str] = "smoothquant_plus"

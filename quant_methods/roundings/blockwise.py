@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.collectors import Grams
+from compress_common.calibration.parts import trim_heap
 from compress_common.errors import CompressError
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.collectors import Grams
+from compress_common.progress import Progress, silent
 from quant_methods.calibration.routing import Calibrated, enough_tokens, routed
 from quant_methods.calibration.token_weights import TokenWeights, weighed
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
-from quant_methods.parts import trim_heap
-from quant_methods.progress import Progress, silent
 from quant_methods.roundings.base import Rounding
 from quant_methods.roundings.experts import round_experts
 

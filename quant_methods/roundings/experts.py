@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.collectors import Grams
 from compress_common.errors import CompressError
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.collectors import Grams
 from quant_methods.calibration.routing import Calibrated, Routed, enough_tokens, tokens_for
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan

@@ -13,10 +13,10 @@ from typing import ClassVar, Literal
 
 import torch
 
+from compress_common.calibration.parts import row_parts
 from compress_common.errors import CompressError
 from quant_methods.fp8 import converted, nearest_entries
 from quant_methods.grid import Grid, QuantizedWeight, quantize, searched_shrink
-from quant_methods.parts import row_parts
 
 _BLOCK = 64  # columns whose errors are applied to the rest of the matrix at once
 _TRIES = 4

@@ -3,7 +3,7 @@
 
 from typing import Protocol
 
-from quant_methods.calibration.blocks import Blocks
+from compress_common.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 
 

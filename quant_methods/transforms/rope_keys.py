@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.collectors import Collector
 from compress_common.errors import CompressError
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.collectors import Collector
+from compress_common.progress import Progress, silent
+from compress_common.structure.derive import structure_of
+from compress_common.structure.structure import Attention, Fold
 from quant_methods.formats.plan import Plan
-from quant_methods.progress import Progress, silent
-from quant_methods.structure.derive import structure_of
-from quant_methods.structure.prove import Proof
-from quant_methods.structure.structure import Attention, Fold
+from quant_methods.transforms.prove import Proof
 from quant_methods.transforms.smoothing import to_consumer
 
 _FLOOR = 1e-5  # of the largest norm of a pair

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError
-from quant_methods.calibration.blocks import Blocks
+from compress_common.structure.derive import structure_of
+from compress_common.structure.norms import norm_offset
+from compress_common.structure.structure import EMBEDDING, HEAD, Attention
 from quant_methods.formats.plan import Plan
-from quant_methods.structure.derive import structure_of
-from quant_methods.structure.norms import norm_offset
-from quant_methods.structure.structure import EMBEDDING, HEAD, Attention
 
 _SMALLEST = 1e-6  # of a norm's weight that moves into its consumers
 

@@ -7,15 +7,15 @@ from typing import Literal, Self
 
 import torch
 
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.collectors import Energies, Maxima
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.collectors import Energies, Maxima
+from compress_common.progress import Progress
+from compress_common.structure.experts import shown_all
+from compress_common.structure.structure import Fold
 from quant_methods.calibration.routing import enough_tokens
 from quant_methods.formats.plan import layer_grids
 from quant_methods.grid import Grid, fake_quantize
-from quant_methods.progress import Progress
-from quant_methods.structure.experts import shown_all
-from quant_methods.structure.prove import proved_folds
-from quant_methods.structure.structure import Fold
+from quant_methods.transforms.prove import proved_folds
 from quant_methods.transforms.smoothing import (
     clip_percents,
     smoothing_vector,

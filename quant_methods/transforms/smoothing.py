@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from quant_methods.calibration.blocks import Blocks
+from compress_common.calibration.blocks import Blocks
+from compress_common.structure.structure import Fold
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid, searched_shrink
-from quant_methods.structure.structure import Fold
 
 _FLOOR = 1e-5
 _LIMIT = 1e4

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from quant_methods.calibration.blocks import Blocks
+from compress_common.calibration.blocks import Blocks
+from compress_common.structure.structure import Fold
 from quant_methods.formats.plan import Plan
-from quant_methods.structure.prove import proved_folds
-from quant_methods.structure.structure import Fold
+from quant_methods.transforms.prove import proved_folds
 from quant_methods.transforms.smoothing import add_fold, smoothing_vector
 
 

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from compress_common.checkpoints.identity import tensor_digest
 from compress_common.errors import CompressError
 from compress_common.store import digest
 from quant_methods.base import GridSettings
@@ -16,7 +17,6 @@ from quant_methods.grid import (
     pick_group_size,
     quantize,
 )
-from quant_methods.identity import tensor_digest
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.planning import PlanRequest
 from quant_methods.registry import build_method, methods
 

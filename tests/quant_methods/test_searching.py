@@ -12,24 +12,24 @@ from typing import Any
 import pytest
 import torch
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.collectors import Grams
+from compress_common.calibration.text import CalibrationSettings
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
+from compress_common.structure.derive import structure_of
 from quant_methods import searching
 from quant_methods.allocators.allocation import Allocation
 from quant_methods.base import GridSettings
 from quant_methods.calibration import levels as level_module
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.collectors import Grams
 from quant_methods.calibration.derivatives import derivatives
 from quant_methods.calibration.entropy import cluster_entropy, mean_ranks
 from quant_methods.calibration.levels import build_levels
 from quant_methods.calibration.model_probe import ModelProbe
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
 from quant_methods.roundings.nearest import Nearest
 from quant_methods.search_request import SearchRequest
 from quant_methods.searching import search
-from quant_methods.structure.derive import structure_of
 from tests.support.interrupting import in_parts, random_numbers, stages_of
 from tests.support.plans import TOKENS, load
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from quant_methods.calibration.stages import Stages, Tensors
+from compress_common.calibration.stages import Stages, Tensors
 
 T = TypeVar("T")
 

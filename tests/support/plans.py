@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from compress_common.checkpoints.identity import tensor_digest
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import QuantizedWeight
-from quant_methods.identity import tensor_digest
 
 TOKENS = torch.randint(0, 1000, (2, 32), generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from quant_methods.checkpoint import Checkpoint
+from compress_common.checkpoints.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import QuantizedWeight
 from tests.conftest import save_random

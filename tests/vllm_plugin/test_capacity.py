@@ -25,16 +25,16 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
+from compress_common.calibration.text import CalibrationSettings
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.local import local_folder
 from compress_common.errors import CompressError
 from kv_policies.layout.base import Layout
 from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.sizes import predicts_further
 from quant_methods.formats.writing import quantize_checkpoint
-from quant_methods.local import local_folder
 from quant_methods.planning import PlanRequest
 from tests.support.grouping import (
     get_kv_cache_config_from_groups,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.checkpoint import Checkpoint
+from compress_common.calibration.text import CalibrationSettings
+from compress_common.checkpoints.checkpoint import Checkpoint
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import QuantizedWeight
 from quant_methods.planning import PlanRequest, obtain_plan

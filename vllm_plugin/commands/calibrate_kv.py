@@ -85,7 +85,7 @@ def calibrate_kv(
 
     Example: vllm-compress calibrate-kv meta-llama/Llama-3.1-8B-Instruct --ratio 0.86
     """
-    from quant_methods.calibration.text import CalibrationSettings
+    from compress_common.calibration.text import CalibrationSettings
     from vllm_plugin.commands.profiling.bases_plot import draw
     from vllm_plugin.commands.profiling.kv_bases import make_bases
     from vllm_plugin.commands.profiling.profile_plot import canvas

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from compress_common.errors import CompressError, joined
 
-# quant_methods.calibration.text.SELF, which would import torch. A test compares them.
+# compress_common.calibration.text.SELF, which would import torch. A test compares them.
 SELF: Final = "self"
 
-AUTO: Final = "auto"  # quant_methods.placement.AUTO
+AUTO: Final = "auto"  # compress_common.calibration.placement.AUTO
 _KV: Final = "compress.kv"  # the section of --additional-config
 T = TypeVar("T")
 

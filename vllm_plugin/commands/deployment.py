@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.local import local_folder, text_config
 from compress_common.errors import CompressError, joined, nearest
 from kv_policies import memory as kv_memory
 from kv_policies.base import KVPolicy
 from kv_policies.layout.base import Layout
 from kv_policies.memory import Beside
 from kv_policies.workspace import Heads
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import MARKER
 from quant_methods.formats.sizes import Packing
-from quant_methods.local import local_folder, text_config
 from quant_methods.registry import methods
 from vllm_plugin.capacity import (
     Footprint,

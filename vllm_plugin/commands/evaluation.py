@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compress_common.checkpoints.checkpoint import Checkpoint, resolve
 from compress_common.errors import CompressError
-from quant_methods.checkpoint import Checkpoint, resolve
-from quant_methods.progress import Progress, silent
+from compress_common.progress import Progress, silent
 from vllm_plugin.commands.judging.figures import paired, token_nats
 from vllm_plugin.commands.judging.process import answer, in_process
 
@@ -136,7 +136,7 @@ def as_rows(results: list[Evaluation]) -> list[dict[str, Any]]:
 def _windows(folder: Path, text: Path, windows: int, length: int) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    from quant_methods.calibration.text_file import read_tokens
+    from compress_common.calibration.text_file import read_tokens
 
     ids = read_tokens(str(text), AutoTokenizer.from_pretrained(folder))
     if len(ids) < windows * length:

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import torch
 
+from compress_common.calibration.precision import computed_in
+from compress_common.checkpoints.checkpoint import Checkpoint, resolve
+from compress_common.checkpoints.local import load_tokenizer, text_config
 from compress_common.errors import CompressError
-from quant_methods.calibration.precision import computed_in
-from quant_methods.checkpoint import Checkpoint, resolve
-from quant_methods.local import load_tokenizer, text_config
-from quant_methods.progress import Progress, silent
+from compress_common.progress import Progress, silent
 from vllm_plugin.capacity import layer_token_bytes
 from vllm_plugin.commands.common import Problems
 from vllm_plugin.commands.judging.engine import Judged, judge

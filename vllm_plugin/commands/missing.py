@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from compress_common.calibration.text import CalibrationSettings
+from compress_common.checkpoints.checkpoint import Checkpoint, resolve
 from compress_common.errors import CompressError
+from compress_common.progress import Progress, silent
 from compress_common.store import Store, digest
 from kv_policies.registry import policies
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.checkpoint import Checkpoint, resolve
-from quant_methods.progress import Progress, silent
 from vllm_plugin.commands.calibrate_kv import BITS, LENGTH, RATIOS, SAMPLES
 from vllm_plugin.settings import KEY
 

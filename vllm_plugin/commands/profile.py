@@ -29,9 +29,9 @@ from vllm_plugin.progress import bar
 if TYPE_CHECKING:
     import torch
 
+    from compress_common.calibration.text import CalibrationSettings
     from kv_policies.budget.profile import Profile
     from quant_methods.calibration.images import ImageSettings
-    from quant_methods.calibration.text import CalibrationSettings
 
 LENGTH: Final = 512  # tokens of a text
 
@@ -115,8 +115,8 @@ def _settings(
     text: str, images: str | None, samples: int, length: int | None, seed: int
 ) -> "CalibrationSettings | ImageSettings":
     """What the options ask to measure on."""
+    from compress_common.calibration.text import CalibrationSettings
     from quant_methods.calibration.images import ImageSettings
-    from quant_methods.calibration.text import CalibrationSettings
 
     if images is None:
         tokens = LENGTH if length is None else length

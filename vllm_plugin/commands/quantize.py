@@ -62,8 +62,8 @@ def quantize(
 
     Example: vllm-compress quantize meta-llama/Llama-3.1-8B-Instruct --out llama-int4
     """
-    from quant_methods.calibration.text import CalibrationSettings
-    from quant_methods.checkpoint import Checkpoint, resolve
+    from compress_common.calibration.text import CalibrationSettings
+    from compress_common.checkpoints.checkpoint import Checkpoint, resolve
     from quant_methods.formats.writing import estimate, quantize_checkpoint
     from quant_methods.planning import PlanRequest
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress_common.checkpoints.checkpoint import Checkpoint, resolve
+from compress_common.checkpoints.local import text_config
 from compress_common.errors import CompressError, joined
-from quant_methods.checkpoint import Checkpoint, resolve
-from quant_methods.local import text_config
-from quant_methods.progress import Progress, silent
+from compress_common.progress import Progress, silent
 from vllm_plugin.commands.common import Problems, gib
 from vllm_plugin.commands.judging.material import Sizes
 from vllm_plugin.commands.recommending.candidates import CSKV, Setting, settings

@@ -72,8 +72,8 @@ def search(
     Example: vllm-compress search meta-llama/Llama-3.1-8B-Instruct --budget 5 --target cuda --out
     bits.json
     """
-    from quant_methods.calibration.text import CalibrationSettings
-    from quant_methods.checkpoint import Checkpoint, resolve
+    from compress_common.calibration.text import CalibrationSettings
+    from compress_common.checkpoints.checkpoint import Checkpoint, resolve
     from quant_methods.search_request import SearchRequest
     from quant_methods.searching import database_folder
     from quant_methods.searching import search as run

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
+from compress_common.structure.wrapper import language_config
 from kv_policies.base import KVPolicy
 from kv_policies.layout.base import Layout
 from kv_policies.memory import Beside, Load, beside_cache
 from kv_policies.workspace import Heads
-from quant_methods.structure.wrapper import language_config
 from vllm_plugin.kv_cache.quantized import FP8
 from vllm_plugin.kv_fingerprint import fingerprint_of
 

@@ -11,11 +11,11 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from compress_common.errors import CompressError, joined
+from compress_common.structure.wrapper import language_config
 from kv_policies.base import Capabilities
 from kv_policies.layout.base import Layout
 from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.tokens import TokenLayout
-from quant_methods.structure.wrapper import language_config
 from vllm_plugin.compatibility import (
     ENCODER,
     MLA,

@@ -24,11 +24,11 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from compress_common.errors import joined
+from compress_common.structure.wrapper import language_config
 from kv_policies.base import KVPolicy
 from kv_policies.latents.bases import Bases
 from kv_policies.memory import beside_cache
 from kv_policies.window_policy import describe_windows
-from quant_methods.structure.wrapper import language_config
 from vllm_plugin.kv_cache.activity import Activity, counting_layer
 from vllm_plugin.kv_cache.backends import put_ours_behind
 from vllm_plugin.kv_cache.batch import Batch

@@ -8,7 +8,7 @@ from pathlib import Path
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from quant_methods.structure.wrapper import language_config
+from compress_common.structure.wrapper import language_config
 from vllm_plugin.capacity import Footprint, kv_footprint
 from vllm_plugin.diffusion.support import diffusion_of
 from vllm_plugin.metrics.catalogue import BY_NAME

@@ -14,10 +14,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.platforms import current_platform
 
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.local import local_folder
 from compress_common.errors import CompressError
-from quant_methods.checkpoint import Checkpoint
-from quant_methods.local import local_folder
-from quant_methods.structure.wrapper import language_config
+from compress_common.structure.wrapper import language_config
 from vllm_plugin.quantization.cpu_int4_ops import cpu_int4_linear, crossover, int4pack_layout
 from vllm_plugin.quantization.cpu_int4_packing import pack_int4
 

@@ -13,9 +13,9 @@ from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_li
 from vllm.platforms import current_platform
 
 from compress_common.errors import CompressError
-from quant_methods.structure.derive import known_structure
-from quant_methods.structure.structure import Structure
-from quant_methods.structure.wrapper import language_config
+from compress_common.structure.derive import known_structure
+from compress_common.structure.structure import Structure
+from compress_common.structure.wrapper import language_config
 from vllm_plugin.quantization.config import MethodConfig
 from vllm_plugin.quantization.cpu_experts import BITS as EXPERT_BITS
 from vllm_plugin.quantization.cpu_experts import experts_problem

@@ -23,18 +23,18 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
+from compress_common.calibration.placement import HOST
+from compress_common.calibration.precision import slow_in_16_bit
+from compress_common.checkpoints.checkpoint import hugging_face_files
+from compress_common.checkpoints.loading import release
 from compress_common.errors import CompressError
-from quant_methods.calibration.precision import slow_in_16_bit
-from quant_methods.checkpoint import hugging_face_files
+from compress_common.progress import Progress
+from compress_common.structure.derive import known_structure
+from compress_common.structure.wrapper import language_config
 from quant_methods.formats.packing import to_compressed_tensors
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import QuantizedWeight
-from quant_methods.loading import release
-from quant_methods.placement import HOST
 from quant_methods.planning import PlanRequest, obtain_plan
-from quant_methods.progress import Progress
-from quant_methods.structure.derive import known_structure
-from quant_methods.structure.wrapper import language_config
 from vllm_plugin.progress import bar
 from vllm_plugin.quantization.embedding import second_copy_problem
 from vllm_plugin.quantization.reload import Source, guard_weights, present_kept, refuse_reload

@@ -16,8 +16,8 @@ from torch import nn
 from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
-from quant_methods.checkpoint import Checkpoint
 
 _BROKEN = "a reload failed when some weights were replaced already; restart the engine"
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 from vllm.config import ModelConfig
 from vllm.tokenizers import get_tokenizer
 
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
-from quant_methods.checkpoint import Checkpoint
-from quant_methods.structure.wrapper import language_config
+from compress_common.structure.wrapper import language_config
 
 PrepareWeights = Callable[..., tuple[str, list[str], bool, str]]
 

@@ -6,8 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from compress_common.calibration.text import SELF
 from compress_common.errors import CompressError, joined, nearest
-from quant_methods.calibration.text import SELF
 from quant_methods.registry import methods
 from vllm_plugin.settings import KEY, parse_settings
 

@@ -13,22 +13,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.divergence import NextTokenReference
+from compress_common.calibration.stages import Stages
 from compress_common.errors import CompressError
+from compress_common.structure.derive import structure_of
 from quant_methods.allocators.base import Allocator
 from quant_methods.allocators.budget import fill, total
 from quant_methods.allocators.evopress import Space
 from quant_methods.allocators.hessian import lowering
 from quant_methods.allocators.registry import allocators, build_allocator
-from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.derivatives import Derivatives
-from quant_methods.calibration.divergence import NextTokenReference
 from quant_methods.calibration.levels import build_levels
 from quant_methods.calibration.model_probe import ModelProbe
-from quant_methods.calibration.stages import Stages
 from quant_methods.formats.plan import Plan
 from quant_methods.methods.smoothquant_plus import SmoothQuantPlus, SmoothQuantPlusSettings
 from quant_methods.roundings.gptq import GPTQ
-from quant_methods.structure.derive import structure_of
 from tests.support.plans import TOKENS, load, with_plan
 
 Table = dict[str, dict[int, float]]

@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.loading import _keep_mapped, load_model
 from compress_common.errors import CompressError
-from quant_methods.calibration.blocks import Blocks
+from compress_common.structure.derive import structure_of
 from quant_methods.calibration.routing import routed, routing_kept, tokens_for
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import Grid
-from quant_methods.loading import _keep_mapped, load_model
 from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.roundings.experts import round_experts
-from quant_methods.structure.derive import structure_of
 from tests.support.peak import Peak
 
 TEXT = {"samples": 8, "length": 32}

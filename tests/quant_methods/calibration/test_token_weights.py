@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.structure.derive import structure_of
 from quant_methods.calibration import attention_received as received
-from quant_methods.calibration.blocks import Blocks
 from quant_methods.calibration.token_weights import (
     ActivationNorm,
     FirstTokens,
@@ -19,7 +20,6 @@ from quant_methods.calibration.token_weights import (
     normalized,
     rescaled,
 )
-from quant_methods.structure.derive import structure_of
 from tests.support.plans import TOKENS
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
+from compress_common.structure.derive import structure_of
 from quant_methods.base import GridSettings
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import FORMATS, compressed_tensors_config
 from quant_methods.formats.packing import from_compressed_tensors
 from quant_methods.formats.sizes import bits_per_weight, sizes_of
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import Grid
 from quant_methods.planning import PlanRequest
-from quant_methods.structure.derive import structure_of
 
 CONFIG = LlamaConfig(
     hidden_size=128, intermediate_size=256, num_attention_heads=4, num_hidden_layers=12

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress_common.calibration import memory, texts
+from compress_common.calibration.text import CalibrationSettings
+from compress_common.checkpoints.checkpoint import Checkpoint, resolve
 from compress_common.errors import CompressError
-from quant_methods import memory, planning, texts
+from quant_methods import planning
 from quant_methods.base import GridSettings
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.checkpoint import Checkpoint, resolve
 from quant_methods.formats import writing
 from quant_methods.formats.packing import from_awq, from_compressed_tensors
 from quant_methods.formats.plan_file import plan_digest

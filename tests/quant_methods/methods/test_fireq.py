@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
+from compress_common.structure.derive import structure_of
 from quant_methods.base import GridSettings
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.metadata import marker_of
 from quant_methods.formats.packing import from_compressed_tensors, to_compressed_tensors
 from quant_methods.formats.plan import Plan
@@ -22,7 +23,6 @@ from quant_methods.fp8 import FP8, converted, served_activation, served_scale
 from quant_methods.grid import Grid, QuantizedWeight, fake_quantize, quantize
 from quant_methods.registry import build_method
 from quant_methods.roundings.gptq import GPTQ
-from quant_methods.structure.derive import structure_of
 from quant_methods.transforms.rope_keys import ScaleKeys, pair_factors
 from quant_methods.transforms.weight_folds import WeightFolds
 from tests.support.plans import TOKENS, load, with_plan

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
+from compress_common.structure.derive import structure_of
 from quant_methods.calibration.attention_received import AttentionReceived
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import plan_digest
 from quant_methods.methods.rsq import expanded
@@ -21,7 +22,6 @@ from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.registry import build_method
 from quant_methods.roundings import blockwise
 from quant_methods.roundings.blockwise import round_blocks
-from quant_methods.structure.derive import structure_of
 from tests.support.plans import TOKENS, load, with_plan
 
 PLAIN = {"group_size": 32, "bits": 3, "rotation": "none"}

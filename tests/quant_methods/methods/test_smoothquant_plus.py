@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import GPT2Config
 
+from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError
-from quant_methods.calibration.blocks import Blocks
+from compress_common.structure.derive import structure_of
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import load_plan, save_plan
 from quant_methods.methods.smoothquant_plus import PAPER
 from quant_methods.registry import build_method
-from quant_methods.structure.derive import structure_of
 from tests.support.plans import TOKENS, load, with_plan
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")

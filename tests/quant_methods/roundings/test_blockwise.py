@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.parts import trim_heap
+from compress_common.calibration.stages import Stages
 from compress_common.store import Store, digest
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.stages import Stages
+from compress_common.structure.derive import structure_of
 from quant_methods.formats.plan import Plan
 from quant_methods.methods.smoothquant_plus import SmoothQuantPlusSettings
-from quant_methods.parts import trim_heap
 from quant_methods.roundings.blockwise import round_blocks, round_units, unit_grams
 from quant_methods.roundings.gptq import GPTQ
-from quant_methods.structure.derive import structure_of
 from tests.support.plans import TOKENS, load
 
 

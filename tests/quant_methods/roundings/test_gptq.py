@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress_common.calibration.text import CalibrationSettings
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.grid import PER_CHANNEL, Grid, quantize, searched_shrink
 from quant_methods.planning import PlanRequest, obtain_plan
 from quant_methods.roundings import gptq

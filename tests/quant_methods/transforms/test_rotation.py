@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError
+from compress_common.structure.derive import structure_of
 from quant_methods.base import GridSettings
-from quant_methods.calibration.blocks import Blocks
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import load_plan, plan_digest, save_plan
 from quant_methods.registry import build_method
-from quant_methods.structure.derive import structure_of
 from quant_methods.transforms.base import Transform
 from quant_methods.transforms.rotation import RotateHeads, RotateResidual, hadamard
 from tests.support.plans import TOKENS, load, with_plan

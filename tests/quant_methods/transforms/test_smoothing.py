@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress_common.structure.structure import Fold
 from quant_methods.grid import Grid, fake_quantize
-from quant_methods.structure.structure import Fold
 from quant_methods.transforms.smoothing import (
     clip_percents,
     fold_into_norm,

@@ -12,13 +12,13 @@ import pytest
 import torch
 import transformers
 
+from compress_common.calibration.text import CalibrationSettings, calibration_tokens
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
+from compress_common.structure.names import Names
 from kv_policies.latents.bases import Bases
 from kv_policies.latents.bases_header import SIDES
 from kv_policies.latents.low_rank import relative_error
-from quant_methods.calibration.text import CalibrationSettings, calibration_tokens
-from quant_methods.checkpoint import Checkpoint
-from quant_methods.structure.names import Names
 from vllm_plugin.commands.profiling.kv_bases import make_bases, weights_digest
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from compress_common.calibration.text import CalibrationSettings
 from compress_common.errors import CompressError
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.progress import silent
+from compress_common.progress import silent
 from vllm_plugin.commands.profiling.hf_model import HFModel
 
 LENGTHS = {"samples": 2, "length": 16}

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from compress_common.calibration.text import CalibrationSettings
 from compress_common.errors import CompressError
 from kv_policies.budget.profile import Profile
 from kv_policies.latents.bases import Bases
-from quant_methods.calibration.text import CalibrationSettings
 from vllm_plugin.commands.profiling.kv_bases import make_bases
 from vllm_plugin.commands.profiling.kv_profile import make_profile
 

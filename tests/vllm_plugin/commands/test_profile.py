@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 
+from compress_common.calibration import texts
 from compress_common.errors import CompressError
 from kv_policies.budget.profile import load
-from quant_methods import texts
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, attention_of, register
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 

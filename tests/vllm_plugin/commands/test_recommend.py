@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
-from quant_methods.checkpoint import Checkpoint
 from vllm_plugin.capacity import RequestBlocks
 from vllm_plugin.commands.judging.engine import Judged
 from vllm_plugin.commands.judging.questions import WORDINGS
@@ -221,7 +221,7 @@ def test_a_refusal_is_not_kept(
     tiny_model: Callable[..., Path], engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its reason can be a package that is missing today."""
-    from quant_methods.progress import silent
+    from compress_common.progress import silent
     from vllm_plugin.commands import recommendation
     from vllm_plugin.commands.judging import checks
 

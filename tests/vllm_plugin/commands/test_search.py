@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from compress_common.calibration.text import CalibrationSettings
+from compress_common.checkpoints.checkpoint import Checkpoint
 from quant_methods.allocators.allocation import Allocation
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.sizes import sizes_of
 from vllm_plugin.commands.search import _quantize_command
 

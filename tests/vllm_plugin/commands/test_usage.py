@@ -98,7 +98,7 @@ def test_help_imports_nothing_large() -> None:
 
 
 def test_what_signatures_repeat_is_what_the_packages_say() -> None:
-    from quant_methods.calibration.text import SELF
+    from compress_common.calibration.text import SELF
     from quant_methods.formats import checkpoint_formats, sizes
     from vllm_plugin.commands import common, plan, quantize
 

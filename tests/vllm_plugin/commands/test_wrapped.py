@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 
+from compress_common.calibration.text import CalibrationSettings
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.loading import load_model
 from compress_common.errors import CompressError
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.writing import quantize_checkpoint
-from quant_methods.loading import load_model
 from quant_methods.planning import PlanRequest
 from tests.support import wrapped
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, attention_of

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks.kv_engine import save_made_up_bases
+from compress_common.checkpoints.checkpoint import Checkpoint
 from kv_policies.budget.profile import Profile, Provenance
 from kv_policies.latents.bases_header import SIDES, even_ranks
 from kv_policies.latents.format import Bits
 from kv_policies.latents.low_rank import svd
-from quant_methods.checkpoint import Checkpoint
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, PretrainedConfig
 
+from compress_common.checkpoints import identity
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.local import local_folder
 from compress_common.errors import CompressError
 from kv_policies.budget.profile import Profile, Provenance
-from quant_methods import identity
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.writing import quantize_checkpoint
-from quant_methods.local import local_folder
 from quant_methods.planning import PlanRequest
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_fingerprint import fingerprint_of, published_weights

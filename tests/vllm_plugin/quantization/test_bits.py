@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compress_common.calibration.text import CalibrationSettings
 from compress_common.errors import CompressError
-from quant_methods.calibration.text import CalibrationSettings
 from quant_methods.formats.checkpoint_formats import NEEDS_PLUGIN, compressed_tensors_config
 from quant_methods.formats.packing import pack, unpack
 from quant_methods.formats.writing import quantize_checkpoint
@@ -114,7 +114,7 @@ def test_a_mixed_checkpoint_answers_as_at_load(
 def test_a_unit_with_two_grids_is_not_written(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from quant_methods.checkpoint import Checkpoint
+    from compress_common.checkpoints.checkpoint import Checkpoint
 
     config = Checkpoint(tiny_model("llama")).hf_config
     grids = PlanRequest(method="rtn").build().settings.grids(config)

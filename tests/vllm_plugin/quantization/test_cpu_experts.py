@@ -25,14 +25,14 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 from vllm.scalar_type import scalar_types
 
 import vllm_plugin
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
-from quant_methods.checkpoint import Checkpoint
+from compress_common.structure.derive import structure_of
 from quant_methods.formats.checkpoint_formats import compressed_tensors_config
 from quant_methods.formats.packing import to_compressed_tensors
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import Grid, QuantizedWeight, quantize
 from quant_methods.planning import PlanRequest
-from quant_methods.structure.derive import structure_of
 from tests.support.generate import generate
 from vllm_plugin.quantization.cpu_experts import (
     CompressedTensorsCpuExperts,

@@ -25,15 +25,15 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.plugins import load_general_plugins
 
+from compress_common.calibration.text import CalibrationSettings
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.structure.structure import EMBEDDINGS
 from quant_methods.base import GridSettings
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.checkpoint_formats import NEEDS_PLUGIN, compressed_tensors_config
 from quant_methods.formats.packing import from_compressed_tensors, to_compressed_tensors
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight, quantize
 from quant_methods.planning import PlanRequest, obtain_plan
-from quant_methods.structure.structure import EMBEDDINGS
 from tests.support.generate import generate
 from vllm_plugin.capacity import weight_footprint
 from vllm_plugin.commands.checks import model_checks

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from quant_methods.checkpoint import Checkpoint
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.structure.experts import unstack
 from quant_methods.planning import PlanRequest, obtain_plan
-from quant_methods.structure.experts import unstack
 from tests.conftest import EXPERT_MODELS, MORE_MODELS
 from tests.support.generate import generate
 from tests.support.plans import load, rounded_weights

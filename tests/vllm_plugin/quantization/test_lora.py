@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_plugin
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.planning import obtain_plan
 from tests.support.child import SINGLE_PROCESS, in_child

@@ -9,8 +9,8 @@ import pytest
 import torch
 from vllm.transformers_utils.config import get_pooling_config
 
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
-from quant_methods.checkpoint import Checkpoint
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.planning import PlanRequest, obtain_plan
 from tests.support import pooling

@@ -14,9 +14,9 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 
+from compress_common.checkpoints.identity import tensor_digest
 from compress_common.errors import CompressError
 from quant_methods.formats.plan import Plan
-from quant_methods.identity import tensor_digest
 from vllm_plugin.quantization.loader import QuantizedStream
 from vllm_plugin.quantization.reload import Source, guard_weights, present_kept
 

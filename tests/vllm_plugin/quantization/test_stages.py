@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from compress_common.checkpoints.identity import tensor_digest
 from compress_common.errors import CompressError
 from quant_methods.formats.plan import Plan
-from quant_methods.identity import tensor_digest
 from vllm_plugin.quantization.loader import QuantizedStream, needed_by
 
 TENSORS = {f"{name}.weight": torch.full((2, 2), float(at)) for at, name in enumerate("abc")}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from quant_methods.checkpoint import Checkpoint
+from compress_common.checkpoints.checkpoint import Checkpoint
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import QuantizedWeight

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from compress_common.calibration.text_file import read_tokens
 from compress_common.errors import CompressError
-from quant_methods.calibration.text_file import read_tokens
 from vllm_plugin.commands.judging.questions import (
     WORDINGS,
     Question,

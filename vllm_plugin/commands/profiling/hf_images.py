@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
+from compress_common.calibration.placement import HOST
+from compress_common.checkpoints.local import load_processor
 from compress_common.errors import CompressError
+from compress_common.progress import Progress
 from quant_methods.calibration.images import MADE, ImageSettings, image_chats, model_inputs
-from quant_methods.local import load_processor
-from quant_methods.placement import HOST
-from quant_methods.progress import Progress
 from vllm_plugin.commands.profiling.hf_model import HFModel
 
 

@@ -11,15 +11,15 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compress_common.calibration.placement import HOST, Placement, chosen_device, placed, sizes_of
+from compress_common.calibration.text import SELF, CalibrationSettings, check_length, file_tokens
+from compress_common.calibration.texts import stored_tokens
+from compress_common.checkpoints.checkpoint import Checkpoint, resolve
+from compress_common.checkpoints.loading import check_decoder, load_model
 from compress_common.errors import CompressError, joined
-from quant_methods.calibration.text import SELF, CalibrationSettings, check_length, file_tokens
-from quant_methods.checkpoint import Checkpoint, resolve
-from quant_methods.loading import check_decoder, load_model
-from quant_methods.placement import HOST, Placement, chosen_device, placed, sizes_of
-from quant_methods.progress import Progress
-from quant_methods.structure.derive import known_structure
-from quant_methods.structure.wrapper import language_config
-from quant_methods.texts import stored_tokens
+from compress_common.progress import Progress
+from compress_common.structure.derive import known_structure
+from compress_common.structure.wrapper import language_config
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, not_reached
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 

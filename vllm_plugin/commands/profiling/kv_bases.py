@@ -13,7 +13,12 @@ from typing import Final
 
 import torch
 
+from compress_common.calibration.blocks import Blocks
+from compress_common.calibration.precision import computed_in
+from compress_common.calibration.text import CalibrationSettings
 from compress_common.errors import CompressError, joined
+from compress_common.progress import Progress, silent
+from compress_common.structure.derive import structure_of
 from kv_policies.latents import allocation
 from kv_policies.latents.bases import Bases
 from kv_policies.latents.bases_header import (
@@ -27,11 +32,6 @@ from kv_policies.latents.bases_header import (
 from kv_policies.latents.format import Bits
 from kv_policies.latents.low_rank import Factor
 from kv_policies.model_file import Calibration
-from quant_methods.calibration.blocks import Blocks
-from quant_methods.calibration.precision import computed_in
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.progress import Progress, silent
-from quant_methods.structure.derive import structure_of
 from vllm_plugin.commands.profiling.block_factors import BlockFactor, weights_of
 from vllm_plugin.commands.profiling.hf_model import HFModel
 from vllm_plugin.compatibility import latent_model_problems

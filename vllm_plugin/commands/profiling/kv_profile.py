@@ -11,13 +11,13 @@ from statistics import fmean
 
 import torch
 
+from compress_common.calibration.precision import computed_in
+from compress_common.calibration.text import CalibrationSettings
 from compress_common.errors import CompressError
+from compress_common.progress import Progress, silent
 from kv_policies.budget.levels import fractions_of, quantize, retained, rounded, uniform
 from kv_policies.budget.profile import Profile, Provenance
 from quant_methods.calibration.images import ImageSettings
-from quant_methods.calibration.precision import computed_in
-from quant_methods.calibration.text import CalibrationSettings
-from quant_methods.progress import Progress, silent
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, attention_of, register
 from vllm_plugin.commands.profiling.hf_images import HFImageModel
 from vllm_plugin.commands.profiling.hf_model import HFModel

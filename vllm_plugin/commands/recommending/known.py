@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import torch
 
+from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.store import Store, digest
-from quant_methods.checkpoint import Checkpoint
 
 KIND: Final = "judged-setting"
 _REVISION: Final = "1"  # raised when the same setting would be judged differently

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from compress_common.errors import CompressError
+from compress_common.progress import Progress
 from compress_common.store import digest
-from quant_methods.progress import Progress
 from vllm_plugin.commands.judging.engine import Judged, judge
 from vllm_plugin.commands.judging.figures import paired, recall
 from vllm_plugin.commands.judging.material import Material, Sizes, material

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration text, and the passes of a decoder over it, one block at a time."""

@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The structure of a decoder, found by following one forward pass, and folds proved by running."""
