@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CSKV: what a token costs as a latent, what reading it costs, and how good the bases are.
 
-    .venv/bin/python -m benchmarks.cskv [--part bytes|decode|error|quality] [--json] [--out FILE]
+    .venv/bin/python -m benchmarks.cskv [--part bytes|decode|error|quality|ranks] [--json]
 
 Demo model, blocks of 32 tokens, bases of the first half of Newton's Opticks: at ratio 0.8 in 16
 bits, and at ratio 0.86 in 4 bits, which is the default.
@@ -23,6 +23,11 @@ quality cskv_nats, cskv_passkey, cskv_locker, cskv_record, cskv_dialogue: at rat
         16 bits), cskv_020 (in 4 bits) and cskv_006 (ratio 0.94); cskv_share: what a token takes
         of the full cache's bytes in whole blocks of 32. In float32 on x86 without AVX-512, else in
         bfloat16.
+ranks   tpN_BITSbit_key_error, tpN_BITSbit_value_error: share of the energy of keys and values that
+        bases for N ranks of tensor parallelism lose on the text that they were fitted to, in the
+        metric of attention, mean over layers; N is 1 or 3, at ratio 0.8 in 16 bits and 0.86 in 4.
+        tpN_16bit_nats, tpN_16bit_passkey, _locker, _record, _dialogue: as for ``quality``. One rank
+        serves bases that keep exactly what those of N ranks do.
 
 Limits. Timings need a machine that does nothing else. Without AVX-512 there is no kernel.
 """
@@ -39,9 +44,11 @@ import torch
 
 from benchmarks.common import ROOT, Options, Part, Result, alternate, cache_folder, main
 from benchmarks.cskv_quality import QUALITY, quality
+from benchmarks.cskv_ranks import MEASURES, RANKS, RATIOS, SERVED, ranks
 from benchmarks.engine import in_process
 from benchmarks.kv_engine import BLOCK, KVEngine, NotMeasured, contender, shape_of
 from benchmarks.texts import opticks
+from kv_policies.latents.bases_header import SIDES
 from vllm_plugin.demo_model import demo_model_path
 
 KEEP = {"full": 1, "cskv_16bit": 0.2, "cskv": 0.14}
@@ -186,11 +193,14 @@ def error(options: Options, result: Result) -> None:
         result.put(f"recon_error_vs_{other}_max", max(ratios))
 
 
+ERRORS = tuple(f"tp{n}_{bits}bit_{side}_error" for n in RANKS for bits in RATIOS for side in SIDES)
+OF_RANKS = tuple(f"tp{n}_{SERVED}bit_{what}" for n in RANKS for what in MEASURES)
 PARTS = {
     "bytes": Part(("bytes_per_token_ratio_080", "bytes_per_token_ratio_086_int4"), bytes_per_token),
     "decode": Part(("decode_ratio_b8_2000",), decode),
     "error": Part(("recon_error_vs_svd_max", "recon_error_vs_asvd_max"), error),
     "quality": Part(tuple(f"cskv_{what}" for what in QUALITY), quality),
+    "ranks": Part((*ERRORS, *OF_RANKS), ranks),
 }
 
 if __name__ == "__main__":

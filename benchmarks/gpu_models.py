@@ -163,4 +163,4 @@ def _make_bases(model: Path, bits: "Bits", target: Path) -> None:
         for layer in layers
         for side in SIDES
     }
-    save_made_up_bases(model, ratio, bits, factors, target)
+    save_made_up_bases(model, ratio, bits, [factors], target)

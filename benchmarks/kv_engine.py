@@ -8,7 +8,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -190,10 +190,13 @@ def save_made_up_bases(
     model: Path,
     ratio: Fraction,
     bits: "Bits",
-    factors: "dict[tuple[int, Side], Factor]",
+    shards: "Sequence[Mapping[tuple[int, Side], Factor]]",
     target: Path,
 ) -> None:
-    """Bases of ``factors``, one per layer and side, that fit ``model`` and come from no text."""
+    """Bases that fit ``model`` and come from no text.
+
+    shards: factors by layer and side, of each rank of tensor parallelism.
+    """
     from transformers import AutoConfig
 
     from compress_common.checkpoints.checkpoint import Checkpoint
@@ -208,8 +211,8 @@ def save_made_up_bases(
     rows = tuple(
         Layer(
             layer=layer,
-            key_rank=len(factors[layer, "key"].decode),
-            value_rank=len(factors[layer, "value"].decode),
+            key_rank=len(shards[0][layer, "key"].decode),
+            value_rank=len(shards[0][layer, "value"].decode),
             key_error=0,
             value_error=0,
         )
@@ -224,10 +227,11 @@ def save_made_up_bases(
         bits=bits,
         ratio=ratio,
         objective="reconstruction",
+        tensor_parallel=len(shards),
         layers=rows,
         calibration=made_up,
     )
-    Bases(header, factors).save(target)
+    Bases(header, shards).save(target)
 
 
 def computed_dtype() -> str:

@@ -109,7 +109,7 @@ def layouts(config: VllmConfig, settings: Settings) -> Mapping[int, Layout] | No
     text = language_config(model.hf_config)
     ranks = config.parallel_config.tensor_parallel_size
     block_size = full_block_size(text, config.cache_config.block_size, ranks)
-    return layouts_of(settings.kv, block_size, model.model, text)
+    return layouts_of(settings.kv, block_size, model.model, text, ranks)
 
 
 def stages(config: VllmConfig) -> list[range]:

@@ -29,11 +29,12 @@ class Bases:
 
     Attributes:
         header: What the file says of itself.
-        factors: By layer and side, float32.
+        shards: Factors by layer and side, float32, for the KV heads of each rank of tensor
+            parallelism.
     """
 
     header: Header
-    factors: Mapping[tuple[int, Side], Factor]
+    shards: Sequence[Mapping[tuple[int, Side], Factor]]
 
     @property
     def ratio(self) -> Fraction:
@@ -51,19 +52,26 @@ class Bases:
         return self.header.indices
 
     def ranks(self, layer: int) -> tuple[int, int]:
-        """Return how many numbers a token takes in this layer for its key and for its value."""
+        """Return how many numbers a token's key and its value take in this layer, in a shard."""
         row = next(row for row in self.header.layers if row.layer == layer)
         return row.key_rank, row.value_rank
 
-    def factor(self, layer: int, side: Side) -> Factor:
-        """Return the factor of a layer's keys or values."""
-        return self.factors[layer, side]
+    def factor(self, layer: int, side: Side, shard: int = 0) -> Factor:
+        """Return the factor of a layer's keys or values.
+
+        Args:
+            layer: Index in the model.
+            side: Keys or values.
+            shard: Rank of tensor parallelism, whose KV heads it is for.
+        """
+        return self.shards[shard][layer, side]
 
     def save(self, path: str | Path) -> None:
         """Write the file. The same bases are the same bytes."""
         tensors = {
-            f"layers.{layer}.{side}.{part}": tensor
-            for (layer, side), factor in self.factors.items()
+            self.header.tensor_name(layer, side, shard, part): tensor
+            for shard, factors in enumerate(self.shards)
+            for (layer, side), factor in factors.items()
             for part, tensor in vars(factor).items()
         }
         header = self.header.text(_contents(tensors))
@@ -115,14 +123,20 @@ class Bases:
                 )
         if problems:
             raise joined([f"the bases file {path} {problem}; {remedy}" for problem in problems])
-        factors = {
-            (row.layer, side): Factor(
-                *(tensors[f"layers.{row.layer}.{side}.{p}"] for p in ("encode", "decode", "mean"))
-            )
-            for row in header.layers
-            for side in SIDES
-        }
-        return cls(header, factors)
+        shards = [
+            {
+                (layer, side): Factor(
+                    *(
+                        tensors[header.tensor_name(layer, side, shard, part)]
+                        for part in ("encode", "decode", "mean")
+                    )
+                )
+                for layer in header.indices
+                for side in SIDES
+            }
+            for shard in range(header.tensor_parallel)
+        ]
+        return cls(header, shards)
 
 
 def _json(text: str | None) -> object:

@@ -16,6 +16,7 @@ VERSION: Final = 3
 
 # Bases that use less of what their ratio allows were made for another ratio.
 _LEAST: Final = Fraction(3, 4)
+_MOST_SHARDS: Final = 1024  # bounds the work on a file that is damaged
 _ITEM_BYTES: Final = 2  # of the cache that a ratio refers to
 
 Side = Literal["key", "value"]
@@ -88,6 +89,21 @@ def ratio_problem(ratio: Fraction, features: int, bits: Bits) -> str | None:
     return problem + (", or --bits 16" if room > most else "")
 
 
+def split_problem(kv_heads: int, ranks: int) -> str | None:
+    """Return why the KV heads of a layer cannot be split over ranks of tensor parallelism.
+
+    A latent is of the heads of one rank, and all ranks have latents of the same size.
+    """
+    if kv_heads % ranks == 0:
+        return None
+    most = min(kv_heads, _MOST_SHARDS)
+    allowed = [str(count) for count in range(1, most + 1) if kv_heads % count == 0]
+    return (
+        f"the {kv_heads} KV heads of a layer cannot be split evenly over {ranks} ranks "
+        f"(--tensor-parallel-size); allowed: {', '.join(allowed)}"
+    )
+
+
 Ratio = Annotated[
     Fraction, BeforeValidator(exact_ratio), PlainSerializer(str, return_type=str, when_used="json")
 ]
@@ -114,6 +130,8 @@ class Header(ModelFile):
         bits: Of a number of a latent in the cache.
         ratio: Share of the bytes of a 16-bit cache that is saved, over all layers, scales counted.
         objective: What the error of keys and values was measured by.
+        tensor_parallel: Ranks that the KV heads are split over. Each shard has factors of its own
+            heads. It is not written where it is 1: files from before it existed stay valid.
         layers: Ascending. Layers that are left alone, such as those with a sliding window, are not
             in it.
         calibration: Where the bases come from.
@@ -129,6 +147,7 @@ class Header(ModelFile):
     bits: Bits
     ratio: Ratio
     objective: Objective
+    tensor_parallel: int = Field(1, ge=1, le=_MOST_SHARDS, exclude_if=lambda ranks: ranks == 1)
     layers: tuple[Layer, ...] = Field(min_length=1)
     calibration: Calibration
 
@@ -139,8 +158,8 @@ class Header(ModelFile):
 
     @property
     def features(self) -> int:
-        """Numbers in a token's key, and in its value: F."""
-        return self.model.num_key_value_heads * self.model.head_dim
+        """Numbers in a token's key, and in its value, in a shard: F."""
+        return self.model.num_key_value_heads // self.tensor_parallel * self.model.head_dim
 
     @model_validator(mode="after")
     def _consistent(self) -> "Header":
@@ -150,6 +169,8 @@ class Header(ModelFile):
             problems.append("layers are not ascending")
         if indices[-1] >= self.model.num_hidden_layers:
             problems.append(f"layer {indices[-1]} is beyond the model's depth")
+        if problem := split_problem(self.model.num_key_value_heads, self.tensor_parallel):
+            raise ValueError("; ".join([*problems, problem]))  # nothing has a size then
         room = token_room(self.ratio, self.features)
         spent = [self.token_bytes(row) for row in self.layers]
         mean = sum(spent, Fraction(0)) / len(spent)
@@ -165,15 +186,28 @@ class Header(ModelFile):
         return self
 
     def token_bytes(self, row: Layer) -> Fraction:
-        """Return the bytes of a latent token in a layer, in a cache of 16 bits."""
+        """Return the bytes of a latent token in a layer and shard, in a cache of 16 bits."""
         return LatentFormat.token_bytes(row.key_rank, row.value_rank, self.bits)
+
+    def tensor_name(self, layer: int, side: Side, shard: int, part: str) -> str:
+        """Return the name of a tensor in the file.
+
+        Args:
+            layer: Index in the model.
+            side: Keys or values.
+            shard: Rank of tensor parallelism, whose KV heads it is for.
+            part: Of a ``Factor``: "encode", "decode" or "mean".
+        """
+        place = "" if self.tensor_parallel == 1 else f"shards.{shard}."
+        return f"layers.{layer}.{side}.{place}{part}"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor in the file, by name. All are float32."""
         f = self.features
         return {
-            f"layers.{row.layer}.{side}.{part}": shape
+            self.tensor_name(row.layer, side, shard, part): shape
             for row in self.layers
             for side, rank in zip(SIDES, (row.key_rank, row.value_rank), strict=True)
+            for shard in range(self.tensor_parallel)
             for part, shape in (("encode", (f, rank)), ("decode", (rank, f)), ("mean", (f,)))
         }

@@ -12,7 +12,7 @@ where no mixing gives c * rank * the largest energy (rounding per token), or c *
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -111,3 +111,17 @@ def losses(energies: torch.Tensor, errors: Mapping[int, float]) -> torch.Tensor:
         factors = [errors[at] / float(law[at]) for at in known]
         left = left + law * torch.from_numpy(np.interp(rank, known, factors))
     return left / left[0]
+
+
+def mean_losses(losses: Sequence[torch.Tensor], energies: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Share of the energy of several sets of KV heads that is lost with as many latents for each.
+
+    Args:
+        losses: Of each set, [F + 1].
+        energies: Of its latents, [F] each. Sets without energy lose nothing.
+    """
+    whole = torch.stack([energy.double().sum().cpu() for energy in energies])
+    shares = whole / whole.sum()
+    return torch.stack(
+        [loss * share for loss, share in zip(losses, shares, strict=True) if share != 0]
+    ).sum(0)

@@ -44,8 +44,9 @@ class CSKV:
     values, with the same result: the optimum of its reconstruction loss is a projection of these
     (see ``latents.low_rank``).
 
-    Limits: The error is the same for every old token, whatever it says. It does not work under
-    tensor parallelism, because a latent covers all KV heads.
+    Limits: The error is the same for every old token, whatever it says. Under tensor parallelism a
+    latent is of the KV heads of one rank, so bases are made for a number of ranks, and more ranks
+    lose more in the same bytes.
     """
 
     name: ClassVar[str] = "cskv"

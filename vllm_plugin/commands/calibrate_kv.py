@@ -69,6 +69,15 @@ def calibrate_kv(
             help="what is kept: 'attention', what queries see; 'reconstruction', as in the paper"
         ),
     ] = "attention",
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel-size",
+            "--tensor-parallel",
+            min=1,
+            help="ranks that will serve the model; each gets bases of its own KV heads",
+        ),
+    ] = 1,
     target: Annotated[
         Path | None,
         typer.Option("--out", help="the file (default: kv-bases-MODEL-RATIO-BITSbit.safetensors)"),
@@ -95,7 +104,8 @@ def calibrate_kv(
     settings = CalibrationSettings(source=text, samples=samples, length=length, seed=seed)
     if target is None:
         name = Path(model).expanduser().resolve().name
-        target = Path(f"kv-bases-{name}-{float(share):g}-{width}bit.safetensors")
+        ranks = f"-tp{tensor_parallel_size}" if tensor_parallel_size > 1 else ""
+        target = Path(f"kv-bases-{name}-{float(share):g}-{width}bit{ranks}.safetensors")
     figure: Any = canvas(plot) if plot else None
     check_writable(target, plot)  # before minutes of work
     with bar() as progress:
@@ -106,6 +116,7 @@ def calibrate_kv(
             bits=width,
             allocate=allocate,
             objective=wanted,
+            tensor_parallel=tensor_parallel_size,
             device=device,
             progress=progress,
         )
@@ -125,7 +136,8 @@ def calibrate_kv(
         print(json.dumps(content))
     else:
         _print_table(bases, report)
-        print_written(serve_command(model, policy=method, bases=target), target, plot)
+        command = serve_command(model, tensor_parallel_size, policy=method, bases=target)
+        print_written(command, target, plot)
 
 
 def _checked(
@@ -177,9 +189,10 @@ def _print_table(bases: "Bases", report: list["HeldOut"]) -> None:
         out.print(f"{others} layers without full attention are left alone")
     stored = sum(header.token_bytes(row) for row in header.layers)
     whole = token_room(Fraction(0), header.features) * len(report)
+    ranks = f" on each of {header.tensor_parallel} ranks" if header.tensor_parallel > 1 else ""
     out.print(
-        f"bytes per token, with scales: {float(stored):g} of {float(whole):g} in 16 bits; the last "
-        "tokens stay whole beside them",
+        f"bytes per token{ranks}, with scales: {float(stored):g} of {float(whole):g} in 16 bits; "
+        "the last tokens stay whole beside them",
         highlight=False,
         soft_wrap=True,
     )

@@ -135,11 +135,13 @@ def config_of(
     return given | {KEY: section | {"kv": kv | chosen}}
 
 
-def serve_command(model: str, **kv: object) -> str:
+def serve_command(model: str, tensor_parallel_size: int = 1, **kv: object) -> str:
     """Return the shell command that serves a model with settings of ``compress.kv``."""
-    flags = (
+    flags = [
         word for name, value in kv.items() for word in (f"--additional-config.{_KV}.{name}", value)
-    )
+    ]
+    if tensor_parallel_size > 1:
+        flags += ["--tensor-parallel-size", tensor_parallel_size]
     return shlex.join(["vllm", "serve", model, *map(str, flags)])
 
 

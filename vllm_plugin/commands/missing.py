@@ -47,10 +47,13 @@ def with_bases(parsed: argparse.Namespace) -> argparse.Namespace:
         CompressError: the model cannot have bases.
     """
     folder = resolve(parsed.model, parsed.revision, parsed.download_dir)
-    return _with_kv(parsed, bases=str(default_bases(Checkpoint(folder))))
+    ranks = parsed.tensor_parallel_size
+    return _with_kv(parsed, bases=str(default_bases(Checkpoint(folder), tensor_parallel=ranks)))
 
 
-def default_bases(checkpoint: Checkpoint, progress: Progress = silent) -> Path:
+def default_bases(
+    checkpoint: Checkpoint, progress: Progress = silent, tensor_parallel: int = 1
+) -> Path:
     """Return the file of bases that ``vllm-compress calibrate-kv`` makes of a model by default.
 
     They are fitted first if the store lacks them, by that command in a process of its own: here
@@ -59,17 +62,19 @@ def default_bases(checkpoint: Checkpoint, progress: Progress = silent) -> Path:
     Args:
         checkpoint: of the model.
         progress: told before and after.
+        tensor_parallel: ranks that will serve the model.
 
     Raises:
         CompressError: the model cannot have bases.
     """
     settings = CalibrationSettings(samples=SAMPLES, length=LENGTH)
     parts = (checkpoint.digest, RATIOS[BITS], str(BITS), settings.model_dump_json())
-    key = digest(KIND, _REVISION, *parts)
+    several = [] if tensor_parallel == 1 else ["--tensor-parallel-size", str(tensor_parallel)]
+    key = digest(KIND, _REVISION, *parts, *several)
 
     def build(target: Path) -> None:
         command = ["calibrate-kv", str(checkpoint.folder), "--out", str(target / _FILE)]
-        command += ["--samples", str(SAMPLES), "--length", str(LENGTH)]
+        command += ["--samples", str(SAMPLES), "--length", str(LENGTH), *several]
         progress("fit bases", 0, 1)
         made = subprocess.run(
             [sys.executable, "-m", "vllm_plugin.cli", *command], stdout=subprocess.DEVNULL

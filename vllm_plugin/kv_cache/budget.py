@@ -10,6 +10,7 @@ from compress_common.errors import CompressError, joined
 from kv_policies.base import LatentPolicy
 from kv_policies.budget.profile import load
 from kv_policies.latents.bases import Bases
+from kv_policies.latents.bases_header import split_problem
 from kv_policies.latents.format import BLOCK, GROUP
 from kv_policies.layout.base import Layout
 from kv_policies.layout.bounded import BoundedLayout
@@ -28,7 +29,7 @@ _WINDOW: Final = 256  # generated tokens; enough for a choice among them to mean
 
 
 def layouts_of(
-    settings: KVSettings, block_size: int, name: str, config: Any
+    settings: KVSettings, block_size: int, name: str, config: Any, ranks: int | None = None
 ) -> Mapping[int, Layout]:
     """Make the layout of each full-attention layer, by its index in the model.
 
@@ -37,15 +38,17 @@ def layouts_of(
         block_size: tokens per block.
         name: for messages: a hub id or a folder.
         config: the text model's.
+        ranks: of tensor parallelism, which bases are made for; None: any number.
 
     Raises:
         CompressError: the model cannot be compressed; the profile or the bases are of another
-            model or budget; the policy lacks a file that it needs; a window is not whole blocks.
+            model, budget or number of ranks; the policy lacks a file that it needs; a window is not
+            whole blocks.
     """
     if problems := kv_model_problems(config, settings.capabilities):
         raise joined(problems)
     if settings.keeps_latents:
-        return _latent_layouts(settings, block_size, name, config)
+        return _latent_layouts(settings, block_size, name, config, ranks)
     model, layers = fingerprint_of(name, config), full_attention_layers(config)
     policy = policies().get(settings.policy)  # ``settings.build`` reports an unknown policy
     whole = Fraction(1)  # of a budget: what every layer gets without a profile
@@ -124,8 +127,18 @@ def _whole(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size) * block_size
 
 
-def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
-    """Load the bases that ``settings`` name and check them; parameters as for ``layouts_of``."""
+def bases_of(settings: KVSettings, name: str, config: Any, ranks: int | None = None) -> Bases:
+    """Load the bases that ``settings`` name and check them.
+
+    Args:
+        settings: ``compress.kv``.
+        name: for messages: a hub id or a folder.
+        config: the text model's.
+        ranks: of tensor parallelism; None: not compared.
+
+    Raises:
+        CompressError: there are none, or they do not fit.
+    """
     policy = settings.build()  # raises where its settings are wrong
     if settings.bases is None:
         raise CompressError(
@@ -142,14 +155,24 @@ def bases_of(settings: KVSettings, name: str, config: Any) -> Bases:
             f"{bases.bits} bits; leave bits out, or make bases with `vllm-compress calibrate-kv "
             f"{name} --bits {wanted}`"
         )
+    if ranks not in (None, made := bases.header.tensor_parallel):
+        advice = f"set it to {made}"
+        if not split_problem(model.num_key_value_heads, ranks):
+            advice += (
+                f", or make bases with `vllm-compress calibrate-kv {name} --tensor-parallel-size "
+                f"{ranks}`"
+            )
+        raise CompressError(
+            f"--tensor-parallel-size is {ranks}, but the bases {settings.bases} are made for "
+            f"{made}: a latent is of the KV heads of one rank; {advice}"
+        )
     return bases
 
 
 def _latent_layouts(
-    settings: KVSettings, block_size: int, name: str, config: Any
+    settings: KVSettings, block_size: int, name: str, config: Any, ranks: int | None
 ) -> dict[int, LatentLayout]:
-    bases = bases_of(settings, name, config)
-    model, policy = fingerprint_of(name, config), settings.build()
+    bases, policy = bases_of(settings, name, config, ranks), settings.build()
     assert isinstance(policy, LatentPolicy)
     problems = []
     for key, value in (("keep", settings.keep), ("profile", settings.profile)):
@@ -160,7 +183,7 @@ def _latent_layouts(
             )
     if settings.min_blocks != 1:
         problems.append(f"{settings.policy} keeps every token; leave min_blocks out")
-    elements = block_size * 2 * model.num_key_value_heads * model.head_dim
+    elements = block_size * 2 * bases.header.features
     # Ranks of a level fill blocks of ``BLOCK`` tokens alike. In larger blocks they can differ by a
     # few tokens, and each layout more is one more group of layers.
     forms = {layer: (*bases.ranks(layer), bases.bits) for layer in bases.layers}

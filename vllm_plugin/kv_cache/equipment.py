@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
 from compress_common.errors import CompressError
@@ -138,7 +139,10 @@ class Equipment:
                 form = form_of(self._policy, self._bases, name, spec)
                 rope = rope_of(self._model, name)
                 cache = layer.kv_cache
-                impl.latents = latent_cache(self._bases, index, form, impl.pages, rope, cache)
+                shard = get_tensor_model_parallel_rank()
+                impl.latents = latent_cache(
+                    self._bases, index, shard, form, impl.pages, rope, cache
+                )
                 impl.latents.warm_up(layer.num_heads)
                 builder.latents.append(impl.latents)
                 builder.pages.append(impl.pages)

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3Rotary
 
 from compress_common.errors import CompressError
 from kv_policies.latents.bases import Bases
+from kv_policies.latents.bases_header import SIDES, split_problem
 from kv_policies.latents.cache import LatentCache
 from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.rope import Rope
@@ -50,11 +51,9 @@ class KernelRope(Rope):
 def latent_problems(config: VllmConfig) -> list[str]:
     """What rules latents out before a worker starts, with the flag to change."""
     problems = []
-    if config.parallel_config.tensor_parallel_size > 1:
-        problems.append(
-            "--tensor-parallel-size above 1: a latent of cskv is of all KV heads; set it to 1 or "
-            "choose another policy"
-        )
+    model, ranks = config.model_config, config.parallel_config.tensor_parallel_size
+    if problem := split_problem(model.get_total_num_kv_heads(), ranks):
+        problems.append(f"{problem}; or choose another policy")
     if config.cache_config.cache_dtype in FP8:
         problems.append(no_latents(config.cache_config.cache_dtype))
     if config.lora_config is not None:
@@ -62,11 +61,11 @@ def latent_problems(config: VllmConfig) -> list[str]:
             "--enable-lora: bases are fitted to the key and value weights of one model, and an "
             "adapter changes them; remove the flag or choose another policy"
         )
-    written = getattr(config.model_config.hf_config, "quantization_config", None) or {}
+    written = getattr(model.hf_config, "quantization_config", None) or {}
     marker = dict(written).get(MARKER)
     weights = parse_settings(config.additional_config).weights
     folds = (weights.model_extra or {}).get("folds") if weights else None
-    method = str((marker or {}).get("method") or config.model_config.quantization)
+    method = str((marker or {}).get("method") or model.quantization)
     if written and marker is None:
         problems.append(
             "a checkpoint quantized by others: its values may be scaled, so that bases of the "
@@ -111,19 +110,20 @@ def _rotation(module: Any) -> KernelRope:
 
 
 def latent_cache(
-    bases: Bases, index: int, form: LatentFormat, pages: Pages, rope: Rope, cache: Any
+    bases: Bases, index: int, shard: int, form: LatentFormat, pages: Pages, rope: Rope, cache: Any
 ) -> LatentCache:
     """The latents of a layer in its pages.
 
     Args:
         bases: Of the model.
         index: Of the layer in the model.
+        shard: Rank of tensor parallelism.
         form: How latents lie in a block.
         pages: The layer's blocks.
         rope: The rotation of its keys.
         cache: The layer's cache, [blocks, Hkv, block_size, 2 * D].
     """
-    keys, values = bases.factor(index, "key"), bases.factor(index, "value")
+    keys, values = (bases.factor(index, side, shard) for side in SIDES)
     kind = latent_cache_type(cache.dtype, cache.device)
     if kind is CPULatentCache:
         return CPULatentCache(pages, form, keys, values, rope, kernel=latent_cpu_build.load())

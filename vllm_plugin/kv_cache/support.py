@@ -107,7 +107,7 @@ def _layouts(settings: KVSettings, config: VllmConfig) -> Mapping[int, Layout]:
     text = language_config(model.hf_config)
     ranks = config.parallel_config.tensor_parallel_size
     block_size = full_block_size(text, config.cache_config.block_size, ranks)
-    made = layouts_of(settings, block_size, model.model, text)
+    made = layouts_of(settings, block_size, model.model, text, ranks)
     longest = model.max_model_len
     if settings.budget and not any(each.freed(longest, longest) for each in made.values()):
         raise CompressError(

@@ -87,10 +87,9 @@ class CompressedWorker(PlatformWorker):
             raise joined(problems)
         model = self.model_config
         text = language_config(model.hf_config)
-        full_size, window_size = block_sizes(
-            text, self.cache_config.block_size, self.parallel_config.tensor_parallel_size
-        )
-        layouts = layouts_of(settings, full_size, model.model, text)
+        ranks = self.parallel_config.tensor_parallel_size
+        full_size, window_size = block_sizes(text, self.cache_config.block_size, ranks)
+        layouts = layouts_of(settings, full_size, model.model, text, ranks)
         self.settings, self.policy = settings, settings.build()
         self._counts_segments = counting_layer(layouts) in self._stage
         self._layers = len(layouts)
@@ -185,8 +184,8 @@ class CompressedWorker(PlatformWorker):
         """The bases of latents; None where tokens are chosen, or nothing is compressed."""
         if not self.settings.keeps_latents:
             return None
-        model = self.model_config
-        return bases_of(self.settings, model.model, language_config(model.hf_config))
+        model, ranks = self.model_config, self.parallel_config.tensor_parallel_size
+        return bases_of(self.settings, model.model, language_config(model.hf_config), ranks)
 
     @torch.inference_mode()
     @with_gpu_sync_check

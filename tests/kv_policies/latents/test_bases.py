@@ -2,6 +2,7 @@
 import json
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,6 +23,7 @@ from kv_policies.latents.bases_header import (
     even_ranks,
     exact_ratio,
     ratio_problem,
+    split_problem,
     token_room,
 )
 from kv_policies.latents.format import Bits, LatentFormat
@@ -52,21 +54,33 @@ def header(**changes: Any) -> Header:
     return Header(**(values | changes))
 
 
-def bases() -> Bases:
+def bases(shards: int = 1) -> Bases:
     generator = torch.Generator().manual_seed(0)
+    features = 16 // shards
 
     def factor(rank: int) -> Factor:
-        encode = torch.randn(16, rank, generator=generator)
-        return Factor(encode, torch.linalg.pinv(encode), torch.randn(16, generator=generator))
+        encode = torch.randn(features, rank, generator=generator)
+        mean = torch.randn(features, generator=generator)
+        return Factor(encode, torch.linalg.pinv(encode), mean)
 
     ranks = {(i, s): r for i, both in enumerate(RANKS) for s, r in zip(SIDES, both, strict=True)}
-    return Bases(header(), {key: factor(rank) for key, rank in ranks.items()})
+    own = {"tensor_parallel": shards, "ratio": 1 - Fraction(shards, 5)}
+    factors = [{key: factor(rank) for key, rank in ranks.items()} for _ in range(shards)]
+    return Bases(header(**own), factors)
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "b.safetensors"
     bases().save(path)
+    return path
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """Bases for two ranks."""
+    path = tmp_path / "two.safetensors"
+    bases(2).save(path)
     return path
 
 
@@ -130,6 +144,40 @@ def test_round_trip_is_exact_and_stable(file: Path) -> None:
                 assert torch.equal(getattr(found, part), tensor)
     again.save(file)
     assert file.read_bytes() == first
+
+
+def test_ranks_have_factors_of_their_own(shared: Path) -> None:
+    first = shared.read_bytes()
+    again = Bases.load(shared, MODEL)
+    assert again.header.tensor_parallel == 2 and again.header.features == 8
+    for layer, side, shard in product(range(3), SIDES, range(2)):
+        found, expected = (one.factor(layer, side, shard) for one in (again, bases(2)))
+        for part, tensor in vars(expected).items():
+            assert torch.equal(getattr(found, part), tensor)
+    again.save(shared)
+    assert shared.read_bytes() == first
+
+
+def test_files_for_one_rank_do_not_say_so(edit: Callable[..., Path]) -> None:
+    """Those from before there were ranks stay valid, and none is taken for another's."""
+    assert "tensor_parallel" not in json.loads(header().text())
+    for ranks, message in (
+        (2, "12 bytes a token, ratio says 6.4"),
+        (3, "2 KV heads of a layer cannot be split evenly over 3 ranks"),
+    ):
+        path = edit(lambda content, _, ranks=ranks: content.update(tensor_parallel=ranks))
+        with pytest.raises(CompressError, match=message):
+            Bases.load(path, MODEL)
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_heads_are_split_evenly_or_not_at_all(kv_heads: int, ranks: int) -> None:
+    problem = split_problem(kv_heads, ranks)
+    assert (problem is None) is (kv_heads % ranks == 0)
+    if problem:
+        allowed = problem.partition("allowed: ")[2].split(", ")
+        assert allowed[0] == "1" and allowed[-1] == str(kv_heads)
+        assert not any(kv_heads % int(count) for count in allowed)
 
 
 def test_a_byte_that_changes_anywhere_is_refused(file: Path) -> None:

@@ -157,6 +157,27 @@ def test_four_bits_at_a_ratio_of_86_percent_are_the_default(
             assert 0 < lost < row[side]["closed_form"] < 1.5 * lost + 0.1
 
 
+def test_each_rank_gets_bases_of_its_own_heads(
+    calibrate: Callable, tiny_model: Callable[..., Path], text: Path
+) -> None:
+    folder = tiny_model("llama")
+    arguments = (folder, "--text", text, *QUICK, "--bits", 16, "--ratio", 0.75)
+    code, output, errors = calibrate(*arguments, "--tensor-parallel-size", 2)
+    assert code == 0, errors
+    file = Path(f"kv-bases-{folder.name}-0.75-16bit-tp2.safetensors")
+    assert f"{file} --tensor-parallel-size 2" in output
+    assert "bytes per token on each of 2 ranks, with scales: " in output
+    made = Bases.load(file)
+    assert made.header.tensor_parallel == 2 and made.header.features == 32
+    factors = [made.factor(0, "key", shard) for shard in range(2)]
+    assert all(factor.encode.shape == (32, made.ranks(0)[0]) for factor in factors)
+    assert not torch.equal(*(factor.encode for factor in factors))
+    code, _, errors = calibrate(*arguments, "--tensor-parallel", 3)
+    assert (
+        code == 1 and "cannot be split evenly over 3 ranks" in errors and "allowed: 1, 2" in errors
+    )
+
+
 def test_own_text_and_no_saving(calibrate: Callable, tiny_model: Callable[..., Path]) -> None:
     whole = ("--ratio", 0, "--bits", 16)
     code, _, errors = calibrate(tiny_model("llama"), *whole, *QUICK, "--out", "own")

@@ -11,9 +11,9 @@ import torch
 from benchmarks.kv_engine import save_made_up_bases
 from compress_common.checkpoints.checkpoint import Checkpoint
 from kv_policies.budget.profile import Profile, Provenance
-from kv_policies.latents.bases_header import SIDES, even_ranks
+from kv_policies.latents.bases_header import SIDES, Side, even_ranks
 from kv_policies.latents.format import Bits
-from kv_policies.latents.low_rank import svd
+from kv_policies.latents.low_rank import Factor, svd
 from vllm_plugin.kv_fingerprint import fingerprint_of, full_attention_layers
 
 
@@ -39,31 +39,38 @@ def save_profile(model: Path, path: Path, keep: Fraction, levels: int) -> Path:
 
 
 def save_bases(
-    model: Path, path: Path, ratio: Fraction, totals: Sequence[int] = (), bits: Bits = 16
+    model: Path,
+    path: Path,
+    ratio: Fraction,
+    totals: Sequence[int] = (),
+    bits: Bits = 16,
+    ranks: int = 1,
 ) -> Path:
     """The SVD of each projection, which needs no text.
 
-    totals: numbers per token of layers 0, 1, .., over and over; none: the ratio's in all.
+    totals: numbers per token and rank of layers 0, 1, .., over and over; none: the ratio's in all.
+    ranks: of tensor parallelism, which have bases of their own KV heads.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)
     layers = full_attention_layers(config)
     fingerprint = fingerprint_of("test", config)
-    features = fingerprint.num_key_value_heads * fingerprint.head_dim
+    features = fingerprint.num_key_value_heads * fingerprint.head_dim // ranks
     totals = totals or (sum(even_ranks(ratio, features, bits)),)
-    places = {
+    places: dict[str, tuple[int, Side]] = {
         f"model.layers.{layer}.self_attn.{side[0]}_proj.weight": (layer, side)
         for layer in layers
         for side in SIDES
     }
-    factors = {}
+    shards: list[dict[tuple[int, Side], Factor]] = [{} for _ in range(ranks)]
     for name, tensor in Checkpoint(model).tensors(places):
         layer, side = places[name]
         weight, total = tensor.double().T, totals[layer % len(totals)]
         rank = total // 2 if side == "key" else total - total // 2
-        factors[layer, side] = svd(weight, torch.zeros_like(weight[0])).cut(rank).float()
-    save_made_up_bases(model, ratio, bits, factors, path)
+        for shard, part in zip(shards, weight.split(features, 1), strict=True):
+            shard[layer, side] = svd(part, torch.zeros_like(part[0])).cut(rank).float()
+    save_made_up_bases(model, ratio, bits, shards, path)
     return path
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two pipeline stages say, free and count what one process does. In float32: batches differ."""
+"""Two pipeline stages, and two ranks of tensor parallelism, say, free and count what one process
+does. In float32: batches and the order of sums differ."""
 
 import os
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from unittest import mock
 
 import pytest
 
+from benchmarks.cskv_ranks import as_one_rank
+from kv_policies.latents.bases import Bases
 from tests.support.kv_prompts import text_prompts
 from tests.support.metrics_engine import watch
 from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
@@ -23,10 +26,11 @@ def model(tiny_model: Callable[..., Path]) -> Path:
     return tiny_model("llama", num_hidden_layers=6, **heads)
 
 
-def served(model: Path, stages: int, kv: dict[str, Any] | None) -> dict[str, Any]:
+def served(model: Path, stages: int, kv: dict[str, Any] | None, ranks: int = 1) -> dict[str, Any]:
     engine = {
         "dtype": "float32",
         "pipeline_parallel_size": stages,
+        "tensor_parallel_size": ranks,
         "kv_cache_memory_bytes": None,
         "num_gpu_blocks_override": 160,  # of a few layers each
         "max_model_len": 1024,
@@ -74,6 +78,24 @@ def test_other_policies(model: Path, tmp_path: Path, kind: str) -> None:
 def test_keep_1_is_stock(model: Path) -> None:
     stock, ours = served(model, 1, None), served(model, 2, {"policy": "snap_kv", "keep": 1})
     assert ours["tokens"] == stock["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["latents", "chosen tokens"])
+def test_ranks_compress_their_own_heads(
+    tiny_model: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    """One rank serves block-diagonal bases, which keep what those of two ranks do: not all."""
+    heads = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    model = tiny_model("llama", num_hidden_layers=4, **heads)
+    kv: dict[str, Any] = {"policy": "snap_kv", "keep": 0.25, "decode_window": 64}
+    whole = kv
+    if kind == "latents":
+        file, joined = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
+        save_bases(model, file, Fraction(4, 5), (20, 30), ranks=2)
+        as_one_rank(Bases.load(file)).save(joined)
+        kv, whole = ({"policy": "cskv", "bases": str(each)} for each in (file, joined))
+    assert_alike(served(model, 1, whole), served(model, 1, kv, ranks=2))
 
 
 def assert_alike(one: dict[str, Any], two: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from compress_common.errors import CompressError
 from quant_methods.formats.checkpoint_formats import MARKER
 from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
 from vllm_plugin.kv_cache import requests
-from vllm_plugin.kv_cache.budget import bases_of
+from vllm_plugin.kv_cache.budget import bases_of, layouts_of
 from vllm_plugin.kv_cache.latent import latent_problems
 from vllm_plugin.kv_cache.requests import (
     KVRequestCheck,
@@ -210,6 +210,36 @@ def test_bases_of_another_model_or_with_another_budget(
     assert "calibrate-kv" in text and "--bits 4" in text
     text = refusal(demo_model, kv | {"bits": 16, "decode_window": 48})
     assert "window must be 0 or a multiple of the block size 32, got 48" in text
+
+
+def test_bases_for_another_number_of_ranks(demo_model: Path, bases: Path, tmp_path: Path) -> None:
+    three = save_bases(demo_model, tmp_path / "3.safetensors", Fraction(4, 5), ranks=3)
+    config = AutoConfig.from_pretrained(demo_model)
+    settings = {
+        file: KVSettings(policy="cskv", bases=str(file))  # type: ignore[call-arg]
+        for file in (bases, three)
+    }
+    name = str(demo_model)
+    for file, made in ((bases, 1), (three, 3)):
+        assert bases_of(settings[file], name, config, made).header.tensor_parallel == made
+        with pytest.raises(CompressError) as caught:
+            bases_of(settings[file], name, config, 4 - made)
+        text = str(caught.value)
+        assert f"--tensor-parallel-size is {4 - made}, but the bases {file} are made for" in text
+        assert f"set it to {made}, or make bases with `vllm-compress calibrate-kv" in text
+        assert f"--tensor-parallel-size {4 - made}`" in text
+    with pytest.raises(CompressError) as caught:
+        bases_of(settings[three], name, config, 2)
+    assert "set it to 3" in str(caught.value) and "calibrate-kv" not in str(caught.value)
+    # One rank of an engine is refused a file for three, which holds a third of its heads.
+    assert "set it to 3, or make bases" in refusal(
+        demo_model, {"policy": "cskv", "bases": str(three)}
+    )
+    shares = {
+        layers[0].share
+        for layers in (layouts_of(settings[file], 32, name, config) for file in (bases, three))
+    }
+    assert all(share < 1 for share in shares)
 
 
 def test_latents_under_what_changes_values(demo_model: Path, bases: Path) -> None:

@@ -21,7 +21,13 @@ from kv_policies.latents.low_rank import (
     value_metric,
 )
 from kv_policies.latents.rope import Rope
-from kv_policies.latents.rounding import losses, restored, rounding_error, spread
+from kv_policies.latents.rounding import (
+    losses,
+    mean_losses,
+    restored,
+    rounding_error,
+    spread,
+)
 
 _TOKENS: Final = 4096  # that the error of rounding is measured on
 
@@ -41,10 +47,12 @@ class BlockFactor:
             tokens by the attention that they receive, key features by the queries that meet them,
             and value features by what the output projection does with them.
         bits: Of a number of a latent, when it is stored.
+        shards: Parts that the KV heads are split into, one per rank of tensor parallelism. Each has
+            a factor of its own. All have as many latents.
 
     Attributes:
         losses: Share of energy in the objective's metric that is lost with the first 0, 1, .. F
-            latents, [F + 1]. What rounding to ``bits`` loses is in it.
+            latents of each shard, [F + 1]. What rounding to ``bits`` loses is in it.
     """
 
     def __init__(
@@ -55,30 +63,25 @@ class BlockFactor:
         weights: torch.Tensor | None,
         objective: Objective,
         bits: Bits,
+        shards: int = 1,
     ) -> None:
         self.attention, self.side, self.name, self.bits = attention, side, side[0], bits
         flat = inputs.flatten(0, 1)
         self.magnitude = flat.abs().mean(0, dtype=torch.float64)
         self.metric = _metric(attention, side, flat) if objective == "attention" else None
         states = _normed(attention, self.name, _projected(attention, self.name, flat))
-        self._factor, self._energies = closed_form(*moments(states, weights), self.metric)
-        some = slice(_TOKENS)
-        errors = {
-            rank: rounding_error(
-                self.factor(rank),
-                states[some],
-                side,
-                self.metric,
-                weights if weights is None else weights[some],
-            )
-            for rank in (_ranks_to_measure(len(self._energies)) if bits == 4 else ())
-        }
-        self.losses = losses(self._energies.cpu(), errors)
+        self._parts = features_of_shards(states.shape[1], shards)
+        self._fits = [
+            _ShardFactor(states[:, part], side, _inside(self.metric, part), weights, bits)
+            for part in self._parts
+        ]
+        self.losses = mean_losses(
+            [fit.losses for fit in self._fits], [fit.energies for fit in self._fits]
+        )
 
-    def factor(self, rank: int) -> Factor:
-        """Return the factor of this rank, as it is stored."""
-        factor = self._factor.cut(rank)
-        return spread(factor, self._energies[:rank]) if self.bits == 4 else factor
+    def factors(self, rank: int) -> list[Factor]:
+        """Return the factor of each shard, cut to this rank, as it is stored."""
+        return [fit.factor(rank) for fit in self._fits]
 
     def errors(
         self, inputs: torch.Tensor, weights: torch.Tensor | None, rank: int
@@ -97,14 +100,74 @@ class BlockFactor:
         bias = torch.zeros_like(weight[0]) if projection.bias is None else projection.bias.double()
         raw = _projected(self.attention, self.name, inputs.flatten(0, 1))
         states = _normed(self.attention, self.name, raw)
-        found = {"closed_form": restored(self.factor(rank), states, self.side, self.bits)}
-        others = {"svd": svd(weight, bias), "asvd": asvd(weight, bias, self.magnitude)}
-        for method, factor in others.items():
-            found[method] = _normed(self.attention, self.name, factor.cut(rank).project(raw))
+        found: dict[str, list[torch.Tensor]] = {"closed_form": [], "svd": [], "asvd": []}
+        for part, fit in zip(self._parts, self._fits, strict=True):
+            stored = restored(fit.factor(rank), states[:, part], self.side, self.bits)
+            found["closed_form"].append(stored)
+            own = weight[:, part], bias[part]
+            others = {"svd": svd(*own), "asvd": asvd(*own, self.magnitude)}
+            for method, factor in others.items():
+                projected = factor.cut(rank).project(raw[:, part])
+                found[method].append(_normed(self.attention, self.name, projected))
         return {
-            method: relative_error(states, projected, self.metric, weights)
-            for method, projected in found.items()
+            method: relative_error(states, torch.cat(parts, 1), self.metric, weights)
+            for method, parts in found.items()
         }
+
+
+class _ShardFactor:
+    """The closed form for the KV heads of a shard.
+
+    Args:
+        states: Keys or values of these heads, [N, F].
+        side: Which of them.
+        metric: Of their errors, [F, F]; None: all features count alike.
+        weights: Weight of each token, [N]; None: equal.
+        bits: Of a number of a latent, when it is stored.
+
+    Attributes:
+        energies: Of each latent, [F], descending.
+        losses: As of ``BlockFactor``, of these heads.
+    """
+
+    def __init__(
+        self,
+        states: torch.Tensor,
+        side: Side,
+        metric: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        bits: Bits,
+    ) -> None:
+        self._bits = bits
+        self._factor, self.energies = closed_form(*moments(states, weights), metric)
+        some = slice(_TOKENS)
+        errors = {
+            rank: rounding_error(
+                self.factor(rank),
+                states[some],
+                side,
+                metric,
+                weights if weights is None else weights[some],
+            )
+            for rank in (_ranks_to_measure(len(self.energies)) if bits == 4 else ())
+        }
+        self.losses = losses(self.energies.cpu(), errors)
+
+    def factor(self, rank: int) -> Factor:
+        """Return the factor of this rank, as it is stored."""
+        factor = self._factor.cut(rank)
+        return spread(factor, self.energies[:rank]) if self._bits == 4 else factor
+
+
+def features_of_shards(features: int, shards: int) -> list[slice]:
+    """Return the features of each shard. The heads of a token lie side by side."""
+    each = features // shards
+    return [slice(shard * each, (shard + 1) * each) for shard in range(shards)]
+
+
+def _inside(metric: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    """Return the metric of some features. No metric joins heads, so nothing is lost."""
+    return None if metric is None else metric[part, part]
 
 
 def _ranks_to_measure(features: int) -> list[int]:

@@ -28,6 +28,7 @@ from kv_policies.latents.bases_header import (
     Objective,
     Side,
     ratio_problem,
+    split_problem,
 )
 from kv_policies.latents.format import Bits
 from kv_policies.latents.low_rank import Factor
@@ -89,6 +90,7 @@ def make_bases(
     bits: Bits = 16,
     allocate: bool = True,
     objective: Objective = "attention",
+    tensor_parallel: int = 1,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> tuple[Bases, list[HeldOut]]:
@@ -102,6 +104,7 @@ def make_bases(
         allocate: Give each layer's keys and values the ranks that they need, in the same bytes.
             False: all get the same.
         objective: What the error of keys and values is measured by; see ``BlockFactor``.
+        tensor_parallel: Ranks that will serve the model. Each gets bases of its own KV heads.
         device: Where blocks run, a name or "auto"; in what, see ``computed_in``.
         progress: Told as the work advances.
 
@@ -115,7 +118,9 @@ def make_bases(
     if problems := latent_model_problems(subject.config):
         raise joined([f"{subject.name} cannot have bases: {problem}" for problem in problems])
     structure, fingerprint = structure_of(subject.config), subject.fingerprint
-    features = fingerprint.num_key_value_heads * fingerprint.head_dim
+    if problem := split_problem(fingerprint.num_key_value_heads, tensor_parallel):
+        raise CompressError(f"{subject.name} cannot have bases: {problem}")
+    features = fingerprint.num_key_value_heads // tensor_parallel * fingerprint.head_dim
     if problem := ratio_problem(ratio, features, bits):
         raise CompressError(problem)
     if fitted * text.length < features:
@@ -128,19 +133,22 @@ def make_bases(
     network.to(computed_in(subject.checkpoint.weight_bytes, place.device))
     tokens = subject.tokens(network, progress)
     blocks = Blocks(network, structure, tokens, place.device, states=place.states)
-    fits = _fits(blocks, subject.layers, fitted, objective, bits, progress)
+    fits = _fits(blocks, subject.layers, fitted, objective, bits, tensor_parallel, progress)
     if allocate:
         losses = {index: fit.losses for index, fit in fits.items()}
-        ranks = allocation.allocate(losses, ratio, features, bits)
+        sizes = allocation.allocate(losses, ratio, features, bits)
     else:
-        ranks = allocation.halves(fits, ratio, features, bits)
+        sizes = allocation.halves(fits, ratio, features, bits)
     report: list[HeldOut] = []
-    factors: dict[tuple[int, Side], Factor] = {}
+    factors: list[dict[tuple[int, Side], Factor]] = [{} for _ in range(tensor_parallel)]
     for done, (index, fit) in enumerate(fits.items()):
         progress("compare", done, len(fits))
         with blocks.resident(index):
-            report.append(HeldOut(index, **fit.errors(ranks[index], blocks.device)))
-        factors |= _cut(index, fit, ranks[index])
+            report.append(HeldOut(index, **fit.errors(sizes[index], blocks.device)))
+        for side in SIDES:
+            cut = fit.sides[side].factors(sizes[index][side])
+            for shard, factor in zip(factors, cut, strict=True):
+                shard[index, side] = factor.float()
     progress("compare", len(fits), len(fits))
     depth = fingerprint.num_hidden_layers
     header = Header(
@@ -149,7 +157,8 @@ def make_bases(
         bits=bits,
         ratio=ratio,
         objective=objective,
-        layers=tuple(fit.row(index, ranks[index]) for index, fit in fits.items()),
+        tensor_parallel=tensor_parallel,
+        layers=tuple(fit.row(index, sizes[index]) for index, fit in fits.items()),
         calibration=Calibration(**subject.origin(), samples=fitted),
     )
     return Bases(header, factors), report
@@ -161,6 +170,7 @@ def _fits(
     fitted: int,
     objective: Objective,
     bits: Bits,
+    shards: int,
     progress: Progress,
 ) -> dict[int, _Fit]:
     """Run all blocks up to the last of ``layers`` and fit each to the first ``fitted`` samples."""
@@ -179,7 +189,8 @@ def _fits(
                 weights_of(attention, x, rotation, objective) for x in (seen, unseen)
             )
             sides = {
-                side: BlockFactor(attention, side, seen, weights, objective, bits) for side in SIDES
+                side: BlockFactor(attention, side, seen, weights, objective, bits, shards)
+                for side in SIDES
             }
             fits[index] = _Fit(sides, unseen.cpu(), others)
     progress("fit", layers[-1] + 1, layers[-1] + 1)
@@ -195,7 +206,3 @@ def _step(blocks: Blocks, index: int, hidden: torch.Tensor) -> tuple[torch.Tenso
     ):
         hidden = blocks.run(index, hidden, out=hidden)
     return torch.cat(seen), hidden
-
-
-def _cut(index: int, fit: _Fit, ranks: allocation.Ranks) -> dict[tuple[int, Side], Factor]:
-    return {(index, side): fit.sides[side].factor(ranks[side]).float() for side in SIDES}
