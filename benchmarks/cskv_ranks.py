@@ -32,6 +32,8 @@ def ranks(options: Options, result: Result) -> None:
     for count in RANKS:
         split = () if count == 1 else ("--tensor-parallel-size", str(count))
         for bits, ratio in RATIOS.items():
+            if options.smoke and bits != SERVED:
+                continue
             file = bases(model, ratio, bits, *split)
             header = in_process(_header, file, preloaded=options.smoke)
             for side in SIDES:

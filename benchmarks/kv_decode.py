@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV policies in long decode: what a model recalls of what it generated, within a budget.
 
-    .venv/bin/python -m benchmarks.kv_decode [--json] [--out FILE]
+    .venv/bin/python -m benchmarks.kv_decode [--part PART] [--row ROW] [--out FILE]
 
 Demo model in the precision that is fast here, blocks of 32 tokens, decode windows of 128. Each
 policy P in snap_kv, h2o, r_kv, expected_attention, key_diff, key_diff_recent, recent at budget B in
 256, 512, 1024, the full cache, and vLLM's fp8 cache, which has no budget. snap_kv scores decode
 windows with 16 queries here, which it leaves to key_diff by default; key_diff_recent keeps an
-eighth of its budget for the last tokens.
+eighth of its budget for the last tokens. --row takes a prefix such as h2o_512, for P_B_recall and
+P_B_nats.
 
 P_B_recall         Of numbers of 4 digits, one per city, in 2,000 generated tokens of filler; the
                    model is asked for each afterwards, in their order. The first number must be

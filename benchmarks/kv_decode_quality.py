@@ -151,6 +151,8 @@ def quality(options: Options, result: Result) -> None:
         failed: dict[str, str] = {}
         if options.smoke and prefix not in SMOKE_ROWS:
             failed[prefix] = "--smoke leaves it out"
+        elif options.rows and prefix not in options.rows:
+            failed[prefix] = "it was not asked for (--row)"
         else:
             with reported(failed, prefix):
                 if name == "fp8":

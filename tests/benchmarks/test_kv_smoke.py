@@ -117,10 +117,14 @@ def test_cskv(demo_model: Path, tmp_path: Path):
         "cskv_nats",
         "cskv_passkey",
         "cskv_record",
+        "tp1_16bit_nats",
+        "tp3_16bit_record",
     }
     line, _ = smoke("cskv", contract, tmp_path / "cskv.json")
     assert line["bytes_per_token_ratio_086_int4"] < line["bytes_per_token_ratio_080"] < 0.25
     assert 0 < line["recon_error_vs_asvd_max"] < 1
+    for side in ("key", "value"):  # bases of all heads lose less in the same bytes
+        assert 0 < line[f"tp1_16bit_{side}_error"] < line[f"tp3_16bit_{side}_error"] < 1
 
 
 @pytest.mark.slow
