@@ -91,7 +91,10 @@ def test_ranks_compress_their_own_heads(
     kv: dict[str, Any] = {"policy": "snap_kv", "keep": 0.25, "decode_window": 64}
     whole = kv
     if kind == "latents":
-        file, joined = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
+        # Of one name, which metrics have as a label.
+        file, joined = (tmp_path / name / "kv.safetensors" for name in ("two", "one"))
+        file.parent.mkdir()
+        joined.parent.mkdir()
         save_bases(model, file, Fraction(4, 5), (20, 30), ranks=2)
         as_one_rank(Bases.load(file)).save(joined)
         kv, whole = ({"policy": "cskv", "bases": str(each)} for each in (file, joined))
