@@ -28,6 +28,7 @@ def attention_received(
     keys: torch.Tensor,
     scale: float,
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
     block: int | None = None,
 ) -> torch.Tensor:
     """Sum the causal attention that each key receives from some queries.
@@ -37,7 +38,7 @@ def attention_received(
     float16: torch would round logits to it, and above 65,504 they would be infinite. Softmax and
     sums are in float32.
 
-    Limits: Logit soft caps and sliding windows are not modelled.
+    Limits: Sliding windows are not modelled.
 
     Args:
         queries: [R, Hq, Q, D].
@@ -46,6 +47,7 @@ def attention_received(
         scale: Factor on q.k in the softmax.
         sinks: One learned logit per query head, which takes its share of every softmax and gives
             nothing (gpt-oss), [Hq] or [R, Hq]; None: the model has none.
+        softcap: Logits x are ``softcap * tanh(x / softcap)`` (Gemma 2); None: the model has no cap.
         block: Most probabilities that are computed at a time, in elements: blocks of queries, at
             least one query (R * Hq * T elements). None: what suits the device.
 
@@ -77,6 +79,8 @@ def attention_received(
         causal = torch.zeros(hidden.shape, device=keys.device).masked_fill_(hidden, -torch.inf)
         # The heads of a group are stacked as rows, so that each KV head is one matrix product.
         logits = (grouped[:, :, :, start : start + rows].flatten(2, 3) @ transposed).float()
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
         logits.unflatten(2, (group, -1))[..., common:].add_(causal[:, None, None])
         # A softmax in place: on a CPU fresh memory costs more than the arithmetic. What each row is
         # divided by joins its weight, so that the sum over queries is a matrix product too.

@@ -55,8 +55,9 @@ class AttentionPolicy:
         keys: torch.Tensor,
         scale: float,
         sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        return attention_received(queries, positions, keys, scale, sinks)
+        return attention_received(queries, positions, keys, scale, sinks, softcap)
 
     def observed_numbers(self, heads: Heads, tokens: int) -> int:
         return tokens

@@ -48,6 +48,8 @@ class Capabilities:
         content: What kept blocks hold: "tokens" that were chosen, or "latents" of all.
         counts_sinks: ``observe`` lets attention sinks take their share of the softmax. A policy
             that observes queries without it is refused for a model with sinks.
+        caps_logits: ``observe`` caps logits as the model does. A policy without it scores as if
+            there were no cap.
     """
 
     needs: frozenset[Need]
@@ -56,6 +58,7 @@ class Capabilities:
     paper: str
     content: Literal["tokens", "latents"] = "tokens"
     counts_sinks: bool = False
+    caps_logits: bool = False
 
     @property
     def serves_sinks(self) -> bool:
@@ -140,6 +143,7 @@ class KVPolicy(Policy, Protocol):
         keys: torch.Tensor,
         scale: float,
         sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """What some queries say about the keys. It must be additive over queries.
 
@@ -153,6 +157,8 @@ class KVPolicy(Policy, Protocol):
             scale: Factor on q.k in the softmax.
             sinks: Logits of attention sinks, [Hq] or [R, Hq]; None: there are none. Given only to a
                 policy whose capabilities say ``counts_sinks``.
+            softcap: Logits x are ``softcap * tanh(x / softcap)`` before the softmax; None: there is
+                no cap. Given only to a policy whose capabilities say ``caps_logits``.
 
         Returns:
             float32 [R, Hkv, S]. S is T, or whatever ``observed_numbers`` says.
@@ -226,6 +232,7 @@ class QueryFreePolicy:
         keys: torch.Tensor,
         scale: float,
         sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         raise NotImplementedError("a policy without queries in its needs observes nothing")
 

@@ -6,7 +6,7 @@ parts that fit a ``Workspace``: some requests, some KV heads.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -124,6 +124,7 @@ class Layer:
         first_recent: The layer's first place there.
         sinks: Logits of attention sinks, [Hq], or [R, Hq] where rows are of several layers; None:
             there are none.
+        softcap: Of the logits in the softmax; None: there is no cap.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Layer:
     recent: torch.Tensor | None = None
     first_recent: int = 0
     sinks: torch.Tensor | None = None
+    softcap: float | None = None
 
 
 def compact(work: Work, layer: Layer, query: torch.Tensor) -> None:
@@ -231,7 +233,7 @@ def _observe(
         some = slice(first, first + QUERIES)
         wanted = of_heads[queries.tokens[:, some]].transpose(1, 2)
         at = queries.positions[:, some]
-        seen = policy.observe(wanted, at, keys, layer.scale, **_sinks(heads, layer))
+        seen = policy.observe(wanted, at, keys, layer.scale, **_softmax(policy, heads, layer))
         total = seen if total is None else total.add_(seen)
     assert total is not None
     return total
@@ -246,7 +248,7 @@ def _observe_recent(
     wanted = of_heads[part.recent + layer.first_recent].transpose(1, 2)
     count = part.recent.shape[1]
     positions = part.lengths[:, None] + torch.arange(-count, 0, device=part.lengths.device)
-    return policy.observe(wanted, positions, keys, layer.scale, **_sinks(heads, layer))
+    return policy.observe(wanted, positions, keys, layer.scale, **_softmax(policy, heads, layer))
 
 
 def _query_heads(heads: slice, layer: Layer) -> slice:
@@ -254,9 +256,17 @@ def _query_heads(heads: slice, layer: Layer) -> slice:
     return slice(heads.start * layer.heads.group, heads.stop * layer.heads.group)
 
 
-def _sinks(heads: slice, layer: Layer) -> dict[str, torch.Tensor]:
-    """The argument of ``observe``, where there is one: other policies need not know of sinks."""
-    return {} if layer.sinks is None else {"sinks": layer.sinks[..., _query_heads(heads, layer)]}
+def _softmax(policy: KVPolicy, heads: slice, layer: Layer) -> dict[str, Any]:
+    """What makes the softmax of a layer special, as arguments of ``observe``.
+
+    One that is not there is left out: a policy need not know of it.
+    """
+    found: dict[str, Any] = {}
+    if layer.sinks is not None:
+        found["sinks"] = layer.sinks[..., _query_heads(heads, layer)]
+    if layer.softcap is not None and policy.capabilities.caps_logits:
+        found["softcap"] = layer.softcap
+    return found
 
 
 def _sum_up(seen: torch.Tensor, part: Part, layer: Layer) -> None:

@@ -36,7 +36,8 @@ class ExpectedAttention(AttentionPolicy):
     of a cached prefix do not exist. So here the Gaussian is of the last ``queries`` tokens at their
     own positions.
 
-    Limits: A Gaussian knows no two kinds of queries. A head of D channels takes D * D numbers per
+    Limits: A Gaussian knows no two kinds of queries. A soft cap on logits (Gemma 2) is not in the
+    expected attention. A head of D channels takes D * D numbers per
     query head of a prompt that is not complete.
     """
 
@@ -56,9 +57,10 @@ class ExpectedAttention(AttentionPolicy):
         keys: torch.Tensor,
         scale: float,
         sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Count, sum and sum of outer products of the queries of each query head."""
-        assert sinks is None, "its expected attention has no place for them"
+        assert sinks is None and softcap is None, "its expected attention has no place for them"
         real = (positions >= 0)[:, None, None, :, None]
         grouped = queries.float().unflatten(1, (keys.shape[1], -1))
         grouped = torch.where(real, grouped, 0)

@@ -45,6 +45,7 @@ class H2O(AttentionPolicy):
         needs_profile=False,
         paper="https://arxiv.org/abs/2306.14048",
         counts_sinks=True,
+        caps_logits=True,
     )
 
     def score(self, context: Context) -> torch.Tensor:

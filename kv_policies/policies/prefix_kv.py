@@ -55,6 +55,7 @@ class PrefixKV(AttentionPolicy):
         needs_profile=True,
         paper="https://arxiv.org/abs/2412.03409",
         counts_sinks=True,
+        caps_logits=True,
     )
 
     def score(self, context: Context) -> torch.Tensor:

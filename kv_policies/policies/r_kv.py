@@ -68,6 +68,7 @@ class RKV(AttentionPolicy):
         needs_profile=False,
         paper="https://arxiv.org/abs/2505.24133",
         counts_sinks=True,
+        caps_logits=True,
     )
 
     @property

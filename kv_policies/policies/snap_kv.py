@@ -52,6 +52,7 @@ class SnapKV(AttentionPolicy):
         needs_profile=False,
         paper="https://arxiv.org/abs/2404.14469",
         counts_sinks=True,
+        caps_logits=True,
     )
 
     @property

@@ -63,6 +63,7 @@ class Engine:
     """One layer and three requests, tokens of known K and V."""
 
     sinks: torch.Tensor | None = None
+    softcap: float | None = None
 
     def __init__(self, name: str | KVPolicy, layout: Layout, limit: int = LIMIT) -> None:
         torch.manual_seed(0)
@@ -109,7 +110,8 @@ class Engine:
                     self.recent.stored[places] = query[storing.tokens]
             table = self.table[[IDS.index(name) for name in passed.ids]]
             if (work := planner.work(self.layout, passed, table)) is not None:
-                compact(work, replace(self.layer, sinks=self.sinks), query)
+                layer = replace(self.layer, sinks=self.sinks, softcap=self.softcap)
+                compact(work, layer, query)
         self.c = self.c + count
 
     def preempt(self, row: int) -> None:
@@ -305,6 +307,40 @@ def test_queries_are_observed_with_the_sinks_of_their_heads(limit: int) -> None:
     engine.step(list(LENGTHS))
     kept = engine.contents(0, 0)  # in all heads those of the first half, and the last token
     assert kept == [*range(19), 39, *range(40, 43)]
+
+
+class Capped(MostAttended):
+    """Keeps the first half where logits are capped at 2, the second elsewhere."""
+
+    capabilities = replace(MostAttended.capabilities, caps_logits=True)
+
+    def observe(
+        self,
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        scale: float,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        at = torch.arange(keys.shape[2]).expand(keys.shape[:3]).float()
+        return -at if softcap == 2 else at
+
+
+@pytest.mark.parametrize(
+    ("kind", "softcap", "kept"),
+    [
+        (Capped, 2.0, [*range(19), 39]),
+        (Capped, None, [0, *range(21, 40)]),
+        (MostAttended, 2.0, [*range(19), 39]),  # does not say that it caps logits: is given none
+    ],
+)
+def test_queries_are_observed_with_the_cap_of_their_logits(
+    kind: type, softcap: float | None, kept: list[int]
+) -> None:
+    engine = Engine(kind(kind.settings_type()), TokenLayout(BLOCK, Fraction(1, 2)))
+    engine.softcap = softcap
+    engine.step(list(LENGTHS))
+    assert engine.contents(0, 0) == [*kept, *range(40, 43)]
 
 
 @pytest.mark.parametrize("limit", [0, LIMIT])

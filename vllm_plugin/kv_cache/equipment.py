@@ -133,6 +133,7 @@ class Equipment:
                     None if recent is None else recent.stored,
                     0 if recent is None else number * recent.places,
                     getattr(impl, "sinks", None),
+                    getattr(impl, "logits_soft_cap", None) or None,  # 0 for none
                 )
                 builder.layers.append(impl.chosen)
             elif self._bases is not None:

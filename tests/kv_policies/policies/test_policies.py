@@ -33,11 +33,16 @@ def inputs(tokens: int, requests: int = 1, seed: int = 0) -> tuple[torch.Tensor,
 
 
 def dense(
-    queries: torch.Tensor, keys: torch.Tensor, sinks: torch.Tensor | None = None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """The whole causal attention matrix in float64, [R, Hq, T, T], written the plain way."""
     keys = keys.double().repeat_interleave(HEADS // KV_HEADS, dim=1)
     logits = queries.double() @ keys.transpose(-1, -2) * SCALE
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
     future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
     logits = logits.masked_fill(future, -torch.inf)
     if sinks is None:
@@ -138,6 +143,31 @@ def test_sinks_take_their_share(block: int, sink: float) -> None:
     want = dense(queries, keys, sinks).unflatten(1, (KV_HEADS, -1)).mean(2).sum(2)
     assert torch.allclose(got.double(), want, atol=1e-5)
     assert (sink < -30) == bool(torch.allclose(got.sum(-1), torch.full((2, KV_HEADS), 45.0)))
+
+
+@pytest.mark.parametrize("block", [1, 1 << 24])
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+def test_a_soft_cap_limits_what_a_key_receives(block: int, softcap: float) -> None:
+    queries, keys = inputs(45, requests=2)
+    at = torch.arange(45).expand(2, 45)
+    got = attention_received(queries, at, keys, SCALE, softcap=softcap, block=block)
+    want = dense(queries, keys, softcap=softcap).unflatten(1, (KV_HEADS, -1)).mean(2).sum(2)
+    assert torch.allclose(got.double(), want, atol=1e-5)
+    plain = attention_received(queries, at, keys, SCALE)
+    assert not torch.allclose(got, plain, atol=1e-3)
+
+
+def test_scores_that_come_from_attention_cap_logits() -> None:
+    """As the model does: of two caps, the votes differ, and each query has one vote."""
+    capping = [name for name in CHOOSING if policies()[name].capabilities.caps_logits]
+    assert capping == [name for name in CHOOSING if policies()[name].capabilities.counts_sinks]
+    queries, keys = inputs(45)
+    at = torch.arange(45)[None]
+    for name in capping:
+        observe = build_policy(name, {}).observe
+        capped = observe(queries, at, keys, SCALE, softcap=1.0)
+        assert not torch.allclose(capped, observe(queries, at, keys, SCALE), atol=1e-3)
+        assert torch.allclose(capped.sum(-1), torch.full((1, KV_HEADS), 45.0))
 
 
 def test_scores_that_come_from_attention_count_sinks() -> None:
