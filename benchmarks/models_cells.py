@@ -62,14 +62,20 @@ def stock_cell(stock: Mapping[str, Any], sixteen: bool) -> Cell:
 
 
 def kv_cell(
-    said: Mapping[str, str | None], stock: Mapping[str, Any], ours: Mapping[str, Any]
+    said: Mapping[str, str | None],
+    stock: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    sixteen: bool,
 ) -> Cell:
     """Judge a KV policy.
 
     Args:
         said: What doctor, plan and edge say.
         stock: Stock vLLM's answers, or why it failed.
-        ours: Answers at keep 1 and at a ``quarter``, or why the engine failed.
+        ours: Answers at keep 1 (``whole``) and at a ``quarter``, and what transformers makes of the
+            latter: ``chosen`` nats with the tokens that the policy keeps, ``plain`` with all; or
+            why the engine failed.
+        sixteen: Whether it computed in bfloat16, where other tokens can be chosen.
     """
     if (early := _before(said, stock, ours)) is not None:
         return early
@@ -88,7 +94,14 @@ def kv_cell(
             wrong.append(
                 f"keep {name} leaked {answer['leaked']} blocks and {answer['remembers']} requests"
             )
-    return Cell("wrong", "; ".join(wrong)) if wrong else Cell("ok", f"{quarter['freed']} freed")
+    error, far = (
+        mean_error(quarter["nats"], ours["chosen"]),
+        mean_error(quarter["nats"], ours["plain"]),
+    )
+    told = f"{error:.1g} nats, {far:.2g} from the whole cache, {quarter['freed']} freed"
+    if error >= (LIMIT if sixteen else SAME) or (not sixteen and error >= 0.5 * far):
+        wrong.append(f"keep 0.25 keeps other tokens, or computes something else: {told}")
+    return Cell("wrong", "; ".join(wrong)) if wrong else Cell("ok", told)
 
 
 def weights_cell(

@@ -6,6 +6,7 @@ from typing import Any
 from vllm import SamplingParams, TokensPrompt
 
 from benchmarks.kv_child import KVChild
+from vllm_plugin.kv_cache.spec import CompressedSpec
 
 
 class FamilyChild(KVChild):
@@ -53,6 +54,13 @@ class FamilyChild(KVChild):
             "leaked": before - pool.get_num_free_blocks(),
             "remembers": tables + self.llm.collective_rpc(_observations)[0],
         }
+
+    def compressed_block(self) -> int:
+        """Tokens of a block of the compressed layers."""
+        groups = self._scheduler.kv_cache_config.kv_cache_groups
+        specs = [group.kv_cache_spec for group in groups]
+        (size,) = {spec.block_size for spec in specs if isinstance(spec, CompressedSpec)}
+        return int(size)
 
 
 def _nats(output: Any, of_prompt: bool) -> list[float]:

@@ -4,6 +4,7 @@
 import random
 import tempfile
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,15 +12,17 @@ from benchmarks.architectures import FAMILIES, TEXT, write_model
 from benchmarks.common import cache_folder
 from benchmarks.engine import ENGINE_ARGS, Engine, EngineFailed, in_process
 from benchmarks.models_cells import FAILED, Cell, kv_cell, stock_cell, weights_cell
+from benchmarks.models_kv import Kept
 from vllm_plugin.demo_model import demo_model_path
 
 T = TypeVar("T")
 LENGTHS, TOKENS = (7, 130, 1000), 16
+KEEP = Fraction(1, 4)
 METHOD = "smoothquant_plus"
 SETTINGS: dict[str, Any] = {"group_size": 32, "folds": "all", "alpha": 0.5}
 SETTINGS |= {"rounding": "nearest", "clip": False, "calibration": {"samples": 2, "length": 16}}
 KV: dict[str, Any] = {
-    "additional_config": {"compress": {"kv": {"policy": "snap_kv", "keep": 0.25}}}
+    "additional_config": {"compress": {"kv": {"policy": "snap_kv", "keep": float(KEEP)}}}
 }
 WEIGHTS: dict[str, Any] = {
     "quantization": METHOD,
@@ -58,14 +61,14 @@ def measured(family: str) -> dict[str, Any]:
         }
         accepted = any(None in answers.values() for answers in said.values())
         stock = _stock(model, kind.architecture, base) if accepted else {}
-        kv = _kv(model, base) if _served(said["kv"], stock) else {}
+        kv = _kv(model, kind.architecture, base) if _served(said["kv"], stock) else {}
         weights, spent = {}, {}
         if _served(said["weights"], stock):
             weights = _weights(model, kind.architecture, base | SIXTEEN, Path(scratch))
             spent = weights.pop("folds", {})
     cells: dict[str, Cell] = {
         "stock": stock_cell(stock, kind.sixteen),
-        "kv": kv_cell(said["kv"], stock, kv),
+        "kv": kv_cell(said["kv"], stock, kv, kind.sixteen),
         "weights": weights_cell(said["weights"], stock, weights),
     }
     return {
@@ -108,16 +111,26 @@ def _stock(model: Path, architecture: str, base: dict[str, Any]) -> dict[str, An
     return answer | {"judged": _run(reference.judged, model, architecture, pairs, True)}
 
 
-def _kv(model: Path, base: dict[str, Any]) -> dict[str, Any]:
-    ask: dict[str, Any] = {"prompts": _prompts(len(LENGTHS)), "tokens": TOKENS, "of_prompt": False}
+def _kv(model: Path, architecture: str, base: dict[str, Any]) -> dict[str, Any]:
+    from benchmarks import models_reference as reference
+
+    prompts = _prompts(len(LENGTHS))
+    ask: dict[str, Any] = {"prompts": prompts, "tokens": TOKENS, "of_prompt": False}
     try:
         with FamilyEngine(model, preloaded=True, **base | KV) as engine:
-            return {
+            answers = {
                 name: engine.ask("answer", keep=keep, **ask)
                 for name, keep in (("whole", 1), ("quarter", None))
             }
+            kept = Kept(KEEP, engine.ask("compressed_block"))
     except EngineFailed as error:
         return {FAILED: _last_error(str(error))}
+    pairs = list(zip(prompts, answers["quarter"]["tokens"], strict=True))
+    judged = {
+        name: _run(reference.judged, model, architecture, pairs, False, some)["nats"]
+        for name, some in (("chosen", kept), ("plain", None))
+    }
+    return answers | judged
 
 
 def _weights(model: Path, architecture: str, base: dict[str, Any], scratch: Path) -> dict[str, Any]:

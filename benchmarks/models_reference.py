@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.models_kv import Kept
 from compress_common.calibration.blocks import Blocks
 from compress_common.calibration.precision import computed_in
 from compress_common.calibration.texts import stored_tokens
@@ -25,7 +26,11 @@ Sequences = list[tuple[list[int], list[int]]]  # prompt, answer
 
 @torch.no_grad()
 def judged(
-    model: Path, architecture: str, answers: Sequences, of_prompt: bool
+    model: Path,
+    architecture: str,
+    answers: Sequences,
+    of_prompt: bool,
+    kept: Kept | None = None,
 ) -> dict[str, list[Any]]:
     """Judge answers with the float32 model.
 
@@ -34,6 +39,7 @@ def judged(
         architecture: The class of the model in transformers.
         answers: Prompts with their answers.
         of_prompt: Whether prompts are judged too.
+        kept: What snap_kv leaves of a prompt for the answer; None: all.
 
     Returns:
         ``nats`` as ``FamilyChild.answer`` has them, and the ``tokens`` that are most likely after
@@ -44,6 +50,8 @@ def judged(
     network = getattr(transformers, architecture).from_pretrained(model, dtype=torch.float32).eval()
     nats, best = [], []
     for prompt, answer in answers:
+        if kept is not None:
+            kept.after(network, len(prompt))
         tokens = torch.tensor([prompt + answer])
         logits = network(input_ids=tokens).logits[0, :-1].float()
         every = -logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]

@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix of models: how cells are judged, and the table in the docs."""
 
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks import models_table
 from benchmarks.architectures import FAMILIES
 from benchmarks.models_cells import BAD, FAILED, kv_cell, shortened, stock_cell, weights_cell
+from benchmarks.models_kv import Kept
+from kv_policies.base import Context
+from kv_policies.layout.tokens import TokenLayout
+from kv_policies.registry import build_policy
+from kv_policies.select import select
 from tests.support.benchmark import smoke
 from tests.support.child import ROOT
 
@@ -22,7 +32,8 @@ STOCK: dict[str, Any] = {
 }
 CLEAN = {"freed": 0, "leaked": 0, "remembers": 0}
 WHOLE = CLEAN | {"tokens": STOCK["tokens"]}
-QUARTER = CLEAN | {"tokens": [[5, 9], [7, 9]], "freed": 7}
+QUARTER = CLEAN | {"tokens": [[5, 9], [7, 9]], "freed": 7, "nats": [[1.0, 2.0], [3.0, 4.0]]}
+CHOSEN, PLAIN = [[1.0, 2.0001], [3.0, 4.0]], [[1.0, 2.1], [3.0, 4.1]]
 INT4 = {"nats": [[1.0, 2.0]], "rounded": [[1.01, 2.01]], "plain": [[1.3, 2.3]]}
 
 
@@ -30,6 +41,8 @@ INT4 = {"nats": [[1.0, 2.0]], "rounded": [[1.01, 2.01]], "plain": [[1.3, 2.3]]}
     ("whole", "quarter", "state"),
     [
         ({}, {}, "ok"),
+        ({}, {"nats": [[1.0, 2.01], [3.0, 4.0]]}, "wrong"),  # not what the kept tokens give
+        ({}, {"nats": PLAIN}, "wrong"),  # what the whole cache gives
         ({"tokens": [[5, 6], [7, 7]]}, {}, "wrong"),
         ({"freed": 1}, {}, "wrong"),
         ({}, {"freed": 0}, "wrong"),  # it silently did nothing
@@ -39,8 +52,31 @@ INT4 = {"nats": [[1.0, 2.0]], "rounded": [[1.01, 2.01]], "plain": [[1.3, 2.3]]}
     ],
 )
 def test_a_policy_is_judged(whole: dict, quarter: dict, state: str) -> None:
-    ours = {"whole": WHOLE | whole, "quarter": QUARTER | quarter}
-    assert kv_cell(ACCEPTED, STOCK, ours).state == state
+    ours = {"whole": WHOLE | whole, "quarter": QUARTER | quarter, "chosen": CHOSEN, "plain": PLAIN}
+    assert kv_cell(ACCEPTED, STOCK, ours, sixteen=False).state == state
+
+
+def test_in_bfloat16_other_tokens_may_be_chosen() -> None:
+    ours = {"whole": WHOLE, "quarter": QUARTER, "chosen": [[1.0, 2.05], [3.0, 4.0]], "plain": PLAIN}
+    assert kv_cell(ACCEPTED, STOCK, ours, sixteen=False).state == "wrong"
+    assert kv_cell(ACCEPTED, STOCK, ours, sixteen=True).state == "ok"
+    assert kv_cell(ACCEPTED, STOCK, ours | {"chosen": [[1.5, 2.0], [3.0, 4.0]]}, True).state != "ok"
+
+
+@given(st.integers(128, 400), st.sampled_from([16, 32, 48]), st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_the_reference_keeps_what_snap_kv_keeps(tokens: int, block: int, seed: int) -> None:
+    votes = torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed))
+    lengths, layout = torch.tensor([tokens]), TokenLayout(block, Fraction(1, 4), min_prompt=0)
+    scores = build_policy("snap_kv", {}).score(
+        Context(0, lengths, tokens, observed=votes[None], kept=lengths // 4)
+    )
+    whole = tokens // block * block
+    count = layout.kept(tokens // block) * block if tokens >= -(-128 // block) * block else whole
+    chosen = select(scores, torch.tensor([whole]), torch.tensor([count]))[0].tolist()
+    kept = Kept(Fraction(1, 4), block).of_prompt(votes)
+    for head in range(2):
+        assert kept[head].nonzero()[:, 0].tolist() == [*chosen[head], *range(whole, tokens)]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +93,7 @@ def test_weights_are_judged(rounded: list, plain: list, state: str) -> None:
     assert weights_cell(ACCEPTED, STOCK, ours).state == state
 
 
-@pytest.mark.parametrize("judge", [kv_cell, weights_cell])
+@pytest.mark.parametrize("judge", [partial(kv_cell, sixteen=False), weights_cell])
 @pytest.mark.parametrize(
     ("said", "stock", "ours", "state"),
     [
