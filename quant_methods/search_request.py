@@ -17,6 +17,7 @@ from quant_methods.allocators.allocation import LEVELS
 from quant_methods.allocators.base import Allocator
 from quant_methods.allocators.registry import build_allocator
 from quant_methods.base import GridSettings
+from quant_methods.calibration.images import ImageSettings
 from quant_methods.grid import SIXTEEN
 
 
@@ -51,6 +52,7 @@ class SearchRequest(BaseModel):
         levels: Bits that a unit may have; None: the target's.
         search_samples: Sequences that probes measure on. They come from where the calibration's
             come from, but are others: on its own calibration text a rounding looks too good.
+        images: Chats with images that the method looks at besides; None: none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +67,7 @@ class SearchRequest(BaseModel):
     tensor_parallel: int = Field(1, ge=1)
     calibration: CalibrationSettings = CalibrationSettings(samples=64, length=128)
     search_samples: int = Field(32, ge=1, le=4096)
+    images: ImageSettings | None = None
 
     def chosen_levels(self) -> tuple[int, ...]:
         """Return the levels, ascending; CompressError when the target cannot serve one."""
@@ -102,7 +105,12 @@ class SearchRequest(BaseModel):
 
     def allocator(self) -> Allocator:
         """Return the allocator; CompressError when its name or a setting is not valid."""
-        return build_allocator(self.method, self.settings)
+        allocator = build_allocator(self.method, self.settings)
+        if self.images is not None and not allocator.takes_images:
+            raise CompressError(
+                f"{self.method} does not look at images; leave --images out, or give --method luq"
+            )
+        return allocator
 
     def check_text(self) -> None:
         """Raise CompressError when the method measures on more text than there is."""

@@ -2,7 +2,7 @@
 """From a checkpoint and a budget to the bits of each unit: levels, probes, allocator."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ def search(
     *,
     device: str | torch.device = "cpu",
     progress: Progress = silent,
+    images: Callable[[Progress], Sequence[torch.Tensor]] | None = None,
 ) -> Allocation:
     """Return the bits of each unit for a budget.
 
@@ -56,10 +57,13 @@ def search(
         request: Budget, method, levels.
         device: Where decoder blocks are computed.
         progress: Called as the work advances.
+        images: Returns ``Allocator.images`` of the chats that ``request.images`` names; None where
+            it names none.
 
     Raises:
         CompressError: Bad input, a budget below the lowest levels, no space for the database.
     """
+    assert (images is None) == (request.images is None), "images are asked for and not given"
     check_device(device)
     config = checkpoint.hf_config
     structure, levels = structure_of(config), request.chosen_levels()
@@ -87,6 +91,7 @@ def search(
         stages = Stages(_key(checkpoint, given, known[0], dtype), kind=KIND, required=True)
     _check_space(stages, plan, given, levels, config)
 
+    allocator.images = None if images is None else images(progress)  # before the other model
     progress("load model", 0, 1)
     placement = placed(device, sizes)
     model = load_model(checkpoint, dtype, placement.model)
@@ -134,6 +139,7 @@ def search(
         "uniform": uniform,
         "calibration": request.calibration.model_dump(),
         "search_tokens": text.numel(),
+        "images": None if request.images is None else request.images.model_dump(),
         "search": allocator.report,
     }
     return Allocation(

@@ -2,9 +2,10 @@
 """The interface of an allocator: which unit of which layer gets how many bits."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from compress_common.calibration.blocks import Blocks
@@ -46,6 +47,10 @@ class AllocatorSettings(BaseModel):
         """Return the tokens of text that the allocator cannot do without."""
         return 1
 
+    def image_tokens(self) -> int:
+        """Return the tokens that the allocator wants of chats with images, where it takes them."""
+        return 0
+
 
 class Allocator(ABC):
     """Chooses the bits of each unit within a budget.
@@ -55,7 +60,10 @@ class Allocator(ABC):
         settings_type: The pydantic model of its settings. An instance is built from one.
         paper: Address of the paper, or "".
         needs: What it measures besides the level database, in a few words.
+        takes_images: Whether it looks at ``images``. A search with images is refused for others.
         settings: Their values.
+        images: Outputs of each layer of the original decoder on chats with images, [tokens, hidden]
+            each; None: the search has no such chats.
         report: What ``allocate`` wants users to see. JSON-able.
         stages: Where finished parts of the search are kept.
     """
@@ -64,9 +72,11 @@ class Allocator(ABC):
     settings_type: ClassVar[type["AllocatorSettings"]]
     paper: ClassVar[str]
     needs: ClassVar[str] = "nothing more"
+    takes_images: ClassVar[bool] = False
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
+        self.images: Sequence[torch.Tensor] | None = None
         self.report: dict[str, Any] = {}
         self.stages = Stages()
 

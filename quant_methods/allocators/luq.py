@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from compress_common.calibration.blocks import Blocks
+from compress_common.checkpoints.identity import tensor_digest
 from compress_common.errors import CompressError
 from compress_common.progress import Progress, silent
 from quant_methods.allocators.base import Allocator, AllocatorSettings, Levels, Probe
@@ -30,12 +31,23 @@ class LUQSettings(AllocatorSettings):
     clusters: int = Field(100, ge=2, le=4096, description="k-means clusters of a layer's outputs")
     seeds: int = Field(5, ge=1, le=100, description="rankings that are averaged")
     tokens: int = Field(2048, ge=16, description="calibration tokens that a ranking clusters")
+    image_share: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="share of these tokens that are of chats with images, where `--images` gives "
+        "some; smaller: fewer patches of images among them",
+    )
     sweep: int = Field(
         3,
         ge=1,
         description="numbers of low layers that are measured, from the smallest that fits; the "
         "best is taken",
     )
+
+    def image_tokens(self) -> int:
+        """See ``AllocatorSettings``."""
+        return round(self.image_share * self.tokens)
 
 
 class LUQ(Allocator):
@@ -44,12 +56,17 @@ class LUQ(Allocator):
     The paper's low level is BiLLM at about 1.1 bits, which no kernel serves. The entropies of
     layers differ by about 2 %, so ranks are averaged over seeds. No unit is measured, so ``probe``
     is better on most models. Budget above all layers at the high level is left unused.
+
+    A model of images and text is ranked on a mix of both where chats with images are given, as in
+    the paper, which finds half to all of the tokens about equally good. Here levels are rounded and
+    compared on text alone.
     """
 
     name: ClassVar[str] = "luq"
     settings_type: ClassVar[type[AllocatorSettings]] = LUQSettings
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.23729"
     needs: ClassVar[str] = "one pass of the 16-bit model"
+    takes_images: ClassVar[bool] = True
 
     def __init__(self, settings: LUQSettings) -> None:
         super().__init__(settings)
@@ -65,18 +82,30 @@ class LUQ(Allocator):
             with blocks.resident(index):
                 hidden = blocks.run(index, hidden, out=hidden)
             name = f"entropy {self.settings.model_dump_json()} {index}"
-            stored = blocks.stages.tensors(name, partial(self._entropies, hidden))
+            pictured = None if self.images is None else self.images[index]
+            if pictured is not None:
+                name += f" {tensor_digest(pictured)}"
+            stored = blocks.stages.tensors(name, partial(self._entropies, hidden, pictured))
             found.append(stored["entropy"])
         ranks = mean_ranks(torch.stack(found))
         self.ranks = {blocks.prefix(i).rstrip("."): rank for i, rank in enumerate(ranks)}
 
-    def _entropies(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the entropy of a layer's outputs, by seed. Each seed takes other tokens."""
+    def _entropies(
+        self, hidden: torch.Tensor, pictured: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Return the entropy of a layer's outputs, by seed. Each seed takes other tokens.
+
+        Args:
+            hidden: On text, [samples, length, hidden].
+            pictured: On chats with images, [tokens, hidden]; None: there are none.
+        """
         points, values = hidden.flatten(0, 1), []
+        of_images = 0 if pictured is None else self.settings.image_tokens()
         for seed in range(self.settings.seeds):
             generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randperm(len(points), generator=generator)[: self.settings.tokens]
-            few = points[chosen.to(points.device)]
+            few = _drawn(points, self.settings.tokens - of_images, generator)
+            if pictured is not None:
+                few = torch.cat((few, _drawn(pictured, of_images, generator).to(few)))
             values.append(cluster_entropy(few, self.settings.clusters, generator))
         return {"entropy": torch.tensor(values, dtype=torch.float64)}
 
@@ -135,3 +164,9 @@ class LUQ(Allocator):
                 f"{high}"
             )
         return low, high
+
+
+def _drawn(points: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Return so many of some points, [n, d]; all where there are fewer."""
+    chosen = torch.randperm(len(points), generator=generator)[:count]
+    return points[chosen.to(points.device)]

@@ -31,7 +31,13 @@ from vllm_plugin.commands.common import (
 from vllm_plugin.progress import bar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from compress_common.progress import Progress
     from quant_methods.allocators.allocation import Allocation
+    from quant_methods.calibration.images import ImageSettings
 
 
 def search(
@@ -56,6 +62,16 @@ def search(
     search_samples: Annotated[
         int, typer.Option(help="sequences that the search measures on, besides the calibration's")
     ] = 32,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="for luq and a model of images: 'made' (pictures that are drawn), or a .jsonl "
+            "file of chats with image_url parts"
+        ),
+    ] = None,
+    image_samples: Annotated[
+        int | None, typer.Option(help="chats with images (default: 8)")
+    ] = None,
     tensor_parallel_size: TensorParallelSize = 1,
     plot: Plot = None,
     device: Device = AUTO,
@@ -89,8 +105,9 @@ def search(
         tensor_parallel=tensor_parallel_size,
         calibration=CalibrationSettings(source=text, samples=samples, length=length, seed=seed),
         search_samples=search_samples,
+        images=_images(images, image_samples, seed),
     )
-    request.allocator()
+    allocator = request.allocator()
     request.chosen_levels()
     check_writable(file, plot)  # before minutes of work
     figure: Any = None
@@ -100,9 +117,12 @@ def search(
         figure = canvas(plot)
     checkpoint = Checkpoint(resolve(model))
     device = request.chosen_device(checkpoint, device)
+    outputs = None
+    if request.images is not None:
+        outputs = _outputs(model, request.images, allocator.settings.image_tokens(), device)
     err.print(f"computes on {device}")
     with bar() as progress:
-        made = run(checkpoint, request, device=device, progress=progress)
+        made = run(checkpoint, request, device=device, progress=progress, images=outputs)
     with whole_file(file) as partial:
         made.save(partial)
     if plot:
@@ -136,6 +156,29 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise CompressError(f"--levels {text!r} is not a list of numbers, such as 4,8") from error
+
+
+def _images(source: str | None, samples: int | None, seed: int) -> "ImageSettings | None":
+    """Return the chats with images that the options ask for."""
+    from quant_methods.calibration.images import ImageSettings
+
+    if source is None:
+        if samples is not None:
+            raise CompressError("--image-samples counts chats with images; give --images too")
+        return None
+    return ImageSettings(source=source, samples=8 if samples is None else samples, seed=seed)
+
+
+def _outputs(
+    model: str, images: "ImageSettings", tokens: int, device: str
+) -> "Callable[[Progress], Sequence[torch.Tensor]]":
+    """Return what runs the chats, once they are found to be good."""
+    from vllm_plugin.commands.profiling.hf_images import HFImageModel
+    from vllm_plugin.commands.profiling.image_outputs import check_tokens, image_outputs
+
+    subject = HFImageModel(model, images, 1)
+    check_tokens(subject, tokens)
+    return lambda progress: image_outputs(subject, tokens, device, progress)
 
 
 def _print_tables(made: "Allocation", title: str) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every allocator meets the budget, and more of it never hurts."""
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from itertools import product
@@ -139,6 +140,18 @@ def test_no_unit_loses_bits_to_a_larger_budget(
         assert total(sizes, bits) <= budget * (1 + 1e-12)
         found.append(bits)
     assert all(found[0][unit] <= found[1][unit] for unit in levels)
+
+
+def test_luq_clusters_text_and_images_in_the_share_that_was_asked_for() -> None:
+    """All tokens of text are alike, and those of images too: two clusters of known shares."""
+    text, pictured = torch.zeros(4, 32, 8), torch.ones(70, 8)
+    for share, images in ((0.25, 16), (0.5, 32)):
+        luq: Any = build_allocator("luq", {"tokens": 64, "seeds": 2, "image_share": share})
+        assert luq.settings.image_tokens() == images
+        wanted = -sum(x / 64 * math.log(x / 64) for x in (images, 64 - images))
+        mixed = luq._entropies(text, pictured)["entropy"]
+        assert mixed.tolist() == pytest.approx([wanted] * 2)
+        assert luq._entropies(text, None)["entropy"].tolist() == pytest.approx([0, 0], abs=1e-12)
 
 
 def test_luq_lowers_the_layers_of_lowest_rank() -> None:

@@ -42,10 +42,7 @@ def attention_of(
             AttentionInterface.
     """
     received: dict[int, torch.Tensor | None] = dict.fromkeys(layers)
-    given = {
-        name: value.to(network.device, network.dtype if value.is_floating_point() else value.dtype)
-        for name, value in inputs.items()
-    }
+    given = on_device(inputs, network)
     config, body = network.config, network.base_model
     decoder = body if config.get_text_config() is config else network.get_decoder()
     # Given to the decoder alone: a tower of images would not know what it is.
@@ -63,6 +60,14 @@ def attention_of(
     if len(rows) < len(layers):
         raise not_reached(network.config)
     return torch.stack(rows).cpu()  # at once: the host waits for the device once
+
+
+def on_device(inputs: Mapping[str, torch.Tensor], network: Any) -> dict[str, torch.Tensor]:
+    """Return inputs where a model is, its floating-point ones in the model's type."""
+    return {
+        name: value.to(network.device, network.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
 
 
 def not_reached(config: Any) -> CompressError:
