@@ -16,7 +16,7 @@ Rows of prefix_kv: prefix_kv has the shares of a profile, measured by `vllm-comp
 --images`; prefix_kv_uniform gives all layers the same share; prefix_kv_reversed gives the first
 layer the profile's share of the last, and so on: equal memory, but the wrong layers;
 prefix_kv_all and prefix_kv_all_uniform observe all queries, as the paper does. snap_kv_profile has
-the scores of snap_kv and the shares of the profile.
+the scores of snap_kv and the shares of the profile; snap_kv_pool_1 is snap_kv without max pooling.
 P_K_blocks      Full blocks of a prompt that stay, mean over layers, of rows with a share per layer.
 profile_gain_K_asked, profile_gain_K_later and profile_gain_all_K_*: right digits with the profile
 less those with equal shares, paired by picture; profile_order_K_*: less those with the shares
@@ -54,7 +54,11 @@ MODEL = ROOT / "tests" / "fixtures" / "tiny_vision"
 KEEPS = (0.50, 0.25, 0.10)
 MEASURES = ("asked", "later", "asked_nats", "later_nats")
 # Of these one engine answers for all shares, which requests ask for.
-UNIFORM = ("snap_kv", "key_diff", "recent", "h2o", "r_kv", "expected_attention")
+# name -> (policy, its settings)
+UNIFORM: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (name, {})
+    for name in ("snap_kv", "key_diff", "recent", "h2o", "r_kv", "expected_attention")
+} | {"snap_kv_pool_1": ("snap_kv", {"pool": 1})}
 # name -> (policy, its settings, what layers have of the shares of a profile)
 BY_LAYER: dict[str, tuple[str, dict[str, Any], str]] = {
     "prefix_kv": ("prefix_kv", {}, "profile"),
@@ -139,7 +143,9 @@ def _row(
 ) -> dict[str, Answers]:
     """The answers of a row at each share."""
     if name in UNIFORM:
-        found = _answers(policy(name, keep=KEEPS[0]), seeds, sizes, KEEPS, options)
+        kind, settings = UNIFORM[name]
+        served = policy(kind, keep=KEEPS[0], **settings)
+        found = _answers(served, seeds, sizes, KEEPS, options)
         return {f"{name}_{percent(keep)}": one for keep, one in zip(KEEPS, found, strict=True)}
     kind, settings, shares = BY_LAYER[name]
     made = {}
