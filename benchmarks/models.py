@@ -8,7 +8,8 @@ matrix   For each family of benchmarks.architectures, engines with blocks of 32 
          of 7, 130 and 1,000 random tokens, 16 greedy tokens each:
          stock    vLLM without the plugin, float32: its log probabilities against transformers'
          kv       snap_kv at keep 0.25: a request that opts out (compress_keep 1) gets stock's
-                  tokens, the others free blocks, and no block and no request is left behind
+                  tokens, the others free blocks and answer as transformers does without the evicted
+                  tokens (benchmarks.models_kv), and no block and no request is left behind
          weights  int4 by smoothquant_plus at load, rounded to nearest, every proved fold, groups of
                   32, bfloat16, the first two prompts: log probabilities against transformers' with
                   the weights that the plan stands for; the mean is below 0.06 nats a token, and
