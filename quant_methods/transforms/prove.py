@@ -16,6 +16,7 @@ from compress_common.structure.structure import Fold
 _TOLERANCE = 2e-4
 _MATTERS = 20  # without one side of a fold, at least so many times as much changes
 _SPREAD = 0.4  # of the logarithm of a random vector
+_TOKENS = 32  # that a block without experts is shown: more cost time and prove nothing more
 _SHOWN = 4  # names in a message
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM only shows loggers below its own
@@ -115,9 +116,12 @@ def proved_folds(blocks: Blocks) -> list[tuple[Fold, ...]]:
     What is not proved is not folded: its linears are rounded as they are, and a log line says so.
 
     Args:
-        blocks: The decoder, with calibration tokens. The first sample runs through each block.
+        blocks: The decoder, with calibration tokens. The start of the first sample runs through
+            each block, and all of this sample where there are experts to be reached.
     """
-    hidden, found = blocks.first(1).inputs(), []
+    tokens = blocks.tokens[:1]
+    blocks = blocks.on(tokens if blocks.structure.has_experts else tokens[:, :_TOKENS])
+    hidden, found = blocks.inputs(), []
     for index in range(len(blocks)):
         kind = blocks.structure.layer(index)
         shapes, candidates = kind.shapes, kind.folds
