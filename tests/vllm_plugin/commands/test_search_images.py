@@ -39,12 +39,12 @@ def test_outputs_are_those_of_the_whole_model(qwen: Path) -> None:
         with torch.no_grad():
             whole(**inputs)
     chosen = torch.randperm(subject.token_count, generator=torch.Generator().manual_seed(0))[:30]
+    first = len(wanted[0])  # tokens of the first chat
+    chosen = torch.cat((chosen[chosen < first], chosen[chosen >= first]))
+    assert 0 < int((chosen < first).sum()) < 30
     for at, outputs in enumerate(made):
-        assert outputs.shape == (30, whole.config.text_config.hidden_size)
         every = torch.cat(wanted[at :: len(layers)])
-        near = torch.cdist(outputs.float(), every).argmin(1)
-        assert sorted(near.tolist()) == sorted(chosen.tolist())
-        torch.testing.assert_close(outputs.float(), every[near], rtol=0.05, atol=0.05)
+        torch.testing.assert_close(outputs.float(), every[chosen], rtol=0.05, atol=0.05)
 
 
 def test_search_on_a_mix(
