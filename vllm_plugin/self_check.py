@@ -12,7 +12,8 @@ from compress_common.structure.wrapper import language_config
 from kv_policies.base import KVPolicy
 from kv_policies.layout.base import Layout
 from kv_policies.layout.bounded import BoundedLayout
-from vllm_plugin.capacity import Footprint, kv_footprint, requests_in_pool, weight_footprint
+from vllm_plugin.capacity.blocks import requests_in_pool
+from vllm_plugin.capacity.footprint import Footprint, kv_footprint, weight_footprint
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.diffusion.support import diffusion_of
 from vllm_plugin.kv_cache.beside import beside_of

@@ -42,16 +42,14 @@ from tests.support.grouping import (
     projected,
 )
 from tests.vllm_plugin.test_page_sizes import LARGE
-from vllm_plugin.capacity import (
+from vllm_plugin.capacity.blocks import (
     Group,
     block_bytes,
     groups_of,
-    kv_footprint,
-    layer_token_bytes,
     request_blocks,
     requests_in_pool,
-    weight_footprint,
 )
+from vllm_plugin.capacity.footprint import kv_footprint, layer_token_bytes, weight_footprint
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.windows import WindowSpec
 from vllm_plugin.kv_fingerprint import full_attention_layers, layer_configs, state_layers

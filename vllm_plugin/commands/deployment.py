@@ -20,15 +20,12 @@ from kv_policies.workspace import Heads
 from quant_methods.formats.checkpoint_formats import MARKER
 from quant_methods.formats.sizes import Packing
 from quant_methods.registry import methods
-from vllm_plugin.capacity import (
+from vllm_plugin.capacity.blocks import Group, block_bytes, groups_of, request_blocks
+from vllm_plugin.capacity.footprint import (
     Footprint,
-    Group,
     activation_allowance,
-    block_bytes,
-    groups_of,
     kv_footprint,
     layer_token_bytes,
-    request_blocks,
     weight_footprint,
 )
 from vllm_plugin.commands.common import Problems

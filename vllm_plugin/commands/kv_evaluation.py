@@ -15,7 +15,7 @@ from compress_common.checkpoints.checkpoint import Checkpoint, resolve
 from compress_common.checkpoints.local import load_tokenizer, text_config
 from compress_common.errors import CompressError
 from compress_common.progress import Progress, silent
-from vllm_plugin.capacity import layer_token_bytes
+from vllm_plugin.capacity.footprint import layer_token_bytes
 from vllm_plugin.commands.common import Problems
 from vllm_plugin.commands.judging.engine import Judged, judge
 from vllm_plugin.commands.judging.figures import paired, recall

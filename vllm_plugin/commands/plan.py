@@ -98,7 +98,7 @@ def plan(
     Example: vllm-compress plan meta-llama/Llama-3.1-8B-Instruct --gpu-memory 80GiB --context 32k
     --policy snap_kv --keep 0.25 --quantization smoothquant_plus
     """
-    from vllm_plugin.capacity import typical_prompt
+    from vllm_plugin.capacity.blocks import typical_prompt
     from vllm_plugin.commands.deployment import Load, compare, default_block_size
 
     problems = Problems()

@@ -70,7 +70,7 @@ def recommend(
     # Set before vLLM is imported, as its log is not part of the answer.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from vllm_plugin.capacity import typical_prompt
+    from vllm_plugin.capacity.blocks import typical_prompt
     from vllm_plugin.commands.recommendation import Wanted
     from vllm_plugin.commands.recommendation import recommend as run
 

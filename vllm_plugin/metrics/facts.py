@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from compress_common.structure.wrapper import language_config
-from vllm_plugin.capacity import Footprint, kv_footprint
+from vllm_plugin.capacity.footprint import Footprint, kv_footprint
 from vllm_plugin.diffusion.support import diffusion_of
 from vllm_plugin.metrics.catalogue import BY_NAME
 from vllm_plugin.self_check import layouts, weights_of

@@ -42,7 +42,7 @@ def test_figures_are_those_of_running_engines(
     from vllm.engine.arg_utils import EngineArgs
 
     import vllm_plugin
-    from vllm_plugin.capacity import weight_footprint
+    from vllm_plugin.capacity.footprint import weight_footprint
     from vllm_plugin.commands.checks import model_checks
     from vllm_plugin.quantization.cpu_int4 import resolve_activations
 

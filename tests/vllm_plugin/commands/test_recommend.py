@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
-from vllm_plugin.capacity import RequestBlocks
+from vllm_plugin.capacity.blocks import RequestBlocks
 from vllm_plugin.commands.judging.engine import Judged
 from vllm_plugin.commands.judging.questions import WORDINGS
 from vllm_plugin.commands.recommending.candidates import Setting, settings

@@ -35,7 +35,7 @@ from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight, quantize
 from quant_methods.planning import PlanRequest, obtain_plan
 from tests.support.generate import generate
-from vllm_plugin.capacity import weight_footprint
+from vllm_plugin.capacity.footprint import weight_footprint
 from vllm_plugin.commands.checks import model_checks
 from vllm_plugin.quantization.config import CONFIGS
 from vllm_plugin.quantization.embedding import QuantizedEmbedding

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
-from vllm_plugin.capacity import RequestBlocks
+from vllm_plugin.capacity.blocks import RequestBlocks
 from vllm_plugin.commands.common import Problems
 from vllm_plugin.commands.deployment import Load, compare, default_block_size
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a deployment holds, computed from configs and headers: bytes, blocks, requests."""
