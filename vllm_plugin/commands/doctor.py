@@ -84,11 +84,13 @@ def doctor(
 
 
 def show(checks: list["Check"]) -> None:
-    """Print a table, and below it once more, whole and ready to be copied, what is not ok."""
+    """Print a table, and below it, whole and ready to be copied, what is not ok."""
     table = Table("check", "", "found")
     for check in checks:
         state = Text(check.status, _COLORS[check.status])
-        table.add_row(Text(check.name), state, Text(check.found))
+        table.add_row(
+            Text(check.name), state, Text(check.found if check.status == "ok" else "see below")
+        )
     out.print(table)
     for status in ("slow", "problem"):
         for check in checks:

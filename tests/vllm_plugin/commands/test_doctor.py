@@ -155,10 +155,12 @@ def test_what_reads_latents(demo_model: Path, tmp_path: Path, dtype: str, reader
     assert found["latents"].startswith(f"read by {reader}")
 
 
-def test_what_is_slow_is_told_and_is_no_problem(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_slow_is_told_once_and_is_no_problem(capsys: pytest.CaptureFixture[str]) -> None:
     reason = "read by torch, slowly: no C++ compiler; install g++"
     show([Check("vLLM", True, "0.32.0"), Check("latents", True, reason, slow=True)])
-    assert capsys.readouterr().out.splitlines()[-1] == f"slow: latents: {reason}"
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == f"slow: latents: {reason}"
+    assert shown.count("torch") == 1 and "0.32.0" in shown
 
 
 @given(st.sets(st.integers(0, 40)))
