@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws settings by bytes and loss. Needs matplotlib, the optional extra ``plot``."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm_plugin.commands.recommending.candidates import CACHES, WEIGHTS
 
 if TYPE_CHECKING:
     from vllm_plugin.commands.recommendation import Recommendation, Wanted
 
-_GIB = 2**30
+_GIB: Final = 2**30
+_COLORS: Final = dict(zip(WEIGHTS, ("#3182bd", "#e6550d"), strict=True))
+_MARKERS: Final = dict(zip(CACHES, "os^D", strict=True))
+_FAR: Final = 1.5  # a device that is larger than the largest setting by this is told, not drawn
 
 
 def draw(found: "Recommendation", wanted: "Wanted", figure: Any, title: str) -> None:
@@ -19,30 +24,57 @@ def draw(found: "Recommendation", wanted: "Wanted", figure: Any, title: str) -> 
         title: Name of the model.
     """
     axes = figure.add_subplot()
-    chain = found.chain
+    chain, device = found.chain, wanted.memory / _GIB
     axes.plot(
         [each.needs / _GIB for each in chain],
         [each.loss for each in chain],
-        color="#9ecae1",
+        color="#bdbdbd",
         zorder=1,
-        label="not beaten in bytes and safety",
+        label="frontier",
     )
     for row in found.rows:
         each = row.candidate(wanted.concurrency)
-        x, taken = each.needs / _GIB, each.name == chain[found.chosen].name
-        color = "#d94801" if taken else "#a50f15" if each.forgets else "#3182bd"
-        marker = "x" if each.forgets else "o"
-        axes.errorbar(x, each.loss, each.error, fmt=marker, color=color, capsize=3, zorder=2)
-        label = f"{each.name}\n{row.size.requests(wanted.memory):,} at once"
-        axes.annotate(
-            label, (x, each.loss), (6, 4), textcoords="offset points", fontsize=7, color=color
+        color = _COLORS[row.setting.weights]
+        axes.errorbar(
+            each.needs / _GIB,
+            each.loss,
+            each.error,
+            fmt=_MARKERS[row.setting.cache],
+            color=color,
+            markerfacecolor="white" if each.forgets else color,
+            capsize=3,
+            zorder=2,
         )
-    axes.axvline(wanted.memory / _GIB, color="#636363", linestyle="--", linewidth=1, label="device")
-    axes.plot([], [], "x", color="#a50f15", label="forgets keys")
-    axes.set(
-        xlabel=f"GiB for {wanted.load}",
-        ylabel="nats lost per token",
+    needs = [row.size.needs(wanted.concurrency) for row in found.rows]
+    taken = chain[found.chosen]
+    axes.annotate(
+        f"take {taken.name}",
+        (taken.needs / _GIB, taken.loss),
+        (0, -12),  # below: no setting is there
+        textcoords="offset points",
+        ha="right" if 2 * taken.needs > min(needs) + max(needs) else "left",
+        va="top",
+        fontsize=8,
+        fontweight="bold",
     )
+    if device < _FAR * max(needs) / _GIB:
+        axes.axvline(device, color="#636363", linestyle="--", linewidth=1)
+        title += f", dashed: the device, {device:.2f} GiB"
+    else:
+        title += f", on a device of {device:.2f} GiB"
+    axes.set(xlabel=f"GiB for {wanted.load}", ylabel="nats lost per token")
     axes.set_title(title, fontsize=10)
-    axes.margins(x=0.2, y=0.15)
-    axes.legend(frameon=False, fontsize=7)
+    axes.margins(x=0.12, y=0.2)
+    _legend(axes, found)
+
+
+def _legend(axes: Any, found: "Recommendation") -> None:
+    """Explain colors and markers beside the plot."""
+    for name, color in _COLORS.items():
+        axes.fill_between([], [], color=color, label=f"weights: {name}")
+    for name, marker in _MARKERS.items():
+        if any(row.setting.cache == name for row in found.rows):
+            axes.plot([], [], marker, color="#636363", label=name)
+    if any(row.cache.forgets for row in found.rows):
+        axes.plot([], [], "o", color="#636363", markerfacecolor="white", label="forgets keys")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
