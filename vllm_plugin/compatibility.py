@@ -13,7 +13,7 @@ from typing import Any
 
 from compress_common.errors import CompressError
 from kv_policies.base import Capabilities
-from vllm_plugin.diffusion.config import ARCHITECTURE, MODEL_TYPE
+from vllm_plugin.diffusion.names import ARCHITECTURE, MODEL_TYPE
 from vllm_plugin.kv_fingerprint import full_attention_layers, shapes_per_layer, unknown_kinds
 
 MLA = "multi-head latent attention (MLA) keeps one latent per token, for which no policy is made"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from compress_common.progress import Progress
 
+_THEIRS: Final = "transformers.utils.logging"
 PERIOD: Final = 30.0  # seconds between the lines
 
 
@@ -27,19 +28,32 @@ def bar(*, disable: bool = False) -> Iterator["Progress"]:
     Yields:
         A function that takes the name of the current step, how much of it is done, and its total.
     """
-    from transformers.utils import logging as hf_logging
-
-    theirs = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # it would draw over ours, and write returns into a log
-    try:
+    with _without_theirs():
         if disable or not sys.stderr.isatty():
             yield lines(disable=disable)
         else:
             with _drawn() as progress:
                 yield progress
+
+
+@contextmanager
+def _without_theirs() -> Iterator[None]:
+    """Hide the bars of transformers: they would draw over ours, and write returns into a log."""
+    # transformers asks huggingface_hub when it is imported, which takes seconds.
+    from huggingface_hub import utils as hub
+
+    theirs = not hub.are_progress_bars_disabled()
+    hub.disable_progress_bars()
+    if loaded := sys.modules.get(_THEIRS):
+        theirs = loaded.is_progress_bar_enabled()
+        loaded.disable_progress_bar()
+    try:
+        yield
     finally:
         if theirs:
-            hf_logging.enable_progress_bar()
+            hub.enable_progress_bars()
+            if loaded := sys.modules.get(_THEIRS):
+                loaded.enable_progress_bar()
 
 
 @contextmanager

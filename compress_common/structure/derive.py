@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
 
 from compress_common.errors import CompressError, joined
 from compress_common.structure.experts import Experts, unstack
@@ -95,6 +94,8 @@ def build(config: Any) -> nn.Module:
     Raises:
         CompressError: There is none.
     """
+    from transformers import AttentionInterface
+
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

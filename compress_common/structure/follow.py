@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface
 
 from compress_common.structure.flow import Attention, Flow, Trace
 
@@ -232,6 +231,8 @@ def follow(model: nn.Module, layers: str) -> Flow:
         call = Attention(name, *given, output=trace.value, head_dim=value.shape[-1])
         follower.flow.attention.append(call)
         return out, None
+
+    from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, attention)
     tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")

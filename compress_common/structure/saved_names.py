@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
 
 from compress_common.errors import CompressError
 
@@ -95,6 +94,8 @@ def _rows(tensor: str, numbers: torch.Tensor, stack: str, first: int, height: in
 
 def _saved(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return what a checkpoint holds of a state, by the conversion of the model's kind."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     own = vars(model).pop("_weight_conversions", None)  # that of the files a model came from
     try:
         return revert_weight_conversion(model, state)

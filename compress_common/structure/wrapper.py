@@ -3,23 +3,22 @@
 
 ``language_config`` is the one view of a config. Whoever asks what a language model is like gets the
 config from it: the command line, the config edge, the loader and the worker.
+
+``transformers`` takes seconds to import. It is imported where a class of it is needed.
 """
 
 import copy
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_MAPPING,
-)
 
 from compress_common.errors import CompressError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # Ends of the names of classes with a language-model head, as vLLM knows them.
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel")
@@ -75,6 +74,8 @@ def towers_of(whole: Any, body: type[nn.Module]) -> tuple[str, ...]:
     Raises:
         CompressError: ``transformers`` has no such model, or not one language model in it.
     """
+    from transformers import AutoModelForImageTextToText
+
     whole = copy.deepcopy(whole)
     if getattr(whole, "quantization_config", None) is not None:
         del whole.quantization_config
@@ -102,7 +103,7 @@ def towers_of(whole: Any, body: type[nn.Module]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(towers))
 
 
-def decoder_class(config: Any) -> type[PreTrainedModel]:
+def decoder_class(config: Any) -> "type[PreTrainedModel]":
     """Return the ``transformers`` class of a language model.
 
     Where there is only one without a head, because another model has the head, the class is made.
@@ -113,6 +114,12 @@ def decoder_class(config: Any) -> type[PreTrainedModel]:
     Raises:
         CompressError: There is none.
     """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_MAPPING,
+    )
+
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         raise CompressError(
             "it is an encoder, which predicts masked tokens as BERT does, and only decoders are "
@@ -129,8 +136,10 @@ def decoder_class(config: Any) -> type[PreTrainedModel]:
 
 
 @lru_cache
-def _with_head(body: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _with_head(body: "type[PreTrainedModel]") -> "type[PreTrainedModel]":
     """Return a class that adds a head to a language model without one."""
+    from transformers import GenerationMixin, PreTrainedModel
+
     # Of the body's own base class, which tells what attention the model supports.
     base = next(kind for kind in body.__mro__[1:] if issubclass(kind, PreTrainedModel))
     return type(f"{body.__name__}WithHead", (_Head, GenerationMixin, base), {"_body": body})
@@ -140,7 +149,7 @@ class _Head:
     """What ``_with_head`` adds: a head, tied or not."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _body: type[PreTrainedModel]
+    _body: "type[PreTrainedModel]"
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -155,8 +164,10 @@ class _Head:
         past_key_values: Any = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> "CausalLMOutputWithPast":
         """Return the logits of every token: see ``LlamaForCausalLM`` for the arguments."""
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

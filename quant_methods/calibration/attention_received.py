@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from transformers import AttentionInterface
 
 from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError
@@ -117,6 +116,8 @@ def scores_of(blocks: Blocks, index: int, hidden: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _captured(config: Any) -> Iterator[None]:
     """Let the attention of a model call ``_capture`` for as long as the context lasts."""
+    from transformers import AttentionInterface
+
     before = config._attn_implementation
     AttentionInterface.register(_NAME, _capture)
     try:

@@ -5,7 +5,6 @@ from math import ceil
 from typing import Literal
 
 import torch
-from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from torch.nn.functional import pad
 
 from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight
@@ -35,6 +34,8 @@ def pack(codes: torch.Tensor, packed_dim: Literal[0, 1] = 1, bits: int = 4) -> t
     if _WORD % bits == 0:
         # compressed-tensors takes signed codes and adds half of the range.
         signed = (codes.to(torch.int16) - (1 << bits >> 1)).to(torch.int8)
+        from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
         return pack_to_int32(signed, num_bits=bits, packed_dim=packed_dim).contiguous()
     rows = codes if packed_dim == 1 else codes.t()
     size = rows.shape[1]
@@ -71,6 +72,8 @@ def unpack(
     if _WORD % bits == 0:
         shape = list(words.shape)
         shape[packed_dim] = size
+        from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
         signed = unpack_from_int32(words, bits, torch.Size(shape), packed_dim)
         return (signed.to(torch.int16) + (1 << bits >> 1)).to(torch.uint8)
     needed = ceil(size * bits / _WORD)

@@ -7,7 +7,8 @@ def register() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
-    from vllm_plugin.diffusion.config import ARCHITECTURE, MODEL_TYPE, LLaDAConfig
+    from vllm_plugin.diffusion.config import LLaDAConfig
+    from vllm_plugin.diffusion.names import ARCHITECTURE, MODEL_TYPE
 
     AutoConfig.register(MODEL_TYPE, LLaDAConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, f"vllm_plugin.diffusion.llada:{ARCHITECTURE}")

@@ -5,8 +5,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-MODEL_TYPE = "llada"
-ARCHITECTURE = "LLaDAModelLM"
+from vllm_plugin.diffusion.names import MODEL_TYPE
 
 # The model class is built for these values. A config with other values is refused.
 _MADE_FOR: dict[str, Any] = {

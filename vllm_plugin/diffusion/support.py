@@ -13,7 +13,8 @@ from vllm.platforms import current_platform
 
 from compress_common.errors import CompressError, joined
 from dllm_denoising.base import CachePolicy
-from vllm_plugin.diffusion.config import MODEL_TYPE, LLaDAConfig, config_problems
+from vllm_plugin.diffusion.config import LLaDAConfig, config_problems
+from vllm_plugin.diffusion.names import MODEL_TYPE
 from vllm_plugin.diffusion.requests import UNSUPPORTED, check_requests
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.kv_cache.backends import FULL, best
