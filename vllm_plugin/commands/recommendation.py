@@ -3,14 +3,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compress_common.checkpoints.checkpoint import Checkpoint, resolve
 from compress_common.checkpoints.local import text_config
-from compress_common.errors import CompressError, joined
+from compress_common.errors import CompressError
 from compress_common.progress import Progress, silent
+from vllm_plugin import KEY
+from vllm_plugin.capacity.blocks import RequestBlocks
 from vllm_plugin.commands.common import Problems, gib
 from vllm_plugin.commands.judging.material import Sizes
 from vllm_plugin.commands.recommending.candidates import CSKV, Setting, settings
@@ -19,7 +21,6 @@ from vllm_plugin.commands.recommending.known import Known
 from vllm_plugin.commands.recommending.losses import Loss, Losses
 from vllm_plugin.commands.recommending.memory import Size, size_of
 from vllm_plugin.compatibility import model_length
-from vllm_plugin.settings import KEY
 
 SIZES = Sizes(context=512, windows=12, keys=4)
 
@@ -104,7 +105,6 @@ def recommend(
     text: Path | None = None,
     *,
     progress: Progress = silent,
-    problems: Problems | None = None,
 ) -> Recommendation:
     """Choose a setting.
 
@@ -113,23 +113,19 @@ def recommend(
         wanted: the device and the load.
         text: a .txt or .jsonl file; None: Python's language reference.
         progress: told before each step that takes long.
-        problems: what was found so far; what is found here is added.
 
     Raises:
         CompressError: lists what is wrong with the arguments, or says that nothing fits.
     """
-    problems = problems or Problems()
-    checkpoint = problems.collect(lambda: Checkpoint(resolve(model)))
-    if checkpoint is None:
-        raise joined(problems.found)
+    problems, checkpoint = Problems(), Checkpoint(resolve(model))
     if checkpoint.config.get("quantization_config"):
         problems.found.append(f"{model} is quantized already; give the 16-bit checkpoint")
-    positions = model_length(text_config(checkpoint.folder))
+    known = Known(checkpoint)
+    positions = problems.collect(lambda: _positions(known, checkpoint))
     if positions is not None and wanted.context > positions:
         problems.found.append(
             f"--context {wanted.context:,} is more than the model's {positions:,} positions"
         )
-    known = Known(checkpoint)
     losses = problems.collect(lambda: Losses(model, checkpoint, known, text, SIZES, progress))
     problems.raise_found()
     assert losses is not None
@@ -142,15 +138,7 @@ def recommend(
         _check(known, checkpoint, setting, kv, wanted, progress)
 
     def count(setting: Setting) -> None:
-        sizes[setting] = size_of(
-            str(checkpoint.folder),
-            setting.quantization,
-            _config(sections[setting]),
-            wanted.context,
-            wanted.prompt,
-            wanted.utilization,
-            wanted.concurrency,
-        )
+        sizes[setting] = _size(known, checkpoint, setting, sections[setting], wanted)
 
     fitted: list[Setting] = []  # those whose bases are yet to be fitted
     for setting, kv in sections.items():
@@ -203,6 +191,34 @@ def _leaving_out(setting: Setting, left_out: dict[str, str]) -> Iterator[None]:
 def _config(kv: Section) -> dict[str, Any]:
     """The ``--additional-config`` of a section ``compress.kv``."""
     return {} if kv is None else {KEY: {"kv": kv}}
+
+
+def _positions(known: Known, checkpoint: Checkpoint) -> int | None:
+    """How many tokens a request can have; None: the config has no length."""
+
+    def answer() -> dict[str, Any]:
+        return {"positions": model_length(text_config(checkpoint.folder))}
+
+    return known.ask({"ask": "positions"}, answer)["positions"]
+
+
+def _size(
+    known: Known, checkpoint: Checkpoint, setting: Setting, kv: Section, wanted: Wanted
+) -> Size:
+    """What a setting takes. CompressError where it cannot serve the model."""
+    section = _config(kv)
+    load: dict[str, Any] = {
+        "context": wanted.context,
+        "prompt": wanted.prompt,
+        "utilization": wanted.utilization,
+        "concurrency": wanted.concurrency,
+    }
+
+    def answer() -> dict[str, Any]:
+        return asdict(size_of(str(checkpoint.folder), setting.quantization, section, **load))
+
+    found = known.ask({"size": setting.name, "config": section, **load}, answer)
+    return Size(**found | {"blocks": RequestBlocks(**found["blocks"])})
 
 
 def _check(

