@@ -19,7 +19,7 @@ from benchmarks.common import ROOT, Options, cache_folder
 from benchmarks.engine import Engine, EngineFailed, in_process
 from benchmarks.random_models import TINY, random_llama
 from benchmarks.texts import opticks
-from kv_policies.budget.levels import exact
+from kv_policies.budget.share import exact
 from vllm_plugin.demo_model import demo_model_path
 
 if TYPE_CHECKING:

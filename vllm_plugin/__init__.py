@@ -5,6 +5,7 @@ import logging
 from multiprocessing import parent_process
 
 SUPPORTED_VLLM = ">=0.32,<0.34"
+KEY = "compress"  # our section of --additional-config
 
 logger = logging.getLogger("vllm.vllm_plugin")  # under vLLM's own, or it is not shown
 

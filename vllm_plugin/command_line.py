@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines of ``vllm serve``: mistakes that vLLM meets late, or without a word."""
+"""Command lines of ``vllm serve``: mistakes that vLLM meets late, or without a word.
+
+Imports neither torch nor vLLM.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from vllm_plugin.settings import KEY
+from vllm_plugin import KEY
 
+NO_MODEL = "no model is given: name a folder or a hub id, or have it in --config"
 _FLAG = "--additional-config"
 
 
@@ -63,6 +67,84 @@ def name_problems(model: str) -> list[str]:
     return []
 
 
+def file_problems(arguments: Sequence[str]) -> list[str]:
+    """List the files of ``--config`` that cannot be read as flags and their values."""
+    problems = []
+    for file in _files(arguments):
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"--config {file}: {getattr(error, 'strerror', None) or error}")
+        except yaml.YAMLError as error:
+            problems.append(f"the file of --config is not YAML: {' '.join(str(error).split())}")
+        else:
+            if not isinstance(content, dict):
+                problems.append(
+                    f"--config {file} has no flags; write one on each line, such as `port: 8000`"
+                )
+    return problems
+
+
+def flag_values(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the value of each flag without dots, spelled with dashes; flags win over files.
+
+    Args:
+        arguments: of a command line. A flag that takes no value gets the word behind it.
+    """
+    values: dict[str, Any] = {}
+    for file in _files(arguments):
+        values |= {f"--{name}": value for name, value in _content(file).items()}
+    given = {flag: value for flag, value in _flags(arguments) if flag.startswith("--")}
+    return values | {flag: value for flag, value in given.items() if "." not in flag}
+
+
+def model_of(arguments: Sequence[str]) -> str | None:
+    """Return the model that a command line names first, by ``--model`` or in a file.
+
+    Returns:
+        None: it names none, or only vLLM's parser can tell.
+    """
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0]
+    model = flag_values(arguments).get("--model")
+    return None if model is None else str(model)
+
+
+def additional_config_of(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Return ``--additional-config`` as vLLM will read it; None: only vLLM's parser can tell.
+
+    Args:
+        arguments: of a command line without ``mixed_forms``.
+    """
+    whole = flag_values(arguments).get(_FLAG, {})
+    dotted = [(flag, value) for flag, value in _flags(arguments) if flag.startswith(f"{_FLAG}.")]
+    try:
+        config = json.loads(whole) if isinstance(whole, str) else whole
+        if dotted:
+            config = {}
+        for flag, value in dotted:
+            if flag.endswith("+"):  # vLLM's form of a list
+                return None
+            *sections, name = flag.removeprefix(f"{_FLAG}.").split(".")
+            inner = config
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            inner[name] = _value(value)
+    except (ValueError, AttributeError, TypeError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _value(text: str) -> Any:
+    """The value of a dotted flag: JSON, or text. ValueError: vLLM has a form of its own for it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        if text[:1].isdigit():  # 4k, 25.6K
+            raise
+        return text
+
+
 def overridden(arguments: Sequence[str], preset: Mapping[str, Any]) -> list[str]:
     """List what a preset would override in files of ``--config``: vLLM lets flags win.
 
@@ -101,7 +183,8 @@ def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Each word as a flag, spelled with dashes, and the value that it would have."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         flag, equals, value = argument.partition("=")
-        yield flag.replace("_", "-"), value if equals else following
+        name, dot, path = flag.partition(".")  # what follows a dot is not vLLM's
+        yield name.replace("_", "-") + dot + path, value if equals else following
 
 
 def _files(arguments: Sequence[str]) -> list[Path]:

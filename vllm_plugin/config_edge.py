@@ -9,7 +9,6 @@ nothing of ours, it returns vLLM's config unchanged.
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -44,6 +43,7 @@ from vllm_plugin.settings import (
     KEY,
     Settings,
     WeightSettings,
+    method_problems,
     no_method_problem,
     parse_settings,
 )
@@ -130,22 +130,11 @@ def _settings(args: EngineArgs) -> Settings:
     except CompressError as error:
         problems += error.problems
         # The settings of a weight method are validated later, so do it here for one whole list.
-        weights = section.get("weights") if isinstance(section, dict) else None
-        if args.quantization in _OURS and isinstance(weights, dict):
-            with suppress(ValidationError):  # among the problems already
-                problems += _method_problems(WeightSettings(**weights), str(args.quantization))
+        problems += method_problems(given, args.quantization)
     problems += _name_problems(args, bool(section))
     if problems:
         raise joined(problems)
     return settings
-
-
-def _method_problems(settings: WeightSettings, method: str) -> list[str]:
-    try:
-        settings.request(method, tensor_parallel=1)
-    except CompressError as error:
-        return error.problems
-    return []
 
 
 def _name_problems(args: EngineArgs, configured: bool) -> list[str]:

@@ -16,10 +16,9 @@ from kv_policies.base import Capabilities, Policy
 from kv_policies.budget.profile import Share
 from kv_policies.registry import KV_POLICIES, build_policy, policies
 from quant_methods.planning import PlanRequest
-from quant_methods.registry import methods
+from quant_methods.registry import methods, served_methods
+from vllm_plugin import KEY
 from vllm_plugin.diffusion.settings import DiffusionSettings
-
-KEY = "compress"
 
 
 class WeightSettings(BaseModel):
@@ -238,6 +237,26 @@ def parse_settings(additional_config: Any) -> Settings:
             hint = f"; it is a setting of {KEY}.kv, move it there" if moved else ""
             problems.append(line + hint)
         raise joined(problems) from error
+
+
+def method_problems(additional_config: Any, quantization: str | None) -> list[str]:
+    """List what is wrong with the settings of a weight method in the ``compress`` section.
+
+    Args:
+        additional_config: as in ``parse_settings``, which lists what is wrong beside them.
+        quantization: ``--quantization``, which may be no method of this plugin.
+    """
+    section = additional_config.get(KEY) if isinstance(additional_config, dict) else None
+    weights = section.get("weights") if isinstance(section, dict) else None
+    if not isinstance(weights, dict) or quantization not in {m.name for m in served_methods()}:
+        return []
+    try:
+        WeightSettings(**weights).request(str(quantization), tensor_parallel=1)
+    except ValidationError:  # of the section: ``parse_settings`` lists it
+        return []
+    except CompressError as error:
+        return error.problems
+    return []
 
 
 def _misplaced(given: dict[str, Any]) -> list[str]:

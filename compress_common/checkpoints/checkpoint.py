@@ -10,6 +10,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from compress_common.checkpoints.folder import (
+    MISTRAL_FILES,
+    given_folder,
+    hugging_face_files,
+    read_config,
+    weight_files,
+)
 from compress_common.checkpoints.identity import TensorDigests, hashed, hashing_threads
 from compress_common.errors import CompressError
 from compress_common.store import digest
@@ -17,9 +24,6 @@ from compress_common.structure.names import Names, names_of
 from compress_common.structure.structure import EMBEDDINGS, HEAD
 from compress_common.structure.wrapper import generates
 
-INDEX = "model.safetensors.index.json"
-# Mistral's own copy of the weights, which its repositories publish beside the Hugging Face files.
-_MISTRAL_FILES = "consolidated"
 # What a config has that says nothing about the language model.
 _VOLATILE = ("_name_or_path", "transformers_version", "wrapper")
 
@@ -35,11 +39,8 @@ def resolve(model: str, revision: str | None = None, download_dir: str | None = 
     Raises:
         CompressError: There is no such model.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
-        raise CompressError(f"model folder {model} does not exist; give a folder or a hub id")
+    if (folder := given_folder(model)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
 
     try:
@@ -49,7 +50,7 @@ def resolve(model: str, revision: str | None = None, download_dir: str | None = 
                 revision=revision,
                 cache_dir=download_dir,
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
-                ignore_patterns=[f"{_MISTRAL_FILES}*"],
+                ignore_patterns=[f"{MISTRAL_FILES}*"],
             )
         )
     except Exception as error:  # the hub client raises many types, all meaning "not available"
@@ -57,13 +58,6 @@ def resolve(model: str, revision: str | None = None, download_dir: str | None = 
             f"{model!r} is neither a local folder nor available from the hub: "
             f"{str(error).splitlines()[0]}"
         ) from error
-
-
-def hugging_face_files(files: Iterable[Path]) -> list[Path]:
-    """Drop Mistral's copy of the weights where the Hugging Face files lie beside it."""
-    files = sorted(files)
-    kept = [file for file in files if not file.name.startswith(_MISTRAL_FILES)]
-    return kept or files
 
 
 class Checkpoint:
@@ -95,12 +89,10 @@ class Checkpoint:
         self._hf_config = hf_config
         self._load_tokenizer = load_tokenizer
         self.config: dict[str, Any] = (
-            _read_json(folder / "config.json", f"{folder} has no config.json: not a model folder")
-            if hf_config is None
-            else hf_config.to_dict()
+            read_config(folder) if hf_config is None else hf_config.to_dict()
         )
         self.files: dict[str, Path] = {}  # tensor -> file
-        for file in _weight_files(folder) if files is None else hugging_face_files(files):
+        for file in weight_files(folder) if files is None else hugging_face_files(files):
             for name in self.names_in(file):
                 if self.files.setdefault(name, file) is not file:
                     raise CompressError(
@@ -271,39 +263,10 @@ class Checkpoint:
         known = {key: value for key, value in config.items() if key not in _VOLATILE}
         return digest(self.weights_digest, json.dumps(known, sort_keys=True, default=str))
 
+    def digests_are_known(self) -> bool:
+        """Whether ``tensor_digests`` is remembered: no weights are read then."""
+        return TensorDigests(self.files.values()).known()
+
     def forget_digests(self) -> None:
         """Make the next ``Checkpoint`` of these files read every byte again."""
         TensorDigests(self.files.values()).forget()
-
-
-def _read_json(file: Path, missing: str) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CompressError(missing) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CompressError(f"{file} is not JSON: {error}") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder, as ``transformers`` and vLLM's ``hf`` format choose them."""
-    index = folder / INDEX
-    if index.is_file():
-        content = _read_json(index, f"{folder} has no {INDEX}")
-        try:
-            names = set(content["weight_map"].values())
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CompressError(
-                f"{index} has no 'weight_map'; fetch the checkpoint again"
-            ) from error
-        if missing := sorted(n for n in names if not (folder / n).is_file()):
-            raise CompressError(
-                f"{folder} lacks {len(missing)} of {len(names)} weight files, "
-                f"{missing[0]} for one; fetch the checkpoint again"
-            )
-        return sorted(folder / name for name in names)
-    if files := hugging_face_files(folder.glob("*.safetensors")):
-        return files
-    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-    hint = "; pickled weights are not read: convert them to safetensors" if pickled else ""
-    raise CompressError(f"{folder} has no *.safetensors files{hint}")

@@ -119,6 +119,14 @@ class TensorDigests:
             return digests or self._compute()
         return digests or json.loads((found / _FILE).read_bytes())
 
+    def known(self) -> bool:
+        """Whether ``load`` reads no file, as it remembers the digests.
+
+        Raises:
+            CompressError: A file cannot be read.
+        """
+        return self.store.find(KIND, self._key()[0]) is not None
+
     def forget(self) -> None:
         """Remove what is remembered, so that the next ``load`` reads every byte."""
         with suppress(CompressError):  # a file has vanished: its present state has no digests

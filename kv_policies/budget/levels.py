@@ -21,19 +21,6 @@ _MAX_LEVELS = 8
 _MIN_LEVELS = 3
 
 
-def exact(keep: float | str | Fraction) -> Fraction:
-    """The keep share as typed: 0.1, "0.1" and "1/10" are all one tenth; outside (0, 1] an error."""
-    try:
-        value = keep if isinstance(keep, Fraction) else Fraction(str(keep))
-    except (ValueError, ZeroDivisionError):
-        raise CompressError(f"keep must be a number in (0, 1], got {keep!r}") from None
-    if not 0 < value <= 1:
-        raise CompressError(
-            f"keep is the share of the cache that stays and must be in (0, 1], got {keep}"
-        )
-    return value
-
-
 def uniform(layers: int, keep: Fraction) -> list[Fraction]:
     """The same fraction for every layer."""
     return [keep] * layers

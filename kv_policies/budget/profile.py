@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from compress_common.errors import CompressError, joined
-from kv_policies.budget.levels import Levels, exact, quantize
+from kv_policies.budget.levels import Levels, quantize
+from kv_policies.budget.share import exact
 from kv_policies.model_file import Calibration, ModelFile, ModelFingerprint
 
 SCHEMA: Final = "vllm-compress/kv-profile"

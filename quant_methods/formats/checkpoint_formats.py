@@ -7,7 +7,7 @@ package as the method, and stock vLLM refuses that by name.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,33 @@ class Format:
     config: Callable[[dict[str, Grid], Any, dict[str, Any], Grid | None], dict[str, Any]]
     tensors: Callable[[QuantizedWeight, torch.dtype], dict[str, torch.Tensor]]
     uniform: bool
+
+
+def written_by(quantization_config: Mapping[str, Any]) -> str | None:
+    """Return the method that wrote a checkpoint; None: not this package.
+
+    Args:
+        quantization_config: Of its config.json.
+    """
+    written = quantization_config.get("quant_method") in ("compressed-tensors", NEEDS_PLUGIN)
+    return (quantization_config.get(MARKER) or {}).get("method") if written else None
+
+
+def quantized_problem(quantization_config: Mapping[str, Any], method: str) -> str | None:
+    """Say why a method cannot take a quantized checkpoint; None: the method wrote it.
+
+    Args:
+        quantization_config: Of its config.json.
+        method: Name of a weight method.
+    """
+    ours = written_by(quantization_config)
+    if ours == method:
+        return None
+    return (
+        f"--quantization {method} needs a 16-bit checkpoint or one written by `vllm-compress "
+        f"quantize --method {method}`; this one is already quantized "
+        f"({ours or quantization_config.get('quant_method')}); remove the flag to serve it as is"
+    )
 
 
 def whole_linears(grids: dict[str, Grid], structure: Structure) -> list[str]:

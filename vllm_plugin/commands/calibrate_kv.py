@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 import typer
 from rich.table import Table
 
+from compress_common.checkpoints.folder import check_model
 from compress_common.errors import CompressError, joined
 from vllm_plugin.commands.common import (
     AUTO,
@@ -20,13 +21,16 @@ from vllm_plugin.commands.common import (
     Device,
     Model,
     Plot,
+    Problems,
     Seed,
+    check_text,
     check_writable,
     out,
     print_written,
     serve_command,
     whole_file,
 )
+from vllm_plugin.commands.profiling.profile_plot import canvas
 from vllm_plugin.progress import bar
 
 if TYPE_CHECKING:
@@ -94,10 +98,15 @@ def calibrate_kv(
 
     Example: vllm-compress calibrate-kv meta-llama/Llama-3.1-8B-Instruct --ratio 0.86
     """
+    problems = Problems()
+    problems.collect(lambda: check_model(model))
+    problems.collect(lambda: check_text(text))
+    problems.collect(lambda: check_writable(target, plot))  # before minutes of work
+    figure: Any = problems.collect(lambda: canvas(plot)) if plot else None
+    problems.raise_found()
     from compress_common.calibration.text import CalibrationSettings
     from vllm_plugin.commands.profiling.bases_plot import draw
     from vllm_plugin.commands.profiling.kv_bases import make_bases
-    from vllm_plugin.commands.profiling.profile_plot import canvas
 
     given = RATIOS.get(bits, "0") if ratio is None else ratio
     share, width, wanted = _checked(given, bits, method, objective)
@@ -106,8 +115,7 @@ def calibrate_kv(
         name = Path(model).expanduser().resolve().name
         ranks = f"-tp{tensor_parallel_size}" if tensor_parallel_size > 1 else ""
         target = Path(f"kv-bases-{name}-{float(share):g}-{width}bit{ranks}.safetensors")
-    figure: Any = canvas(plot) if plot else None
-    check_writable(target, plot)  # before minutes of work
+        check_writable(target)
     with bar() as progress:
         bases, report = make_bases(
             model,

@@ -13,12 +13,13 @@ import typer
 from rich.console import Console
 
 from compress_common.errors import CompressError, joined
+from vllm_plugin import KEY
 
 # compress_common.calibration.text.SELF, which would import torch. A test compares them.
 SELF: Final = "self"
 
 AUTO: Final = "auto"  # compress_common.calibration.placement.AUTO
-_KV: Final = "compress.kv"  # the section of --additional-config
+_KV: Final = f"{KEY}.kv"  # the section of --additional-config
 T = TypeVar("T")
 
 out = Console()
@@ -113,6 +114,27 @@ def settings_of(pairs: list[str] | None) -> dict[str, Any]:
     return settings
 
 
+def kv_setting(text: str) -> dict[str, Any]:
+    """Return the section ``compress.kv`` that ``POLICY,KEY=VALUE,...`` describes.
+
+    Raises:
+        CompressError: a part has no ``=``.
+    """
+    policy, *parts = text.split(",")
+    section: dict[str, Any] = {"policy": policy.strip()}
+    for part in parts:
+        key, equals, value = part.strip().partition("=")
+        if not equals or not key:
+            raise CompressError(
+                f"--kv {text!r}: {part!r} is not KEY=VALUE; write it as --kv snap_kv,keep=0.25"
+            )
+        try:
+            section[key] = json.loads(value)
+        except json.JSONDecodeError:
+            section[key] = value
+    return section
+
+
 def config_of(
     additional_config: str,
     policy: str | None,
@@ -122,8 +144,6 @@ def config_of(
     bases: Path | None,
 ) -> dict[str, Any]:
     """Return ``--additional-config`` with the options of a command added to it."""
-    from vllm_plugin.settings import KEY
-
     given = json_object("--additional-config", additional_config)
     files = {"profile": profile and str(profile), "bases": bases and str(bases)}
     options = {"policy": policy, "keep": keep, "budget": budget} | files
@@ -143,6 +163,12 @@ def serve_command(model: str, tensor_parallel_size: int = 1, **kv: object) -> st
     if tensor_parallel_size > 1:
         flags += ["--tensor-parallel-size", tensor_parallel_size]
     return shlex.join(["vllm", "serve", model, *map(str, flags)])
+
+
+def check_text(file: Path | str | None) -> None:
+    """Raise CompressError when a text file is not there. None and 'self' are skipped."""
+    if file not in (None, SELF) and not Path(str(file)).is_file():
+        raise CompressError(f"--text {file} is not a file; give a .txt or .jsonl file")
 
 
 def check_writable(*paths: Path | None) -> None:

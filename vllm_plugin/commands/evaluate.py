@@ -2,6 +2,7 @@
 """``vllm-compress eval``: compare models through vLLM."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,8 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from vllm_plugin.commands.common import AsJson, gib, json_object, out
+from compress_common.checkpoints.folder import check_model
+from vllm_plugin.commands.common import AsJson, Problems, check_text, gib, json_object, out
 from vllm_plugin.progress import bar
 
 if TYPE_CHECKING:
@@ -42,9 +44,14 @@ def evaluate_models(
 
     Example: vllm-compress eval BASE BASE@smoothquant_plus INT4_FOLDER --text book.txt
     """
+    problems = Problems()
+    for model in models:
+        problems.collect(partial(check_model, model.partition("@")[0]))
+    problems.collect(lambda: check_text(text))
+    extra = problems.collect(lambda: json_object("--engine-args", engine_args))
+    problems.raise_found()
     from vllm_plugin.commands.evaluation import as_rows, evaluate
 
-    extra = json_object("--engine-args", engine_args)
     with bar() as progress:
         results = evaluate(
             models,

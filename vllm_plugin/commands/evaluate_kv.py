@@ -11,6 +11,8 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
+from compress_common.checkpoints.folder import check_model
+from vllm_plugin import KEY
 from vllm_plugin.commands.common import (
     AsJson,
     BasesFile,
@@ -20,8 +22,10 @@ from vllm_plugin.commands.common import (
     Policy,
     Problems,
     ProfileFile,
+    check_text,
     config_of,
     json_object,
+    kv_setting,
     out,
 )
 from vllm_plugin.progress import bar
@@ -71,27 +75,31 @@ def evaluate_kv_settings(
     Example: vllm-compress eval-kv MODEL --kv snap_kv,keep=0.5 --kv snap_kv,keep=0.25 --kv
     cskv,bases=kv.safetensors --text traffic.jsonl
     """
+    problems = Problems()
+    problems.collect(lambda: check_model(model))
+    problems.collect(lambda: check_text(text))
+    arguments = problems.collect(lambda: json_object("--engine-args", engine_args))
+    single = config_of("{}", policy, keep, budget, profile, bases)
+    settings = [single[KEY]["kv"]] if single else []
+    for given in kv or ():
+        if section := problems.collect(partial(kv_setting, given)):
+            settings.append(section)
+    if not (single or kv):
+        problems.found.append("no setting is given; add --policy and --keep, or --kv")
+    problems.raise_found()
     # Set before vLLM is imported, as its log is not part of the answer.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from vllm_plugin.commands.judging.material import Sizes
-    from vllm_plugin.commands.kv_evaluation import as_rows, evaluate_kv, parse_setting
-    from vllm_plugin.settings import KEY
+    from vllm_plugin.commands.kv_evaluation import as_rows, evaluate_kv
 
-    problems = Problems()
-    single = config_of("{}", policy, keep, budget, profile, bases)
-    settings = [single[KEY]["kv"]] if single else []
-    for given in kv or ():
-        if section := problems.collect(partial(parse_setting, given)):
-            settings.append(section)
-    problems.raise_found()
     with bar() as progress:
         results = evaluate_kv(
             model,
             settings,
             text,
             Sizes(context, windows, keys),
-            engine_args=json_object("--engine-args", engine_args),
+            engine_args=arguments,
             progress=progress,
         )
     if as_json:

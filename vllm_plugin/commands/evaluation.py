@@ -75,8 +75,6 @@ def evaluate(
         CompressError: the text is missing or too short, a model cannot be served, or two models
             split the text into different tokens.
     """
-    if not text.is_file():
-        raise CompressError(f"text file {text} does not exist")
     results: list[Evaluation] = []
     first: list[list[float]] = []
     reference: list[list[int]] | None = None

@@ -13,7 +13,6 @@ import torch
 from compress_common.calibration.precision import computed_in
 from compress_common.checkpoints.checkpoint import Checkpoint, resolve
 from compress_common.checkpoints.local import load_tokenizer, text_config
-from compress_common.errors import CompressError
 from compress_common.progress import Progress, silent
 from vllm_plugin.capacity.footprint import layer_token_bytes
 from vllm_plugin.commands.common import Problems
@@ -162,27 +161,6 @@ def _shown(value: Any, whole: bool) -> str:
     if isinstance(value, str):
         return Path(value).name if "/" in value and not whole else value
     return json.dumps(value)
-
-
-def parse_setting(text: str) -> dict[str, Any]:
-    """Return the section ``compress.kv`` that ``POLICY,KEY=VALUE,...`` describes.
-
-    Raises:
-        CompressError: a part has no ``=``.
-    """
-    policy, *parts = text.split(",")
-    section: dict[str, Any] = {"policy": policy.strip()}
-    for part in parts:
-        key, equals, value = part.strip().partition("=")
-        if not equals or not key:
-            raise CompressError(
-                f"--kv {text!r}: {part!r} is not KEY=VALUE; write it as --kv snap_kv,keep=0.25"
-            )
-        try:
-            section[key] = json.loads(value)
-        except json.JSONDecodeError:
-            section[key] = value
-    return section
 
 
 def as_rows(results: list[KVEvaluation]) -> list[dict[str, Any]]:

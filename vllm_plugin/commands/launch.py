@@ -5,13 +5,12 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-import yaml
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from compress_common.errors import CompressError, joined, nearest
-from vllm_plugin.command_line import mixed_forms, name_problems
+from vllm_plugin.command_line import NO_MODEL, name_problems
 from vllm_plugin.commands.checks import installation, model_checks
 from vllm_plugin.commands.common import json_object
 from vllm_plugin.commands.server_process import Address
@@ -33,17 +32,15 @@ class _Parser(FlexibleArgumentParser):
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Return what ``vllm serve`` makes of its arguments.
+    """Return what ``vllm serve`` makes of its arguments, which ``refuse_early`` has passed.
 
     Raises:
-        CompressError: vLLM would refuse them, or would leave some of them out in silence.
+        CompressError: vLLM would refuse them.
     """
     parser = _Parser(prog="vllm")
     command = ServeSubcommand()
     serving = command.subparser_init(parser.add_subparsers(dest="subparser"))
     parser.flags = list(serving._option_string_actions)
-    if problems := mixed_forms(arguments):
-        raise joined(problems)
     try:
         parsed = parser.parse_args(["serve", *arguments])
         command.validate(parsed)
@@ -51,13 +48,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise
     except (AssertionError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
         raise CompressError(f"vLLM cannot read the arguments: {error}") from error
-    except yaml.YAMLError as error:
-        place = " ".join(str(error).split())
-        raise CompressError(f"the file of --config is not YAML: {place}") from error
     if isinstance(parsed.additional_config, str):  # vLLM takes what it cannot read for a name
         json_object("--additional-config", parsed.additional_config)
     if parsed.model_tag is None and parsed.model == AsyncEngineArgs.model:  # vLLM's default
-        raise CompressError("no model is given: name a folder or a hub id, or have it in --config")
+        raise CompressError(NO_MODEL)
     parsed.model = parsed.model_tag or parsed.model
     if problems := name_problems(parsed.model):
         raise joined(problems)

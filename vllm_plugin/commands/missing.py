@@ -3,52 +3,84 @@
 
 import argparse
 import copy
+import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from compress_common.calibration.text import CalibrationSettings
 from compress_common.checkpoints.checkpoint import Checkpoint, resolve
+from compress_common.checkpoints.local import local_folder
 from compress_common.errors import CompressError
 from compress_common.progress import Progress, silent
 from compress_common.store import Store, digest
 from kv_policies.registry import policies
+from vllm_plugin import KEY
 from vllm_plugin.commands.calibrate_kv import BITS, LENGTH, RATIOS, SAMPLES
-from vllm_plugin.settings import KEY
 
 KIND = "kv-bases"
 _FILE = "bases.safetensors"
-_REVISION = "1"  # raised when other bases are fitted with equal arguments
+_REVISION = "2"  # raised when other bases are fitted with equal arguments
 
 
-def lacks_bases(parsed: argparse.Namespace) -> bool:
-    """Whether the policy stores latents, and no bases are named, nor a ``keep`` that needs none."""
-    kv = _section(parsed).get("kv")
+def lacks_bases(additional_config: Any) -> bool:
+    """Whether the policy stores latents, and no bases are named, nor a ``keep`` that needs none.
+
+    Args:
+        additional_config: as given, valid or not.
+    """
+    kv = _section(additional_config).get("kv")
     if not isinstance(kv, dict) or {"bases", "keep"} & kv.keys():
         return False
     kind = policies().get(str(kv.get("policy")))
     return kind is not None and kind.capabilities.content == "latents"
 
 
-def whole(parsed: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments with a cache that stays whole: all checks apply, without bases.
+def whole(additional_config: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that lack bases with a cache that stays whole: most checks apply to it."""
+    return _with_kv(additional_config, keep=1)
+
+
+def with_bases(parsed: argparse.Namespace, bases: Path | None = None) -> argparse.Namespace:
+    """Return the arguments with the bases of their model.
 
     Args:
         parsed: arguments that lack bases.
-    """
-    return _with_kv(parsed, keep=1)
-
-
-def with_bases(parsed: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments with the bases of their model: see ``default_bases``.
+        bases: the file; None: that of ``default_bases``.
 
     Raises:
         CompressError: the model cannot have bases.
     """
-    folder = resolve(parsed.model, parsed.revision, parsed.download_dir)
-    ranks = parsed.tensor_parallel_size
-    return _with_kv(parsed, bases=str(default_bases(Checkpoint(folder), tensor_parallel=ranks)))
+    if bases is None:
+        folder = resolve(parsed.model, parsed.revision, parsed.download_dir)
+        bases = default_bases(Checkpoint(folder), tensor_parallel=parsed.tensor_parallel_size)
+    return with_config(parsed, _with_kv(parsed.additional_config, bases=str(bases)))
+
+
+def with_config(
+    parsed: argparse.Namespace, additional_config: dict[str, Any]
+) -> argparse.Namespace:
+    """Return the arguments with another ``--additional-config``."""
+    changed = copy.copy(parsed)
+    changed.additional_config = additional_config
+    return changed
+
+
+def stored_bases(parsed: argparse.Namespace) -> Path | None:
+    """Return the file of ``default_bases`` where it is stored already.
+
+    Returns:
+        None: it is not, or that takes reading all weights.
+    """
+    with suppress(CompressError):  # whoever checks the arguments says what is wrong with the model
+        folder = local_folder(parsed.model, parsed.revision, parsed.download_dir)
+        checkpoint = None if folder is None else Checkpoint(folder)
+        if checkpoint is not None and checkpoint.digests_are_known():
+            found = Store().find(KIND, _key(checkpoint, parsed.tensor_parallel_size))
+            return None if found is None else found / _FILE
+    return None
 
 
 def default_bases(
@@ -67,10 +99,7 @@ def default_bases(
     Raises:
         CompressError: the model cannot have bases.
     """
-    settings = CalibrationSettings(samples=SAMPLES, length=LENGTH)
-    parts = (checkpoint.digest, RATIOS[BITS], str(BITS), settings.model_dump_json())
-    several = [] if tensor_parallel == 1 else ["--tensor-parallel-size", str(tensor_parallel)]
-    key = digest(KIND, _REVISION, *parts, *several)
+    several = _ranks(tensor_parallel)
 
     def build(target: Path) -> None:
         command = ["calibrate-kv", str(checkpoint.folder), "--out", str(target / _FILE)]
@@ -83,17 +112,26 @@ def default_bases(
             raise CompressError(f"vllm-compress calibrate-kv {checkpoint.folder} failed, see above")
         progress("fit bases", 1, 1)
 
-    return Store().make(KIND, key, build) / _FILE
+    return Store().make(KIND, _key(checkpoint, tensor_parallel), build) / _FILE
 
 
-def _with_kv(parsed: argparse.Namespace, **settings: object) -> argparse.Namespace:
-    changed, section = copy.copy(parsed), _section(parsed)
-    kv = {"kv": section["kv"] | settings}
-    changed.additional_config = parsed.additional_config | {KEY: section | kv}
-    return changed
+def _ranks(tensor_parallel: int) -> list[str]:
+    return [] if tensor_parallel == 1 else ["--tensor-parallel-size", str(tensor_parallel)]
 
 
-def _section(parsed: argparse.Namespace) -> dict[str, Any]:
-    config = parsed.additional_config
-    section = config.get(KEY) if isinstance(config, dict) else None
+def _key(checkpoint: Checkpoint, tensor_parallel: int) -> str:
+    settings = CalibrationSettings(samples=SAMPLES, length=LENGTH)
+    # Not ``checkpoint.digest``: it needs transformers, which takes seconds to import.
+    config = json.dumps(checkpoint.config, sort_keys=True)
+    parts = (checkpoint.weights_digest, config, RATIOS[BITS], str(BITS), settings.model_dump_json())
+    return digest(KIND, _REVISION, *parts, *_ranks(tensor_parallel))
+
+
+def _with_kv(additional_config: dict[str, Any], **settings: object) -> dict[str, Any]:
+    section = _section(additional_config)
+    return additional_config | {KEY: section | {"kv": section["kv"] | settings}}
+
+
+def _section(additional_config: Any) -> dict[str, Any]:
+    section = additional_config.get(KEY) if isinstance(additional_config, dict) else None
     return section if isinstance(section, dict) else {}

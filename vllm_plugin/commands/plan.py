@@ -10,6 +10,7 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.table import Table
 
+from compress_common.checkpoints.folder import check_model
 from compress_common.errors import CompressError
 from vllm_plugin.commands.common import (
     AdditionalConfig,
@@ -98,26 +99,26 @@ def plan(
     Example: vllm-compress plan meta-llama/Llama-3.1-8B-Instruct --gpu-memory 80GiB --context 32k
     --policy snap_kv --keep 0.25 --quantization smoothquant_plus
     """
-    from vllm_plugin.capacity.blocks import typical_prompt
-    from vllm_plugin.commands.deployment import Load, compare, default_block_size
-
     problems = Problems()
+    problems.collect(lambda: check_model(model))
     memory = problems.collect(lambda: memory_size(gpu_memory, "--gpu-memory")) or 0
     tokens = problems.collect(lambda: size(context, "--context")) or 0
-    if prompt is None:
-        start = typical_prompt(tokens)
-    else:
-        start = problems.collect(lambda: size(prompt, "--prompt")) or 0
+    start = problems.collect(lambda: size(prompt, "--prompt")) if prompt else None
     aside = None
     if activation_memory is not None:
         aside = problems.collect(lambda: memory_size(activation_memory, "--activation-memory"))
-    if tokens and start >= tokens:
+    if start is not None and tokens and start >= tokens:
         problems.found.append(
             f"--prompt {start} leaves no room for an answer in --context {tokens}; lower it"
         )
     config = problems.collect(
         lambda: config_of(additional_config, policy, keep, budget, profile, bases)
     )
+    problems.raise_found()
+    from vllm_plugin.capacity.blocks import typical_prompt
+    from vllm_plugin.commands.deployment import Load, compare, default_block_size
+
+    start = typical_prompt(tokens) if start is None else start
     block = block_size or default_block_size(config or {})
     load = Load(tokens, start, block, max_num_batched_tokens, max_num_seqs)
     found = compare(

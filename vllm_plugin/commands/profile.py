@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.table import Table
 
+from compress_common.checkpoints.folder import check_model
 from compress_common.errors import CompressError
+from kv_policies.budget.share import exact
 from vllm_plugin.commands.common import (
     AUTO,
     SELF,
@@ -17,13 +19,16 @@ from vllm_plugin.commands.common import (
     Device,
     Model,
     Plot,
+    Problems,
     Seed,
+    check_text,
     check_writable,
     out,
     print_written,
     serve_command,
     whole_file,
 )
+from vllm_plugin.commands.profiling.profile_plot import canvas, draw
 from vllm_plugin.progress import bar
 
 if TYPE_CHECKING:
@@ -83,17 +88,20 @@ def profile(
 
     Example: vllm-compress profile meta-llama/Llama-3.1-8B-Instruct --keep 0.25
     """
-    from kv_policies.budget.levels import exact
-    from vllm_plugin.commands.profiling.kv_profile import make_profile
-    from vllm_plugin.commands.profiling.profile_plot import canvas, draw
-
-    share = exact(keep)
-    settings = _settings(text, images, samples, length, seed)
-    if target is None:
+    problems = Problems()
+    problems.collect(lambda: check_model(model))
+    problems.collect(lambda: check_text(text))
+    share = problems.collect(lambda: exact(keep))
+    if target is None and share is not None:
         name = Path(model).expanduser().resolve().name
         target = Path(f"kv-profile-{name}-{float(share):g}.json")
-    figure: Any = canvas(plot) if plot else None
-    check_writable(target, plot)  # before minutes of work
+    figure: Any = problems.collect(lambda: canvas(plot)) if plot else None
+    problems.collect(lambda: check_writable(target, plot))  # before minutes of work
+    problems.raise_found()
+    assert share is not None and target is not None
+    from vllm_plugin.commands.profiling.kv_profile import make_profile
+
+    settings = _settings(text, images, samples, length, seed)
     with bar() as progress:
         made, attention = make_profile(
             model, share, settings, levels=levels, device=device, progress=progress

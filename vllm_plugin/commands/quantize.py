@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from compress_common.checkpoints.folder import check_model
 from vllm_plugin.commands.common import (
     AUTO,
     SELF,
@@ -16,8 +17,10 @@ from vllm_plugin.commands.common import (
     Device,
     MethodSettings,
     Model,
+    Problems,
     Seed,
     TensorParallelSize,
+    check_text,
     err,
     gib,
     out,
@@ -62,6 +65,11 @@ def quantize(
 
     Example: vllm-compress quantize meta-llama/Llama-3.1-8B-Instruct --out llama-int4
     """
+    problems = Problems()
+    problems.collect(lambda: check_model(model))
+    problems.collect(lambda: check_text(calibration))
+    own = problems.collect(lambda: settings_of(settings)) or {}
+    problems.raise_found()
     from compress_common.calibration.text import CalibrationSettings
     from compress_common.checkpoints.checkpoint import Checkpoint, resolve
     from quant_methods.formats.writing import estimate, quantize_checkpoint
@@ -75,7 +83,7 @@ def quantize(
     }
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     options["tensor_parallel"] = tensor_parallel_size
-    options |= settings_of(settings)
+    options |= own
     request = PlanRequest(
         method=method,
         settings=options,

@@ -11,17 +11,20 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
+from compress_common.checkpoints.folder import check_model
 from vllm_plugin.commands.common import (
     AsJson,
     Model,
     Plot,
     Problems,
+    check_text,
     check_writable,
     gib,
     out,
     whole_file,
 )
 from vllm_plugin.commands.plan import memory_size, size
+from vllm_plugin.commands.profiling.profile_plot import canvas
 from vllm_plugin.progress import bar
 
 if TYPE_CHECKING:
@@ -67,6 +70,19 @@ def recommend(
 
     Example: vllm-compress recommend MODEL --gpu-memory 24GiB --context 32k --concurrency 16
     """
+    problems = Problems()
+    problems.collect(lambda: check_model(model))
+    problems.collect(lambda: check_text(text))
+    memory = problems.collect(lambda: memory_size(gpu_memory, "--gpu-memory")) or 0
+    tokens = problems.collect(lambda: size(context, "--context")) or 0
+    given = problems.collect(lambda: size(prompt, "--prompt")) if prompt else None
+    problems.collect(lambda: check_writable(plot))
+    if given is not None and tokens and not 0 < given < tokens:
+        problems.found.append(
+            f"--prompt {given} leaves no room for an answer in --context {tokens}; lower it"
+        )
+    figure: Any = problems.collect(lambda: canvas(plot)) if plot else None
+    problems.raise_found()
     # Set before vLLM is imported, as its log is not part of the answer.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -74,23 +90,10 @@ def recommend(
     from vllm_plugin.commands.recommendation import Wanted
     from vllm_plugin.commands.recommendation import recommend as run
 
-    problems = Problems()
-    memory = problems.collect(lambda: memory_size(gpu_memory, "--gpu-memory")) or 0
-    tokens = problems.collect(lambda: size(context, "--context")) or 0
-    given = problems.collect(lambda: size(prompt, "--prompt")) if prompt else typical_prompt(tokens)
-    problems.collect(lambda: check_writable(plot))
-    if given is not None and tokens and not 0 < given < tokens:
-        problems.found.append(
-            f"--prompt {given} leaves no room for an answer in --context {tokens}; lower it"
-        )
-    figure: Any = None
-    if plot:
-        from vllm_plugin.commands.profiling.profile_plot import canvas
-
-        figure = problems.collect(lambda: canvas(plot))
-    wanted = Wanted(memory, gpu_memory_utilization, tokens, given or 0, concurrency)
+    start = typical_prompt(tokens) if given is None else given
+    wanted = Wanted(memory, gpu_memory_utilization, tokens, start, concurrency)
     with bar() as progress:
-        found = run(model, wanted, text, progress=progress, problems=problems)
+        found = run(model, wanted, text, progress=progress)
     if plot:
         from vllm_plugin.commands.recommending.frontier_plot import draw
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from compress_common.checkpoints.folder import check_model
 from compress_common.errors import CompressError
 from vllm_plugin.commands.common import (
     AUTO,
@@ -19,8 +20,10 @@ from vllm_plugin.commands.common import (
     MethodSettings,
     Model,
     Plot,
+    Problems,
     Seed,
     TensorParallelSize,
+    check_text,
     check_writable,
     err,
     mib,
@@ -28,6 +31,7 @@ from vllm_plugin.commands.common import (
     settings_of,
     whole_file,
 )
+from vllm_plugin.commands.profiling.profile_plot import canvas
 from vllm_plugin.progress import bar
 
 if TYPE_CHECKING:
@@ -88,6 +92,14 @@ def search(
     Example: vllm-compress search meta-llama/Llama-3.1-8B-Instruct --budget 5 --target cuda --out
     bits.json
     """
+    problems = Problems()
+    problems.collect(lambda: check_model(model))
+    problems.collect(lambda: check_text(text))
+    chosen = problems.collect(lambda: settings_of(settings))
+    wanted = None if levels is None else problems.collect(lambda: _numbers(levels))
+    problems.collect(lambda: check_writable(file, plot))  # before minutes of work
+    figure: Any = problems.collect(lambda: canvas(plot)) if plot else None
+    problems.raise_found()
     from compress_common.calibration.text import CalibrationSettings
     from compress_common.checkpoints.checkpoint import Checkpoint, resolve
     from quant_methods.search_request import SearchRequest
@@ -97,9 +109,9 @@ def search(
     request = SearchRequest(
         budget=budget,
         method=method,
-        settings=settings_of(settings),
+        settings=chosen or {},
         target=target,
-        levels=None if levels is None else _numbers(levels),
+        levels=wanted,
         group_size=group_size,  # type: ignore[arg-type]  # pydantic says which there are
         symmetric=symmetric,
         tensor_parallel=tensor_parallel_size,
@@ -109,12 +121,6 @@ def search(
     )
     allocator = request.allocator()
     request.chosen_levels()
-    check_writable(file, plot)  # before minutes of work
-    figure: Any = None
-    if plot:
-        from vllm_plugin.commands.profiling.profile_plot import canvas
-
-        figure = canvas(plot)
     checkpoint = Checkpoint(resolve(model))
     device = request.chosen_device(checkpoint, device)
     outputs = None

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress_common.errors import joined
 from vllm_plugin.commands.common import out
-from vllm_plugin.presets import PRESETS, Preset, content, flags, text
+from vllm_plugin.presets import PRESETS, Preset, flags, text
 
 if TYPE_CHECKING:
     import argparse
@@ -46,20 +45,30 @@ def serve(
     model = [] if not given or given[0].startswith("-") else given[:1]
     arguments = [*model, *chosen_flags, *given[len(model) :]]
     env = dict(os.environ)
+    from vllm_plugin.commands.early import refuse_early, refuse_settings
+
+    refuse_early(given, arguments, preset)
+    refuse_settings(arguments)
     # Set before vLLM is imported, as its log is not part of the answer.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from vllm_plugin.command_line import overridden, with_additional_config
+    from vllm_plugin.command_line import with_additional_config
     from vllm_plugin.commands.launch import check, parse
-    from vllm_plugin.commands.missing import lacks_bases, whole, with_bases
+    from vllm_plugin.commands.missing import (
+        lacks_bases,
+        stored_bases,
+        whole,
+        with_bases,
+        with_config,
+    )
     from vllm_plugin.commands.server_process import Address, command, environment, run
 
-    if preset and (problems := overridden(given, content(preset))):
-        raise joined(problems)
     parsed = parse(arguments)
-    if lacks_bases(parsed):
-        check(whole(parsed))  # before minutes of work
-        parsed = with_bases(parsed)
+    if lacks_bases(parsed.additional_config):
+        bases = stored_bases(parsed)
+        if bases is None:  # before minutes of work
+            check(with_config(parsed, whole(parsed.additional_config)))
+        parsed = with_bases(parsed, bases)
         arguments = with_additional_config(arguments, parsed.additional_config)
     check(parsed)
     _say(f"starting: {shlex.join(['vllm', 'serve', *arguments])}")

@@ -13,7 +13,7 @@ from typing import Any
 from vllm import SamplingParams
 
 from compress_common.errors import CompressError
-from kv_policies.budget.levels import exact
+from kv_policies.budget.share import exact
 from kv_policies.layout.base import Amount
 from vllm_plugin.request_check import RequestCheck, misspelt
 

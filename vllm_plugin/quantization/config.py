@@ -19,9 +19,9 @@ from compress_common.errors import CompressError
 from quant_methods.base import Capabilities, QuantMethod
 from quant_methods.formats.checkpoint_formats import (
     EMBEDDING_TARGETS,
-    MARKER,
-    NEEDS_PLUGIN,
     compressed_tensors_config,
+    quantized_problem,
+    written_by,
 )
 from quant_methods.grid import Grid
 from quant_methods.registry import served_methods
@@ -111,17 +111,10 @@ class MethodConfig(CompressedTensorsConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Claim our own checkpoints, which carry a marker, unless the user names another method."""
-        marker = hf_quant_cfg.get(MARKER) or {}
-        written = hf_quant_cfg.get("quant_method") in ("compressed-tensors", NEEDS_PLUGIN)
-        ours = written and marker.get("method")
-        if ours == cls.method and user_quant in (None, cls.method):
+        if written_by(hf_quant_cfg) == cls.method and user_quant in (None, cls.method):
             return cls.method
-        if user_quant == cls.method:
-            raise CompressError(
-                f"--quantization {cls.method} needs a 16-bit checkpoint or one written by "
-                f"`vllm-compress quantize --method {cls.method}`; this one is already quantized "
-                f"({ours or hf_quant_cfg.get('quant_method')}); remove the flag to serve it as is"
-            )
+        if user_quant == cls.method and (problem := quantized_problem(hf_quant_cfg, cls.method)):
+            raise CompressError(problem)
         return None
 
     def _get_scheme_from_parts(self, *args: Any, **kwargs: Any) -> CompressedTensorsScheme:

@@ -25,7 +25,7 @@ from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from compress_common.calibration.placement import HOST
 from compress_common.calibration.precision import slow_in_16_bit
-from compress_common.checkpoints.checkpoint import hugging_face_files
+from compress_common.checkpoints.folder import hugging_face_files
 from compress_common.checkpoints.loading import release
 from compress_common.errors import CompressError
 from compress_common.progress import Progress

@@ -112,7 +112,11 @@ def test_methods_and_help(run: Callable) -> None:
     ],
 )
 def test_bad_options_are_one_message(
-    run: Callable, tiny_model: Callable[..., Path], arguments: tuple[str, ...], expected: str
+    run: Callable,
+    tiny_model: Callable[..., Path],
+    text: Path,
+    arguments: tuple[str, ...],
+    expected: str,
 ) -> None:
     code, output, errors = run("quantize", tiny_model("llama"), "--out", "out", *arguments)
     assert code != 0

@@ -41,12 +41,13 @@ def test_more_answers_make_the_error_smaller() -> None:
 
 
 def test_settings_are_read_and_named() -> None:
-    from vllm_plugin.commands.kv_evaluation import parse_setting, setting_name
+    from vllm_plugin.commands.common import kv_setting
+    from vllm_plugin.commands.kv_evaluation import setting_name
 
-    section = parse_setting("r_kv,budget=1024, importance=0.2")
+    section = kv_setting("r_kv,budget=1024, importance=0.2")
     assert section == {"policy": "r_kv", "budget": 1024, "importance": 0.2}
     assert setting_name(section) == "r_kv, budget 1024, importance 0.2"
-    assert parse_setting("cskv,bases=a/b.safetensors") == {
+    assert kv_setting("cskv,bases=a/b.safetensors") == {
         "policy": "cskv",
         "bases": "a/b.safetensors",
     }
@@ -54,7 +55,7 @@ def test_settings_are_read_and_named() -> None:
         "cskv, bases b.safetensors"
     )
     with pytest.raises(CompressError, match="'0.25' is not KEY=VALUE"):
-        parse_setting("snap_kv,0.25")
+        kv_setting("snap_kv,0.25")
 
 
 def test_settings_with_files_of_one_name_are_told_apart() -> None:
@@ -119,7 +120,7 @@ def test_everything_wrong_is_said_before_an_engine_starts(
         "snap_kv,keep=0.5,min_prompt=400",
     )
     flags = [word for setting in settings for word in ("--kv", setting)]
-    code, _, err = run("eval-kv", model, "--keep", 0.5, *flags, "--text", "nowhere.txt", *SMALL)
+    code, _, err = run("eval-kv", model, "--keep", 0.5, *flags, *SMALL)
     assert code == 1
     for problem in (
         "no policy, keep 0.5: ",
@@ -128,11 +129,18 @@ def test_everything_wrong_is_said_before_an_engine_starts(
         "r_kv, budget 1024: compress.kv.budget is 1024, and requests have at most 448 tokens",
         "snap_kv, keep 0.5, min_prompt 400 keeps all of a prompt of 320 tokens",
         "cskv, bases nowhere: ",
-        "nowhere.txt is not a file",
     ):
         assert problem in err, (problem, err)
-    _, _, err = run("eval-kv", model, "--context", 2000)
-    assert "no setting is given" in err and "2,048 positions; lower --context" in err
+    _, _, err = run("eval-kv", "./nowhere", "--text", "nowhere.txt", "--engine-args", "{")
+    for problem in (
+        "no setting is given",
+        "./nowhere does not exist",
+        "--text nowhere.txt is not a file",
+        "--engine-args is not JSON",
+    ):
+        assert problem in err, (problem, err)
+    _, _, err = run("eval-kv", model, "--kv", "snap_kv,keep=0.5", "--context", 2000)
+    assert "2,048 positions; lower --context" in err
     _, _, err = run("eval-kv", model, "--kv", "snap_kv,keep=0.5", "--engine-args", '{"x": 1}')
     assert "--engine-args: " in err and "'x'" in err
     _, _, err = run("eval-kv", model, "--kv", "snap_kv", "--kv", "recent,0.5")

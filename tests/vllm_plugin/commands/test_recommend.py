@@ -262,18 +262,19 @@ def test_the_command_runs_as_many_requests_as_were_counted(
 def test_everything_wrong_is_said_at_once(
     run: Callable, tiny_model: Callable[..., Path], engines: Engines
 ) -> None:
-    arguments = ("--gpu-memory", "24", "--context", "1M", "--text", "nowhere.txt")
-    code, _, err = run("recommend", tiny_model("llama"), *arguments, "--plot", "x.nothing")
+    arguments = ("--gpu-memory", "24", "--context", "1k", "--prompt", "2k", "--text", "nowhere.txt")
+    code, _, err = run("recommend", "./nowhere", *arguments, "--plot", "x.nothing")
     assert code == 1
     for problem in (
+        "./nowhere does not exist",
         "--gpu-memory '24' has no unit",
-        "1,000,000 is more than the model's 2,048 positions",
-        "cannot read --text nowhere.txt",
+        "--prompt 2000 leaves no room",
+        "--text nowhere.txt is not a file",
         "--plot x.nothing has an unknown kind",
     ):
         assert problem in err, (problem, err)
-    code, _, err = run("recommend", "./nowhere", "--gpu-memory", "24", "--context", "1k")
-    assert "./nowhere does not exist" in err and "has no unit" in err
+    code, _, err = run("recommend", tiny_model("llama"), "--gpu-memory", "4GiB", "--context", "1M")
+    assert "1,000,000 is more than the model's 2,048 positions" in err
     assert not engines.asked
 
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from vllm_plugin import presets
-from vllm_plugin.command_line import with_additional_config
+from vllm_plugin.command_line import additional_config_of, with_additional_config
 from vllm_plugin.commands import launch, missing, server_process
 from vllm_plugin.commands.missing import lacks_bases
 from vllm_plugin.settings import KEY, parse_settings
@@ -60,6 +60,8 @@ def folder(tmp_path: Path, model: Path) -> Path:
     (tmp_path / "bad.yaml").write_text("a: [1,\nb: 2\n")
     (tmp_path / "kv.yaml").write_text(presets.text("safe"))
     (tmp_path / "bases.safetensors").write_bytes(b"no bases")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(model / "config.json", tmp_path / "bare")
     quantized = tmp_path / "quantized"
     shutil.copytree(model, quantized)
     config = json.loads((quantized / "config.json").read_text())
@@ -81,7 +83,7 @@ MISTAKES = {
         "./model --prot 8001",
         "unrecognized arguments: --prot 8001; did you mean '--port'?",
     ),
-    "a port": ("./model --port 80x", "argument --port"),
+    "a port": ("./model --port 80x", "--port '80x' is not a number"),
     "a busy port": ("./model --preset safe --port BUSY", "Address already in use"),
     "JSON": ("./model --additional-config '{compress'", "--additional-config is not JSON"),
     "two forms": (
@@ -92,8 +94,11 @@ MISTAKES = {
         "./model --preset safe --config kv.yaml",
         "--config kv.yaml has 'additional-config', and so does the preset",
     ),
-    "no such file": ("./model --config none.yaml", "No such file or directory: 'none.yaml'"),
+    "no such file": ("./model --config none.yaml", "--config none.yaml: No such file"),
     "not YAML": ("./model --config bad.yaml", "--config is not YAML"),
+    "a list": ("./model --config list.yaml", "--config list.yaml has no flags"),
+    "no config": (". --preset safe", "has no config.json: not a model folder"),
+    "no weights": ("./bare --preset balanced", "has no *.safetensors files"),
     "a key's name": (f"./model {KV}.policy snap_kv {KV}.kep 0.5", "did you mean 'keep'?"),
     "a section's name": (
         "./model --additional-config.comprss.kv.policy snap_kv",
@@ -129,6 +134,48 @@ def test_a_mistake_is_refused_on_one_screen(
     assert len(refusal.splitlines()) <= 5
 
 
+# What vLLM alone can tell: its flags, its methods, and what follows from a model's config.
+NEED_VLLM = {"a flag's name", "a method's name", "adapters", "too long"}
+# What our settings, methods and files tell, whose modules import torch.
+NEED_TORCH = {
+    *("a key's name", "a section's name", "a share", "a group size"),
+    *("bases", "quantized", "no weights"),
+}
+REFUSED = """if True:
+    import json, sys
+    from vllm_plugin import cli
+    for lines in json.loads(sys.argv.pop()):
+        for line in lines:
+            sys.argv[1:] = ["serve", *line]
+            try:
+                cli.main()
+            except SystemExit as end:
+                assert end.code, line
+        large = ("torch", "transformers", "compressed_tensors", "vllm")
+        print([name for name in large if name in sys.modules])
+"""
+
+
+def test_most_mistakes_are_refused_before_vllm_is_imported(folder: Path, busy_port: int) -> None:
+    """That takes seconds. In a process of its own: in this one all of them are imported."""
+    assert MISTAKES.keys() >= NEED_VLLM | NEED_TORCH
+    lines = {
+        name: shlex.split(line.replace("BUSY", str(busy_port)))
+        for name, (line, _) in MISTAKES.items()
+    }
+    early = [line for name, line in lines.items() if name not in NEED_VLLM | NEED_TORCH]
+    groups = [early, [lines[name] for name in sorted(NEED_TORCH)]]
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, json.dumps(groups)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "['torch']"]
+
+
 @pytest.mark.parametrize("preset", presets.PRESETS)
 def test_a_preset_is_a_file_for_vllm(run: Callable, tmp_path: Path, preset: presets.Preset) -> None:
     code, shown, _ = run("serve", "--preset", preset, "--show")
@@ -141,7 +188,7 @@ def test_a_preset_is_a_file_for_vllm(run: Callable, tmp_path: Path, preset: pres
         del parsed.config
     assert vars(from_file) == vars(from_flags)
     config = dict(from_flags.additional_config)
-    if lacks_bases(from_flags):
+    if lacks_bases(config):
         config[KEY]["kv"]["bases"] = "kv.safetensors"
     assert parse_settings(config).kv is not None
 
@@ -199,8 +246,9 @@ def test_bases_are_named_in_whatever_form_the_policy_was(tmp_path: Path, form: s
         "a file": ["--config", str(file)],
     }[form]
     parsed = launch.parse(["M", *given, "--port", "8001"])
-    assert lacks_bases(parsed)
-    assert missing.whole(parsed).additional_config[KEY]["kv"]["keep"] == 1
+    assert lacks_bases(parsed.additional_config)
+    assert missing.whole(parsed.additional_config)[KEY]["kv"]["keep"] == 1
+    assert additional_config_of(["M", *given]) == parsed.additional_config
     config = dict(parsed.additional_config)
     config[KEY] = config[KEY] | {"kv": config[KEY]["kv"] | {"bases": "b"}}
     again = launch.parse(with_additional_config(["M", *given, "--port", "8001"], config))
@@ -272,7 +320,7 @@ def test_it_serves_what_it_says_and_stops_at_once(demo_model: Path, tmp_path: Pa
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm_plugin.cli", "serve", str(demo_model)]
     command += ["--preset", "small", "--port", str(port), "--max-model-len", "512"]
-    command += ["--dtype", "float32", "--enforce-eager", "--served-model-name", "demo"]
+    command += ["--enforce-eager", "--served-model-name", "demo"]
     log = tmp_path / "log"
     with log.open("w") as written:
         process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT)

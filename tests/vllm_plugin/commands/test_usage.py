@@ -74,27 +74,52 @@ def test_version(run: Callable) -> None:
     assert f"torch {torch}" in out
 
 
-def test_help_imports_nothing_large() -> None:
-    """In a process of its own: in this one torch is loaded."""
+def without_large_imports(lines: list[list[str]], code: int) -> tuple[list[str], str]:
+    """What command lines print, and the errors, of a process in which nothing large is imported."""
     script = """if True:
         import json, sys
         from vllm_plugin import cli
-        for line in json.loads(sys.argv.pop()):
+        code, lines = json.loads(sys.argv.pop())
+        for line in lines:
             sys.argv[1:] = line
             try:
                 cli.main()
             except SystemExit as end:
-                assert not end.code, line
+                assert (end.code or 0) == code, line
         large = ("torch", "transformers", "vllm", "numpy", "ray", "matplotlib", "huggingface_hub")
         print([name for name in large if name in sys.modules])
     """
-    lines = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
-    done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(lines)], capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", script, json.dumps([code, lines])]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Usage: ") == 1 + len(COMMANDS)
-    assert done.stdout.splitlines()[-1] == "[]"
+    printed = done.stdout.splitlines()
+    assert printed.pop() == "[]"
+    return printed, done.stderr
+
+
+def test_help_imports_nothing_large() -> None:
+    lines = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+    printed, _ = without_large_imports(lines, 0)
+    assert sum("Usage: " in line for line in printed) == 1 + len(COMMANDS)
+
+
+def test_mistakes_that_need_no_model_import_nothing_large() -> None:
+    """These imports take seconds, which a wrong path or number is not worth."""
+    lines = [
+        "quantize ./nowhere --out x --set alpha --calibration nowhere.txt",
+        "search ./nowhere --out x --budget 4 --target cpu --levels low",
+        "profile ./nowhere --keep 1.5 --text nowhere.txt",
+        "calibrate-kv ./nowhere --out no/where",
+        "plan ./nowhere --gpu-memory 24 --context 4k --prompt 5k",
+        "recommend ./nowhere --gpu-memory 24 --context 4k --text nowhere.txt",
+        "eval ./nowhere ./nowhere@rtn --text nowhere.txt",
+        "eval-kv ./nowhere --kv snap_kv,0.5 --engine-args {",
+        "status --json --watch 5",
+    ]
+    printed, errors = without_large_imports([line.split() for line in lines], 1)
+    assert not printed
+    assert errors.count("error: ") == len(lines)
+    assert errors.count("./nowhere does not exist") == len(lines)  # `eval` names it twice
 
 
 def test_what_signatures_repeat_is_what_the_packages_say() -> None:

@@ -2,10 +2,12 @@
 """Draws a profile. Needs matplotlib, the optional extra ``plot``."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress_common.errors import CompressError
-from kv_policies.budget.profile import Profile
+
+if TYPE_CHECKING:
+    from kv_policies.budget.profile import Profile
 
 
 def canvas(path: Path) -> Any:
@@ -34,7 +36,7 @@ def canvas(path: Path) -> Any:
     return figure
 
 
-def draw(profile: Profile, figure: Any) -> None:
+def draw(profile: "Profile", figure: Any) -> None:
     """Draw each layer's own share as a bar, with lines for the served and the uniform share.
 
     Args:
