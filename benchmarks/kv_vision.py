@@ -120,11 +120,11 @@ def vision(options: Options, result: Result) -> None:
     sizes = SMOKE_SIZES if options.smoke else Sizes()
     seeds = list(range(options.seed, options.seed + sizes.pictures))
     seen: dict[str, Answers] = {}
-    _put(result, "full", _answers({"plugin": False}, seeds, sizes, (None,), options)[0], sizes)
+    _put(result, "full", _answers({"plugin": False}, seeds, sizes, (None,))[0], sizes)
     for name in tqdm(SMOKE_ROWS if options.smoke else ROWS, "vision", leave=False):
         failed: dict[str, str] = {}
         with reported(failed, name):
-            seen |= _row(name, seeds, sizes, options, result)
+            seen |= _row(name, seeds, sizes, result)
         for keep in map(percent, KEEPS):
             prefix = f"{name}_{keep}"
             if prefix in seen:
@@ -138,24 +138,20 @@ def vision(options: Options, result: Result) -> None:
                 _put_gain(result, f"{gain}_{keep}", ours, theirs, sizes)
 
 
-def _row(
-    name: str, seeds: list[int], sizes: Sizes, options: Options, result: Result
-) -> dict[str, Answers]:
+def _row(name: str, seeds: list[int], sizes: Sizes, result: Result) -> dict[str, Answers]:
     """The answers of a row at each share."""
     if name in UNIFORM:
         kind, settings = UNIFORM[name]
         served = policy(kind, keep=KEEPS[0], **settings)
-        found = _answers(served, seeds, sizes, KEEPS, options)
+        found = _answers(served, seeds, sizes, KEEPS)
         return {f"{name}_{percent(keep)}": one for keep, one in zip(KEEPS, found, strict=True)}
     kind, settings, shares = BY_LAYER[name]
     made = {}
     for keep in KEEPS:
-        file, blocks = in_process(
-            _shared_out, profile(keep, sizes), shares, preloaded=options.smoke
-        )
+        file, blocks = in_process(_shared_out, profile(keep, sizes), shares, preloaded=True)
         result.put(f"{name}_{percent(keep)}_blocks", blocks)
         served = policy(kind, profile=str(file), **settings)
-        made[f"{name}_{percent(keep)}"] = _answers(served, seeds, sizes, (None,), options)[0]
+        made[f"{name}_{percent(keep)}"] = _answers(served, seeds, sizes, (None,))[0]
     return made
 
 
@@ -164,7 +160,6 @@ def _answers(
     seeds: list[int],
     sizes: Sizes,
     keeps: Sequence[float | None],
-    options: Options,
 ) -> list[Answers]:
     """What one engine answers at each share."""
     with VisionEngine(
@@ -176,7 +171,7 @@ def _answers(
         enable_prefix_caching=True,
         limit_mm_per_prompt={"image": 1, "video": 0},
         logits_processors=[FORCED_TOKENS],
-        preloaded=options.smoke,
+        preloaded=True,
         **served,
     ) as engine:
         return [
