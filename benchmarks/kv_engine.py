@@ -32,8 +32,8 @@ POLICIES = ("prefix_kv", "snap_kv", "key_diff", "recent", "cskv", "fp8")
 # Its variants, by what they change.
 PREFIX_KV: dict[str, dict[str, int]] = {
     "prefix_kv": {},
-    "prefix_kv_pooled": {"pool": 15},
-    "prefix_kv_all_queries": {"queries": 0},
+    "prefix_kv_unpooled": {"pool": 1},
+    "prefix_kv_all_queries": {"pool": 1, "queries": 0},
 }
 FORCED_TOKENS = "vllm_plugin.commands.judging.forced_tokens:ForcedTokens"
 _MOST_IN_4_BITS = 0.28  # of the cache's bytes: all numbers of the demo model
@@ -84,11 +84,11 @@ def policy(name: str, **settings: Any) -> dict[str, Any]:
 def contender(name: str, keep: float, model: Path, options: Options) -> dict[str, Any]:
     """The engine arguments of ``full``, ``fp8``, a policy with its defaults, or ``snap_kv_fp8``.
 
-    ``prefix_kv`` has a profile, made here if there is none yet; ``prefix_kv_pooled`` max-pools its
-    scores, ``prefix_kv_all_queries`` lets all queries vote. ``snap_kv_profile`` is snap_kv with the
-    sizes of that profile. ``cskv`` has bases, made here too, of ratio 1 - keep, in 4 bits
-    where these can use so many bytes, else in 16; ``cskv_16bit`` in 16; ``cskv_halves`` in 16 and
-    with as many latents for keys as for values in every layer.
+    ``prefix_kv`` has a profile, made here if there is none yet; ``prefix_kv_unpooled`` does not
+    pool its scores, ``prefix_kv_all_queries`` lets all queries vote too, as in the paper.
+    ``snap_kv_profile`` is snap_kv with the sizes of that profile. ``cskv`` has bases, made here
+    too, of ratio 1 - keep, in 4 bits where these can use so many bytes, else in 16; ``cskv_16bit``
+    in 16; ``cskv_halves`` in 16 and with as many latents for keys as for values in every layer.
     """
     if name == "full":
         return {"plugin": False}

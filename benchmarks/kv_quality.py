@@ -34,9 +34,10 @@ P_K_passkey_mean, P_K_passkey_min   Recalled, of what the full cache recalls: th
                            wordings, and the worst of them.
 P_K_text_nats              As P_K_nats, of 6 contexts.
 full_passkey_min           The full cache's worst wording.
-Rows beside the policies: prefix_kv_pooled (its scores max-pooled over 15 tokens) and
-prefix_kv_all_queries (all prompt queries vote, as in the paper); extra: snap_kv_256 and h2o_256, a
-budget of 256 tokens, and snap_kv_256_windowed and h2o_256_windowed, with a prompt window of 384.
+Rows beside the policies: prefix_kv_unpooled (its scores are not max-pooled) and
+prefix_kv_all_queries (nor that, and all prompt queries vote, as in the paper); extra: snap_kv_256
+and h2o_256, a budget of 256 tokens, and snap_kv_256_windowed and h2o_256_windowed, with a prompt
+window of 384.
 
 Limits. A tiny model and easy prompts, 60 and 72 of them: one answer is 0.02. Every digit is a token
 and the filler repeats itself, which suits key_diff; the question is in the prompt when it is

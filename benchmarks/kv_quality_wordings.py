@@ -21,7 +21,7 @@ ROWS = (
         (f"{name}_025", name, 0.25)
         for name in (
             *("snap_kv", "key_diff", "h2o", "r_kv", "expected_attention", "prefix_kv"),
-            *("prefix_kv_pooled", "prefix_kv_all_queries", "recent", "snap_kv_profile"),
+            *("prefix_kv_unpooled", "prefix_kv_all_queries", "recent", "snap_kv_profile"),
         )
     ),
     ("cskv_014", "cskv", 0.14),

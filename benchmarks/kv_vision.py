@@ -12,11 +12,12 @@ P_K_later       Of 8 cells that are asked for behind the answer. No policy can k
 P_K_asked_nats, P_K_later_nats   Nats of the right digits.
 full_*          With the whole cache.
 *_se            Standard error of each figure, over pictures.
-Rows of prefix_kv: prefix_kv has the shares of a profile, measured by `vllm-compress profile
---images`; prefix_kv_uniform gives all layers the same share; prefix_kv_reversed gives the first
-layer the profile's share of the last, and so on: equal memory, but the wrong layers;
-prefix_kv_all and prefix_kv_all_uniform observe all queries, as the paper does. snap_kv_profile has
-the scores of snap_kv and the shares of the profile; snap_kv_pool_1 is snap_kv without max pooling.
+Rows of prefix_kv do not pool scores, as in the paper: prefix_kv has the shares of a profile,
+measured by `vllm-compress profile --images`; prefix_kv_uniform gives all layers the same share;
+prefix_kv_reversed gives the first layer the profile's share of the last, and so on: equal memory,
+but the wrong layers; prefix_kv_all and prefix_kv_all_uniform observe all queries, as the paper
+does. prefix_kv_pooled is prefix_kv with its default, which pools. snap_kv_profile has the scores of
+snap_kv and the shares of the profile; snap_kv_pool_1 is snap_kv without max pooling.
 P_K_blocks      Full blocks of a prompt that stay, mean over layers, of rows with a share per layer.
 profile_gain_K_asked, profile_gain_K_later and profile_gain_all_K_*: right digits with the profile
 less those with equal shares, paired by picture; profile_order_K_*: less those with the shares
@@ -59,13 +60,15 @@ UNIFORM: dict[str, tuple[str, dict[str, Any]]] = {
     name: (name, {})
     for name in ("snap_kv", "key_diff", "recent", "h2o", "r_kv", "expected_attention")
 } | {"snap_kv_pool_1": ("snap_kv", {"pool": 1})}
+_PREFIX = {"pool": 1}  # as in the paper: a digit is one token
 # name -> (policy, its settings, what layers have of the shares of a profile)
 BY_LAYER: dict[str, tuple[str, dict[str, Any], str]] = {
-    "prefix_kv": ("prefix_kv", {}, "profile"),
-    "prefix_kv_uniform": ("prefix_kv", {}, "uniform"),
-    "prefix_kv_reversed": ("prefix_kv", {}, "reversed"),
-    "prefix_kv_all": ("prefix_kv", {"queries": 0}, "profile"),
-    "prefix_kv_all_uniform": ("prefix_kv", {"queries": 0}, "uniform"),
+    "prefix_kv": ("prefix_kv", _PREFIX, "profile"),
+    "prefix_kv_uniform": ("prefix_kv", _PREFIX, "uniform"),
+    "prefix_kv_reversed": ("prefix_kv", _PREFIX, "reversed"),
+    "prefix_kv_all": ("prefix_kv", _PREFIX | {"queries": 0}, "profile"),
+    "prefix_kv_all_uniform": ("prefix_kv", _PREFIX | {"queries": 0}, "uniform"),
+    "prefix_kv_pooled": ("prefix_kv", {}, "profile"),
     "snap_kv_profile": ("snap_kv", {}, "profile"),
 }
 ROWS = (*UNIFORM, *BY_LAYER)

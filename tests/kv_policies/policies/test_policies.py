@@ -195,7 +195,7 @@ def test_large_numbers_of_float16_do_not_overflow(name: str) -> None:
 
 def test_prefix_kv_against_the_dense_reference() -> None:
     queries, keys = inputs(60)
-    got = scored(build_policy("prefix_kv", {"queries": 0}), queries, keys, [7, 31])
+    got = scored(build_policy("prefix_kv", {"queries": 0, "pool": 1}), queries, keys, [7, 31])
     want = dense(queries, keys).mean(1, keepdim=True).sum(2)  # the paper: mean heads, sum queries
     assert torch.allclose(got.double(), want, atol=1e-5)
 
@@ -209,6 +209,7 @@ def test_prefix_kv_pools_where_it_is_asked_to() -> None:
     for token in range(60):
         near = plain[..., max(0, token - 2) : token + 3].amax(-1)
         assert torch.equal(wide[..., token], near)
+    assert build_policy("prefix_kv", {}).settings.pool == 15
 
 
 def test_snap_kv_against_the_dense_reference() -> None:
