@@ -2,21 +2,19 @@
 """What a checkpoint has besides weights: config, index, report, and what is copied."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.companions import copy_companions
+from compress_common.checkpoints.shards import write_index
 from compress_common.structure.derive import structure_of
 from compress_common.structure.structure import HEAD
 from quant_methods.formats.checkpoint_formats import NEEDS_PLUGIN, Format
-from quant_methods.formats.modules import copy_modules
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.sizes import bits_per_weight
-
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 
 
 def write_metadata(
@@ -39,13 +37,8 @@ def write_metadata(
         index: ``{tensor: file}``.
         folder: Has the weights.
     """
-    for pattern in _COPIED:
-        for file in checkpoint.folder.glob(pattern):
-            # params.json is Mistral's own config, for weight files that are not copied.
-            if not file.name.endswith((".index.json", "params.json")):
-                shutil.copyfile(file, folder / file.name)
-    copy_modules(checkpoint.folder, folder)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    copy_companions(checkpoint.folder, folder)
+    size = write_index(folder, index)
     report = {
         "method": plan.method,
         "format": chosen.name,
@@ -67,15 +60,7 @@ def write_metadata(
         # vLLM looks for an lm_head.weight to see that they are not tied, and there is none now.
         config["tie_word_embeddings"] = False
     config.pop("torch_dtype", None)
-    contents = {
-        "config.json": config,
-        "report.json": report,
-        "model.safetensors.index.json": {
-            "metadata": {"total_size": size},
-            "weight_map": dict(sorted(index.items())),
-        },
-    }
-    for name, content in contents.items():
+    for name, content in {"config.json": config, "report.json": report}.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return report
 

@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a quantized checkpoint shard by shard. It is complete or absent, and a run can resume."""
 
-import json
-import os
-import shutil
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors.torch import save_file
 
 from compress_common.calibration.memory import PROGRAM, working_memory
 from compress_common.calibration.precision import check_device
 from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.companions import module_folders
+from compress_common.checkpoints.partial import Partial
+from compress_common.checkpoints.shards import cut_into_shards, serving_dtype, write_shards
 from compress_common.errors import CompressError
 from compress_common.progress import Progress, silent
 from compress_common.space import Need, check_space
@@ -25,17 +21,12 @@ from compress_common.structure.derive import structure_of
 from compress_common.structure.structure import HEAD
 from quant_methods.formats.checkpoint_formats import FORMATS, Format
 from quant_methods.formats.metadata import marker_of, write_metadata
-from quant_methods.formats.modules import module_folders
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import plan_digest
 from quant_methods.formats.sizes import sizes_of
 from quant_methods.grid import QuantizedWeight
 from quant_methods.plan_cost import plan_need, plan_need_left
 from quant_methods.planning import PlanRequest, obtain_plan
-
-# Of source weights. While a shard is written, it is in memory twice.
-_SHARD_BYTES = 1 << 30
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -118,75 +109,35 @@ def quantize_checkpoint(
     # Refuses what cannot be written before the work, not after it.
     chosen.config(settings.grids(config), config, {}, settings.embedding_grid(config))
     module_folders(source)
-    partial = target.parent / f".{target.name}.partial"
-    try:
-        if target.exists():
-            raise CompressError(f"{target} exists; give another folder or remove it")
-        request.check_head(checkpoint)
-        request.check_memory(checkpoint, device)
-        _check_space(partial, checkpoint, request, device)
-        partial.mkdir(parents=True, exist_ok=True)
-        with FileLock(partial / ".lock", timeout=0), _kept_if_useful(partial):
-            plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)
-            marker = marker_of(checkpoint, plan)
-            written = chosen.config(plan.grids, config, marker, plan.embedding)
-            _start_or_resume(partial, request.key(checkpoint), plan, chosen)
-            dtype = _serving_dtype(checkpoint.config)
-            index = _write_shards(checkpoint, plan, chosen, dtype, partial, device, progress)
-            report = write_metadata(checkpoint, plan, chosen, written, dtype, index, partial)
-        for leftover in (".lock", "state.json"):
-            (partial / leftover).unlink(missing_ok=True)
-        partial.rename(target)
-    except Timeout as error:
-        raise CompressError(f"another process is writing {target} right now") from error
-    except OSError as error:
-        raise CompressError(
-            f"cannot write {partial}: {error.strerror or error}; free space or give a writable "
-            "--out, then run the same command again to go on"
-        ) from error
+    partial = Partial(target)
+    request.check_head(checkpoint)
+    request.check_memory(checkpoint, device)
+    _check_space(partial, checkpoint, request, device)
+    with partial.writing():
+        plan, _ = obtain_plan(checkpoint, request, device=device, progress=progress)
+        marker = marker_of(checkpoint, plan)
+        written = chosen.config(plan.grids, config, marker, plan.embedding)
+        # The stored plan may be lost between two runs, and the next calibration can give another.
+        identity = {"request": request.key(checkpoint), "plan": plan_digest(plan)}
+        partial.start_or_resume(identity | {"format": chosen.name})
+        dtype, names = serving_dtype(checkpoint.config), _written(checkpoint, plan)
+        sizes = {name: size for name, (_, size) in checkpoint.shapes().items()}
+        tensors = functools.partial(_quantized, checkpoint, plan, chosen, dtype, device)
+        index = write_shards(cut_into_shards(names, sizes), tensors, partial.folder, progress)
+        report = write_metadata(checkpoint, plan, chosen, written, dtype, index, partial.folder)
     return report
 
 
-@contextmanager
-def _kept_if_useful(partial: Path) -> Iterator[None]:
-    """Remove the working folder after a refusal, unless it holds finished shards."""
-    try:
-        yield
-    except Exception:  # not an interruption, after which the same command goes on
-        if not any(partial.glob("*.safetensors")):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _check_space(partial: Path, checkpoint: Checkpoint, request: PlanRequest, device: str) -> None:
+def _check_space(
+    partial: Partial, checkpoint: Checkpoint, request: PlanRequest, device: str
+) -> None:
     """Raise CompressError when the disk has no room for the checkpoint, or for its plan."""
-    written = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-    size = estimate(checkpoint, request).disk - written
-    need = Need(partial.parent, size, "the checkpoint", "--out")
+    size = estimate(checkpoint, request).disk - partial.written
+    need = Need(partial.folder.parent, size, "the checkpoint", "--out")
     try:
         check_space([need, plan_need(checkpoint, request)])
     except CompressError:  # the weights are hashed only where it matters what is there already
         check_space([need, plan_need_left(checkpoint, request, device)])
-
-
-def _start_or_resume(partial: Path, key: str, plan: Plan, chosen: Format) -> None:
-    """Keep finished shards of the same weights, request and plan; drop all others.
-
-    The stored plan may be lost between two runs, and the next calibration can give another.
-    """
-    state = partial / "state.json"
-    now = json.dumps({"request": key, "plan": plan_digest(plan), "format": chosen.name})
-    if not state.is_file() or state.read_text(encoding="utf-8") != now:
-        for old in partial.glob("*.safetensors"):
-            old.unlink()
-        state.write_text(now, encoding="utf-8")
-
-
-def _serving_dtype(config: dict[str, Any]) -> torch.dtype:
-    """Return the dtype to write: fp16 stays fp16, everything else becomes bf16."""
-    parts = config, config.get("text_config") or {}
-    named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
-    return _DTYPES.get(next((str(name) for name in named if name), ""), torch.bfloat16)
 
 
 def _written(checkpoint: Checkpoint, plan: Plan) -> list[str]:
@@ -202,52 +153,24 @@ def _written(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     return [name for name in checkpoint.files if not (once and name == head)]
 
 
-def _shards(checkpoint: Checkpoint, names: list[str]) -> Iterator[list[str]]:
-    """Cut tensor names into runs of about a gigabyte."""
-    sizes = checkpoint.shapes()
-    shard: list[str] = []
-    size = 0
-    for name in names:
-        if size and size + sizes[name][1] > _SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-        shard.append(name)
-        size += sizes[name][1]
-    yield shard
-
-
-def _write_shards(
+def _quantized(
     checkpoint: Checkpoint,
     plan: Plan,
     chosen: Format,
     dtype: torch.dtype,
-    folder: Path,
     device: str,
-    progress: Progress,
-) -> dict[str, str]:
-    """Write every shard that is not there yet. Returns ``{tensor: file}``."""
-    shards = list(_shards(checkpoint, _written(checkpoint, plan)))
-    mode = stat.S_IMODE((folder / "state.json").stat().st_mode)  # as the umask has it
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        progress("write", number - 1, len(shards))
-        file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
-        if not file.is_file():
-            out: dict[str, torch.Tensor] = {}
-            stream = checkpoint.tensors(names)
-            for name, value in plan.transform(stream, dtype, device=device, expected=names):
-                if isinstance(value, QuantizedWeight):
-                    parts = chosen.tensors(value, dtype)
-                    out |= {f"{name}.{part}": t.cpu() for part, t in parts.items()}
-                else:
-                    out[name] = _stored(value, dtype, checkpoint.names.inner(name) is None).cpu()
-            out = {name: tensor.contiguous() for name, tensor in out.items()}
-            save_file(out, file.with_suffix(".tmp"), metadata={"format": "pt"})
-            file.with_suffix(".tmp").chmod(mode)  # save_file makes files that only we can read
-            os.replace(file.with_suffix(".tmp"), file)
-        index |= dict.fromkeys(Checkpoint.names_in(file), file.name)
-    progress("write", len(shards), len(shards))
-    return index
+    names: list[str],
+) -> dict[str, torch.Tensor]:
+    """Return what is written for the tensors ``names`` of one shard."""
+    out: dict[str, torch.Tensor] = {}
+    stream = checkpoint.tensors(names)
+    for name, value in plan.transform(stream, dtype, device=device, expected=names):
+        if isinstance(value, QuantizedWeight):
+            parts = chosen.tensors(value, dtype)
+            out |= {f"{name}.{part}": t.cpu() for part, t in parts.items()}
+        else:
+            out[name] = _stored(value, dtype, checkpoint.names.inner(name) is None).cpu()
+    return out
 
 
 def _stored(value: torch.Tensor, dtype: torch.dtype, tower: bool) -> torch.Tensor:

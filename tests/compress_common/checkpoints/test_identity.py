@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from compress_common.checkpoints import identity
+from compress_common.checkpoints import identity, shards
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.checkpoints.identity import TensorDigests, hashed, tensor_digest
 from compress_common.errors import CompressError
@@ -226,10 +226,8 @@ def test_the_stream_that_is_loaded_is_checked(copy: Path, damage: str) -> None:
 def test_shards_of_other_weights_are_not_kept(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quant_methods.formats import writing
-
-    monkeypatch.setattr(writing, "_SHARD_BYTES", 200_000)
-    save, saved = writing.save_file, []
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
+    save, saved = shards.save_file, []
 
     def interrupted(*args: object, **kwargs: object) -> None:
         if len(saved) == 3:
@@ -237,10 +235,10 @@ def test_shards_of_other_weights_are_not_kept(
         saved.append(args)
         save(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(writing, "save_file", interrupted)
+    monkeypatch.setattr(shards, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(copy, tmp_path / "out", RTN)
-    monkeypatch.setattr(writing, "save_file", save)
+    monkeypatch.setattr(shards, "save_file", save)
     file = copy / "model.safetensors"
     start, header = header_of(file)
     flip(file, start + header["model.embed_tokens.weight"]["data_offsets"][0])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from compress_common.calibration import memory, texts
 from compress_common.calibration.text import CalibrationSettings
+from compress_common.checkpoints import shards
 from compress_common.checkpoints.checkpoint import Checkpoint, resolve
 from compress_common.errors import CompressError
 from quant_methods import planning
@@ -88,12 +89,12 @@ def test_an_interrupted_run_goes_on(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target, whole = tiny_model("llama"), tmp_path / "out", tmp_path / "whole"
-    monkeypatch.setattr(writing, "_SHARD_BYTES", 200_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
     quantize_checkpoint(source, whole, request_for())
-    shards = len(list(whole.glob("*.safetensors")))
-    assert shards > 3
-    stop, written = random_numbers().randrange(1, shards), list[str]()
-    save = writing.save_file
+    count = len(list(whole.glob("*.safetensors")))
+    assert count > 3
+    stop, written = random_numbers().randrange(1, count), list[str]()
+    save = shards.save_file
 
     def save_some(tensors: dict, file: Path, **kwargs: object) -> None:
         if len(written) == stop:
@@ -101,7 +102,7 @@ def test_an_interrupted_run_goes_on(
         written.append(file.name)
         save(tensors, file, **kwargs)
 
-    monkeypatch.setattr(writing, "save_file", save_some)
+    monkeypatch.setattr(shards, "save_file", save_some)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(source, target, request_for())
     assert not target.exists()
@@ -111,9 +112,9 @@ def test_an_interrupted_run_goes_on(
         written.append(file.name)
         save(tensors, file, **kwargs)
 
-    monkeypatch.setattr(writing, "save_file", save_rest)
+    monkeypatch.setattr(shards, "save_file", save_rest)
     quantize_checkpoint(source, target, request_for())
-    assert len(written) == shards - stop
+    assert len(written) == count - stop
     for file in whole.glob("*.safetensors"):
         first, second = load_file(file), load_file(target / file.name)
         assert first.keys() == second.keys()
@@ -125,8 +126,8 @@ def test_shards_of_a_plan_that_is_lost_are_not_kept(
 ) -> None:
     """The cache is deleted between the runs, and the same request gives another plan."""
     source, target, whole = tiny_model("qwen2"), tmp_path / "out", tmp_path / "whole"
-    monkeypatch.setattr(writing, "_SHARD_BYTES", 200_000)
-    save, saved = writing.save_file, []
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
+    save, saved = shards.save_file, []
 
     def save_three(*args: object, **kwargs: object) -> None:
         if len(saved) == 3:
@@ -135,7 +136,7 @@ def test_shards_of_a_plan_that_is_lost_are_not_kept(
         save(*args, **kwargs)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(writing, "save_file", save_three)
+        patch.setattr(shards, "save_file", save_three)
         quantize_checkpoint(source, target, request_for())
     first, _ = obtain_plan(Checkpoint(source), request_for())
     shutil.rmtree(tmp_path / "cache")
@@ -168,7 +169,7 @@ def test_a_full_disk_names_the_folder(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "save_file", full)
+    monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(CompressError, match="No space left.*same command"):
         quantize_checkpoint(tiny_model("llama"), tmp_path / "out", request_for())
     assert not (tmp_path / "out").exists()
@@ -202,7 +203,7 @@ def damaged(kind: str, folder: Path) -> None:
     elif kind == "holds NaN or infinity":  # in a row that no calibration token reads
         state = load_file(weights)
         state["model.embed_tokens.weight"][-1, 3] = float("nan")
-        writing.save_file(state, weights, metadata={"format": "pt"})
+        save_file(state, weights, metadata={"format": "pt"})
     elif kind == "has the shape":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
@@ -253,7 +254,7 @@ def test_a_tensor_that_is_not_finite_is_named(
     shutil.copytree(tiny_model("qwen2"), folder)
     state = load_file(folder / "model.safetensors")
     state[tensor].view(-1)[3] = -torch.inf
-    writing.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     for request in (request_for(), PlanRequest(method="rtn")):
         with pytest.raises(CompressError, match=f"^{tensor} holds NaN or infinity"):
             quantize_checkpoint(folder, tmp_path / "out", request)
@@ -377,7 +378,7 @@ def test_an_embedding_model_is_refused_before_calibration(
     state = load_file(folder / "model.safetensors")
     del state["lm_head.weight"]
     bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    writing.save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr(planning, "_calibrate", lambda *args: pytest.fail("calibrated"))
     with pytest.raises(CompressError, match="embeds or classifies; it samples no calibration text"):
         quantize_checkpoint(folder, tmp_path / "out", request_for())

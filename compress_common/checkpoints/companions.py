@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folders of a Sentence Transformers model: how vectors are pooled and projected.
+"""What a checkpoint has beside its weights: the tokenizer, templates, and the licence.
 
-vLLM reads them beside the weights. Without them it would pool in another way, and only log that.
+A Sentence Transformers model has folders too. They say how vectors are pooled and projected, and
+vLLM reads them. Without them it would pool in another way, and only log that.
 """
 
 import json
@@ -11,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from compress_common.errors import CompressError
 
 _FILE = "modules.json"
-_COPIED = ("*.json", "*.safetensors", "*.txt")
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
+_COPIED_MODULES = ("*.json", "*.safetensors", "*.txt")
 _PICKLED = ("*.bin", "*.pt")
 
 
@@ -46,15 +48,22 @@ def module_folders(folder: Path) -> list[str]:
     return [path for path in paths if (folder / path).is_dir()]
 
 
-def copy_modules(source: Path, target: Path) -> None:
-    """Copy the folders of ``module_folders``, pickled files apart.
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what lies beside the weights, the folders of ``module_folders`` included.
+
+    The index of the weights is not copied, nor is anything pickled.
 
     Args:
         source: Folder of the model.
-        target: Folder of the quantized checkpoint.
+        target: Folder of the new checkpoint.
     """
+    for pattern in _COPIED:
+        for file in source.glob(pattern):
+            # params.json is Mistral's own config, for weight files that are not copied.
+            if not file.name.endswith((".index.json", "params.json")):
+                shutil.copyfile(file, target / file.name)
     for path in module_folders(source):
         (target / path).mkdir(parents=True, exist_ok=True)
-        for pattern in _COPIED:
+        for pattern in _COPIED_MODULES:
             for file in (source / path).glob(pattern):
                 shutil.copyfile(file, target / path / file.name)
