@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from compress_common.checkpoints.checkpoint import INDEX, Checkpoint
+from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.folder import INDEX
 from compress_common.progress import Progress, silent
 
 # Of source weights. While a shard is written, it is in memory twice.
