@@ -157,6 +157,7 @@ def _print(model: str, found: "Recommendation", wanted: "Wanted", plot: Path | N
     title = f"{model}: {wanted.load}, {wanted.prompt:,} of them prompt, in {gib(wanted.memory)}"
     _say(title)
     out.print(table(found, wanted))
+    _say("at once: such requests on this device; recalled: share of the full cache's keys")
     for name, reason in found.left_out.items():
         _say(f"left out: {name}: {reason}")
     at, chain = found.chosen, found.chain
@@ -178,7 +179,7 @@ def _print(model: str, found: "Recommendation", wanted: "Wanted", plot: Path | N
 
 def table(found: "Recommendation", wanted: "Wanted") -> Table:
     """Return the settings in a table that fits 80 columns, the safest first."""
-    columns = ("needs", "requests at once", "nats lost", "keys recalled")
+    columns = ("needs", "at once", "nats lost", "recalled")
     rows = sorted(found.rows, key=lambda row: row.candidate(wanted.concurrency).risk)
     chain = {candidate.name for candidate in found.chain}
     shown = Table("setting", *columns, box=SIMPLE, pad_edge=False, collapse_padding=True)
