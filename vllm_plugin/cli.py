@@ -23,6 +23,7 @@ from vllm_plugin.commands.evaluate_kv import evaluate_kv_settings
 from vllm_plugin.commands.methods import list_methods
 from vllm_plugin.commands.plan import plan
 from vllm_plugin.commands.profile import profile
+from vllm_plugin.commands.prune import prune
 from vllm_plugin.commands.quantize import quantize
 from vllm_plugin.commands.ray_serve import ray_serve
 from vllm_plugin.commands.recommend import recommend
@@ -33,7 +34,7 @@ from vllm_plugin.commands.status import status
 NAME = "vllm-compress"
 _USAGE = 2  # what the parser's errors exit with
 _INTERRUPTED = 130  # what typer returns after Ctrl-C
-_RESUMES = {"quantize", "recommend", "search"}
+_RESUMES = {"prune", "quantize", "recommend", "search"}
 # Recent typer has its own copy of click, older typer imports click. Either way this is the base of
 # what the parser raises.
 _ClickException: type[Any] = typer.BadParameter.__mro__[2]
@@ -64,6 +65,7 @@ def options(
 
 app.command()(quantize)
 app.command()(search)
+app.command()(prune)
 app.command()(profile)
 app.command("calibrate-kv")(calibrate_kv)
 app.command(context_settings=PASSES_FLAGS)(serve)
