@@ -14,6 +14,7 @@ from kv_policies.layout.base import Layout
 from kv_policies.layout.bounded import BoundedLayout
 from vllm_plugin.capacity.blocks import requests_in_pool
 from vllm_plugin.capacity.footprint import Footprint, kv_footprint, weight_footprint
+from vllm_plugin.depth import described
 from vllm_plugin.diffusion.settings import DiffusionSettings
 from vllm_plugin.diffusion.support import diffusion_of
 from vllm_plugin.kv_cache.beside import beside_of
@@ -44,6 +45,7 @@ def table(vllm_config: VllmConfig, settings: Settings, num_blocks: int | None = 
         parts["denoising"] = lambda: _denoising(vllm_config, denoised)
     else:
         parts["KV cache"] = lambda: _kv(vllm_config, settings, num_blocks)
+        parts["depth"] = lambda: _depth(vllm_config)
     rows: Rows = []
     for name, part in parts.items():
         try:
@@ -131,6 +133,11 @@ def _weights(config: VllmConfig, settings: Settings) -> Rows:
     if found.ratio == 1:
         return [("weights", f"not compressed, {before:.1f} MiB")]
     return [("weights", f"{method}, {before:.1f} -> {after:.1f} MiB ({found.ratio:.3f})"), *rows]
+
+
+def _depth(config: VllmConfig) -> Rows:
+    told = described(config.model_config.hf_config)
+    return [] if told is None else [("depth", told)]
 
 
 def _kv(config: VllmConfig, settings: Settings, num_blocks: int | None) -> Rows:

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from compress_common.registry import Registry
 from depth_pruning.healers.base import Healer
+from depth_pruning.healers.fusegpt import FuseGPT
 from depth_pruning.healers.linear import Linear
 from depth_pruning.healers.none import NoHealer
 from depth_pruning.healers.refit import Refit
@@ -12,7 +13,7 @@ from depth_pruning.healers.refit import Refit
 _REGISTRY: Final = Registry[Healer](
     noun="healer",
     group="vllm_compress.depth_healers",
-    built_in=(Refit, Linear, NoHealer),
+    built_in=(Refit, Linear, FuseGPT, NoHealer),
 )
 
 

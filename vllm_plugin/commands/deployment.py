@@ -35,6 +35,7 @@ from vllm_plugin.compatibility import (
     model_length,
     refuse_diffusion,
 )
+from vllm_plugin.depth import described
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_fingerprint import fingerprint_of, state_layers, unknown_kinds
 from vllm_plugin.page_sizes import full_block_size
@@ -105,6 +106,7 @@ class Comparison:
         block_size: tokens per block, larger than asked for where a block must hold a state.
         prompt_window: tokens from which on prompts are compacted while they are computed; None:
             the prompt is computed whole.
+        depth: which blocks `prune` dropped; None: none.
     """
 
     without: Column
@@ -113,6 +115,7 @@ class Comparison:
     model_length: int | None
     block_size: int
     prompt_window: int | None = None
+    depth: str | None = None
 
 
 def compare(
@@ -178,7 +181,8 @@ def compare(
     )
     heads = [layout.head(load.prompt) for layout in (layouts or {}).values()]
     cut = next((head for head in heads if head < load.prompt), None)
-    return Comparison(without, compressed, aside, model_length(config), load.block_size, cut)
+    length, depth = model_length(config), described(config)
+    return Comparison(without, compressed, aside, length, load.block_size, cut, depth)
 
 
 def _column(

@@ -138,7 +138,8 @@ def plan(
             err.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
         content = {"without": asdict(found.without), "with": asdict(found.compressed)}
         aside = found.activation_memory
-        print(json.dumps(asdict(load) | {"activation_memory": aside} | content))
+        content = {"activation_memory": aside, "depth": found.depth} | content
+        print(json.dumps(asdict(load) | content))
     else:
         _print(model, load, found, packing, warning)
     if not found.compressed.requests_one_in_prefill:
@@ -190,6 +191,8 @@ def _print(
     notes = [
         f"Set aside for activations and graphs: {aside}; vLLM measures it when it starts.",
     ]
+    if found.depth:
+        notes.append(f"The model is pruned: {found.depth}.")
     if found.prompt_window:
         notes.append(
             f"Prompts of more than {found.prompt_window:,} tokens are compacted while they are "

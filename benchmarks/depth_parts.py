@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of ``benchmarks.depth``."""
+
+import os
+import statistics
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Options, Result, alternate, cache_folder
+from benchmarks.depth_runs import answers_of, healed, nats_of, pruned, report_of, unhealed
+from benchmarks.engine import Engine, in_process
+from benchmarks.random_models import TINY, random_llama
+from benchmarks.texts import opticks
+from benchmarks.weights_judge import Bench, Contender, judge
+from benchmarks.weights_quality import GROUP, difference
+from compress_common.calibration.precision import slow_in_16_bit
+from vllm_plugin.demo_model import demo_model_path
+
+_DEEP = {"num_hidden_layers": 16}
+_KEYS = ("arithmetic", "recall")
+
+
+def _model(options: Options) -> Path:
+    if not options.smoke:
+        return demo_model_path()
+    return random_llama(type(TINY)(**vars(TINY) | _DEEP), options)
+
+
+def _request(options: Options, **changes: Any) -> dict[str, Any]:
+    samples, length = (8, 32) if options.smoke else (96, 128)
+    calibration = {"samples": samples, "length": length, "seed": options.seed}
+    if options.smoke and changes.get("search", "auto") == "auto":
+        changes |= {"search_settings": {"text_tokens": 32, "generations": 1, "offspring": 2}}
+    return {"calibration": calibration, "force": True} | changes
+
+
+def _bench(options: Options, model: Path) -> Bench:
+    folder = cache_folder() / ("depth-smoke" if options.smoke else "depth")
+    folder.mkdir(exist_ok=True)
+    text = folder / "opticks.txt"
+    text.write_text(opticks()[1], encoding="utf-8")
+    calibration = {"samples": 8, "length": 32} if options.smoke else {"samples": 64, "length": 128}
+    return Bench(model, folder, (text,), *((2, 64) if options.smoke else (16, 512)), calibration)
+
+
+def _nats(options: Options, result: Result, key: str, folder: Path) -> None:
+    """Fill a key with the nats that a pruned model loses on a book."""
+    model = _model(options)
+    bench = _bench(options, model)
+    run = partial(in_process, nats_of, preloaded=options.smoke)
+    difference(result, key, run(folder, bench), run(model, bench))
+
+
+def _pruned(options: Options, result: Result, note: str, **request: Any) -> Path:
+    """Return the folder of a pruned model, and note its report."""
+    asked = _request(options, **request)
+    folder = in_process(pruned, _model(options), asked, preloaded=options.smoke)
+    result.note(f"report_{note}", report_of(folder))
+    return folder
+
+
+def drop4(options: Options, result: Result) -> None:
+    """Fill nats_drop4 and heal_kl_ratio_drop4."""
+    folder = _pruned(options, result, "drop4", drop=4)
+    report = report_of(folder)
+    ratio = report["loss"]["kl"] / report["loss_without_healing"]["kl"]
+    result.put("heal_kl_ratio_drop4", ratio, **report["loss"])
+    _nats(options, result, "nats_drop4", folder)
+
+
+def drop8(options: Options, result: Result) -> None:
+    """Fill nats_drop8 and auto_vs_cosine_window_drop8."""
+    auto = _pruned(options, result, "drop8", drop=8)
+    window = _pruned(options, result, "drop8_window", drop=8, search="window")
+    losses = [report_of(folder)["loss"]["kl"] for folder in (auto, window)]
+    result.put("auto_vs_cosine_window_drop8", losses[0] / losses[1], kl=losses)
+    _nats(options, result, "nats_drop8", auto)
+
+
+def traffic(options: Options, result: Result) -> None:
+    """Fill nats_drop4_own_text: calibrated on the other half of the book that it is judged by."""
+    with tempfile.TemporaryDirectory() as scratch:
+        text = cache_folder() / "opticks-first-half.txt"
+        partial_file = Path(scratch) / "text.txt"
+        partial_file.write_text(opticks()[0], encoding="utf-8")
+        os.replace(partial_file, text)
+    asked = _request(options)["calibration"]
+    calibration = {"source": str(text), "samples": asked["samples"], "length": asked["length"]}
+    folder = _pruned(options, result, "own_text", drop=4, calibration=calibration)
+    _nats(options, result, "nats_drop4_own_text", folder)
+
+
+def search(options: Options, result: Result) -> None:
+    """Fill evopress_vs_greedy_kl, and the KL of each search's set of four as extra keys."""
+    names = ["single_drop", "block_influence", "macro_influence", "window", "greedy", "evopress"]
+    found = in_process(
+        unhealed, _model(options), _request(options), 4, names, preloaded=options.smoke
+    )
+    result.note("searches", found)
+    for name in names:
+        result.put(f"kl_unhealed_{name}", found[name]["kl"], **found[name])
+    result.put("evopress_vs_greedy_kl", found["evopress"]["kl"] / found["greedy"]["kl"])
+
+
+def heal(options: Options, result: Result) -> None:
+    """Fill heal_cpu_s and fusegpt_vs_refit_equal_cpu, on one window of four blocks."""
+    dropped = (6, 7, 8, 9) if options.smoke else (12, 13, 14, 15)
+    steps = {"steps": 2} if options.smoke else {"steps": 40}
+    settings = {"none": {}, "linear": {}, "refit": {}, "fusegpt": steps}
+    found = in_process(
+        healed, _model(options), _request(options), dropped, settings, preloaded=options.smoke
+    )
+    result.note("healers", found)
+    for name, row in found.items():
+        result.put(f"kl_heal_{name}", row["kl"], **row)
+    result.put("heal_cpu_s", found["refit"]["cpu_s"])
+    ratio, cpu = (found["fusegpt"][what] / found["refit"][what] for what in ("kl", "cpu_s"))
+    result.put("fusegpt_vs_refit_equal_cpu", ratio, cpu_ratio=cpu)
+
+
+def serve(options: Options, result: Result) -> None:
+    """Fill decode_ratio_drop4_b1, from two stock engines that take turns."""
+    models = {"full": _model(options), "drop4": _pruned(options, result, "drop4", drop=4)}
+    dtype = "float32" if slow_in_16_bit() else "bfloat16"
+    request = {"batch": 1, "prompt": 32, "tokens": 48, "seed": options.seed}
+    with ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(
+                Engine(folder, plugin=False, preloaded=options.smoke, dtype=dtype)
+            )
+            for name, folder in models.items()
+        }
+        samples = alternate(
+            list(engines),
+            options.rounds,
+            lambda name: engines[name].ask("decode", **request),
+            "decode",
+        )
+    result.ratio("decode_ratio_drop4_b1", samples["drop4"], samples["full"])
+
+
+def int4(options: Options, result: Result) -> None:
+    """Fill nats_drop4_int4, and nats_int4 of the full model beside it."""
+    model = _model(options)
+    bench = _bench(options, model)
+    base = in_process(nats_of, model, bench, preloaded=options.smoke)
+    folder = _pruned(options, result, "drop4", drop=4)
+    contender = Contender("smoothquant_plus", {"group_size": GROUP}, bench.calibration)
+    for key, source in (("nats_drop4_int4", folder), ("nats_int4", model)):
+        given = _bench(options, source)
+        record = in_process(judge, contender, given, preloaded=options.smoke)
+        difference(result, key, record["nats"][0], base)
+
+
+def answers(options: Options, result: Result) -> None:
+    """Fill exact_answers_ratio_drop4: mean over kinds of exact answers, pruned over full."""
+    folder = _pruned(options, result, "drop4", drop=4)
+    count = 4 if options.smoke else 40
+    run = partial(in_process, answers_of, preloaded=options.smoke)
+    full, less = (run(one, options.seed, count) for one in (_model(options), folder))
+    result.note("answers", {"full": full, "drop4": less})
+    shares = {key: (statistics.fmean(full[key]), statistics.fmean(less[key])) for key in _KEYS}
+    for key, (before, after) in shares.items():
+        result.put(f"exact_{key}_full", before)
+        result.put(f"exact_{key}_drop4", after)
+    known = [after / before for before, after in shares.values() if before]
+    if known:
+        result.put("exact_answers_ratio_drop4", statistics.fmean(known), shares=shares)
+    else:
+        result.missing("exact_answers_ratio_drop4", "the full model answers none of them")
