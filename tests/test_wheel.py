@@ -18,7 +18,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("compress_common", "dllm_denoising", "kv_policies", "quant_methods", "vllm_plugin")
+PACKAGES = (
+    "compress_common",
+    "depth_pruning",
+    "dllm_denoising",
+    "kv_policies",
+    "quant_methods",
+    "vllm_plugin",
+)
 BROKEN = "raise ImportError('a folder of the user, not of the plugin')"
 RESULT = "RESULT "
 
