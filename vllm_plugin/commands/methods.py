@@ -11,7 +11,9 @@ from vllm_plugin.commands.common import AsJson, out, serve_command
 
 
 def list_methods(as_json: AsJson = False) -> None:
-    """List what is registered, with settings: methods, allocators, KV and diffusion policies."""
+    """List what is registered, with settings: weights, depth, KV and diffusion."""
+    from depth_pruning.healers.registry import healers
+    from depth_pruning.searches.registry import searches as depth_searches
     from dllm_denoising.registry import policies as diffusion_policies
     from dllm_denoising.settings import Decoding
     from kv_policies.registry import policies
@@ -38,6 +40,13 @@ def list_methods(as_json: AsJson = False) -> None:
         }
         for name, kind in sorted(allocators().items())
     }
+    depth: dict[str, dict[str, dict[str, Any]]] = {
+        noun: {
+            name: {"paper": kind.paper, "settings": _settings(kind.settings_type)}
+            for name, kind in sorted(found.items())
+        }
+        for noun, found in (("search", depth_searches()), ("heal", healers()))
+    }
     kv: dict[str, dict[str, Any]] = {
         name: {
             "needs_profile": kind.capabilities.needs_profile,
@@ -63,7 +72,8 @@ def list_methods(as_json: AsJson = False) -> None:
         "diffusion": _settings(Decoding),
     }
     if as_json:
-        found = {"weights": weights, "allocators": searches, "kv": kv, "diffusion": diffusion}
+        found = {"weights": weights, "allocators": searches, "depth": depth}
+        found |= {"kv": kv, "diffusion": diffusion}
         print(json.dumps(found | {"common": common}, default=str))
         return
     _print("[bold underline]weights[/]  vllm serve MODEL --quantization NAME")
@@ -85,6 +95,11 @@ def list_methods(as_json: AsJson = False) -> None:
             f"and {row['needs']}"
         )
         _print_settings(row["settings"], "--set {}={}")
+    for noun, form in (("search", "--set {}={}"), ("heal", "--set heal.{}={}")):
+        _print(f"\n[bold underline]depth[/]  vllm-compress prune MODEL --drop 4 --{noun} NAME")
+        for name, row in depth[noun].items():
+            _print(f"[bold]{name}[/]  {row['paper']}")
+            _print_settings(row["settings"], form)
     example = serve_command("MODEL", policy="NAME", keep=0.25)
     _print(f"\n[bold underline]KV cache[/]  {example}")
     _print("  of every policy:")
