@@ -81,6 +81,8 @@ def test_methods_and_help(run: Callable) -> None:
     rows = json.loads(run("methods", "--json")[1])
     assert rows["weights"]["smoothquant_plus"]["at_load"]
     assert rows["weights"]["smoothquant_plus"]["settings"]["alpha"]["default"] is None
+    assert rows["depth"]["search"]["auto"]["settings"]["far"]["default"] > 1
+    assert {"refit", "linear", "fusegpt", "none"} <= rows["depth"]["heal"].keys()
     assert rows["kv"]["prefix_kv"]["needs_profile"]
     assert rows["kv"]["snap_kv"]["settings"]["window"]["default"] == 16
     assert rows["allocators"].keys() == allocators().keys()
