@@ -104,7 +104,14 @@ def check_blocks(config: Any, written: dict[str, Any], dropped: Collection[int])
     """
     depth = config.num_hidden_layers
     kept = kept_blocks(depth, dropped)
-    cut = type(config).from_dict(copy.deepcopy(written))
+    try:
+        cut = type(config).from_dict(copy.deepcopy(written))
+    except Exception as error:  # each class validates in its own way
+        reason = str(error).strip().splitlines()[0][:200]
+        raise CompressError(
+            f"transformers refuses the config of the cut model ({reason}); this architecture has a "
+            "setting for each block that is not known here"
+        ) from error
     before, after = _blocks(build(config), depth), _blocks(build(cut), len(kept))
     for place, index in enumerate(kept):
         if (difference := _difference(before[index], after[place])) is not None:
