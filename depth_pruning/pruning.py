@@ -250,7 +250,8 @@ class Pruning:
         tried: dict[str, dict[str, float]] = {}
         while low < high:
             count = (low + high + 1) // 2
-            dropped = self._searched(count, found := {})
+            found: dict[str, Any] = {}
+            dropped = self._searched(count, found)
             loss = self.loss(dropped)
             tried[str(count)] = loss.rounded()
             if loss.kl <= bound:

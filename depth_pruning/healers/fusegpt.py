@@ -7,6 +7,7 @@ https://arxiv.org/abs/2411.14507
 
 from collections.abc import Collection
 from contextlib import ExitStack
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -60,12 +61,11 @@ class FuseGPT(Healer):
                 after = run_block(blocks, index, after)
             train = _Training(text, self.settings, pair.pruned, after, progress)
             kept = [index for index in range(first, last) if index not in dropped]
-            stored = blocks.stages.tensors(
-                f"{text.name} gap {gap[0]}", lambda t=train, k=kept, g=gap: t.weights(k, g)
-            )
+            compute = partial(train.weights, kept, gap)
+            stored = blocks.stages.tensors(f"{text.name} gap {gap[0]}", compute)
             for name, weight in stored.items():
-                index, _, linear = name.partition(" ")
-                healed.setdefault(int(index), {})[linear] = weight
+                block, _, linear = name.partition(" ")
+                healed.setdefault(int(block), {})[linear] = weight
             for index in kept:
                 pair.pruned = run_block(blocks, index, pair.pruned, healed[index])
             pair.original, at = after, last

@@ -98,5 +98,5 @@ def _folded(
             weights = token_weights(wanted)
             for moments, rows in zip(sums, (slice(cut), slice(cut, None)), strict=True):
                 moments.add(x[rows], missing[rows], weights[rows])
-        delta, _ = chosen(*sums, ridges)
+        delta, _ = chosen(sums[0], sums[1], ridges)
         return stored_as(weight if delta is None else weight + delta @ weight, blocks)

@@ -94,8 +94,8 @@ class _Fit:
         found: dict[str, torch.Tensor] = {}
         with self.blocks.resident(self.index):
             for name in (self.writers.attention, self.writers.mlp):
-                moments = self._moments(name, found)
-                delta, _ = chosen(*moments, self.ridges)
+                fitted, held_out = self._moments(name, found)
+                delta, _ = chosen(fitted, held_out, self.ridges)
                 weight = self.blocks.layers[self.index].get_submodule(name).weight.detach()
                 new = weight.float() if delta is None else weight.float() + delta
                 found[name] = stored_as(new, self.blocks)

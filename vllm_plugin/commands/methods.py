@@ -40,12 +40,13 @@ def list_methods(as_json: AsJson = False) -> None:
         }
         for name, kind in sorted(allocators().items())
     }
+    of_depth: dict[str, dict[str, Any]] = {"search": depth_searches(), "heal": healers()}
     depth: dict[str, dict[str, dict[str, Any]]] = {
         noun: {
             name: {"paper": kind.paper, "settings": _settings(kind.settings_type)}
             for name, kind in sorted(found.items())
         }
-        for noun, found in (("search", depth_searches()), ("heal", healers()))
+        for noun, found in of_depth.items()
     }
     kv: dict[str, dict[str, Any]] = {
         name: {

@@ -138,8 +138,8 @@ def plan(
             err.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
         content = {"without": asdict(found.without), "with": asdict(found.compressed)}
         aside = found.activation_memory
-        content = {"activation_memory": aside, "depth": found.depth} | content
-        print(json.dumps(asdict(load) | content))
+        given = {"activation_memory": aside, "depth": found.depth}
+        print(json.dumps(asdict(load) | given | content))
     else:
         _print(model, load, found, packing, warning)
     if not found.compressed.requests_one_in_prefill:
