@@ -124,9 +124,7 @@ def block_numbers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise CompressError(
-                f"--layers {text!r} is not a list of blocks, such as 12-15 or 3,8-10"
-            )
+            raise CompressError(f"--layers {text!r} is no list of blocks, such as 12-15 or 3,8-10")
         numbers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(sorted(numbers))
 
