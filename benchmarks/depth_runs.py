@@ -19,7 +19,8 @@ from compress_common.calibration.texts import stored_tokens
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.checkpoints.loading import calibration_blocks, load_model
 from compress_common.store import digest
-from depth_pruning.pruning import Pruning, prune_checkpoint
+from depth_pruning.finding import Pruning
+from depth_pruning.pruning import prune_checkpoint
 from depth_pruning.request import PruneRequest
 from depth_pruning.searches.registry import build_search
 from vllm_plugin.progress import bar
