@@ -47,7 +47,10 @@ def judged(
     """
     import transformers
 
-    network = getattr(transformers, architecture).from_pretrained(model, dtype=torch.float32).eval()
+    kind = getattr(transformers, architecture)
+    # Other implementations of attention ignore caps of its logits.
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    network = kind.from_pretrained(model, **options).eval()
     nats, best = [], []
     for prompt, answer in answers:
         if kept is not None:
