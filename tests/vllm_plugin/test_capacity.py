@@ -53,6 +53,7 @@ from vllm_plugin.capacity.footprint import kv_footprint, layer_token_bytes, weig
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.windows import WindowSpec
 from vllm_plugin.kv_fingerprint import full_attention_layers, layer_configs, state_layers
+from vllm_plugin.metrics.connector import block_bytes_of
 from vllm_plugin.page_sizes import block_sizes
 from vllm_plugin.settings import WeightSettings
 
@@ -129,6 +130,8 @@ def test_groups_and_block_bytes_are_those_of_vllm(
         assert memory // block_bytes(ours, BLOCK, each, stages) == min(blocks)
         if count == 1:
             assert block_bytes(ours, BLOCK, each) == block_bytes(ours, BLOCK, each, stages)
+            # What metrics count freed blocks in, however many groups there are.
+            assert block_bytes_of(found) == block_bytes(ours, BLOCK, each)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,8 @@ def _budgets() -> str:
     """The budgets that a request may ask for."""
     if served.budget is None:
         return "needs a server with compress.kv.budget and without a profile"
-    return f"can only be {served.least_budget} to {served.budget} tokens"
+    least = f"{served.least_budget} tokens, two windows of compress.kv.decode_window"
+    return f"can only be from {least}, to {served.budget} tokens"
 
 
 def _share(value: Any) -> Fraction | None:

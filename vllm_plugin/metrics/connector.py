@@ -27,6 +27,15 @@ from vllm_plugin.settings import Settings, parse_settings
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's own, or it is not shown
 
 
+def block_bytes_of(config: KVCacheConfig) -> int:
+    """Return the bytes of one block of the pool.
+
+    The groups of a pool lie over each other: each has tensors of the size of the whole pool.
+    """
+    pool = max((tensor.size for tensor in config.kv_cache_tensors), default=0)
+    return pool // config.num_blocks
+
+
 class StatsConnector(StateConnector):
     """Reports what compression did since the last step.
 
@@ -49,8 +58,7 @@ class StatsConnector(StateConnector):
         if role is KVConnectorRole.SCHEDULER:
             settings = parse_settings(vllm_config.additional_config)
             log_table(vllm_config, settings, kv_cache_config.num_blocks)
-        memory = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
-        self._block_bytes = memory / max(1, kv_cache_config.num_blocks)
+        self._block_bytes = block_bytes_of(kv_cache_config)
 
     def get_kv_connector_stats(self) -> CompressStats | None:
         """Return what is new since the last call, or None if nothing is."""
