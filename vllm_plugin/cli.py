@@ -34,7 +34,13 @@ from vllm_plugin.commands.status import status
 NAME = "vllm-compress"
 _USAGE = 2  # what the parser's errors exit with
 _INTERRUPTED = 130  # what typer returns after Ctrl-C
-_RESUMES = {"prune", "quantize", "recommend", "search"}
+_RESUMES = "run the same command again to continue"
+# What is left after Ctrl-C; of the other commands: nothing was written.
+_LEFT = dict.fromkeys(("prune", "quantize", "recommend", "search"), _RESUMES) | {
+    "serve": "no server is left running",
+    "ray-serve": None,
+    "status": None,
+}
 # Recent typer has its own copy of click, older typer imports click. Either way this is the base of
 # what the parser raises.
 _ClickException: type[Any] = typer.BadParameter.__mro__[2]
@@ -102,9 +108,8 @@ def main() -> None:
     except _ClickException as error:
         _fail(usage_problem(error), debug, error.exit_code)
     if code == _INTERRUPTED:
-        resumes = _RESUMES.intersection(arguments[:1])
-        then = "run the same command again to continue" if resumes else "nothing was written"
-        err.print(f"interrupted; {then}", style="red")
+        left = _LEFT.get(next(iter(arguments), ""), "nothing was written")
+        err.print("interrupted" + (f"; {left}" if left else ""), style="red")
     sys.exit(code)
 
 

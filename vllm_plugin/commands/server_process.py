@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from typing import Any
 
 _POLL = 0.5  # seconds between two looks at a server that starts
 _PATIENCE = 30  # seconds for a server to shut down
+_GRACE = 8  # seconds from a signal to all of its processes to SIGKILL
+_STOPPING = f"stopping vLLM; a second Ctrl-C kills it after {_GRACE} seconds\n"
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,13 @@ class Address:
     @property
     def url(self) -> str:
         """Where a client on this machine finds the server."""
-        anywhere = self.host in (None, "", "0.0.0.0", "::")
-        host = "127.0.0.1" if anywhere else str(self.host)
+        host = self._reached
         return f"http{'s' * self.secure}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def _reached(self) -> str:
+        anywhere = self.host in (None, "", "0.0.0.0", "::")
+        return "127.0.0.1" if anywhere else str(self.host)
 
     def problem(self) -> str | None:
         """Why a server cannot listen here; None if it can."""
@@ -64,6 +71,18 @@ class Address:
                     f"--port {self.port}: {error.strerror}; stop what listens there or give another"
                 )
         return None
+
+    def listens(self) -> bool:
+        """Whether clients can connect. vLLM listens when its engine is ready, not before."""
+        try:
+            if self.path:
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(self.path)
+            else:
+                socket.create_connection((self._reached, self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
 
     def answers(self) -> bool:
         """Whether the server is healthy."""
@@ -112,7 +131,14 @@ def command(arguments: Sequence[str]) -> list[str]:
 def run(
     command: Sequence[str], address: Address, env: Mapping[str, str], ready: Callable[[], None]
 ) -> int:
-    """Run a server until it ends. It never outlives this function, nor do its processes.
+    """Run a server until it ends, and end all of its processes.
+
+    A server that listens gets a signal alone: vLLM then lets requests end, or aborts them, as it
+    is set to. A server that starts does not act on SIGINT before its engine is ready, so all of
+    its processes get the signal, as from a terminal, and SIGKILL after a grace period. They get
+    both after a second signal too.
+
+    SIGKILL of this process cannot be passed on: vLLM goes on, in a process group of its own.
 
     Args:
         command: the server.
@@ -121,31 +147,52 @@ def run(
         ready: called once, when the server is healthy.
 
     Returns:
-        The exit code.
+        The exit code: the server's, or 128 and the signal that ended it.
     """
     server: subprocess.Popen[bytes] | None = None
     caught: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
-        caught.append(number)
+        caught.append(_passed_on(number))
         if server is not None:
-            server.send_signal(_passed_on(number))
+            _pass_on(server, caught, address)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, stop)
     # In a group of its own. Otherwise Ctrl-C would reach it twice, and vLLM would not shut down.
     server = subprocess.Popen(command, env=env, process_group=0)
     try:
-        for early in caught:  # before it was there
-            server.send_signal(_passed_on(early))
+        if caught:  # before it was there
+            _pass_on(server, caught, address)
         while server.poll() is None and not (address.path or address.answers()):
             time.sleep(_POLL)
-        if server.poll() is None and not address.path:
+        if server.poll() is None and not address.path and not caught:
             ready()
         code = server.wait()
+        if code and caught:  # an interrupted start ends with whatever code its processes leave
+            return 128 + caught[0]
         return code if code >= 0 else 128 - code
     finally:
         _end(server)
+
+
+def _pass_on(server: "subprocess.Popen[bytes]", caught: Sequence[int], address: Address) -> None:
+    """Pass on the last signal of those caught; runs in a signal handler."""
+    if len(caught) == 1:
+        with suppress(OSError):  # the terminal is closed
+            os.write(2, _STOPPING.encode())  # print() must not run inside itself
+        if address.listens():
+            server.send_signal(caught[-1])
+            return
+    _signal_group(server, caught[-1])
+    kill = threading.Timer(_GRACE, _signal_group, (server, signal.SIGKILL))
+    kill.daemon = True
+    kill.start()
+
+
+def _signal_group(server: "subprocess.Popen[bytes]", number: int) -> None:
+    with suppress(ProcessLookupError):  # nothing is left of it
+        os.killpg(server.pid, number)
 
 
 def _passed_on(number: int) -> int:
@@ -158,6 +205,5 @@ def _end(server: "subprocess.Popen[bytes]") -> None:
         server.terminate()
         with suppress(subprocess.TimeoutExpired):
             server.wait(_PATIENCE)
-    with suppress(ProcessLookupError):  # nothing is left of its group
-        os.killpg(server.pid, signal.SIGKILL)
+    _signal_group(server, signal.SIGKILL)
     server.wait()

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ import yaml
 
 from vllm_plugin import presets
 from vllm_plugin.command_line import additional_config_of, with_additional_config
-from vllm_plugin.commands import launch, missing, server_process
+from vllm_plugin.commands import early, launch, missing, server_process
 from vllm_plugin.commands.missing import lacks_bases
 from vllm_plugin.settings import KEY, parse_settings
 
@@ -302,6 +303,76 @@ def test_no_process_outlives_the_command(
     while any(map(running, processes)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+# While vLLM's engine starts, its first process acts on no SIGINT, but its workers end of it.
+STARTING = """if True:
+    import signal, subprocess, sys, time
+    mode, file, port = sys.argv[1:]
+    deaf = "trap '' INT TERM; " if mode != "workers end" else ""
+    child = subprocess.Popen(["sh", "-c", f"{deaf}echo ready; sleep 600"], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    if mode == "listens":
+        import socket
+        listener = socket.create_server(("127.0.0.1", int(port)))
+    open(file, "w").write(str(child.pid))
+    sys.exit(child.wait())
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "grace", "signals"),
+    [("workers end", 60, 1), ("deaf", 0.3, 1), ("listens", 0.3, 2)],
+)
+def test_ctrl_c_ends_a_server_that_does_not_act_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, grace: float, signals: int
+) -> None:
+    """All of its processes get it while it starts; afterwards only from the second one on."""
+    monkeypatch.undo()
+    monkeypatch.setattr(server_process, "_GRACE", grace)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = server_process.Address("127.0.0.1", port, secure=False, path=None)
+    monkeypatch.setattr(server_process.Address, "answers", lambda _: False)
+    file, sent = tmp_path / "pid", []
+
+    def interrupt() -> None:
+        while not (file.exists() and file.read_text()):
+            time.sleep(0.05)
+        for _ in range(signals):
+            time.sleep(1)
+            sent.append(running(int(file.read_text())))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    program = [sys.executable, "-c", STARTING, mode, str(file), str(port)]
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    started = time.monotonic()
+    try:
+        code = server_process.run(program, address, {"PATH": os.environ["PATH"]}, pytest.fail)
+    finally:
+        thread.join()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, before[number])
+    assert code == 128 + signal.SIGINT
+    assert sent == [True] * signals  # the first one did not end what listens
+    assert time.monotonic() - started < 30
+    assert not running(int(file.read_text()))
+
+
+def test_an_interrupted_server_is_not_said_to_write(
+    run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(early, "refuse_early", interrupted)
+    code, _, errors = run("serve", "./model")
+    assert (code, errors) == (130, "interrupted; no server is left running\n")
 
 
 def running(process: int) -> bool:
