@@ -49,6 +49,10 @@ def status(
         print(json.dumps(figures))
     elif watch is None:
         out.print(_view(url), soft_wrap=True)
+    elif not out.is_terminal:  # Live would print at the end only, once
+        while True:
+            out.print(_view(url), soft_wrap=True)
+            time.sleep(watch)
     else:
         with Live(_view(url), console=out, auto_refresh=False) as live:
             while True:
