@@ -31,8 +31,12 @@ class _Parser(FlexibleArgumentParser):
         raise CompressError(message + hint)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str], own: Sequence[str] = ()) -> argparse.Namespace:
     """Return what ``vllm serve`` makes of its arguments, which ``refuse_early`` has passed.
+
+    Args:
+        arguments: behind ``vllm serve``.
+        own: flags of our command, one of which can be what an unknown flag means.
 
     Raises:
         CompressError: vLLM would refuse them.
@@ -40,7 +44,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="vllm")
     command = ServeSubcommand()
     serving = command.subparser_init(parser.add_subparsers(dest="subparser"))
-    parser.flags = list(serving._option_string_actions)
+    parser.flags = [*own, *serving._option_string_actions]
     try:
         parsed = parser.parse_args(["serve", *arguments])
         command.validate(parsed)

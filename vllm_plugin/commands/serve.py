@@ -63,7 +63,8 @@ def serve(
     )
     from vllm_plugin.commands.server_process import Address, command, environment, run
 
-    parsed = parse(arguments)
+    own = [flag for option in context.command.params for flag in option.opts]
+    parsed = parse(arguments, own)
     if lacks_bases(parsed.additional_config):
         bases = stored_bases(parsed)
         if bases is None:  # before minutes of work

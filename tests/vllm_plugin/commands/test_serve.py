@@ -84,6 +84,10 @@ MISTAKES = {
         "./model --prot 8001",
         "unrecognized arguments: --prot 8001; did you mean '--port'?",
     ),
+    "our flag's name": (
+        "./model --presets balanced",
+        "unrecognized arguments: --presets balanced; did you mean '--preset'?",
+    ),
     "a port": ("./model --port 80x", "--port '80x' is not a number"),
     "a busy port": ("./model --preset safe --port BUSY", "Address already in use"),
     "JSON": ("./model --additional-config '{compress'", "--additional-config is not JSON"),
@@ -136,7 +140,7 @@ def test_a_mistake_is_refused_on_one_screen(
 
 
 # What vLLM alone can tell: its flags, its methods, and what follows from a model's config.
-NEED_VLLM = {"a flag's name", "a method's name", "adapters", "too long"}
+NEED_VLLM = {"a flag's name", "our flag's name", "a method's name", "adapters", "too long"}
 # What our settings, methods and files tell, whose modules import torch.
 NEED_TORCH = {
     *("a key's name", "a section's name", "a share", "a group size"),
