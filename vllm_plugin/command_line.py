@@ -5,6 +5,7 @@ Imports neither torch nor vLLM.
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -45,6 +46,35 @@ def mixed_forms(arguments: Sequence[str]) -> list[str]:
         for where, text in given
         if text and (ours or KEY in text)
     ]
+
+
+def json_beside_preset(arguments: Sequence[str], preset: str) -> list[str]:
+    """Refuse JSON beside a preset, whose settings are dotted flags: vLLM drops the JSON then.
+
+    Args:
+        arguments: of a command line, without the flags of the preset.
+        preset: its name.
+    """
+    problems = []
+    for flag, text in _flags(arguments):
+        if flag == _FLAG:
+            words: list[str] = []
+            with suppress(json.JSONDecodeError):
+                words = list(_dotted(_FLAG, json.loads(text)))
+            dotted = shlex.join(words) or f"dotted flags too, such as {_FLAG}.{KEY}.kv.keep 0.25"
+            problems.append(
+                f"--preset {preset} sets {_FLAG} with dotted flags, and vLLM drops JSON beside "
+                f"them; in place of the JSON, write {dotted}"
+            )
+    return problems
+
+
+def _dotted(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, content in value.items():
+            yield from _dotted(f"{name}.{key}", content)
+    elif name != _FLAG:
+        yield from (name, value if isinstance(value, str) else json.dumps(value))
 
 
 def name_problems(model: str) -> list[str]:

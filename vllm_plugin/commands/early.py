@@ -16,6 +16,7 @@ from vllm_plugin.command_line import (
     additional_config_of,
     file_problems,
     flag_values,
+    json_beside_preset,
     mixed_forms,
     model_of,
     name_problems,
@@ -42,8 +43,10 @@ def refuse_early(given: Sequence[str], arguments: Sequence[str], preset: Preset 
         CompressError: lists every problem found.
     """
     problems = Problems()
-    beside = overridden(given, content(preset)) if preset else []
-    problems.found += file_problems(given) + (beside or mixed_forms(arguments))
+    mixed = mixed_forms(given)
+    if preset:
+        mixed = overridden(given, content(preset)) or mixed or json_beside_preset(given, preset)
+    problems.found += file_problems(given) + mixed
     values = flag_values(arguments)
     config = values.get("--additional-config")
     if isinstance(config, str):

@@ -92,8 +92,12 @@ MISTAKES = {
     "a busy port": ("./model --preset safe --port BUSY", "Address already in use"),
     "JSON": ("./model --additional-config '{compress'", "--additional-config is not JSON"),
     "two forms": (
-        f"./model --preset safe --additional-config '{json.dumps({KEY: {}})}'",
+        f"./model {KV}.policy snap_kv --additional-config '{json.dumps({KEY: {}})}'",
         "is given as JSON and with dotted flags",
+    ),
+    "a preset and JSON": (
+        f"./model --preset safe --additional-config '{json.dumps({KEY: {'kv': {'keep': 0.25}}})}'",
+        f"vLLM drops JSON beside them; in place of the JSON, write {KV}.keep 0.25\n",
     ),
     "two forms, a file": (
         "./model --preset safe --config kv.yaml",
