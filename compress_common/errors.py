@@ -6,6 +6,8 @@ from difflib import get_close_matches
 
 from pydantic import ValidationError
 
+MISSING = "is missing"  # what ``explain`` says at the end of a line about a required setting
+
 
 class CompressError(ValueError):
     """A problem that the user can fix.
@@ -68,7 +70,7 @@ def explain(error: ValidationError, where: str, valid: Iterable[str]) -> list[st
             if section == where:  # pydantic does not say what a nested section allows
                 line += f"{nearest(key, valid)} (valid: {', '.join(valid) or 'none'})"
         elif problem["type"] == "missing":
-            line = f"{section}: {key!r} is missing"
+            line = f"{section}: {key!r} {MISSING}"
         elif problem["type"] == "value_error":
             message = message.removeprefix("Value error, ")
             # A validator of a whole section gets all of it, and ours may say what they got.

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.checkpoints.local import local_folder
-from compress_common.errors import CompressError, joined, nearest
+from compress_common.errors import MISSING, CompressError, joined, nearest
 from compress_common.structure.derive import structure_of
 from compress_common.structure.wrapper import language_config
 from quant_methods.planning import PlanRequest
@@ -122,13 +122,15 @@ def _settings(args: EngineArgs) -> Settings:
     Raises:
         CompressError: lists every problem found.
     """
-    problems, settings = mixed_forms(sys.argv), Settings()
+    mixed, settings = mixed_forms(sys.argv), Settings()
+    problems = list(mixed)
     given = args.additional_config
     section = given.get(KEY) if isinstance(given, dict) else None
     try:
         settings = parse_settings(given)
     except CompressError as error:
-        problems += error.problems
+        # What seems to be missing can be in the form that vLLM has dropped.
+        problems += [each for each in error.problems if not (mixed and each.endswith(MISSING))]
         # The settings of a weight method are validated later, so do it here for one whole list.
         problems += method_problems(given, args.quantization)
     problems += _name_problems(args, bool(section))

@@ -111,9 +111,13 @@ def test_json_beside_dotted_flags_is_refused(
     dotted = ["--additional-config.compress.weights.group_size", "64"]
     arguments = ["script", "serve", "m", f"--additional_config={json.dumps(SNAP)}", *dotted]
     monkeypatch.setattr(sys, "argv", arguments)
-    config = {"compress": {"weights": {"group_size": 64}}}
+    config: dict[str, Any] = {"compress": {"weights": {"group_size": 64}}}
     with pytest.raises(CompressError, match="as JSON and with dotted flags"):
         configure(demo_model, quantization="rtn", additional_config=config)
+    partial = {"compress": {"kv": {"keep": 0.5}}}  # the policy is in the JSON
+    with pytest.raises(CompressError) as caught:
+        configure(demo_model, additional_config=partial)
+    assert len(caught.value.problems) == 1 and "dotted" in str(caught.value)
     others = ["vllm", "serve", "llama-compress", "--additional-config", '{"a": 1}']
     monkeypatch.setattr(sys, "argv", [*others, "--additional-config.b", "2"])
     configure(demo_model)  # nothing of ours is dropped

@@ -37,7 +37,7 @@ def serve(
     Example: vllm-compress serve MODEL --preset balanced --port 8000 --max-model-len 8192
     """
     if show:
-        chosen = [preset] if preset else PRESETS
+        chosen = [name for name in PRESETS if name == preset or name in context.args] or PRESETS
         print("\n".join(f"# {name}.yaml\n{text(name)}" for name in chosen), end="")
         return
     given, chosen_flags = context.args, flags(preset) if preset else []

@@ -141,7 +141,9 @@ def _saved(figures: "Figures") -> Rows:
     freed, blocks = figures.total("kv_freed_bytes"), figures.total("kv_freed_blocks")
     tokens, evicted = figures.total("kv_tokens"), figures.total("kv_evicted_tokens")
     segments = figures.by_label("kv_compactions")
-    compactions = ", ".join(f"{count:,.0f} {kind}s" for kind, count in segments.items())
+    compactions = ", ".join(
+        f"{count:,.0f} {kind}{'s' * (count != 1)}" for kind, count in segments.items()
+    )
     count = figures.total("kv_compaction_seconds_count")
     if count:
         mean = 1e3 * figures.total("kv_compaction_seconds_sum") / count

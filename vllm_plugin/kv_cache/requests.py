@@ -94,16 +94,16 @@ def check(params: SamplingParams, cached: bool) -> None:
             f"{name} needs prefix caching: without it the scheduler's cache managers see no "
             "requests. Serve with --enable-prefix-caching, or leave it out"
         )
-    problem = None
+    problem, advice = None, "leave it out"
     if keep is not None and budget is not None:
-        problem = f"{KEEP} and {BUDGET} exclude each other; leave one out"
+        problem, advice = f"{KEEP} and {BUDGET} exclude each other", "set one of them, or neither"
     elif keep is not None and not _may_keep(keep):
         problem = f"{KEEP} of a request {_shares()}, got {keep!r}"
     elif budget is not None and not _may_have(budget):
         problem = f"{BUDGET} of a request {_budgets()}, got {budget!r}"
     if problem is not None:
         on_refusal(name)
-        raise ValueError(f"{problem}; leave it out for what the server was started with")
+        raise ValueError(f"{problem}; {advice} for what the server was started with")
     if budget is not None:
         params.skip_reading_prefix_cache = True
 

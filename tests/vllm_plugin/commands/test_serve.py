@@ -210,6 +210,10 @@ def test_all_presets_are_shown(run: Callable) -> None:
         assert yaml.safe_load(presets.text(preset))["additional-config"][KEY]["kv"]
 
 
+def test_a_preset_named_behind_show_is_shown_alone(run: Callable) -> None:
+    assert run("serve", "--show", "small")[:2] == (0, f"# small.yaml\n{presets.text('small')}")
+
+
 def test_flags_win_over_the_preset() -> None:
     line = ["M", *presets.flags("balanced"), "--quantization", "rtn", f"{KV}.keep", "0.75"]
     parsed = launch.parse(line)

@@ -52,6 +52,13 @@ def test_a_prompt_window_is_told(run: Callable) -> None:
     assert code == 0 and "snap_kv, budget 64, prompt window 96" in printed
 
 
+def test_a_single_segment_is_singular(run: Callable) -> None:
+    name = 'vllm_compress_kv_compactions_total{engine="0",model_name="m",segment="%s"} %s\n'
+    text = INFO % (0, "m") + name % ("prompt", 1) + name % ("window", 2)
+    with answering({"/metrics": text}) as url:
+        assert "1 prompt, 2 windows" in run("status", url)[1]
+
+
 def test_engines_of_a_model_add_up_and_models_stay_apart(run: Callable) -> None:
     """As behind data parallelism, and as Ray's agent names them."""
     count = (

@@ -486,7 +486,7 @@ def test_requests_may_ask_for_a_smaller_budget(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="can only be 1, which keeps its whole KV cache, got 0.5"):
         check(SamplingParams(extra_args={"compress_keep": 0.5}), cached=True)
     both = {"compress_keep": 1, "compress_budget": 512}
-    with pytest.raises(ValueError, match="exclude each other"):
+    with pytest.raises(ValueError, match="each other; set one of them, or neither for what"):
         check(SamplingParams(extra_args=both), cached=True)
     with pytest.raises(ValueError, match="compress_budget needs prefix caching"):
         check(SamplingParams(extra_args={"compress_budget": 512}), cached=False)
