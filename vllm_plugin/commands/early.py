@@ -22,8 +22,8 @@ from vllm_plugin.command_line import (
     name_problems,
     overridden,
 )
+from vllm_plugin.commands.address import Address
 from vllm_plugin.commands.common import Problems, json_object
-from vllm_plugin.commands.server_process import Address
 from vllm_plugin.presets import Preset, content
 
 _PORT = 8000  # vLLM's default

@@ -11,9 +11,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from compress_common.errors import CompressError, joined, nearest
 from vllm_plugin.command_line import NO_MODEL, name_problems
+from vllm_plugin.commands.address import Address
 from vllm_plugin.commands.checks import installation, model_checks
 from vllm_plugin.commands.common import json_object
-from vllm_plugin.commands.server_process import Address
 
 _UNKNOWN = "unrecognized arguments: "
 

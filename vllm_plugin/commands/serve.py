@@ -53,6 +53,7 @@ def serve(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from vllm_plugin.command_line import with_additional_config
+    from vllm_plugin.commands.address import Address
     from vllm_plugin.commands.launch import check, parse
     from vllm_plugin.commands.missing import (
         lacks_bases,
@@ -61,7 +62,7 @@ def serve(
         with_bases,
         with_config,
     )
-    from vllm_plugin.commands.server_process import Address, command, environment, run
+    from vllm_plugin.commands.server_process import command, environment, run
 
     own = [flag for option in context.command.params for flag in option.opts]
     parsed = parse(arguments, own)

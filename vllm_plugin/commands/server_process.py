@@ -1,103 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm serve`` as a child process: where it listens, what it is given, and how it ends."""
+"""``vllm serve`` as a child process: what it is given, and how it ends."""
 
-import argparse
-import http.client
 import os
 import signal
-import socket
-import ssl
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+
+from vllm_plugin.commands.address import Address
 
 _POLL = 0.5  # seconds between two looks at a server that starts
 _PATIENCE = 30  # seconds for a server to shut down
 _GRACE = 8  # seconds from a signal to all of its processes to SIGKILL
 _STOPPING = f"stopping vLLM; a second Ctrl-C kills it after {_GRACE} seconds\n"
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a server listens.
-
-    Attributes:
-        host: to bind; None: every interface.
-        port: of the HTTP server.
-        secure: with TLS.
-        path: of a Unix socket, in place of host and port.
-    """
-
-    host: str | None
-    port: int
-    secure: bool
-    path: str | None
-
-    @classmethod
-    def given(cls, parsed: argparse.Namespace) -> "Address":
-        """The address in parsed arguments."""
-        return cls(parsed.host, parsed.port, bool(parsed.ssl_certfile), parsed.uds)
-
-    @property
-    def url(self) -> str:
-        """Where a client on this machine finds the server."""
-        host = self._reached
-        return f"http{'s' * self.secure}://{f'[{host}]' if ':' in host else host}:{self.port}"
-
-    @property
-    def _reached(self) -> str:
-        anywhere = self.host in (None, "", "0.0.0.0", "::")
-        return "127.0.0.1" if anywhere else str(self.host)
-
-    def problem(self) -> str | None:
-        """Why a server cannot listen here; None if it can."""
-        if self.path:
-            return None
-        family = socket.AF_INET6 if ":" in (self.host or "") else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((self.host or "", self.port))
-            except OSError as error:
-                return (
-                    f"--port {self.port}: {error.strerror}; stop what listens there or give another"
-                )
-        return None
-
-    def listens(self) -> bool:
-        """Whether clients can connect. vLLM listens when its engine is ready, not before."""
-        try:
-            if self.path:
-                with socket.socket(socket.AF_UNIX) as client:
-                    client.connect(self.path)
-            else:
-                socket.create_connection((self._reached, self.port), timeout=1).close()
-        except OSError:
-            return False
-        return True
-
-    def answers(self) -> bool:
-        """Whether the server is healthy."""
-        # Not through a proxy that the environment names for other hosts.
-        handlers = [
-            urllib.request.ProxyHandler({}),
-            urllib.request.HTTPSHandler(context=ssl._create_unverified_context()),
-        ]
-        try:
-            with urllib.request.build_opener(*handlers).open(
-                f"{self.url}/health", timeout=5
-            ) as got:
-                return bool(got.status == 200)
-        except (OSError, http.client.HTTPException):
-            return False
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:

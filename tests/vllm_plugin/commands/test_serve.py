@@ -22,6 +22,7 @@ import yaml
 from vllm_plugin import presets
 from vllm_plugin.command_line import additional_config_of, with_additional_config
 from vllm_plugin.commands import early, launch, missing, server_process
+from vllm_plugin.commands.address import Address
 from vllm_plugin.commands.missing import lacks_bases
 from vllm_plugin.settings import KEY, parse_settings
 
@@ -242,7 +243,7 @@ def test_a_server_sees_every_plugin_and_the_check_of_streams() -> None:
     ],
 )
 def test_a_client_is_told_an_address_that_it_can_use(host: str | None, url: str) -> None:
-    address = server_process.Address(host, 80, secure=False, path=None)
+    address = Address(host, 80, secure=False, path=None)
     assert address.url == url
     assert replace(address, secure=True).url == url.replace("http", "https")
 
@@ -291,7 +292,7 @@ def test_no_process_outlives_the_command(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address = server_process.Address("127.0.0.1", port, secure=False, path=None)
+    address = Address("127.0.0.1", port, secure=False, path=None)
 
     def ready() -> None:
         if ending == "a broken pipe":
@@ -347,8 +348,8 @@ def test_ctrl_c_ends_a_server_that_does_not_act_on_it(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address = server_process.Address("127.0.0.1", port, secure=False, path=None)
-    monkeypatch.setattr(server_process.Address, "answers", lambda _: False)
+    address = Address("127.0.0.1", port, secure=False, path=None)
+    monkeypatch.setattr(Address, "answers", lambda _: False)
     file, sent = tmp_path / "pid", []
 
     def interrupt() -> None:
