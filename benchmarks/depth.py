@@ -3,9 +3,10 @@
 
     .venv/bin/python -m benchmarks.depth [--part drop4|drop8|traffic|search|heal|serve|int4|answers]
 
-Demo model, 30 blocks. Calibration text: 96 x 128 tokens that the model samples, every fourth sample
-held out. Nats are the rise of the negative log-likelihood on 16 x 512 tokens of Newton's Opticks,
-in float32, with the standard error over windows beside each. KL is on the held-out samples.
+Demo model, 30 blocks. Calibration text: 96 x 128 tokens that the model samples; of eight samples,
+one chooses between fits and sets, and one judges. Nats are the rise of the negative log-likelihood
+on 16 x 512 tokens of Newton's Opticks, in float32, with the standard error over windows beside
+each. KL is on the samples that judge.
 
 drop4    `prune --drop 4`: search auto, heal refit.
   nats_drop4                    nats

@@ -27,9 +27,9 @@ def exact_answers(network: Any, tokenizer: Any, seed: int, count: int) -> dict[s
     draw = random.Random(seed)
     sums = []
     for _ in range(count):
-        one, other = draw.randrange(1, 10), draw.randrange(1, 10)
-        prompt = encode(tokenizer, f"{_SHOTS}{one} + {other} =")
-        sums.append((prompt, encode(tokenizer, f" {one + other}\n")))
+        left, right = draw.randrange(1, 10), draw.randrange(1, 10)
+        prompt = encode(tokenizer, f"{_SHOTS}{left} + {right} =")
+        sums.append((prompt, encode(tokenizer, f" {left + right}\n")))
     places = [_PLACES[index % len(_PLACES)] for index in range(count)]
     keys = [
         (question.prompt, encode(tokenizer, f" {question.answer}"))

@@ -160,7 +160,7 @@ def answers(options: Options, result: Result) -> None:
     folder = _pruned(options, result, "drop4", drop=4)
     count = 4 if options.smoke else 40
     run = partial(in_process, answers_of, preloaded=options.smoke)
-    full, less = (run(one, options.seed, count) for one in (_model(options), folder))
+    full, less = (run(model, options.seed, count) for model in (_model(options), folder))
     result.note("answers", {"full": full, "drop4": less})
     shares = {key: (statistics.fmean(full[key]), statistics.fmean(less[key])) for key in _KEYS}
     for key, (before, after) in shares.items():

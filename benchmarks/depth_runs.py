@@ -72,7 +72,8 @@ def unhealed(model: Path, request: dict[str, Any], count: int, names: list[str])
     """
     found: dict[str, Any] = {}
     with bar() as progress:
-        shared = request | {"drop": count, "search": names[0], "heal": "none"}
+        shared = request | {"drop": count, "search": names[0], "search_settings": {}}
+        shared["heal"] = "none"
         work = _pruning(model, PruneRequest(**shared), progress)
         for name in names:
             begin = time.process_time()

@@ -138,9 +138,9 @@ def _blocks(model: nn.Module, depth: int) -> Sequence[nn.Module]:
     return list(model.get_submodule(layers_of(model, depth)))  # type: ignore[arg-type]
 
 
-def _difference(one: nn.Module, other: nn.Module) -> str | None:
+def _difference(before: nn.Module, after: nn.Module) -> str | None:
     """Return the name of the first thing in which two blocks differ; None: they are alike."""
-    if (first := _content(one)) == (second := _content(other)):
+    if (first := _content(before)) == (second := _content(after)):
         return None
     names = sorted(first.keys() ^ second.keys()) or [n for n in first if first[n] != second[n]]
     return names[0]

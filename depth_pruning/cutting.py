@@ -45,7 +45,7 @@ def cut_config(
     """Return the content of config.json of a model that has only some of its blocks.
 
     A list that ``transformers`` derives from the depth, such as ``layer_types``, would come out
-    different for the cut model. So it is written down wherever its entries differ.
+    different for the cut model. So it is written down where entries of the whole list differ.
 
     Args:
         written: config.json as it is.
@@ -59,7 +59,7 @@ def cut_config(
         return config
     for key in per_layer_keys(complete, depth):
         values = [complete[key][index] for index in kept]
-        if key in written or any(value != values[0] for value in values):
+        if key in written or any(value != complete[key][0] for value in complete[key]):
             config[key] = values
     for key in {_DEPTH, depth_key} & config.keys() | {depth_key}:
         config[key] = len(kept)

@@ -53,6 +53,10 @@ def cut_embedding_model(
     config = checkpoint.hf_config
     depth, hidden = int(getattr(config, "num_hidden_layers", 0)), getattr(config, "hidden_size", 0)
     problems = []
+    if hasattr(config, "wrapper"):
+        problems.append("it is a model of images and text; give a language model")
+    if getattr(config, "is_encoder_decoder", False):
+        problems.append("it has an encoder and a decoder; give a model that has only one of them")
     if getattr(config, "quantization_config", None):
         problems.append("it is quantized already; give the original 16-bit checkpoint")
     if not 1 <= request.keep_first <= depth:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the blocks that go and what replaces them, on a loaded model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,8 @@ from depth_pruning.cutting import ranges
 from depth_pruning.healers.base import Healed, Text
 from depth_pruning.judge import Judge, Loss
 from depth_pruning.probe import DropProbe
-from depth_pruning.request import HELD_OUT, PruneRequest
-from depth_pruning.searches.base import Ground
+from depth_pruning.request import PARTS, PruneRequest
+from depth_pruning.searches.base import Ground, TooFewBlocks
 
 DEAR = 1.0  # nats that a block may cost alone
 
@@ -45,15 +46,14 @@ class Pruning:
 
     def __init__(self, blocks: Blocks, request: PruneRequest, progress: Progress = silent) -> None:
         self.request, self.progress, self.stages = request, progress, blocks.stages
-        samples = torch.arange(len(blocks.tokens))
-        out = samples % HELD_OUT == HELD_OUT - 1
-        self.fitted = int((~out).sum())
-        self.blocks = blocks.on(torch.cat([blocks.tokens[~out], blocks.tokens[out]]))
-        self.judge = Judge(blocks.on(blocks.tokens[out]))
+        fitted, choosing, judging = parts(blocks.tokens)
+        self.fitted = len(fitted)
+        self.blocks = blocks.on(torch.cat([fitted, choosing]))
+        self.chooser, self.judge = Judge(blocks.on(choosing)), Judge(blocks.on(judging))
         text = request.build_search().settings.text_tokens
-        probe = DropProbe(blocks.on(blocks.tokens[~out]), text, progress)
+        probe = DropProbe(blocks.on(fitted), text, progress)
         inner = tuple(range(1, len(blocks) - 1))
-        self.ground = Ground(probe, lambda dropped: self.loss(dropped).kl, inner, self.stages)
+        self.ground = Ground(probe, self._choosing_loss, inner, self.stages)
         self._healed: dict[tuple[int, ...], Healed] = {}
 
     def run(self) -> Found:
@@ -76,7 +76,7 @@ class Pruning:
         loss, healed = self.loss(dropped), self.healed(dropped)
         report |= {
             "loss": loss.rounded(),
-            "loss_without_healing": self._judged(dropped, {}).rounded(),
+            "loss_without_healing": self._unhealed(dropped).rounded(),
             "kl_alone": {str(index): round(cost, 6) for index, cost in alone.items()},
             "curve": self._curve(alone),
             "calibration": self.request.calibration.model_dump(),
@@ -92,18 +92,31 @@ class Pruning:
         return self._healed[dropped]
 
     def loss(self, dropped: tuple[int, ...]) -> Loss:
-        """Return what a set loses on held-out text after healing."""
-        return self._judged(dropped, None)
+        """Return what a set loses after healing, on text that neither search nor healer sees."""
+        return self._judged("loss", self.judge, dropped, self.healed)
 
-    def _judged(self, dropped: tuple[int, ...], healed: Healed | None) -> Loss:
-        """Return what a set loses; ``healed`` is None for the healer's own weights."""
+    def _unhealed(self, dropped: tuple[int, ...]) -> Loss:
+        """Return what a set loses without healing, on the same text as ``loss``."""
+        return self._judged("loss unhealed", self.judge, dropped, lambda _: {})
+
+    def _choosing_loss(self, dropped: tuple[int, ...]) -> float:
+        """Return the KL of a set after healing, by which a search may choose."""
+        return self._judged("choice", self.chooser, dropped, self.healed).kl
+
+    def _judged(
+        self,
+        name: str,
+        judge: Judge,
+        dropped: tuple[int, ...],
+        healed: Callable[[tuple[int, ...]], Healed],
+    ) -> Loss:
+        """Return what a set loses. ``healed`` is called when that is not known yet."""
 
         def compute() -> dict[str, torch.Tensor]:
-            weights = self.healed(dropped) if healed is None else healed
-            loss = self.judge(dropped, lambda index: weights.get(index, {}))
+            weights = healed(dropped)
+            loss = judge(dropped, lambda index: weights.get(index, {}))
             return {"loss": torch.tensor([loss.kl, loss.nats], dtype=torch.float64)}
 
-        name = "loss" if healed is None else "loss unhealed"
         kl, nats = self.stages.tensors(f"{name} {ranges(dropped)}", compute)["loss"].tolist()
         return Loss(kl, nats)
 
@@ -122,7 +135,11 @@ class Pruning:
         while low < high:
             count = (low + high + 1) // 2
             found: dict[str, Any] = {}
-            dropped = self._searched(count, found)
+            try:
+                dropped = self._searched(count, found)
+            except TooFewBlocks:  # the search leaves dear blocks out: no set of so many is cheap
+                high = count - 1
+                continue
             loss = self.loss(dropped)
             tried[str(count)] = loss.rounded()
             if loss.kl <= bound:
@@ -132,9 +149,9 @@ class Pruning:
                 high = count - 1
         report["tried"] = tried
         if not best:
-            least = min(loss["kl"] for loss in tried.values())
+            least = min((loss["kl"] for loss in tried.values()), default=float("nan"))
             raise CompressError(
-                f"no block can go for a loss of {bound:g} nats: the least found was {least:.3f}; "
+                f"no block can go for a loss of {bound:g} nats: the least found was {least:.3g}; "
                 "raise --max-loss"
             )
         return best
@@ -155,3 +172,17 @@ class Pruning:
         order = sorted(alone, key=alone.__getitem__)
         sets = [tuple(sorted(order[:count])) for count in range(1, len(order) + 1)]
         return [[0, 0.0], *([len(gone), round(self.ground.cost(gone), 6)] for gone in sets)]
+
+
+def parts(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cut calibration text into what is fitted to, what chooses, and what judges.
+
+    Args:
+        tokens: int64 [samples, length], at least ``PARTS`` samples.
+
+    Returns:
+        int64 [.., length] each. They have no sample in common.
+    """
+    place = torch.arange(len(tokens)) % PARTS
+    choosing, judging = place == PARTS // 2 - 1, place == PARTS - 1
+    return tokens[~(choosing | judging)], tokens[choosing], tokens[judging]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pruned model loses on text that neither its search nor its healer has seen."""
+"""What a pruned model loses on some calibration text that its weights are not fitted to."""
 
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
@@ -32,10 +32,10 @@ class Loss:
 
 
 class Judge:
-    """Compares a pruned model with the original on held-out calibration text.
+    """Compares a pruned model with the original.
 
     Args:
-        blocks: The decoder, with the held-out tokens.
+        blocks: The decoder, with the tokens to compare on.
     """
 
     def __init__(self, blocks: Blocks) -> None:

@@ -14,7 +14,7 @@ from depth_pruning.healers.registry import build_healer
 from depth_pruning.searches.base import Search
 from depth_pruning.searches.registry import build_search
 
-HELD_OUT = 4  # every fourth sample is kept for judging
+PARTS = 8  # of eight samples six are fitted to, one chooses between fits and sets, one judges
 
 
 class PruneRequest(BaseModel):
@@ -23,12 +23,13 @@ class PruneRequest(BaseModel):
     Attributes:
         drop: How many blocks go.
         layers: The blocks that go, by index; then nothing is searched.
-        max_loss: As many go as this bound allows, in nats of KL on held-out calibration text.
+        max_loss: As many go as this bound allows, in nats of KL on the samples that judge. How many
+            is found by bisection: a set that is cheap though smaller ones cost more is missed.
         search: Name of the search.
         search_settings: Its settings.
         heal: Name of the healer.
         heal_settings: Its settings.
-        calibration: The text. Every fourth sample is held out and only judges.
+        calibration: The text. Two of eight samples are held out: one chooses, one judges.
         force: Whether more than a quarter of the blocks may go, and blocks that alone cost more
             than a nat.
     """
@@ -50,8 +51,8 @@ class PruneRequest(BaseModel):
         given = [self.drop is not None, self.layers is not None, self.max_loss is not None]
         if sum(given) != 1:
             raise ValueError("give one of --drop, --layers and --max-loss")
-        if self.calibration.samples < HELD_OUT:
-            raise ValueError(f"give {HELD_OUT} samples or more: every fourth is held out to judge")
+        if self.calibration.samples < PARTS:
+            raise ValueError(f"give {PARTS} samples or more: two of {PARTS} are held out")
         return self
 
     def build_search(self) -> Search:

@@ -249,14 +249,17 @@ class Blocks:
 
     @contextmanager
     def replaced(self, index: int, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Give the linears of a block other weights for as long as the context lasts."""
+        """Give the linears of a resident block other weights for as long as the context lasts.
+
+        They are copied to the block's device and type where they are not there.
+        """
         layer = self.layers[index]
         saved = {}
         try:
             for name, weight in weights.items():
                 parameter = layer.get_submodule(name).weight
                 saved[name] = parameter.data
-                parameter.data = weight.to(parameter.dtype)
+                parameter.data = weight.to(parameter.device, parameter.dtype)
             yield
         finally:
             for name, data in saved.items():

@@ -20,9 +20,9 @@ class Text:
     """What a healer learns from.
 
     Attributes:
-        blocks: The original decoder, with the samples that weights are fitted to in front of
-            held-out samples.
-        fitted: How many samples the first are. The others choose between fits.
+        blocks: The original decoder, with the samples that weights are fitted to in front of those
+            that choose between fits. The samples that judge the result are not among them.
+        fitted: How many samples the first are.
         name: Of the set that is healed, unique among the stages of ``blocks``.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""auto: heal what several searches find, and take what loses least on held-out text."""
+"""auto: heal what several searches find, and take what loses least on text kept for the choice."""
 
 from dataclasses import replace
 from statistics import median

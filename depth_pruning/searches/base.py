@@ -16,13 +16,17 @@ from depth_pruning.cutting import ranges
 from depth_pruning.probe import DropProbe
 
 
+class TooFewBlocks(CompressError):
+    """A search may not drop as many blocks as were asked for."""
+
+
 @dataclass(frozen=True)
 class Ground:
     """What a search can measure.
 
     Attributes:
         probe: Drops blocks without healing, on calibration text.
-        healed: Returns the KL of a set on held-out text after healing.
+        healed: Returns the KL of a set after healing, on text that is kept for such choices.
         candidates: The blocks that may go.
         stages: Where measurements are kept, so that an interrupted search goes on.
     """
@@ -83,7 +87,7 @@ class Search(ABC):
             progress: Called as the search advances.
 
         Raises:
-            CompressError: There are not so many candidates.
+            TooFewBlocks: There are not so many candidates.
         """
 
 
@@ -95,16 +99,16 @@ def lowest(costs: dict[int, float], count: int) -> tuple[int, ...]:
         count: How many.
 
     Raises:
-        CompressError: There are fewer.
+        TooFewBlocks: There are fewer.
     """
     check_count(count, costs)
     return tuple(sorted(sorted(costs, key=costs.__getitem__)[:count]))
 
 
 def check_count(count: int, candidates: Collection[int]) -> None:
-    """Raise CompressError when fewer blocks may go than should."""
+    """Raise TooFewBlocks when fewer blocks may go than should."""
     if count > len(candidates):
-        raise CompressError(
+        raise TooFewBlocks(
             f"only {len(candidates)} blocks may go, not {count}: the others cost far more than the "
             "median; drop fewer, or give --search greedy, which leaves none out"
         )

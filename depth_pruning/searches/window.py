@@ -9,9 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from compress_common.errors import CompressError
 from compress_common.progress import Progress, silent
-from depth_pruning.searches.base import Ground, Search, check_count
+from depth_pruning.searches.base import Ground, Search, TooFewBlocks, check_count
 
 
 class Window(Search):
@@ -30,7 +29,7 @@ class Window(Search):
         inputs = ground.probe.inputs
         starts = window_starts(ground.candidates, count)
         if not starts:
-            raise CompressError(
+            raise TooFewBlocks(
                 f"there are no {count} neighboring blocks that may go; drop fewer, or give "
                 "--search greedy"
             )
@@ -46,6 +45,6 @@ def window_starts(candidates: Collection[int], count: int) -> list[int]:
     return [start for start in sorted(allowed) if allowed.issuperset(range(start, start + count))]
 
 
-def cosine_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+def cosine_distance(before: torch.Tensor, after: torch.Tensor) -> float:
     """Return one minus the mean cosine of hidden states of the same tokens, [.., hidden] each."""
-    return 1.0 - torch.cosine_similarity(one.float(), other.float(), dim=-1).mean().item()
+    return 1.0 - torch.cosine_similarity(before.float(), after.float(), dim=-1).mean().item()

@@ -14,7 +14,7 @@ import transformers
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
 from depth_pruning.embedding import CutRequest, cut_embedding_model
-from tests.support import pooling
+from tests.support import pooling, wrapped
 from tests.support.child import SINGLE_PROCESS, in_child
 
 
@@ -65,6 +65,17 @@ def test_all_problems_of_a_cut_are_told(tmp_path: Path, demo_model: Path) -> Non
     request = CutRequest(keep_first=3, dimensions=129)
     with pytest.raises(CompressError, match="(?s)it has 2 blocks.*its vectors have 128 numbers"):
         cut_embedding_model(source, tmp_path / "cut", request)
+    assert not (tmp_path / "cut").exists()
+
+
+def test_models_with_two_stacks_of_blocks_are_refused(tmp_path: Path, demo_model: Path) -> None:
+    """Only one of them would be cut."""
+    sizes = {"d_model": 32, "vocab_size": 100, "encoder_layers": 2, "decoder_layers": 2}
+    transformers.BartModel(transformers.BartConfig(**sizes)).save_pretrained(tmp_path / "two")
+    pictures = wrapped.make("llava", tmp_path / "pictures", demo_model)
+    for source, told in (tmp_path / "two", "an encoder and a decoder"), (pictures, "images"):
+        with pytest.raises(CompressError, match=told):
+            cut_embedding_model(source, tmp_path / "cut", CutRequest(keep_first=1))
     assert not (tmp_path / "cut").exists()
 
 

@@ -135,6 +135,7 @@ def test_healing_lowers_the_loss_on_held_out_text(
     most: float,
 ) -> None:
     source, target = deep_model("granite"), tmp_path / "out"
+    calibration = calibration.model_copy(update={"samples": 32})
     report = prune_checkpoint(source, target, request_for(calibration, layers=(3, 4), heal=heal))
     assert report["loss"]["kl"] < most * report["loss_without_healing"]["kl"]
     assert report["healed_linears"] == (6 if heal == "refit" else 1)  # blocks 5 to 7, or 2
@@ -196,6 +197,20 @@ def test_max_loss_takes_as_many_as_it_allows(
             deep_model(), tmp_path / "none", request.model_copy(update={"max_loss": 1e-6})
         )
     assert not (tmp_path / "none").exists()
+
+
+def test_max_loss_takes_fewer_where_a_search_leaves_blocks_out(
+    deep_model: Callable[..., Path], tmp_path: Path, calibration: CalibrationSettings
+) -> None:
+    """Half of the inner blocks do nothing, so the others cost far more than the median."""
+    source = deep_model()
+    for index in (2, 3, 5):
+        source = with_identity(source, tmp_path / f"without-{index}", index)
+    settings = {"far": 1.5, "generations": 0}
+    request = request_for(calibration, max_loss=100.0, search_settings=settings, force=True)
+    report = prune_checkpoint(source, tmp_path / "out", request)
+    assert report["dropped"] == [2, 3, 5]
+    assert set(report["tried"]) == {"3"}
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from vllm_plugin.commands.common import (
 )
 from vllm_plugin.progress import bar
 
+_HEALER = "refit"
 _HEAL = "heal."  # what settings of the healer begin with
 _ANSWERS = (
     "exact answers (arithmetic, facts, recall) suffer more than nats say, and healing does not "
@@ -62,7 +63,7 @@ def prune(
     ] = AUTO,
     heal: Annotated[
         str, typer.Option(help="what makes up for them: refit, linear, fusegpt, none")
-    ] = "refit",
+    ] = _HEALER,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,7 +80,7 @@ def prune(
     ] = None,
     calibration: CalibrationText = SELF,
     samples: Annotated[
-        int, typer.Option(help="calibration sequences; every fourth is held out to judge")
+        int, typer.Option(help="calibration sequences; of eight, one chooses and one judges")
     ] = 96,
     length: Annotated[int, typer.Option(help="tokens per calibration sequence")] = 128,
     seed: Seed = 0,
@@ -102,15 +103,23 @@ def prune(
     """
     if keep_first is not None:
         others = {
-            "--drop": drop,
-            "--layers": layers,
-            "--max-loss": max_loss,
-            "--set": settings,
+            "--drop": drop is not None,
+            "--layers": layers is not None,
+            "--max-loss": max_loss is not None,
+            "--search": search != AUTO,
+            "--heal": heal != _HEALER,
+            "--set": bool(settings),
+            "--calibration": calibration != SELF,
+            "--force": force,
+            "--plot": plot is not None,
         }
-        if wrong := [option for option, value in others.items() if value is not None]:
-            raise CompressError(f"{wrong[0]} has no use with --keep-first; remove one of them")
+        if wrong := [option for option, given in others.items() if given]:
+            told = f"{', '.join(wrong)} cannot be used with --keep-first"
+            raise CompressError(f"{told}, which searches, heals and measures nothing; remove them")
         _cut(model, target, keep_first, dimensions, as_json)
         return
+    if layers is not None and search != AUTO:
+        raise CompressError(f"--layers leaves nothing for --search {search} to find; remove one")
     if dimensions is not None:
         raise CompressError("--dimensions needs --keep-first; an embedding model is cut by both")
     from compress_common.calibration.placement import chosen_device

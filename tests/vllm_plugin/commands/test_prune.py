@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,10 @@ def test_options_that_exclude_each_other(run: Callable, deep_model: Callable[...
         ("--drop", 1, "--layers", "3"): "give one of --drop, --layers and --max-loss",
         (): "give one of --drop, --layers and --max-loss",
         ("--layers", "a"): "is no list of blocks, such as 12-15 or 3,8-10",
-        ("--keep-first", 2, "--drop", 1): "--drop has no use with --keep-first",
+        ("--keep-first", 2, "--drop", 1, "--plot", "a.png"): "--drop, --plot cannot be used with",
+        ("--layers", "3", "--search", "greedy"): "--layers leaves nothing for --search greedy",
         ("--drop", 1, "--dimensions", 64): "--dimensions needs --keep-first",
-        ("--drop", 1, "--samples", 2): "every fourth is held out",
+        ("--drop", 1, "--samples", 7): "two of 8 are held out",
         ("--drop", 1, "--set", "far=x"): "far",
         ("--drop", 1, "--set", "heal.ridge=1"): "did you mean 'ridges'",
     }.items():
@@ -156,6 +158,6 @@ def test_pruned_then_quantized_then_served_with_a_policy(
     sixteen = generate(tmp_path / "less", [prompt], **shared)
     section = {"compress": {"kv": kv}}
     both = generate(tmp_path / "less-int4", [prompt], additional_config=section, **shared)
-    nats = [sum(one["prompt_nats"][0]) / len(one["prompt_nats"][0]) for one in (sixteen, both)]
+    nats = [statistics.fmean(served["prompt_nats"][0]) for served in (sixteen, both)]
     assert nats[1] - nats[0] < 0.5
     assert both["texts"][0].strip()
