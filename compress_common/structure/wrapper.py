@@ -18,7 +18,6 @@ from compress_common.errors import CompressError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # Ends of the names of classes with a language-model head, as vLLM knows them.
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel")
@@ -146,10 +145,13 @@ def _with_head(body: "type[PreTrainedModel]") -> "type[PreTrainedModel]":
 
 
 class _Head:
-    """What ``_with_head`` adds: a head, tied or not."""
+    """What ``_with_head`` adds: a head, tied or not.
+
+    Annotations name only what this module has imported: ``transformers`` evaluates them.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _body: "type[PreTrainedModel]"
+    _body: type[nn.Module]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -164,7 +166,7 @@ class _Head:
         past_key_values: Any = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> "CausalLMOutputWithPast":
+    ) -> Any:
         """Return the logits of every token: see ``LlamaForCausalLM`` for the arguments."""
         from transformers.modeling_outputs import CausalLMOutputWithPast
 

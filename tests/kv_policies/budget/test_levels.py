@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from compress_common.errors import CompressError
 from kv_policies.budget.levels import (
-    exact,
     fractions_of,
     mass_beyond,
     pick_levels,
@@ -18,6 +17,7 @@ from kv_policies.budget.levels import (
     uniform,
     water_fill,
 )
+from kv_policies.budget.share import exact
 
 KEEPS = st.fractions(min_value=Fraction(1, 20), max_value=1, max_denominator=100)
 
