@@ -16,7 +16,6 @@ from benchmarks.kv_engine import (
     contender,
     made_up_profile,
     policy,
-    profile,
     reported,
 )
 from compress_common.calibration.precision import slow_in_16_bit
@@ -115,16 +114,11 @@ def _keep100(turns: _Turns) -> None:
 def _compaction(turns: _Turns) -> None:
     """The share of a prefill that is there at keep 0.25 and not at keep 1.0."""
     options, model = turns.options, turns.model
-    names = ["prefix_kv", *(() if options.smoke else ("snap_kv", "key_diff", "recent"))]
+    more = ("snap_kv", "key_diff", "recent", "prefix_kv_all_queries")
+    names = ["prefix_kv", *(() if options.smoke else more)]
     turns.start(KEEP100, lambda: policy("snap_kv", keep=1.0))
     for name in names:
         turns.start(name, partial(contender, name, KEEP, model, options))
-    if not options.smoke:
-        names.append("prefix_kv_all_queries")
-        turns.start(
-            names[-1],
-            lambda: policy("prefix_kv", profile=str(profile(model, KEEP, options)), queries=0),
-        )
     length = 200 if options.smoke else PREFILL
     speed = turns.samples([KEEP100, *names], "prefill", "prefill", tokens=length)
     turns.result.details["prefill_tokens_per_s"] = speed

@@ -99,7 +99,11 @@ def name_problems(model: str) -> list[str]:
 
 def file_problems(arguments: Sequence[str]) -> list[str]:
     """List the files of ``--config`` that cannot be read as flags and their values."""
-    problems = []
+    problems = [
+        f"{argument}: vLLM ignores the file of --config behind `=`; write `--config FILE`"
+        for argument in arguments
+        if argument.startswith("--config=")
+    ]
     for file in _files(arguments):
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -146,23 +150,38 @@ def additional_config_of(arguments: Sequence[str]) -> dict[str, Any] | None:
     Args:
         arguments: of a command line without ``mixed_forms``.
     """
-    whole = flag_values(arguments).get(_FLAG, {})
     dotted = [(flag, value) for flag, value in _flags(arguments) if flag.startswith(f"{_FLAG}.")]
+    if any(flag.endswith("+") for flag, _ in dotted):  # vLLM's form of a list
+        return None
+    values = flag_values(arguments)
+    if any(flag.startswith(f"{_FLAG}.") for flag in values):  # in a file of --config
+        return None
+    whole = values.get(_FLAG, {})
     try:
-        config = json.loads(whole) if isinstance(whole, str) else whole
         if dotted:
-            config = {}
-        for flag, value in dotted:
-            if flag.endswith("+"):  # vLLM's form of a list
-                return None
-            *sections, name = flag.removeprefix(f"{_FLAG}.").split(".")
-            inner = config
-            for section in sections:
-                inner = inner.setdefault(section, {})
-            inner[name] = _value(value)
-    except (ValueError, AttributeError, TypeError):
+            config: Any = {}
+            for flag, value in dotted:
+                content = _value(value)
+                for name in reversed(flag.removeprefix(f"{_FLAG}.").split(".")):
+                    content = {name: content}
+                _merge(config, content)
+        else:
+            config = json.loads(whole) if isinstance(whole, str) else whole
+    except ValueError:
         return None
     return config if isinstance(config, dict) else None
+
+
+def _merge(config: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add values as vLLM does: objects and lists are joined, later values replace others."""
+    for key, value in more.items():
+        there = config.get(key)
+        if isinstance(value, dict) and isinstance(there, dict):
+            _merge(there, value)
+        elif isinstance(value, list) and isinstance(there, list):
+            config[key] = [*there, *value]
+        else:
+            config[key] = value
 
 
 def _value(text: str) -> Any:

@@ -6,10 +6,10 @@ https://arxiv.org/abs/2509.23729
 """
 
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress_common.calibration.blocks import Blocks
 from compress_common.checkpoints.identity import tensor_digest
@@ -44,6 +44,15 @@ class LUQSettings(AllocatorSettings):
         description="numbers of low layers that are measured, from the smallest that fits; the "
         "best is taken",
     )
+
+    @model_validator(mode="after")
+    def _mixed(self) -> Self:
+        if not 0 < self.image_tokens() < self.tokens:
+            raise ValueError(
+                f"an image_share of {self.image_share:g} of {self.tokens} tokens leaves none of "
+                "images, or none of text; change one of them"
+            )
+        return self
 
     def image_tokens(self) -> int:
         """See ``AllocatorSettings``."""

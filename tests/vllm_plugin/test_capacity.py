@@ -48,6 +48,7 @@ from vllm_plugin.capacity.blocks import (
     groups_of,
     request_blocks,
     requests_in_pool,
+    typical_prompt,
 )
 from vllm_plugin.capacity.footprint import kv_footprint, layer_token_bytes, weight_footprint
 from vllm_plugin.kv_cache.spec import CompressedSpec
@@ -189,6 +190,10 @@ def test_groups_have_the_blocks_of_a_rank(ranks: int, full: int, window: int) ->
     }
     fit = request_blocks(groups, BLOCK, 4096, 3584).all_decoding(2000)
     assert requests_in_pool(config, {}, BLOCK, 2000, 4096, ranks=ranks) == (fit, fit)
+
+
+def test_a_typical_prompt_leaves_room_for_an_answer() -> None:
+    assert [typical_prompt(context) for context in (1, 2, 7, 8, 2000)] == [1, 1, 6, 7, 1750]
 
 
 def test_pool_in_smaller_blocks_holds_as_much_without_compression() -> None:

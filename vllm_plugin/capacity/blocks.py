@@ -161,8 +161,11 @@ def request_blocks(
 
 
 def typical_prompt(context: int) -> int:
-    """Return the default prompt of a request of ``context`` tokens: seven eighths of it."""
-    return context - context // 8
+    """Return the default prompt of a request of ``context`` tokens: seven eighths of it.
+
+    It leaves room for an answer where there are two tokens or more.
+    """
+    return max(1, context - max(1, context // 8))
 
 
 def requests_in_pool(

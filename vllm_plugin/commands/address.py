@@ -2,6 +2,7 @@
 """Where a server listens, and whether it does. Imports neither torch nor vLLM."""
 
 import argparse
+import errno
 import http.client
 import socket
 import ssl
@@ -50,7 +51,14 @@ class Address:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind((self.host or "", self.port))
+            except OverflowError:
+                return f"--port {self.port} is not a port; give one from 0 to 65535"
+            except (socket.gaierror, UnicodeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                return f"--host {self.host}: {reason}; give an address of this machine"
             except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    return f"--host {self.host}: {error.strerror}; give an address of this machine"
                 return (
                     f"--port {self.port}: {error.strerror}; stop what listens there or give another"
                 )

@@ -167,7 +167,7 @@ def serve_command(model: str, tensor_parallel_size: int = 1, **kv: object) -> st
 
 def check_text(file: Path | str | None) -> None:
     """Raise CompressError when a text file is not there. None and 'self' are skipped."""
-    if file not in (None, SELF) and not Path(str(file)).is_file():
+    if file not in (None, SELF) and not Path(str(file)).expanduser().is_file():
         raise CompressError(f"--text {file} is not a file; give a .txt or .jsonl file")
 
 

@@ -90,14 +90,14 @@ def refuse_settings(arguments: Sequence[str]) -> None:
         if kv.profile is not None:
             problems.collect(lambda: profile.load(str(kv.profile)))
     values = flag_values(arguments)
-    method = values.get("--quantization")
+    method = str(values.get("--quantization"))
     problems.found += method_problems(config, method)
     model = model_of(arguments)
     if model is not None and method in {each.name for each in served_methods()}:
         folder = Path(model).expanduser()
         plain = not values.keys() & _OTHER_CONFIG
         if plain and (folder / CONFIG).is_file():
-            problems.collect(lambda: _check_source(folder, str(method)))
+            problems.collect(lambda: _check_source(folder, method))
     problems.raise_found()
 
 
@@ -126,6 +126,7 @@ def _address_problems(values: Mapping[str, Any]) -> list[str]:
         number = int(port)
     except (TypeError, ValueError):
         return [f"--port {port!r} is not a number"]
-    secure = bool(values.get("--ssl-certfile"))
-    problem = Address(values.get("--host"), number, secure, values.get("--uds")).problem()
+    secure, host = bool(values.get("--ssl-certfile")), values.get("--host")
+    address = Address(None if host is None else str(host), number, secure, values.get("--uds"))
+    problem = address.problem()
     return [problem] if problem else []

@@ -102,8 +102,8 @@ def plan(
     problems = Problems()
     problems.collect(lambda: check_model(model))
     memory = problems.collect(lambda: memory_size(gpu_memory, "--gpu-memory")) or 0
-    tokens = problems.collect(lambda: size(context, "--context")) or 0
-    start = problems.collect(lambda: size(prompt, "--prompt")) if prompt else None
+    tokens = problems.collect(lambda: context_size(context)) or 0
+    start = None if prompt is None else problems.collect(lambda: size(prompt, "--prompt"))
     aside = None
     if activation_memory is not None:
         aside = problems.collect(lambda: memory_size(activation_memory, "--activation-memory"))
@@ -234,6 +234,18 @@ def size(text: str, option: str) -> int:
     if value < 0:
         raise CompressError(f"{option} {text!r} is not a size such as 80GiB, 24GB, 32k or 32000")
     return value
+
+
+def context_size(text: str) -> int:
+    """Return the tokens of a request.
+
+    Raises:
+        CompressError: it is no size, or has no room for a prompt and an answer.
+    """
+    tokens = size(text, "--context")
+    if tokens < 2:
+        raise CompressError(f"--context {text} has no room for a prompt and an answer; raise it")
+    return tokens
 
 
 def memory_size(text: str, option: str) -> int:

@@ -23,7 +23,7 @@ from vllm_plugin.commands.common import (
     out,
     whole_file,
 )
-from vllm_plugin.commands.plan import memory_size, size
+from vllm_plugin.commands.plan import context_size, memory_size, size
 from vllm_plugin.commands.profiling.profile_plot import canvas
 from vllm_plugin.progress import bar
 
@@ -70,12 +70,13 @@ def recommend(
 
     Example: vllm-compress recommend MODEL --gpu-memory 24GiB --context 32k --concurrency 16
     """
+    text = text and text.expanduser()
     problems = Problems()
     problems.collect(lambda: check_model(model))
     problems.collect(lambda: check_text(text))
     memory = problems.collect(lambda: memory_size(gpu_memory, "--gpu-memory")) or 0
-    tokens = problems.collect(lambda: size(context, "--context")) or 0
-    given = problems.collect(lambda: size(prompt, "--prompt")) if prompt else None
+    tokens = problems.collect(lambda: context_size(context)) or 0
+    given = None if prompt is None else problems.collect(lambda: size(prompt, "--prompt"))
     problems.collect(lambda: check_writable(plot))
     if given is not None and tokens and not 0 < given < tokens:
         problems.found.append(

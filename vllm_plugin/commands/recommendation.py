@@ -199,6 +199,8 @@ def _positions(known: Known, checkpoint: Checkpoint) -> int | None:
     def answer() -> dict[str, Any]:
         return {"positions": model_length(text_config(checkpoint.folder))}
 
+    if not checkpoint.digests_are_known():  # no mistake waits until all weights are hashed
+        return answer()["positions"]
     return known.ask({"ask": "positions"}, answer)["positions"]
 
 

@@ -154,6 +154,12 @@ def test_luq_clusters_text_and_images_in_the_share_that_was_asked_for() -> None:
         assert luq._entropies(text, None)["entropy"].tolist() == pytest.approx([0, 0], abs=1e-12)
 
 
+@pytest.mark.parametrize("share", [0.001, 0.999])
+def test_luq_refuses_a_share_that_takes_none_of_images_or_of_text(share: float) -> None:
+    with pytest.raises(CompressError, match="leaves none of images, or none of text"):
+        build_allocator("luq", {"tokens": 64, "image_share": share})
+
+
 def test_luq_lowers_the_layers_of_lowest_rank() -> None:
     units = [f"layers.{i}.{name}" for i in range(4) for name in ("qkv", "o")]
     levels = {unit: {2: 0.5, 4: 0.1, 8: 0.01} for unit in units}

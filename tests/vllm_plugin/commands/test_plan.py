@@ -198,6 +198,8 @@ def test_all_problems_at_once(plan: Callable, demo_model: Path) -> None:
     code, text = plan("nobody/has-this-model", "--gpu-memory", "80GiB", "--context", "4k")
     assert code == 1
     assert "`plan` downloads nothing" in text
+    code, text = plan(demo_model, "--gpu-memory", "80GiB", "--context", "1")
+    assert code == 1 and "--context 1 has no room for a prompt and an answer" in text
 
 
 @pytest.mark.parametrize("option", ["--gpu-memory", "--activation-memory"])

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -276,6 +277,20 @@ def test_everything_wrong_is_said_at_once(
     code, _, err = run("recommend", tiny_model("llama"), "--gpu-memory", "4GiB", "--context", "1M")
     assert "1,000,000 is more than the model's 2,048 positions" in err
     assert not engines.asked
+
+
+def test_a_quantized_model_is_refused_before_its_weights_are_hashed(
+    run: Callable, tiny_model: Callable[..., Path], engines: Engines, tmp_path: Path
+) -> None:
+    model = tmp_path / "int4"
+    shutil.copytree(tiny_model("llama"), model)
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
+    (model / "config.json").write_text(json.dumps(config))
+    code, _, err = run("recommend", model, "--gpu-memory", "4GiB", "--context", "1M")
+    assert code == 1
+    assert "is quantized already" in err and "2,048 positions" in err
+    assert not Checkpoint(model).digests_are_known()
 
 
 def test_what_doctor_refuses_is_left_out(

@@ -90,6 +90,9 @@ MISTAKES = {
         "unrecognized arguments: --presets balanced; did you mean '--preset'?",
     ),
     "a port": ("./model --port 80x", "--port '80x' is not a number"),
+    "a port's range": ("./model --port 70000", "--port 70000 is not a port"),
+    "a host": ("./model --host 203.0.113.7", "--host 203.0.113.7: Cannot assign"),
+    "an equals sign": ("./model --config=kv.yaml", "vLLM ignores the file of --config behind `=`"),
     "a busy port": ("./model --preset safe --port BUSY", "Address already in use"),
     "JSON": ("./model --additional-config '{compress'", "--additional-config is not JSON"),
     "two forms": (
@@ -268,6 +271,28 @@ def test_bases_are_named_in_whatever_form_the_policy_was(tmp_path: Path, form: s
     again = launch.parse(with_additional_config(["M", *given, "--port", "8001"], config))
     assert again.additional_config == config
     assert again.port == 8001 and again.quantization == parsed.quantization
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        [*presets.flags("safe"), KV, '{"keep": 0.25}'],
+        [KV, '{"keep": 0.5, "pool": 1}', f"{KV}.policy=snap_kv", f"{KV}.keep", "0.25"],
+        [f"{KV}.a", "[1]", f"{KV}.a", "[2]", "--additional-config.other", "x"],
+        [f"{KV}.keep", "0.5", f"{KV}", "null"],
+    ],
+)
+def test_dotted_flags_are_joined_as_vllm_joins_them(line: list[str]) -> None:
+    assert additional_config_of(["M", *line]) == launch.parse(["M", *line]).additional_config
+
+
+def test_dotted_keys_of_a_file_are_left_to_vllm(tmp_path: Path) -> None:
+    file = tmp_path / "kv.yaml"
+    file.write_text(f"additional_config.{KEY}.kv.policy: snap_kv\n")
+    line = ["M", "--config", str(file), f"{KV}.keep", "0.25"]
+    kv = {"policy": "snap_kv", "keep": 0.25}
+    assert launch.parse(line).additional_config == {KEY: {"kv": kv}}
+    assert additional_config_of(line) is None
 
 
 SERVER = """if True:

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import typer
 
+from compress_common.errors import CompressError
 from vllm_plugin import cli
+from vllm_plugin.commands.common import check_text
 
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 
@@ -120,6 +123,17 @@ def test_mistakes_that_need_no_model_import_nothing_large() -> None:
     assert not printed
     assert errors.count("error: ") == len(lines)
     assert errors.count("./nowhere does not exist") == len(lines)  # `eval` names it twice
+
+
+def test_a_text_is_looked_for_where_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shell expands the home folder in `--text=~/book.txt`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(CompressError, match="is not a file"):
+        check_text("~/book.txt")
+    (tmp_path / "book.txt").write_text("a")
+    check_text("~/book.txt")
 
 
 def test_what_signatures_repeat_is_what_the_packages_say() -> None:

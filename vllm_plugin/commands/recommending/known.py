@@ -4,6 +4,7 @@
 import json
 import platform
 from collections.abc import Callable
+from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,11 +34,16 @@ class Known:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._store = Store()
+        self._store, self._checkpoint = Store(), checkpoint
+
+    @cached_property
+    def _identity(self) -> str:
+        """What an answer belongs to. All weights are hashed, unless their digests are known."""
+        checkpoint = self._checkpoint
         # Not ``checkpoint.digest``: it needs transformers, which takes seconds to import.
         files = [checkpoint.folder / name for name in _FILES]
         contents = [file_digest(file) for file in files if file.is_file()]
-        self._identity = digest(checkpoint.weights_digest, *contents, *_machine())
+        return digest(checkpoint.weights_digest, *contents, *_machine())
 
     def find(self, question: dict[str, Any]) -> dict[str, Any] | None:
         """Return what is known, or None. Nothing is written."""
