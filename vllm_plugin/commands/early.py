@@ -121,6 +121,8 @@ def _check_config(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def _address_problems(values: Mapping[str, Any]) -> list[str]:
+    if values.get("--headless", False) is not False:  # listens nowhere
+        return []
     port = values.get("--port", _PORT)
     try:
         number = int(port)

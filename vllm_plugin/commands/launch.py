@@ -73,7 +73,7 @@ def check(parsed: argparse.Namespace) -> None:
     if not problems:
         found = model_checks(AsyncEngineArgs.from_cli_args(parsed))
         problems = [each.found for each in found if not each.ok]
-    if problem := Address.given(parsed).problem():
+    if not parsed.headless and (problem := Address.given(parsed).problem()):
         problems.append(problem)
     if problems:
         raise joined(problems)
