@@ -143,6 +143,8 @@ class KVSettings(BaseModel):
             )
         if self.levels is not None and self.profile is None:
             problems.append("`levels` cuts a profile's layers; add `profile` or remove it")
+        if self.latents:
+            problems += self._beside_latents()
         if self.budget is not None:
             problems += self._beside_a_budget()
         elif self.prompt_window is not None:
@@ -162,6 +164,17 @@ class KVSettings(BaseModel):
             problems.append(f"{self.policy} keeps every token; remove `budget`")
         if self.decode_window == 0:
             problems.append("`budget` bounds generated tokens too; remove `decode_window: 0`")
+        return problems
+
+    def _beside_latents(self) -> list[str]:
+        """What contradicts latents of all tokens. It must be said before bases are fitted."""
+        problems = []
+        if self.bases is not None and self.keep not in (None, 1):
+            problems.append("bases have a ratio of their own; leave keep out")
+        if self.profile is not None:
+            problems.append("bases have a ratio of their own; leave profile out")
+        if self.min_blocks != 1:
+            problems.append(f"{self.policy} keeps every token; leave min_blocks out")
         return problems
 
     @property

@@ -22,17 +22,18 @@ from vllm_plugin.commands.calibrate_kv import BITS, LENGTH, RATIOS, SAMPLES
 
 KIND = "kv-bases"
 _FILE = "bases.safetensors"
+_NEED_NONE = {"bases", "keep", "budget"}  # latents refuse the last, whatever their bases
 _REVISION = "2"  # raised when other bases are fitted with equal arguments
 
 
 def lacks_bases(additional_config: Any) -> bool:
-    """Whether the policy stores latents, and no bases are named, nor a ``keep`` that needs none.
+    """Whether the policy stores latents, and no bases are named, nor what needs none.
 
     Args:
         additional_config: as given, valid or not.
     """
     kv = _section(additional_config).get("kv")
-    if not isinstance(kv, dict) or {"bases", "keep"} & kv.keys():
+    if not isinstance(kv, dict) or _NEED_NONE & kv.keys():
         return False
     kind = policies().get(str(kv.get("policy")))
     return kind is not None and kind.capabilities.content == "latents"

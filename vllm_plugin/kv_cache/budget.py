@@ -174,15 +174,6 @@ def _latent_layouts(
 ) -> dict[int, LatentLayout]:
     bases, policy = bases_of(settings, name, config, ranks), settings.build()
     assert isinstance(policy, LatentPolicy)
-    problems = []
-    for key, value in (("keep", settings.keep), ("profile", settings.profile)):
-        if value is not None:
-            problems.append(
-                f"{key} is given, but the bases {settings.bases} have a ratio of their own; leave "
-                f"{key} out"
-            )
-    if settings.min_blocks != 1:
-        problems.append(f"{settings.policy} keeps every token; leave min_blocks out")
     elements = block_size * 2 * bases.header.features
     # Ranks of a level fill blocks of ``BLOCK`` tokens alike. In larger blocks they can differ by a
     # few tokens, and each layout more is one more group of layers.
@@ -195,12 +186,10 @@ def _latent_layouts(
         tokens[level] = min(most, tokens.get(level, most))
     if bases.ratio and min(tokens.values()) <= block_size:
         most = max(sum(bases.ranks(layer)) for layer in bases.layers)
-        problems.append(
+        raise CompressError(
             f"latents of {most} numbers in {bases.bits} bits save nothing in blocks of "
             f"{block_size} tokens: make bases with a larger --ratio, or set a larger --block-size"
         )
-    if problems:
-        raise joined(problems)
     unit = math.lcm(block_size, GROUP)
     return {
         layer: LatentLayout(

@@ -129,6 +129,14 @@ MISTAKES = {
     "adapters": ("./model --preset small --enable-lora", "--enable-lora"),
     "quantized": ("./quantized --preset balanced", "quantized"),
     "too long": ("./model --preset safe --max-model-len 99999999", "max_model_len"),
+    "a budget of latents": (
+        f"./model {KV}.policy cskv {KV}.budget 256",
+        "cskv keeps every token; remove `budget`",
+    ),
+    "blocks of latents": (
+        f"./model {KV}.policy cskv {KV}.min_blocks 2",
+        "cskv keeps every token; leave min_blocks out",
+    ),
     "bases": (f"./model {KV}.policy cskv {KV}.bases bases.safetensors", "bases.safetensors"),
 }
 
@@ -152,7 +160,7 @@ NEED_VLLM = {"a flag's name", "our flag's name", "a method's name", "adapters", 
 # What our settings, methods and files tell, whose modules import torch.
 NEED_TORCH = {
     *("a key's name", "a section's name", "a share", "a group size"),
-    *("bases", "quantized", "no weights"),
+    *("bases", "quantized", "no weights", "a budget of latents", "blocks of latents"),
 }
 REFUSED = """if True:
     import json, sys
