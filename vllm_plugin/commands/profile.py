@@ -9,7 +9,6 @@ import typer
 from rich.table import Table
 
 from compress_common.checkpoints.folder import check_model
-from compress_common.errors import CompressError
 from kv_policies.budget.share import exact
 from vllm_plugin.commands.common import (
     AUTO,
@@ -90,7 +89,12 @@ def profile(
     """
     problems = Problems()
     problems.collect(lambda: check_model(model))
-    problems.collect(lambda: check_text(text))
+    if images is None:
+        problems.collect(lambda: check_text(text))
+    elif text != SELF or length is not None:
+        problems.found.append(
+            "--images takes the place of a text: leave --text and --length out, or --images"
+        )
     share = problems.collect(lambda: exact(keep))
     if target is None and share is not None:
         name = Path(model).expanduser().resolve().name
@@ -129,10 +133,6 @@ def _settings(
     if images is None:
         tokens = LENGTH if length is None else length
         return CalibrationSettings(source=text, samples=samples, length=tokens, seed=seed)
-    if text != SELF or length is not None:
-        raise CompressError(
-            "--images takes the place of a text: leave --text and --length out, or --images"
-        )
     return ImageSettings(source=images, samples=samples, seed=seed)
 
 
