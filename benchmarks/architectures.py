@@ -103,7 +103,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": Family("Qwen2Config", "Qwen2ForCausalLM"),
     "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM"),
-    "gemma2": Family("Gemma2Config", "Gemma2ForCausalLM", _SLIDING | {"tie_word_embeddings": True}),
+    "gemma2": Family(
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        # a cap that logits of a random model reach
+        _SLIDING | {"tie_word_embeddings": True, "attn_logit_softcapping": 0.5},
+    ),
     "gemma3 text": Family("Gemma3TextConfig", "Gemma3ForCausalLM", _SLIDING),
     "smollm3": Family("SmolLM3Config", "SmolLM3ForCausalLM"),
     "olmo2": Family("Olmo2Config", "Olmo2ForCausalLM"),
