@@ -17,7 +17,7 @@ from vllm_plugin.commands.address import Address
 
 _POLL = 0.5  # seconds between two looks at a server that starts
 _PATIENCE = 30  # seconds for a server to shut down
-_GRACE = 8  # seconds from a signal to all of its processes to SIGKILL
+_GRACE = 5  # seconds from a signal to all of its processes to SIGKILL
 _STOPPING = f"stopping vLLM; a second Ctrl-C kills it after {_GRACE} seconds\n"
 
 
