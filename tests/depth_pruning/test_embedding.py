@@ -90,6 +90,7 @@ def test_keeping_everything_changes_no_tensor(
 def _embedded(model: str) -> list[Any]:
     """In a child: with and without the dimensions, and what another number of them gives."""
     from vllm import LLM, PoolingParams
+    from vllm.exceptions import VLLMValidationError
 
     llm = LLM(
         model,
@@ -105,7 +106,7 @@ def _embedded(model: str) -> list[Any]:
             params = PoolingParams(dimensions=dimensions)
             out = llm.embed(pooling.PROMPTS, pooling_params=params, use_tqdm=False)
             found.append([list(each.outputs.embedding) for each in out])
-        except ValueError as error:
+        except VLLMValidationError as error:
             found.append(str(error))
     llm.llm_engine.engine_core.shutdown()
     return found
