@@ -19,7 +19,8 @@ from benchmarks.gpu_models import llama
 from compress_common.calibration.placement import placed
 from compress_common.calibration.text import CalibrationSettings
 from compress_common.checkpoints.checkpoint import Checkpoint
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 
 _LAYERS, _SHARD = 32, 4 << 30  # bytes
 _TINY = CalibrationSettings(samples=2, length=16)

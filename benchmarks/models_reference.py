@@ -18,7 +18,8 @@ from compress_common.checkpoints.loading import load_model
 from compress_common.progress import silent
 from compress_common.structure.derive import structure_of
 from quant_methods.grid import QuantizedWeight
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from quant_methods.transforms.prove import proved_folds
 
 Sequences = list[tuple[list[int], list[int]]]  # prompt, answer

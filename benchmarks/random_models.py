@@ -140,7 +140,7 @@ def _build_hybrid(name: str, seed: int, folder: Path) -> None:
 
 def _quantize(model: Path, target: Path) -> None:
     from quant_methods.formats.writing import quantize_checkpoint
-    from quant_methods.planning import PlanRequest
+    from quant_methods.plan_request import PlanRequest
 
     request = PlanRequest(method="rtn", settings={"group_size": 128})
     quantize_checkpoint(model, target, request)

@@ -23,7 +23,7 @@ from compress_common.calibration.text import CalibrationSettings
 from compress_common.calibration.texts import KIND as TEXT_KIND
 from compress_common.checkpoints.checkpoint import Checkpoint
 from quant_methods.formats.writing import quantize_checkpoint
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from vllm_plugin.demo_model import demo_model_path
 
 # Of AWQ and ours, which take turns: AWQ takes minutes on some processors.

@@ -32,7 +32,8 @@ from compress_common.store import digest
 from quant_methods.allocators.allocation import read_allocation
 from quant_methods.formats.sizes import bits_per_weight
 from quant_methods.grid import QuantizedWeight
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from quant_methods.search_request import SearchRequest
 from quant_methods.searching import search
 from vllm_plugin.progress import bar

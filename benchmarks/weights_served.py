@@ -68,7 +68,7 @@ def _why_not(key: str) -> str | None:
 def _write(contender: Contender, bench: Bench, target: Path) -> None:
     """Write the checkpoint of a contender. Its plan is in the store already."""
     from quant_methods.formats.writing import quantize_checkpoint
-    from quant_methods.planning import PlanRequest
+    from quant_methods.plan_request import PlanRequest
 
     request = PlanRequest(
         method=contender.method, settings=contender.settings, calibration=contender.calibration

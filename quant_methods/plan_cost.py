@@ -3,7 +3,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,18 +14,16 @@ from compress_common.space import Need
 from compress_common.store import Store
 from compress_common.structure.derive import structure_of
 from quant_methods.formats.packed import packed_bytes
+from quant_methods.plan_request import PlanRequest
 from quant_methods.roundings.base import Rounding
 from quant_methods.time_limit import least_operations, operations_per_second
-
-if TYPE_CHECKING:
-    from quant_methods.planning import PlanRequest
 
 KIND = "plan"  # of the store
 
 
 def plan_need(
     checkpoint: Checkpoint,
-    request: "PlanRequest",
+    request: PlanRequest,
     stages: Stages | None = None,
     folder: Path | None = None,
 ) -> Need:
@@ -55,7 +52,7 @@ def plan_need(
 
 
 def plan_need_left(
-    checkpoint: Checkpoint, request: "PlanRequest", device: str | torch.device = "cpu"
+    checkpoint: Checkpoint, request: PlanRequest, device: str | torch.device = "cpu"
 ) -> Need:
     """Return ``plan_need`` less what earlier runs have left. Every byte of the weights is hashed.
 
@@ -72,7 +69,7 @@ def plan_need_left(
 
 def least_seconds(
     checkpoint: Checkpoint,
-    request: "PlanRequest",
+    request: PlanRequest,
     stages: Stages,
     device: str | torch.device,
     dtype: torch.dtype | None,

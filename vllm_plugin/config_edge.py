@@ -22,7 +22,7 @@ from compress_common.checkpoints.local import local_folder
 from compress_common.errors import MISSING, CompressError, joined, nearest
 from compress_common.structure.derive import structure_of
 from compress_common.structure.wrapper import language_config
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from vllm_plugin.command_line import mixed_forms, name_problems
 from vllm_plugin.compatibility import refuse_diffusion
 from vllm_plugin.diffusion import support as diffusion

@@ -15,7 +15,7 @@ from dllm_denoising.registry import policies as diffusion_policies
 from kv_policies.base import Capabilities, Policy
 from kv_policies.budget.profile import Share
 from kv_policies.registry import KV_POLICIES, build_policy, policies
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from quant_methods.registry import methods, served_methods
 from vllm_plugin import KEY
 from vllm_plugin.diffusion.settings import DiffusionSettings

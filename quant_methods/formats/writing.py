@@ -26,7 +26,8 @@ from quant_methods.formats.plan_file import plan_digest
 from quant_methods.formats.sizes import sizes_of
 from quant_methods.grid import QuantizedWeight
 from quant_methods.plan_cost import plan_need, plan_need_left
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from quant_methods.registry import build_method, methods
 
 

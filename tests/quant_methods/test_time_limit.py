@@ -13,7 +13,8 @@ from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
 from compress_common.progress import Progress, silent
 from quant_methods import planning
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from quant_methods.time_limit import TimeLimit, least_operations, operations_per_second
 
 LIMIT = TimeLimit(100, "do something else")

@@ -35,7 +35,7 @@ from kv_policies.layout.latents import LatentLayout
 from kv_policies.layout.tokens import TokenLayout
 from quant_methods.formats.sizes import predicts_further
 from quant_methods.formats.writing import quantize_checkpoint
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from tests.support.grouping import (
     get_kv_cache_config_from_groups,
     get_kv_cache_groups,

@@ -174,7 +174,7 @@ def test_a_refusal_inside_a_pydantic_error_is_ours(
 ) -> None:
     """vLLM asks our quantization config while it validates its own."""
     from quant_methods.formats.writing import quantize_checkpoint
-    from quant_methods.planning import PlanRequest
+    from quant_methods.plan_request import PlanRequest
 
     request = PlanRequest(method="rtn", settings={"group_size": 32})
     quantize_checkpoint(tiny_model("llama"), tmp_path / "int4", request)

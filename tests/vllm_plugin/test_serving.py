@@ -12,7 +12,8 @@ from compress_common.calibration.text import CalibrationSettings
 from compress_common.checkpoints.checkpoint import Checkpoint
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import QuantizedWeight
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from tests.conftest import TINY_MODELS
 from tests.support.child import EngineFailed
 from tests.support.generate import QUICK_WEIGHTS, generate

@@ -73,7 +73,7 @@ def quantize(
     from compress_common.calibration.text import CalibrationSettings
     from compress_common.checkpoints.checkpoint import Checkpoint, resolve
     from quant_methods.formats.writing import estimate, quantize_checkpoint
-    from quant_methods.planning import PlanRequest
+    from quant_methods.plan_request import PlanRequest
 
     given = {
         "bits": bits,

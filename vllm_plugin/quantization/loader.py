@@ -34,7 +34,8 @@ from compress_common.structure.wrapper import language_config
 from quant_methods.formats.packing import to_compressed_tensors
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import QuantizedWeight
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from vllm_plugin.progress import bar
 from vllm_plugin.quantization.embedding import second_copy_problem
 from vllm_plugin.quantization.reload import Source, guard_weights, present_kept, refuse_reload

@@ -16,7 +16,7 @@ import psutil
 from vllm import envs
 from vllm.config import ParallelConfig, VllmConfig
 
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from quant_methods.time_limit import TimeLimit
 
 _SHARE = 0.9  # of the limit for calibration; the rest is for the load of the quantized model

@@ -26,7 +26,8 @@ from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
 from compress_common.structure.derive import structure_of
 from quant_methods.grid import Grid, fake_quantize, quantize, searched_shrink
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from tests.support.device import Counted
 
 GIB = 1 << 30

@@ -11,7 +11,8 @@ from compress_common.calibration import precision
 from compress_common.calibration.text import CalibrationSettings
 from compress_common.checkpoints.checkpoint import Checkpoint
 from quant_methods.formats.plan_file import plan_digest
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 
 QUICK = PlanRequest(
     settings={"group_size": 32, "alpha": 0.5}, calibration=CalibrationSettings(samples=2, length=16)

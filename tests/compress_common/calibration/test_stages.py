@@ -16,7 +16,8 @@ from compress_common.errors import CompressError
 from compress_common.store import Store, digest
 from quant_methods import planning
 from quant_methods.formats.plan import Plan
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from quant_methods.transforms.smoothed_decoder import SmoothedDecoder
 from tests.support.interrupting import in_parts, random_numbers, stages_of
 

@@ -19,7 +19,8 @@ from compress_common.checkpoints.identity import TensorDigests, hashed, tensor_d
 from compress_common.errors import CompressError
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import QuantizedWeight
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 
 RTN = PlanRequest(method="rtn", settings={"group_size": 32})
 

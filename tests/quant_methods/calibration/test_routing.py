@@ -21,7 +21,8 @@ from quant_methods.calibration.routing import routed, routing_kept, tokens_for
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import Grid
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from quant_methods.roundings.experts import round_experts
 from tests.support.peak import Peak
 

@@ -19,7 +19,7 @@ from quant_methods.formats.packing import from_compressed_tensors
 from quant_methods.formats.sizes import bits_per_weight, sizes_of
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import Grid
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 
 CONFIG = LlamaConfig(
     hidden_size=128, intermediate_size=256, num_attention_heads=4, num_hidden_layers=12

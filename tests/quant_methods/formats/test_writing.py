@@ -25,7 +25,8 @@ from quant_methods.formats.packing import from_awq, from_compressed_tensors
 from quant_methods.formats.plan_file import plan_digest
 from quant_methods.formats.writing import estimate, quantize_checkpoint
 from quant_methods.grid import Grid
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from tests.support.interrupting import random_numbers
 
 QUICK = CalibrationSettings(samples=2, length=16)

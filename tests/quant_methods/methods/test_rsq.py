@@ -18,7 +18,8 @@ from quant_methods.calibration.attention_received import AttentionReceived
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.plan_file import plan_digest
 from quant_methods.methods.rsq import expanded
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from quant_methods.registry import build_method
 from quant_methods.roundings import blockwise
 from quant_methods.roundings.blockwise import round_blocks

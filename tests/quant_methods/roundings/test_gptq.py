@@ -11,7 +11,8 @@ from compress_common.calibration.text import CalibrationSettings
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
 from quant_methods.grid import PER_CHANNEL, Grid, quantize, searched_shrink
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from quant_methods.roundings import gptq
 from quant_methods.roundings.base import output_error
 from quant_methods.roundings.gptq import GPTQ, damping, inverse_factor

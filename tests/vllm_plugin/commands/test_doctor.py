@@ -21,7 +21,7 @@ from vllm.model_executor.layers import quantization
 
 import vllm_plugin
 from quant_methods.formats.writing import quantize_checkpoint
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from tests.vllm_plugin.kv_cache.conftest import save_bases, save_profile
 from vllm_plugin.cli import main
 from vllm_plugin.commands.checks import (

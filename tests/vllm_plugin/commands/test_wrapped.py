@@ -13,7 +13,7 @@ from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.checkpoints.loading import load_model
 from compress_common.errors import CompressError
 from quant_methods.formats.writing import quantize_checkpoint
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from tests.support import wrapped
 from vllm_plugin.commands.profiling.attention_capture import ATTENTION, attention_of
 from vllm_plugin.commands.profiling.kv_bases import make_bases

@@ -18,7 +18,7 @@ from compress_common.checkpoints.local import local_folder
 from compress_common.errors import CompressError
 from kv_policies.budget.profile import Profile, Provenance
 from quant_methods.formats.writing import quantize_checkpoint
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from vllm_plugin.kv_cache.budget import layouts_of
 from vllm_plugin.kv_fingerprint import fingerprint_of, published_weights
 from vllm_plugin.settings import KVSettings

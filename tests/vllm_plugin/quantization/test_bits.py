@@ -16,7 +16,7 @@ from quant_methods.formats.checkpoint_formats import NEEDS_PLUGIN, compressed_te
 from quant_methods.formats.packing import pack, unpack
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import SIXTEEN, Grid
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from tests.support.child import EngineFailed
 from tests.support.generate import generate
 from vllm_plugin.commands.checks import model_checks

@@ -32,7 +32,7 @@ from quant_methods.formats.checkpoint_formats import compressed_tensors_config
 from quant_methods.formats.packing import to_compressed_tensors
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import Grid, QuantizedWeight, quantize
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from tests.support.generate import generate
 from vllm_plugin.quantization.cpu_experts import (
     CompressedTensorsCpuExperts,

@@ -33,7 +33,8 @@ from quant_methods.formats.checkpoint_formats import NEEDS_PLUGIN, compressed_te
 from quant_methods.formats.packing import from_compressed_tensors, to_compressed_tensors
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import PER_CHANNEL, Grid, QuantizedWeight, quantize
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from tests.support.generate import generate
 from vllm_plugin.capacity.footprint import weight_footprint
 from vllm_plugin.commands.checks import model_checks

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.structure.experts import unstack
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from tests.conftest import EXPERT_MODELS, MORE_MODELS
 from tests.support.generate import generate
 from tests.support.plans import load, rounded_weights

@@ -12,7 +12,8 @@ from vllm.transformers_utils.config import get_pooling_config
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
 from quant_methods.formats.writing import quantize_checkpoint
-from quant_methods.planning import PlanRequest, obtain_plan
+from quant_methods.plan_request import PlanRequest
+from quant_methods.planning import obtain_plan
 from tests.support import pooling
 from tests.support.child import ROOT
 from vllm_plugin.settings import WeightSettings

@@ -141,7 +141,8 @@ def test_params_json_is_refused_with_the_flags(mistral: Path, tmp_path: Path) ->
 
 
 def test_mistrals_own_file_alone_is_refused(mistral: Path, tmp_path: Path) -> None:
-    from quant_methods.planning import PlanRequest, obtain_plan
+    from quant_methods.plan_request import PlanRequest
+    from quant_methods.planning import obtain_plan
 
     folder = published(mistral, tmp_path / "model", params=False)
     for file in folder.glob("model*"):
@@ -162,7 +163,7 @@ def test_tokenizer(mistral: Path, tmp_path: Path) -> None:
     )
     own, given = source(configured(mistral)), source(configured(mistral, tokenizer=str(other)))
     assert given.tokenizer.bos_token == "<|endoftext|>" != own.tokenizer.bos_token
-    from quant_methods.planning import PlanRequest
+    from quant_methods.plan_request import PlanRequest
 
     assert PlanRequest().key(given) != PlanRequest().key(own)
 

@@ -17,7 +17,7 @@ import vllm_plugin
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
 from quant_methods.formats.writing import quantize_checkpoint
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from tests.support.child import SINGLE_PROCESS, in_child
 from tests.support.generate import QUICK_WEIGHTS
 

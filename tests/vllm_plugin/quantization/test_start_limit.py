@@ -15,7 +15,7 @@ from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.utils import CoreEngineActorManager, wait_for_engine_startup
 
 from compress_common.errors import CompressError
-from quant_methods.planning import PlanRequest
+from quant_methods.plan_request import PlanRequest
 from vllm_plugin.commands.quantize import quantize
 from vllm_plugin.quantization import start_limit
 

@@ -44,7 +44,7 @@ def _with_theirs(site: str, model: str, out: str, arguments: dict[str, Any]) -> 
     """In a child: quantize the model unless it is done, and generate."""
     sys.path.insert(0, site)
     from quant_methods.formats.writing import quantize_checkpoint
-    from quant_methods.planning import PlanRequest
+    from quant_methods.plan_request import PlanRequest
 
     if not Path(out).exists():
         quantize_checkpoint(Path(model), Path(out), PlanRequest(method="theirs", settings=SETTINGS))
