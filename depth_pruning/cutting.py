@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from compress_common.consecutive import consecutive
 from compress_common.errors import CompressError
 
 MARKER = "vllm_compress_depth"  # a key of config.json
@@ -131,10 +132,5 @@ def block_numbers(text: str) -> tuple[int, ...]:
 
 def ranges(numbers: Iterable[int]) -> str:
     """Return numbers as users write them: ``3,8-10``."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+    runs = consecutive(sorted(numbers))
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from compress_common.consecutive import consecutive
 from compress_common.errors import CompressError, explain, joined
 from compress_common.store import digest
 
@@ -145,10 +146,4 @@ class ModelFile(Strict):
 
 def ranges(layers: Sequence[int]) -> str:
     """Return a short text for a list of layers: ``0-4, 6``."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in consecutive(layers)) or "none"

@@ -12,6 +12,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.platforms import current_platform
 
+from compress_common.consecutive import consecutive
 from compress_common.errors import CompressError
 from compress_common.structure.derive import known_structure
 from compress_common.structure.structure import Structure
@@ -235,10 +236,4 @@ def _matches(target: str, linear: str) -> bool:
 
 def ranges(numbers: Sequence[int]) -> str:
     """Ascending integers as text: ``0 to 3, 7, 9 to 11``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in consecutive(numbers))
