@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Depth: what dropping decoder blocks costs, what healing gives back, and what it buys.
 
-    .venv/bin/python -m benchmarks.depth [--part drop4|drop8|traffic|search|heal|serve|int4|answers]
+    .venv/bin/python -m benchmarks.depth [--part PART] [--json] [--out FILE]
 
 Demo model, 30 blocks. Calibration text: 96 x 128 tokens that the model samples; of eight samples,
 one chooses between fits and sets, and one judges. Nats are the rise of the negative log-likelihood
@@ -16,6 +16,8 @@ drop8    the same with eight blocks, more than a quarter (--force)
   auto_vs_cosine_window_drop8   KL of auto over KL of the best cosine window, both healed
 traffic  calibrated on the first half of the book
   nats_drop4_own_text           nats
+text     the set of drop4 again, healed on four times the text
+  nats_drop4_more_text          nats
 search   each search's set of four, not healed; extra keys kl_unhealed_NAME
   evopress_vs_greedy_kl         KL of evopress over KL of greedy
 heal     each healer on the blocks 12 to 15; extra keys kl_heal_NAME
@@ -43,6 +45,7 @@ PARTS = {
     "drop4": Part(("nats_drop4", "heal_kl_ratio_drop4"), parts.drop4),
     "drop8": Part(("nats_drop8", "auto_vs_cosine_window_drop8"), parts.drop8),
     "traffic": Part(("nats_drop4_own_text",), parts.traffic),
+    "text": Part(("nats_drop4_more_text",), parts.more_text),
     "search": Part(("evopress_vs_greedy_kl",), parts.search),
     "heal": Part(("heal_cpu_s", "fusegpt_vs_refit_equal_cpu"), parts.heal),
     "serve": Part(("decode_ratio_drop4_b1",), parts.serve),

@@ -93,6 +93,15 @@ def traffic(options: Options, result: Result) -> None:
     _nats(options, result, "nats_drop4_own_text", folder)
 
 
+def more_text(options: Options, result: Result) -> None:
+    """Fill nats_drop4_more_text: the set of drop4, healed on four times the text."""
+    dropped = report_of(_pruned(options, result, "drop4", drop=4))["dropped"]
+    asked = _request(options)["calibration"]
+    calibration = asked | {"samples": 4 * asked["samples"]}
+    folder = _pruned(options, result, "more_text", layers=dropped, calibration=calibration)
+    _nats(options, result, "nats_drop4_more_text", folder)
+
+
 def search(options: Options, result: Result) -> None:
     """Fill evopress_vs_greedy_kl, and the KL of each search's set of four as extra keys."""
     names = ["single_drop", "block_influence", "macro_influence", "window", "greedy", "evopress"]

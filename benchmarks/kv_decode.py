@@ -5,7 +5,8 @@
 
 Demo model in the precision that is fast here, blocks of 32 tokens, decode windows of 128. Each
 policy P in snap_kv, h2o, r_kv, expected_attention, key_diff, key_diff_recent, recent at budget B in
-256, 512, 1024, the full cache, and vLLM's fp8 cache, which has no budget. snap_kv scores decode
+256, 512, 1024, the full cache, and without a budget cskv with its default bases, which takes
+0.14 of the bytes, and vLLM's fp8 cache. snap_kv scores decode
 windows with 16 queries here, which it leaves to key_diff by default; key_diff_recent keeps an
 eighth of its budget for the last tokens. --row takes a prefix such as h2o_512, for P_B_recall and
 P_B_nats.
@@ -16,7 +17,7 @@ P_B_recall         Of numbers of 4 digits, one per city, in 2,000 generated toke
                    _late: of the first, second, third third.
 P_B_nats           Nats per token above the full cache, of 128 tokens after 2,000 generated ones of
                    the second half of Newton's Opticks. P_B_nats_se: standard error, by text.
-full_recall, fp8_recall, fp8_nats   The same of these.
+full_recall, cskv_recall, cskv_nats, fp8_recall, fp8_nats   The same of these.
 resumed_minus_decoded_nats   The 2,000 tokens are computed as those of a preempted request that
                    resumes: windows end and budgets act in it as in decode. The largest difference
                    at a token between that and 600 tokens decoded one by one.

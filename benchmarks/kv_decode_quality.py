@@ -23,6 +23,7 @@ from benchmarks.kv_engine import (
     FORCED_TOKENS,
     KVEngine,
     computed_dtype,
+    contender,
     policy,
     reported,
 )
@@ -45,6 +46,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "key_diff_recent": {"name": "key_diff", "recent": 0.125},
     "recent": {},
 }
+UNBOUNDED = ("cskv", "fp8")
+_CSKV_KEEP = 0.14  # its default
 THIRDS = ("early", "middle", "late")
 SMOKE_ROWS = ("h2o_256",)
 
@@ -96,7 +99,7 @@ def rows() -> Iterator[tuple[str, str, int]]:
     """(prefix of its keys, policy, budget) of all but the full cache."""
     for budget in BUDGETS:
         yield from ((f"{name}_{budget}", name, budget) for name in POLICIES)
-    yield "fp8", "fp8", 0
+    yield from ((name, name, 0) for name in UNBOUNDED)
 
 
 def material(model: Path, sizes: Sizes, seed: int) -> Material:
@@ -155,8 +158,8 @@ def quality(options: Options, result: Result) -> None:
             failed[prefix] = "it was not asked for (--row)"
         else:
             with reported(failed, prefix):
-                if name == "fp8":
-                    arguments = {"plugin": False, "kv_cache_dtype": "fp8"}
+                if name in UNBOUNDED:
+                    arguments = contender(name, _CSKV_KEEP, model, options)
                 else:
                     window = 64 if options.smoke else WINDOW
                     kv = {"name": name} | POLICIES[name]

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page `/compress` costs: a server with the page open in a browser, and one without.
+"""What the page `/compress` costs: a server while a browser has the page open, and while none has.
 
     .venv/bin/python -m benchmarks.page_cost [--json] [--out FILE]
 
-Both servers run at once, with the same flags: the demo model, float32, snap_kv at keep 0.25. Only
-`VLLM_PLUGINS` differs. In each round the same requests go to one server, then to the other. While
-the server with the page works, a client does what an open page does: it fetches `/compress` once,
-and `/metrics` every two seconds.
+One server: the demo model, float32, snap_kv at keep 0.25. In each round the same requests are sent
+twice. In one of the two passes a client does what an open page does: it fetches `/compress` once,
+and then `/metrics` as often as the page.
 
-  page_throughput_ratio   generated tokens per second of wall time, with the page over without
-  page_cpu_ratio          CPU seconds of all processes of the server, with the page over without
+  page_throughput_ratio   generated tokens per second of wall time, with the page open over closed
+  page_cpu_ratio          CPU seconds of all processes of the server, with the page open over closed
   page_read_ms            time until `/metrics` was answered, median
 
 Limits: one machine runs servers and client, so wall time is noisy. CPU time is the steadier ratio.
@@ -23,7 +22,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,17 +34,17 @@ from benchmarks.kv_engine import bench_model
 from benchmarks.server import Server, serving
 from vllm_plugin.metrics.page import ROUTE
 
-EVERY = 2.0  # seconds between two readings of the page
+EVERY = 5.0  # seconds between two readings of the page
 AT_ONCE = 8
 POOL_BYTES = 256 << 20
-PLUGINS = {"without": "compress", "with": "compress,compress_page"}
+PLUGINS = "compress,compress_page"
 KV = "--additional-config.compress.kv"
 PROMPT = "The river was low, and the stones that lay in it could be counted from the bridge. " * 12
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One round of one server."""
+    """One pass of a round."""
 
     tokens_per_second: float
     cpu_seconds: float
@@ -105,37 +104,26 @@ def polled(server: Server, taken: list[float]) -> Iterator[None]:
 
 
 def run(options: Options, result: Result) -> None:
-    """Both servers at once, asked in turns."""
+    """One server, asked with the page open and closed in turns."""
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule --kv-cache-memory-bytes
     model = bench_model(options)
-    requests, tokens = (4, 4) if options.smoke else (24, 96)
+    requests, tokens = (4, 4) if options.smoke else (12, 96)
     flags = ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(POOL_BYTES)]
     flags += ["--dtype", "float32", "--no-enable-prefix-caching"]
     flags += [f"{KV}.policy", "snap_kv", f"{KV}.keep", "0.25"]
     taken: list[float] = []
-    with ExitStack() as stack:
-        servers = {
-            name: stack.enter_context(
-                serving(
-                    model,
-                    *flags,
-                    env={"VLLM_PLUGINS": plugins},
-                    output=cache_folder() / f"page-{name}.log",
-                )
-            )
-            for name, plugins in PLUGINS.items()
-        }
+    log = cache_folder() / "page.log"
+    with serving(model, *flags, env={"VLLM_PLUGINS": PLUGINS}, output=log) as server:
 
         def measure(name: str) -> Sample:
-            server = servers[name]
-            with polled(server, taken) if name == "with" else ExitStack():
+            with polled(server, taken) if name == "open" else nullcontext():
                 before, started = cpu_seconds(server.pid), time.perf_counter()
                 generated = send(server, requests, tokens)
                 seconds = time.perf_counter() - started
                 return Sample(generated / seconds, cpu_seconds(server.pid) - before)
 
-        samples = alternate(list(PLUGINS), options.rounds, measure, "page")
-    ours, base = samples["with"], samples["without"]
+        samples = alternate(("open", "closed"), options.rounds, measure, "page")
+    ours, base = samples["open"], samples["closed"]
     for key, field in (
         ("page_throughput_ratio", "tokens_per_second"),
         ("page_cpu_ratio", "cpu_seconds"),

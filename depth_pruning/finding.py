@@ -15,7 +15,7 @@ from depth_pruning.healers.base import Healed, Text
 from depth_pruning.judge import Judge, Loss
 from depth_pruning.probe import DropProbe
 from depth_pruning.request import PARTS, PruneRequest
-from depth_pruning.searches.base import Ground, TooFewBlocks
+from depth_pruning.searches.base import Ground, TooFewBlocks, checked
 
 DEAR = 1.0  # nats that a block may cost alone
 
@@ -123,7 +123,8 @@ class Pruning:
     def _searched(self, count: int, report: dict[str, Any]) -> tuple[int, ...]:
         """Return the blocks that the search chooses."""
         search = self.request.build_search()
-        dropped = search.choose(count, self.ground, self.progress)
+        chosen = search.choose(count, self.ground, self.progress)
+        dropped = checked(chosen, count, self.ground.candidates)
         report["search"] = {"name": self.request.search} | search.report
         return dropped
 

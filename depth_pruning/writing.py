@@ -16,25 +16,29 @@ from compress_common.checkpoints.shards import cut_into_shards, write_index, wri
 from compress_common.errors import CompressError
 from compress_common.progress import Progress, silent
 from compress_common.structure.derive import structure_of
-from depth_pruning.cutting import kept_blocks, renamed
+from depth_pruning.cutting import MARKER, kept_blocks, renamed
 from depth_pruning.healers.base import Healed
 
 
 def marker_of(checkpoint: Checkpoint, dropped: tuple[int, ...], heal: str) -> dict[str, Any]:
     """Return what config.json notes of a pruned checkpoint.
 
+    The note of a source that was pruned already is kept in it, as ``before``.
+
     Args:
         checkpoint: What was pruned.
         dropped: Indices of the blocks that are gone.
         heal: Name of the healer.
     """
-    return {
+    marker = {
         "schema": 1,
         "source": checkpoint.weights_digest,
         "source_layers": checkpoint.hf_config.num_hidden_layers,
         "dropped": list(dropped),
         "heal": heal,
     }
+    before = getattr(checkpoint.hf_config, MARKER, None)
+    return marker if before is None else marker | {"before": before}
 
 
 def write_pruned(

@@ -23,10 +23,15 @@ def described(config: Any) -> str | None:
     Args:
         config: The model's ``transformers`` config.
     """
-    if (marker := depth_marker(config)) is None:
-        return None
+    marker = depth_marker(config)
+    return None if marker is None else _described(marker)
+
+
+def _described(marker: Mapping[str, Any]) -> str:
     try:
-        gone, before = ranges(map(int, marker["dropped"])), int(marker["source_layers"])
+        gone, depth = ranges(map(int, marker["dropped"])), int(marker["source_layers"])
     except (KeyError, TypeError, ValueError):
         return "blocks were dropped; its note of which ones is damaged"
-    return f"blocks {gone} of {before} are gone, healed by {marker.get('heal', 'none')}"
+    told = f"blocks {gone} of {depth} are gone, healed by {marker.get('heal', 'none')}"
+    before = marker.get("before")
+    return f"{told}; before that, {_described(before)}" if isinstance(before, Mapping) else told

@@ -61,10 +61,12 @@ def _drawn() -> Iterator["Progress"]:
     """Draw a bar on a terminal."""
     from tqdm import tqdm  # not above, as `vllm-compress --help` is to be quick
 
-    with tqdm(total=1, leave=False, bar_format="{desc} {bar} {n}/{total}") as shown:
+    pace = Pace()
+    with tqdm(total=1, leave=False, bar_format="{desc} {bar} {n}/{total}{postfix}") as shown:
 
         def progress(step: str, done: int, total: int) -> None:
             shown.set_description_str(step, refresh=False)
+            shown.set_postfix_str(pace.left(step, done, total), refresh=False)
             shown.total, shown.n = max(total, done), done
             shown.refresh()
 
@@ -81,12 +83,45 @@ def lines(
         now: the clock, in seconds.
         period: least seconds from one line to the next.
     """
-    last = -math.inf
+    last, pace = -math.inf, Pace(now)
 
     def progress(step: str, done: int, total: int) -> None:
         nonlocal last
+        left = pace.left(step, done, total)
         if not disable and now() - last >= period:
             last = now()
-            print(f"vllm-compress: {step} {done}/{total}", file=sys.stderr, flush=True)
+            told = f"{step} {done}/{total}" + (f", {left}" if left else "")
+            print(f"vllm-compress: {told}", file=sys.stderr, flush=True)
 
     return progress
+
+
+class Pace:
+    """Tells how long a step still takes, at the speed that it had so far.
+
+    Args:
+        now: the clock, in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._step: tuple[str, int] | None = None
+        self._begin, self._first = 0.0, 0
+
+    def left(self, step: str, done: int, total: int) -> str:
+        """Return a text such as ``1:20 left``, empty while that is not known.
+
+        Args:
+            step: name of the step; with another name or total, another one has begun.
+            done: how much of it is done. What a resumed step had done before does not count.
+            total: of the step.
+        """
+        if self._step != (step, total) or done < self._first:
+            self._step, self._begin, self._first = (step, total), self._now(), done
+        if done == self._first or done >= total:
+            return ""
+        seconds = (self._now() - self._begin) * (total - done) / (done - self._first)
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return f"{clock} left"

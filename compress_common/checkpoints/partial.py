@@ -55,9 +55,9 @@ class Partial:
             with FileLock(self.folder / _LOCK, timeout=0), self._kept_if_useful():
                 self._check_absent()  # another process may have finished it
                 yield
-            for leftover in (_LOCK, _STATE):
-                (self.folder / leftover).unlink(missing_ok=True)
-            self.folder.rename(self.target)
+                (self.folder / _STATE).unlink(missing_ok=True)
+                self.folder.rename(self.target)  # while it is locked: nobody else may begin in it
+            (self.target / _LOCK).unlink(missing_ok=True)
 
     def start_or_resume(self, identity: dict[str, Any]) -> None:
         """Keep what an earlier run of the same identity finished. Remove all else.

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compress_common.calibration.blocks import Blocks
+from compress_common.consecutive import consecutive
 from compress_common.progress import Progress, silent
 from depth_pruning.healers.base import Healed, Healer, HealerSettings, Text, stored_as
 from depth_pruning.healers.targets import Pair, token_weights
@@ -37,8 +38,9 @@ class FuseGPT(Healer):
     """Learns ``W + BA + sum(CD * W_dropped)`` in the blocks around each gap.
 
     The loss is the squared error of the group's output, relative to the original one. It is trained
-    gap by gap, and folded into the weights at the end. At equal short training the fused term added
-    nothing to BA alone, and both lost to ``refit``.
+    gap by gap, and folded into the weights at the end. A group whose error on held-out text did not
+    fall keeps its weights. At equal short training the fused term added nothing to BA alone, and
+    both lost to ``refit``.
     """
 
     name: ClassVar[str] = "fusegpt"
@@ -50,7 +52,8 @@ class FuseGPT(Healer):
         blocks, at = text.blocks, 0
         healed: Healed = {}
         pair: Pair | None = None
-        for gap in gaps(dropped):
+        for begin, end in consecutive(sorted(dropped)):
+            gap = list(range(begin, end + 1))
             first, last = group(gap, dropped, len(blocks), self.settings.reach, at)
             if pair is None:
                 pair = Pair.at(blocks, first)
@@ -78,17 +81,6 @@ class FuseGPT(Healer):
             pair.original = run_block(blocks, index, pair.original)
             if index not in dropped:
                 pair.pruned = run_block(blocks, index, pair.pruned)
-
-
-def gaps(dropped: Collection[int]) -> list[list[int]]:
-    """Return the runs of neighboring blocks that are gone."""
-    runs: list[list[int]] = []
-    for index in sorted(dropped):
-        if runs and runs[-1][-1] == index - 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return runs
 
 
 def group(
@@ -142,6 +134,12 @@ class _Fused(nn.Module):
         self.c = nn.ParameterList([zeros() for _ in dropped])
         self.d = nn.ParameterList([drawn() for _ in dropped])
 
+    @torch.no_grad()
+    def off(self) -> None:
+        """Make the fused weight W again."""
+        for matrix in (self.b, *self.c):
+            matrix.zero_()
+
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the fused weight for W."""
         fused = weight + self.b @ self.a
@@ -184,19 +182,22 @@ class _Training:
         with ExitStack() as stack:
             for index in (*kept, *gap):
                 stack.enter_context(self.blocks.resident(index))
+            before = self._held_out_error(kept)
             fused: dict[str, nn.Module] = {}
-            learned: list[nn.Parameter] = []
+            parts: list[_Fused] = []
             for index in kept:
                 for name in self.blocks.structure.layer(index).names:
                     linear = self.blocks.layers[index].get_submodule(name)
                     gone = [self._weight(i, name) for i in gap]
-                    part = _Fused(linear.weight.detach(), gone, self.settings.rank, random)
-                    learned += part.parameters()
+                    parts.append(_Fused(linear.weight.detach(), gone, self.settings.rank, random))
                     linear.weight.requires_grad_(False)
-                    parametrize.register_parametrization(linear, "weight", part)
+                    parametrize.register_parametrization(linear, "weight", parts[-1])
                     fused[f"{index} {name}"] = linear
             try:
-                self._learn(kept, learned, random)
+                self._learn(kept, [p for part in parts for p in part.parameters()], random)
+                if self._held_out_error(kept) >= before:
+                    for part in parts:
+                        part.off()
                 return {n: stored_as(m.weight.detach(), self.blocks) for n, m in fused.items()}
             finally:
                 for module in fused.values():
@@ -213,12 +214,23 @@ class _Training:
             self.progress("distil, step", step, given.steps)
             chosen = torch.randperm(self.text.fitted, generator=random)[: given.samples]
             with torch.enable_grad():
-                hidden = self.given[chosen].to(self.blocks.device)
-                for index in kept:
-                    hidden = self.blocks.output(index, hidden)
-                wanted = self.wanted[chosen].to(self.blocks.device).flatten(0, 1).float()
-                error = (hidden.flatten(0, 1).float() - wanted).square().mean(-1)
-                loss = (error * token_weights(wanted)).mean()
+                loss = self._error(kept, chosen)
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
+
+    def _error(self, kept: list[int], samples: torch.Tensor) -> torch.Tensor:
+        """Return the relative squared error of the group's output on some samples."""
+        hidden = self.given[samples].to(self.blocks.device)
+        for index in kept:
+            hidden = self.blocks.output(index, hidden)
+        wanted = self.wanted[samples].to(self.blocks.device).flatten(0, 1).float()
+        error = (hidden.flatten(0, 1).float() - wanted).square().mean(-1)
+        return (error * token_weights(wanted)).mean()
+
+    @torch.no_grad()
+    def _held_out_error(self, kept: list[int]) -> float:
+        """Return the error on the samples that nothing is fitted to, a few at a time."""
+        samples = torch.arange(self.text.fitted, len(self.given))
+        few = samples.split(self.settings.samples)
+        return sum(float(self._error(kept, part)) * len(part) for part in few) / len(samples)

@@ -105,6 +105,21 @@ def lowest(costs: dict[int, float], count: int) -> tuple[int, ...]:
     return tuple(sorted(sorted(costs, key=costs.__getitem__)[:count]))
 
 
+def checked(dropped: Collection[int], count: int, candidates: Collection[int]) -> tuple[int, ...]:
+    """Return what a search chose, in order.
+
+    Raises:
+        CompressError: It is not so many of the candidates, as may happen with searches of others.
+    """
+    found = tuple(sorted(set(dropped)))
+    if len(found) != count or not set(found) <= set(candidates):
+        raise CompressError(
+            f"the search returned blocks {sorted(dropped)}, where {count} of {ranges(candidates)} "
+            "were asked for; report this to its author, or give another --search"
+        )
+    return found
+
+
 def check_count(count: int, candidates: Collection[int]) -> None:
     """Raise TooFewBlocks when fewer blocks may go than should."""
     if count > len(candidates):

@@ -3,18 +3,18 @@
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from compress_common.calibration.blocks import Blocks
-from compress_common.structure.structure import Fold
+from compress_common.structure.structure import Fold, LayerStructure
 
 # Largest change of what a block adds to its input, as a share of the largest number in that.
 _TOLERANCE = 2e-4
-_MATTERS = 20  # without one side of a fold, at least so many times as much changes
+_MATTERS = 20  # without sides that are needed, at least so many times as much changes
 _SPREAD = 0.4  # of the logarithm of a random vector
 _TOKENS = 32  # that a block without experts is shown: more cost time and prove nothing more
 _SHOWN = 4  # names in a message
@@ -79,24 +79,34 @@ class Proof:
     def unchanged(
         self,
         sides: Mapping[str, torch.Tensor],
-        needed: Sequence[str],
+        needed: Sequence[Collection[str]],
         offsets: Mapping[str, float] | None = None,
     ) -> bool:
-        """Whether all sides together change nothing, and each without one needed side does."""
+        """Whether all sides together change nothing, and any without one group of needed ones do.
+
+        A block that does not depend on a side would prove nothing about it.
+        """
         offsets = offsets or {}
         error = self.change(sides, offsets)
         return error < _TOLERANCE and all(
-            self.change({s: v for s, v in sides.items() if s != side}, offsets)
+            self.change({s: v for s, v in sides.items() if s not in group}, offsets)
             > max(_MATTERS * error, _TOLERANCE)
-            for side in needed
+            for group in needed
         )
 
-    def proves(self, shapes: Mapping[str, tuple[int, int]], folds: Sequence[Fold]) -> bool:
+    def proves(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        folds: Sequence[Fold],
+        *,
+        apart: bool = True,
+    ) -> bool:
         """Whether random vectors in all folds at once change nothing.
 
         Args:
             shapes: ``{linear: (out_features, in_features)}``.
             folds: Candidates.
+            apart: Whether the block must depend on each producer alone, in place of all together.
         """
         sides: dict[str, torch.Tensor] = {}
         random = torch.Generator().manual_seed(0)
@@ -107,13 +117,16 @@ class Proof:
             wide = vector.view(-1, 1, fold.head_dim).expand(-1, fold.repeat, -1).reshape(-1)
             sides |= {f"{name}.input": wide for name in fold.consumers}
         offsets = {fold.producer: fold.offset for fold in folds if fold.from_norm}
-        return self.unchanged(sides, [f"{fold.producer}.output" for fold in folds], offsets)
+        producers = [f"{fold.producer}.output" for fold in folds]
+        needed = [[name] for name in producers] if apart else [producers]
+        return self.unchanged(sides, needed, offsets)
 
 
 def proved_folds(blocks: Blocks) -> list[tuple[Fold, ...]]:
     """Return the folds of each block that leave what it computes as it is.
 
     What is not proved is not folded: its linears are rounded as they are, and a log line says so.
+    That a block depends on each producer alone is asked of the first block of each kind.
 
     Args:
         blocks: The decoder, with calibration tokens. The start of the first sample runs through
@@ -122,11 +135,15 @@ def proved_folds(blocks: Blocks) -> list[tuple[Fold, ...]]:
     tokens = blocks.tokens[:1]
     blocks = blocks.on(tokens if blocks.structure.has_experts else tokens[:, :_TOKENS])
     hidden, found = blocks.inputs(), []
+    kinds: list[LayerStructure] = []
     for index in range(len(blocks)):
         kind = blocks.structure.layer(index)
+        first = kind not in kinds
+        if first:
+            kinds.append(kind)
         shapes, candidates = kind.shapes, kind.folds
         proof, proved = Proof(blocks, index, hidden), candidates
-        if not proof.proves(shapes, candidates):
+        if not proof.proves(shapes, candidates, apart=first):
             proved = tuple(fold for fold in candidates if proof.proves(shapes, (fold,)))
         for fold in candidates:
             if fold not in proved:

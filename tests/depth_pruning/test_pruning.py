@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from compress_common.calibration.text import CalibrationSettings
 from compress_common.checkpoints.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from depth_pruning.pruning import prune_checkpoint
 from depth_pruning.request import PruneRequest
 from tests.conftest import MORE_MODELS, TINY_MODELS
 from tests.support.interrupting import in_parts, random_numbers, stages_of
+from vllm_plugin.depth import described
 
 DEPTH = 8
 MIXED = (["sliding_attention"] * 3 + ["full_attention"]) * 2
@@ -286,6 +287,29 @@ def test_fusing_changes_the_neighbors_of_a_gap_alone(
         if not torch.equal(tensor, before[renamed_back(name)])
     }
     assert changed == {"2", "5"}
+
+
+def test_fusing_that_diverges_keeps_the_weights(
+    deep_model: Callable[..., Path], tmp_path: Path, calibration: CalibrationSettings
+) -> None:
+    wild = {"steps": 2, "reach": 1, "rank": 4, "learning_rate": 100.0}
+    asked = {"layers": (3, 4), "heal": "fusegpt", "heal_settings": wild}
+    source, target = deep_model(), tmp_path / "out"
+    report = prune_checkpoint(source, target, request_for(calibration, **asked))
+    assert report["loss"] == report["loss_without_healing"]
+
+
+def test_what_was_pruned_before_stays_noted(
+    deep_model: Callable[..., Path], tmp_path: Path, calibration: CalibrationSettings
+) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    prune_checkpoint(deep_model(), once, request_for(calibration, layers=(2,)))
+    prune_checkpoint(once, twice, request_for(calibration, layers=(4,)))
+    told = described(AutoConfig.from_pretrained(twice))
+    assert told == (
+        "blocks 4 of 7 are gone, healed by none; before that, "
+        "blocks 2 of 8 are gone, healed by none"
+    )
 
 
 def test_norms_behind_attention_are_refused_by_closed_forms(

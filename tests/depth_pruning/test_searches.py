@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_common.errors import CompressError
-from depth_pruning.searches.base import lowest
+from depth_pruning.searches.base import checked, lowest
 from depth_pruning.searches.evopress import swapped
 from depth_pruning.searches.registry import build_search, searches
 from depth_pruning.searches.window import window_starts
@@ -37,6 +37,13 @@ def test_the_lowest_are_no_dearer_than_the_rest(
     assert list(chosen) == sorted(set(chosen)) and len(chosen) == count
     rest = [cost for index, cost in costs.items() if index not in chosen]
     assert not rest or max(costs[index] for index in chosen) <= min(rest)
+
+
+@pytest.mark.parametrize("dropped", [(1,), (1, 1), (1, 2, 3), (0, 1)])
+def test_a_set_that_was_not_asked_for_is_refused(dropped: tuple[int, ...]) -> None:
+    with pytest.raises(CompressError, match="2 of 1-3 were asked for"):
+        checked(dropped, 2, (1, 2, 3))
+    assert checked((3, 1), 2, (1, 2, 3)) == (1, 3)
 
 
 def test_too_few_candidates_are_said() -> None:

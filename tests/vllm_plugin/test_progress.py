@@ -9,7 +9,7 @@ import termios
 
 import pytest
 
-from vllm_plugin.progress import bar, lines
+from vllm_plugin.progress import Pace, bar, lines
 
 STEPS = """if True:
     from vllm_plugin.progress import bar
@@ -27,8 +27,18 @@ def test_a_log_gets_one_line_in_each_period(capsys: pytest.CaptureFixture[str]) 
         progress("calibrate", int(seconds), 100)
     printed = capsys.readouterr()
     assert printed.out == ""
-    expected = [f"vllm-compress: calibrate {done}/100" for done in (0, 30, 60, 90)]
+    left = {0: "", 30: ", 1:10 left", 60: ", 0:40 left", 90: ", 0:10 left"}
+    expected = [f"vllm-compress: calibrate {done}/100{text}" for done, text in left.items()]
     assert printed.err.splitlines() == expected
+
+
+def test_what_a_resumed_step_had_done_before_does_not_speed_it_up() -> None:
+    seconds = 0.0
+    pace = Pace(lambda: seconds)
+    assert pace.left("layers", 50, 100) == ""
+    seconds = 3600
+    assert pace.left("layers", 75, 100) == "1:00:00 left"
+    assert pace.left("write", 0, 4) == "" and pace.left("write", 4, 4) == ""
 
 
 def test_a_rank_without_progress_is_silent(capsys: pytest.CaptureFixture[str]) -> None:

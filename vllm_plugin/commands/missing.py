@@ -4,8 +4,10 @@
 import argparse
 import copy
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,10 @@ def stored_bases(parsed: argparse.Namespace) -> Path | None:
 
 
 def default_bases(
-    checkpoint: Checkpoint, progress: Progress = silent, tensor_parallel: int = 1
+    checkpoint: Checkpoint,
+    progress: Progress = silent,
+    tensor_parallel: int = 1,
+    environment: Mapping[str, str] | None = None,
 ) -> Path:
     """Return the file of bases that ``vllm-compress calibrate-kv`` makes of a model by default.
 
@@ -96,6 +101,7 @@ def default_bases(
         checkpoint: of the model.
         progress: told before and after.
         tensor_parallel: ranks that will serve the model.
+        environment: of that process, where our own says nothing.
 
     Raises:
         CompressError: the model cannot have bases.
@@ -107,7 +113,9 @@ def default_bases(
         command += ["--samples", str(SAMPLES), "--length", str(LENGTH), *several]
         progress("fit bases", 0, 1)
         made = subprocess.run(
-            [sys.executable, "-m", "vllm_plugin.cli", *command], stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "vllm_plugin.cli", *command],
+            stdout=subprocess.DEVNULL,
+            env=dict(environment or {}) | os.environ,
         )
         if made.returncode:
             raise CompressError(f"vllm-compress calibrate-kv {checkpoint.folder} failed, see above")

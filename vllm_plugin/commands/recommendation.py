@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures a few settings of a model, and chooses one for a device and a load."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,12 +15,14 @@ from compress_common.progress import Progress, silent
 from vllm_plugin import KEY
 from vllm_plugin.capacity.blocks import RequestBlocks
 from vllm_plugin.commands.common import Problems, gib
+from vllm_plugin.commands.judging.engine import Judged
 from vllm_plugin.commands.judging.material import Sizes
 from vllm_plugin.commands.recommending.candidates import CSKV, Setting, settings
 from vllm_plugin.commands.recommending.frontier import Candidate, choose, frontier
 from vllm_plugin.commands.recommending.known import Known
 from vllm_plugin.commands.recommending.losses import Loss, Losses
 from vllm_plugin.commands.recommending.memory import Size, size_of
+from vllm_plugin.commands.recommending.side_by_side import side_by_side
 from vllm_plugin.compatibility import model_length
 
 SIZES = Sizes(context=512, windows=12, keys=4)
@@ -153,17 +156,26 @@ def recommend(
         raise CompressError(f"{model} cannot be served: {next(iter(left_out.values()))}")
     _refuse_too_little(sizes, wanted, unfitted=bool(fitted))
     losses.check_text()
-    for setting in fitted:
-        with _leaving_out(setting, left_out):
-            from vllm_plugin.commands.missing import default_bases
+    engines = side_by_side(len(settings()), checkpoint.weight_bytes)
+    with engines.pool() as pool:
 
-            kv = (setting.kv or {}) | {"bases": str(default_bases(checkpoint, progress))}
-            sections[setting] = kv
-            check(setting, kv)
-            count(setting)
-    _refuse_too_little(sizes, wanted)
+        def start() -> list[Future[Judged]]:
+            pairs = [(each.quantization, sections[each]) for each in sizes]
+            return losses.start(pairs, pool, engines.environment)
+
+        bases = pool.submit(_bases, checkpoint, progress, engines.environment) if fitted else None
+        running = start()
+        for setting in fitted:
+            with _leaving_out(setting, left_out):
+                assert bases is not None
+                kv = (setting.kv or {}) | {"bases": str(bases.result())}
+                sections[setting] = kv
+                check(setting, kv)
+                count(setting)
+        _refuse_too_little(sizes, wanted)
+        for measurement in running + start():
+            measurement.result()
     chosen_from = [setting for setting in sections if setting in sizes]
-    losses.expect((setting.quantization, sections[setting]) for setting in chosen_from)
     rows = [
         Row(
             setting,
@@ -177,6 +189,13 @@ def recommend(
     chosen = choose(chain, wanted.memory)
     assert chosen is not None
     return Recommendation(rows, chain, chosen, left_out, losses.measured, known.folder)
+
+
+def _bases(checkpoint: Checkpoint, progress: Progress, environment: Mapping[str, str]) -> Path:
+    """Fit the bases of cskv, unless they are known."""
+    from vllm_plugin.commands.missing import default_bases
+
+    return default_bases(checkpoint, progress, environment=environment)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine's side of a judgement, run in a process of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -36,6 +36,7 @@ def judge(
     engine_args: dict[str, Any],
     name: str,
     measures: Sequence[str] = ("recalled", "later", "nats"),
+    environment: Mapping[str, str] | None = None,
 ) -> Judged:
     """Judge an engine with these arguments.
 
@@ -45,12 +46,13 @@ def judge(
         engine_args: of vLLM.
         name: for the message.
         measures: fields of ``Judged``.
+        environment: of its process, where our own says nothing.
 
     Raises:
         CompressError: the engine does not start, or dies.
     """
     request = {"model": model, "engine_args": engine_args, "measures": measures, **asdict(given)}
-    return Judged(**in_process(__name__, request, name))
+    return Judged(**in_process(__name__, request, name, environment))
 
 
 def _judge(request: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,19 @@ from compress_common.errors import CompressError
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
-def in_process(module: str, request: dict[str, Any], name: str) -> dict[str, Any]:
+def in_process(
+    module: str,
+    request: dict[str, Any],
+    name: str,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Return what a module answers to a request. It is run with ``python -m``.
 
     Args:
         module: calls ``answer`` when it is run.
         request: can be written as JSON.
         name: of what is served, for the message.
+        environment: what the process gets where our own environment says nothing.
 
     Raises:
         CompressError: the process ended without an answer.
@@ -34,7 +40,7 @@ def in_process(module: str, request: dict[str, Any], name: str) -> dict[str, Any
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={"VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | _ENVIRONMENT,
+            env={"VLLM_LOGGING_LEVEL": "ERROR", **(environment or {})} | os.environ | _ENVIRONMENT,
         )
         if not written.is_file():
             lines = [line for line in process.stdout.splitlines() if line.strip()]

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a setting loses, measured once: of its weights, and of its cache."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from compress_common.errors import CompressError
@@ -79,7 +82,7 @@ class Losses:
             self._text_digest = file_digest(text) if text else digest(reference())
         except OSError as error:
             raise CompressError(f"cannot read --text {text}: {error.strerror}") from error
-        self.measured, self._expected = 0, 0
+        self.measured, self._started, self._counting = 0, set[str](), Lock()
 
     def check_text(self) -> None:
         """Read the text, unless it was measured on before.
@@ -90,18 +93,28 @@ class Losses:
         if self._known.find(self._question(None, None)) is None:
             _ = self._material
 
-    def expect(self, settings: Iterable[tuple[str | None, Mapping[str, Any] | None]]) -> None:
-        """Count the measurements that are to come, for the progress.
+    def start(
+        self,
+        settings: Iterable[tuple[str | None, Mapping[str, Any] | None]],
+        pool: Executor,
+        environment: Mapping[str, str],
+    ) -> list["Future[Judged]"]:
+        """Begin to measure what is not known and has not begun.
 
         Args:
             settings: weight methods and sections ``compress.kv``.
+            pool: measures.
+            environment: of each engine, where our own says nothing.
         """
-        questions = [self._question(None, None)]
-        for quantization, kv in settings:
-            questions += [self._question(quantization, None), self._question(None, kv)]
-        distinct = [each for at, each in enumerate(questions) if each not in questions[:at]]
-        unknown = sum(self._known.find(each) is None for each in distinct)
-        self._expected = self.measured + unknown
+        new: list[tuple[str | None, Mapping[str, Any] | None]] = []
+        parts = [part for method, kv in settings for part in ((method, None), (None, kv))]
+        for part in [(None, None), *parts]:
+            question = self._question(*part)
+            key = json.dumps(question, sort_keys=True)
+            if key not in self._started and self._known.find(question) is None:
+                self._started.add(key)
+                new.append(part)
+        return [pool.submit(self._judged, *part, environment) for part in new]
 
     def weights(self, quantization: str | None) -> Loss:
         """What a weight method loses, above 16 bits."""
@@ -132,12 +145,18 @@ class Losses:
             "sizes": asdict(self._sizes),
         }
 
-    def _judged(self, quantization: str | None, kv: Mapping[str, Any] | None) -> Judged:
+    def _judged(
+        self,
+        quantization: str | None,
+        kv: Mapping[str, Any] | None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Judged:
         name = quantization or (setting_name(kv) if kv else "no compression")
 
         def answer() -> dict[str, Any]:
-            self._progress(f"measure {name}", self.measured, self._expected)
-            self.measured += 1
+            with self._counting:
+                self._progress(f"measure {name}", self.measured, len(self._started))
+                self.measured += 1
             folder = self._checkpoint.folder
             arguments = engine_arguments(folder, self._sizes)
             measures = _MEASURES[kv is not None]
@@ -148,7 +167,9 @@ class Losses:
             else:
                 measures = _MEASURES[False] + _MEASURES[True]
             title = f"{self._model} ({name})"
-            return asdict(judge(str(folder), self._material, arguments, title, measures))
+            return asdict(
+                judge(str(folder), self._material, arguments, title, measures, environment)
+            )
 
         return Judged(**self._known.ask(self._question(quantization, kv), answer))
 
