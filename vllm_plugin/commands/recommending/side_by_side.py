@@ -4,7 +4,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import psutil
@@ -31,12 +31,25 @@ class SideBySide:
 
     @contextmanager
     def pool(self) -> Iterator[ThreadPoolExecutor]:
-        """Yield a pool of threads that wait for a process. After an error nothing more starts."""
-        pool = ThreadPoolExecutor(self.at_once)
+        """Yield a pool of threads that wait for processes.
+
+        After an error or an interruption nothing more starts, and what runs is ended.
+        """
+        pool, others = ThreadPoolExecutor(self.at_once), set(_children())
         try:
             yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(_children()) - others:
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
+            raise
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()
+
+
+def _children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
 
 
 def side_by_side(jobs: int, weights: int) -> SideBySide:
