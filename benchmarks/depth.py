@@ -29,6 +29,8 @@ serve    stock vLLM, eager, one request; float32 on processors without AVX-512
 int4     `quantize` after `prune`, groups of 64
   nats_drop4_int4               nats. Extra: nats_int4, of the full model in int4, which has fewer
                                 bytes than the pruned model in 16 bits
+cskv     the pruned model served with latents, default bases of the first half of the book
+  nats_drop4_cskv               nats above its own full cache, of 65 tokens behind 12 prompts of 512
 answers  questions with one right answer, greedy
   exact_answers_ratio_drop4     exact answers, pruned over full, mean of sums and hidden keys.
                                 Extra: the share of each kind
@@ -50,6 +52,7 @@ PARTS = {
     "heal": Part(("heal_cpu_s", "fusegpt_vs_refit_equal_cpu"), parts.heal),
     "serve": Part(("decode_ratio_drop4_b1",), parts.serve),
     "int4": Part(("nats_drop4_int4",), parts.int4),
+    "cskv": Part(("nats_drop4_cskv",), parts.cskv),
     "answers": Part(("exact_answers_ratio_drop4",), parts.answers),
 }
 

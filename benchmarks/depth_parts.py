@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Options, Result, alternate, cache_folder
-from benchmarks.depth_runs import answers_of, healed, nats_of, pruned, report_of, unhealed
+from benchmarks.depth_runs import (
+    answers_of,
+    healed,
+    nats_of,
+    pruned,
+    report_of,
+    served_with_latents,
+    unhealed,
+)
 from benchmarks.engine import Engine, in_process
 from benchmarks.random_models import TINY, random_llama
 from benchmarks.texts import opticks
@@ -162,6 +170,15 @@ def int4(options: Options, result: Result) -> None:
         given = _bench(options, source)
         record = in_process(judge, contender, given, preloaded=options.smoke)
         difference(result, key, record["nats"][0], base)
+
+
+def cskv(options: Options, result: Result) -> None:
+    """Fill nats_drop4_cskv, from engines."""
+    folder = _pruned(options, result, "drop4", drop=4)
+    text = _bench(options, _model(options)).texts[0]
+    row = in_process(served_with_latents, folder, text, options.smoke, preloaded=options.smoke)
+    error = row.pop("standard_error")
+    result.put("nats_drop4_cskv", row.pop("nats_difference"), standard_error=error, **row)
 
 
 def answers(options: Options, result: Result) -> None:

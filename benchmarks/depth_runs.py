@@ -3,6 +3,8 @@
 
 import json
 import time
+from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.common import cache_folder, source
 from benchmarks.depth_answers import exact_answers
+from benchmarks.kv_engine import bases
 from benchmarks.weights_judge import Bench, losses, windows
 from compress_common.calibration.placement import ON_HOST
 from compress_common.calibration.precision import computed_in
@@ -23,6 +26,9 @@ from depth_pruning.finding import Pruning
 from depth_pruning.pruning import prune_checkpoint
 from depth_pruning.request import PruneRequest
 from depth_pruning.searches.registry import build_search
+from vllm_plugin.commands.calibrate_kv import BITS, LENGTH, RATIOS, SAMPLES
+from vllm_plugin.commands.judging.material import Sizes
+from vllm_plugin.commands.kv_evaluation import evaluate_kv
 from vllm_plugin.progress import bar
 
 
@@ -59,6 +65,22 @@ def answers_of(folder: Path, seed: int, count: int) -> dict[str, list[bool]]:
     """Return which questions a model answers exactly, by kind."""
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return exact_answers(network, Checkpoint(folder).tokenizer, seed, count)
+
+
+def served_with_latents(folder: Path, text: Path, small: bool) -> dict[str, Any]:
+    """Return what cskv loses on a model, as ``vllm-compress eval-kv`` measures it.
+
+    Args:
+        folder: Of the model.
+        text: That it is judged on.
+        small: Whether only to see that it runs.
+    """
+    samples, length = (4, 64) if small else (SAMPLES, LENGTH)
+    size = ("--samples", str(samples), "--length", str(length))
+    kv = {"policy": "cskv", "bases": str(bases(folder, Fraction(RATIOS[BITS]), BITS, *size))}
+    sizes = Sizes(256, 2, 1) if small else Sizes(512, 12, 4)
+    _, ours = evaluate_kv(str(folder), [kv], text, sizes)
+    return asdict(ours)
 
 
 def unhealed(model: Path, request: dict[str, Any], count: int, names: list[str]) -> dict[str, Any]:
