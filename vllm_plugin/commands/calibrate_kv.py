@@ -25,6 +25,7 @@ from vllm_plugin.commands.common import (
     Seed,
     check_text,
     check_writable,
+    err,
     out,
     print_written,
     serve_command,
@@ -134,6 +135,8 @@ def calibrate_kv(
         draw(bases, report, figure)
         with whole_file(plot) as partial:
             figure.savefig(partial, format=plot.suffix[1:])
+    if doubt := bases.header.doubt:
+        err.print(f"warning: {doubt}", highlight=False, soft_wrap=True)
     if as_json:
         content = {
             "out": str(target),

@@ -54,6 +54,19 @@ def header(**changes: Any) -> Header:
     return Header(**(values | changes))
 
 
+def test_bases_that_lose_much_of_the_values_are_doubtful() -> None:
+    def lost(error: float, objective: str) -> str | None:
+        layers = [
+            Layer(layer=i, key_rank=k, value_rank=v, key_error=0.1, value_error=error)
+            for i, (k, v) in enumerate(RANKS)
+        ]
+        return header(layers=layers, objective=objective).doubt
+
+    assert lost(0.2, "attention") is None
+    assert lost(0.9, "reconstruction") is None  # another measure
+    assert "lose 0.44 of the energy of values" in str(lost(0.44, "attention"))
+
+
 def bases(shards: int = 1) -> Bases:
     generator = torch.Generator().manual_seed(0)
     features = 16 // shards
