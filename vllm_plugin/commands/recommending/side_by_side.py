@@ -2,6 +2,8 @@
 """Engines that are measured at once: on a CPU several, each with a share of the cores."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -33,11 +35,13 @@ class SideBySide:
     def pool(self) -> Iterator[ThreadPoolExecutor]:
         """Yield a pool of threads that wait for processes.
 
-        After an error or an interruption nothing more starts, and what runs is ended.
+        After an error or an interruption nothing more starts, and what runs is ended. SIGTERM
+        counts as one: it would leave the processes behind.
         """
         pool, others = ThreadPoolExecutor(self.at_once), set(_children())
         try:
-            yield pool
+            with _terminated_as_interrupted():
+                yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(_children()) - others:
@@ -46,6 +50,19 @@ class SideBySide:
             raise
         finally:
             pool.shutdown()
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Raise KeyboardInterrupt at SIGTERM, in the main thread, which alone can be told of signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _children() -> list[psutil.Process]:
