@@ -54,7 +54,7 @@ class SideBySide:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Raise KeyboardInterrupt at SIGTERM, in the main thread, which alone can be told of signals."""
+    """Raise KeyboardInterrupt at SIGTERM, where this is the main thread: no other gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
