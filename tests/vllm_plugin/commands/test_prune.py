@@ -154,7 +154,7 @@ def test_pruned_then_quantized_then_served_with_a_policy(
     prompt = text.read_text()[:1500]
     kv = {"policy": "snap_kv", "keep": 0.5}
     env = {"VLLM_CPU_KVCACHE_SPACE": os.environ["VLLM_CPU_KVCACHE_SPACE"]}
-    shared: dict[str, Any] = {"max_tokens": 8, "env": env, "dtype": "float32"}
+    shared: dict[str, Any] = {"max_tokens": 8, "env": env, "dtype": "bfloat16"}
     sixteen = generate(tmp_path / "less", [prompt], **shared)
     section = {"compress": {"kv": kv}}
     both = generate(tmp_path / "less-int4", [prompt], additional_config=section, **shared)
