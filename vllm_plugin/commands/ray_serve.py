@@ -4,7 +4,7 @@
 import os
 import signal
 import threading
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 
@@ -90,20 +90,16 @@ def ray_serve(
         cpus=cpus,
         engine_kwargs=arguments,
     )
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with running_app(config, host=host, port=port, metrics_port=metrics_port):
             err.print(f"serving {config.model_id} on http://{host}:{port}/v1", highlight=False)
             if not os.environ.get("RAY_ADDRESS"):
                 err.print(f"metrics on http://{host}:{metrics_port}/metrics", highlight=False)
-            signal.signal(signal.SIGTERM, _interrupt)  # ray.init has set its own
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ray.init has set its own
             threading.Event().wait()
     except KeyboardInterrupt:
         err.print("stopped")
-
-
-def _interrupt(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _pair(text: str) -> tuple[int, int]:
