@@ -14,14 +14,19 @@ drop4    `prune --drop 4`: search auto, heal refit.
 drop8    the same with eight blocks, more than a quarter (--force)
   nats_drop8                    nats
   auto_vs_cosine_window_drop8   KL of auto over KL of the best cosine window, both healed
-traffic  calibrated on the first half of the book
+traffic4 calibrated on the first half of the book
   nats_drop4_own_text           nats
+  nats_drop4_int4_own_text      nats, quantized after it on the same half
+traffic8 the same with eight blocks
+  nats_drop8_own_text           nats
 text     the set of drop4 again, healed on four times the text
   nats_drop4_more_text          nats
 search   each search's set of four, not healed; extra keys kl_unhealed_NAME
   evopress_vs_greedy_kl         KL of evopress over KL of greedy
 heal     each healer on the blocks 12 to 15; extra keys kl_heal_NAME
-  heal_cpu_s                    CPU seconds of refit
+  heal_cpu_s                    CPU seconds of refit. Extra: heal_cpu_s_third on a third of
+                                the text; heal_kl_ratio and heal_kl_ratio_third, KL of refit over
+                                KL of none, each on text of its own run
   fusegpt_vs_refit_equal_cpu    KL of fusegpt over KL of refit; its CPU seconds over refit's are in
                                 the details, and are about one
 serve    stock vLLM, eager, one request; float32 on processors without AVX-512
@@ -46,7 +51,8 @@ from benchmarks.common import Part, main
 PARTS = {
     "drop4": Part(("nats_drop4", "heal_kl_ratio_drop4"), parts.drop4),
     "drop8": Part(("nats_drop8", "auto_vs_cosine_window_drop8"), parts.drop8),
-    "traffic": Part(("nats_drop4_own_text",), parts.traffic),
+    "traffic4": Part(("nats_drop4_own_text", "nats_drop4_int4_own_text"), parts.traffic4),
+    "traffic8": Part(("nats_drop8_own_text",), parts.traffic8),
     "text": Part(("nats_drop4_more_text",), parts.more_text),
     "search": Part(("evopress_vs_greedy_kl",), parts.search),
     "heal": Part(("heal_cpu_s", "fusegpt_vs_refit_equal_cpu"), parts.heal),

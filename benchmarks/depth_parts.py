@@ -88,17 +88,29 @@ def drop8(options: Options, result: Result) -> None:
     _nats(options, result, "nats_drop8", auto)
 
 
-def traffic(options: Options, result: Result) -> None:
-    """Fill nats_drop4_own_text: calibrated on the other half of the book that it is judged by."""
+def _own_text(options: Options) -> dict[str, Any]:
+    """Return the calibration on the other half of the book that models are judged by."""
     with tempfile.TemporaryDirectory() as scratch:
         text = cache_folder() / "opticks-first-half.txt"
         partial_file = Path(scratch) / "text.txt"
         partial_file.write_text(opticks()[0], encoding="utf-8")
         os.replace(partial_file, text)
     asked = _request(options)["calibration"]
-    calibration = {"source": str(text), "samples": asked["samples"], "length": asked["length"]}
-    folder = _pruned(options, result, "own_text", drop=4, calibration=calibration)
+    return {"source": str(text), "samples": asked["samples"], "length": asked["length"]}
+
+
+def traffic4(options: Options, result: Result) -> None:
+    """Fill nats_drop4_own_text and nats_drop4_int4_own_text."""
+    own = _own_text(options)
+    folder = _pruned(options, result, "own_text", drop=4, calibration=own)
     _nats(options, result, "nats_drop4_own_text", folder)
+    _int4(options, result, "nats_drop4_int4_own_text", folder, own)
+
+
+def traffic8(options: Options, result: Result) -> None:
+    """Fill nats_drop8_own_text."""
+    folder = _pruned(options, result, "own_text8", drop=8, calibration=_own_text(options))
+    _nats(options, result, "nats_drop8_own_text", folder)
 
 
 def more_text(options: Options, result: Result) -> None:
@@ -134,6 +146,20 @@ def heal(options: Options, result: Result) -> None:
     for name, row in found.items():
         result.put(f"kl_heal_{name}", row["kl"], **row)
     result.put("heal_cpu_s", found["refit"]["cpu_s"])
+    asked = _request(options)
+    calibration = asked["calibration"] | {"samples": asked["calibration"]["samples"] // 3}
+    less = in_process(
+        healed,
+        _model(options),
+        asked | {"calibration": calibration},
+        dropped,
+        {"none": {}, "refit": {}},
+        preloaded=options.smoke,
+    )
+    result.note("healers_third", less)
+    result.put("heal_cpu_s_third", less["refit"]["cpu_s"])
+    for key, row in (("heal_kl_ratio", found), ("heal_kl_ratio_third", less)):
+        result.put(key, row["refit"]["kl"] / row["none"]["kl"])
     ratio, cpu = (found["fusegpt"][what] / found["refit"][what] for what in ("kl", "cpu_s"))
     result.put("fusegpt_vs_refit_equal_cpu", ratio, cpu_ratio=cpu)
 
@@ -161,15 +187,21 @@ def serve(options: Options, result: Result) -> None:
 
 def int4(options: Options, result: Result) -> None:
     """Fill nats_drop4_int4, and nats_int4 of the full model beside it."""
-    model = _model(options)
-    bench = _bench(options, model)
-    base = in_process(nats_of, model, bench, preloaded=options.smoke)
     folder = _pruned(options, result, "drop4", drop=4)
-    contender = Contender("smoothquant_plus", {"group_size": GROUP}, bench.calibration)
-    for key, source in (("nats_drop4_int4", folder), ("nats_int4", model)):
-        given = _bench(options, source)
-        record = in_process(judge, contender, given, preloaded=options.smoke)
-        difference(result, key, record["nats"][0], base)
+    for key, source in (("nats_drop4_int4", folder), ("nats_int4", _model(options))):
+        _int4(options, result, key, source, _bench(options, source).calibration)
+
+
+def _int4(
+    options: Options, result: Result, key: str, folder: Path, calibration: dict[str, Any]
+) -> None:
+    """Fill a key with the nats that a model in int4 loses against the full one in 16 bits."""
+    model = _model(options)
+    run = partial(in_process, preloaded=options.smoke)
+    base = run(nats_of, model, _bench(options, model))
+    contender = Contender("smoothquant_plus", {"group_size": GROUP}, calibration)
+    record = run(judge, contender, _bench(options, folder))
+    difference(result, key, record["nats"][0], base)
 
 
 def cskv(options: Options, result: Result) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.benchmark import smoke
 
-KEYS = {"page_throughput_ratio", "page_cpu_ratio", "page_read_ms"}
+KEYS = {"page_throughput_ratio", "page_cpu_share", "page_read_ms"}
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def default_bases(
         checkpoint: of the model.
         progress: told before and after.
         tensor_parallel: ranks that will serve the model.
-        environment: of that process, where our own says nothing.
+        environment: what that process gets beside our own environment.
 
     Raises:
         CompressError: the model cannot have bases.
@@ -115,7 +115,7 @@ def default_bases(
         made = subprocess.run(
             [sys.executable, "-m", "vllm_plugin.cli", *command],
             stdout=subprocess.DEVNULL,
-            env=dict(environment or {}) | os.environ,
+            env=os.environ | dict(environment or {}),
         )
         if made.returncode:
             raise CompressError(f"vllm-compress calibrate-kv {checkpoint.folder} failed, see above")

@@ -15,6 +15,7 @@ from vllm_plugin.commands.recommending.side_by_side import SideBySide, side_by_s
 
 def test_engines_share_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     available = psutil.virtual_memory()._replace(available=64 << 30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: available)
@@ -22,6 +23,9 @@ def test_engines_share_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None
     assert side_by_side(4, 1 << 20).environment["OMP_NUM_THREADS"] == "2"
     assert side_by_side(4, 4 << 30).at_once == 3
     assert side_by_side(4, 16 << 30) == SideBySide(1, {})
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert side_by_side(4, 1 << 20).at_once == 3
+    assert side_by_side(4, 1 << 20).environment["OMP_NUM_THREADS"] == "1"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert side_by_side(4, 1 << 20) == SideBySide(1, {})
 

@@ -46,7 +46,7 @@ def judge(
         engine_args: of vLLM.
         name: for the message.
         measures: fields of ``Judged``.
-        environment: of its process, where our own says nothing.
+        environment: what its process gets beside our own environment.
 
     Raises:
         CompressError: the engine does not start, or dies.

@@ -27,7 +27,7 @@ def in_process(
         module: calls ``answer`` when it is run.
         request: can be written as JSON.
         name: of what is served, for the message.
-        environment: what the process gets where our own environment says nothing.
+        environment: what the process gets beside our own environment.
 
     Raises:
         CompressError: the process ended without an answer.
@@ -40,7 +40,7 @@ def in_process(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={"VLLM_LOGGING_LEVEL": "ERROR", **(environment or {})} | os.environ | _ENVIRONMENT,
+            env={"VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | dict(environment or {}) | _ENVIRONMENT,
         )
         if not written.is_file():
             lines = [line for line in process.stdout.splitlines() if line.strip()]

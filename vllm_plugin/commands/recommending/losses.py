@@ -104,7 +104,7 @@ class Losses:
         Args:
             settings: weight methods and sections ``compress.kv``.
             pool: measures.
-            environment: of each engine, where our own says nothing.
+            environment: what each engine gets beside our own environment.
         """
         new: list[tuple[str | None, Mapping[str, Any] | None]] = []
         parts = [part for method, kv in settings for part in ((method, None), (None, kv))]

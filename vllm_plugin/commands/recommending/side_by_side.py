@@ -25,7 +25,7 @@ class SideBySide:
 
     Attributes:
         at_once: processes.
-        environment: of each.
+        environment: what each gets beside ours. It goes before ours, whose threads all share.
     """
 
     at_once: int
@@ -78,11 +78,18 @@ def side_by_side(jobs: int, weights: int) -> SideBySide:
     """
     if torch.cuda.is_available():
         return SideBySide(1, {})
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    threads = _threads()
     each = _PROGRAM + _LOADED * weights
-    at_once = max(1, min(jobs, cores, psutil.virtual_memory().available // each))
+    at_once = max(1, min(jobs, threads, psutil.virtual_memory().available // each))
     if at_once == 1:
         return SideBySide(1, {})
     # vLLM would bind the threads of every engine to the same cores.
-    threads = {"OMP_NUM_THREADS": str(cores // at_once), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return SideBySide(at_once, threads)
+    share = {"OMP_NUM_THREADS": str(threads // at_once), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return SideBySide(at_once, share)
+
+
+def _threads() -> int:
+    """Return how many threads may compute: the cores, or fewer if the environment says so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(given)) if given.isdecimal() and int(given) else cores
