@@ -12,6 +12,7 @@ from typing import Any
 
 from compress_common.errors import CompressError
 
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
@@ -40,7 +41,7 @@ def in_process(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={"VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | dict(environment or {}) | _ENVIRONMENT,
+            env=_QUIET | os.environ | dict(environment or {}) | _ENVIRONMENT,
         )
         if not written.is_file():
             lines = [line for line in process.stdout.splitlines() if line.strip()]
