@@ -5,11 +5,11 @@
 
 Demo model in the precision that is fast here, blocks of 32 tokens, decode windows of 128. Each
 policy P in snap_kv, h2o, r_kv, expected_attention, key_diff, key_diff_recent, recent at budget B in
-256, 512, 1024, the full cache, and without a budget cskv with its default bases, which takes
-0.14 of the bytes, and vLLM's fp8 cache. snap_kv scores decode
-windows with 16 queries here, which it leaves to key_diff by default; key_diff_recent keeps an
-eighth of its budget for the last tokens. --row takes a prefix such as h2o_512, for P_B_recall and
-P_B_nats.
+256, 512, 1024, the full cache, and without a budget cskv with its default bases, which takes 0.14
+of the bytes, and vLLM's fp8 cache. snap_kv scores decode windows with 16 queries here, which it
+leaves to key_diff by default; key_diff_recent keeps an eighth of its budget for the last tokens. At
+512 also key_diff_recent_16th, key_diff_recent_4th, and key_diff_window_256: key_diff_recent with
+windows twice as long. --row takes a prefix such as h2o_512, for P_B_recall and P_B_nats.
 
 P_B_recall         Of numbers of 4 digits, one per city, in 2,000 generated tokens of filler; the
                    model is asked for each afterwards, in their order. The first number must be

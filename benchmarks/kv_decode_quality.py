@@ -46,6 +46,13 @@ POLICIES: dict[str, dict[str, Any]] = {
     "key_diff_recent": {"name": "key_diff", "recent": 0.125},
     "recent": {},
 }
+# Asked at one budget: what else key_diff could be set to.
+MORE_AT = 512
+MORE: dict[str, dict[str, Any]] = {
+    "key_diff_recent_16th": {"name": "key_diff", "recent": 0.0625},
+    "key_diff_recent_4th": {"name": "key_diff", "recent": 0.25},
+    "key_diff_window_256": {"name": "key_diff", "recent": 0.125, "decode_window": 256},
+}
 UNBOUNDED = ("cskv", "fp8")
 _CSKV_KEEP = 0.14  # its default
 THIRDS = ("early", "middle", "late")
@@ -99,6 +106,7 @@ def rows() -> Iterator[tuple[str, str, int]]:
     """(prefix of its keys, policy, budget) of all but the full cache."""
     for budget in BUDGETS:
         yield from ((f"{name}_{budget}", name, budget) for name in POLICIES)
+    yield from ((f"{name}_{MORE_AT}", name, MORE_AT) for name in MORE)
     yield from ((name, name, 0) for name in UNBOUNDED)
 
 
@@ -162,8 +170,8 @@ def quality(options: Options, result: Result) -> None:
                     arguments = contender(name, _CSKV_KEEP, model, options)
                 else:
                     window = 64 if options.smoke else WINDOW
-                    kv = {"name": name} | POLICIES[name]
-                    arguments = policy(**kv, budget=budget, decode_window=window)
+                    kv = {"name": name, "decode_window": window} | (POLICIES | MORE)[name]
+                    arguments = policy(**kv, budget=budget)
                 _record(result, prefix, measure(prefix, arguments), full)
         for what in MEASURES if failed else ():
             result.missing(f"{prefix}_{what}", failed[prefix])
