@@ -21,7 +21,8 @@ traffic8 the same with eight blocks
   nats_drop8_own_text           nats
 text     the set of drop4 again, healed on four times the text
   nats_drop4_more_text          nats
-search   each search's set of four, not healed; extra keys kl_unhealed_NAME
+search   each search's set of four, not healed; extra keys kl_unhealed_NAME, also of evopress_40
+         (as many generations) and of evopress_greedy, which begins with the greedy set (--row NAME)
   evopress_vs_greedy_kl         KL of evopress over KL of greedy
 heal     each healer on the blocks 12 to 15; extra keys kl_heal_NAME
   heal_cpu_s                    CPU seconds of refit. Extra: heal_cpu_s_third on a third of

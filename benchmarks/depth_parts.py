@@ -29,6 +29,20 @@ from vllm_plugin.demo_model import demo_model_path
 
 _DEEP = {"num_hidden_layers": 16}
 _KEYS = ("arithmetic", "recall")
+_SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (name, {})
+    for name in (
+        "single_drop",
+        "block_influence",
+        "macro_influence",
+        "window",
+        "greedy",
+        "evopress",
+    )
+} | {
+    "evopress_40": ("evopress", {"generations": 40, "patience": 20}),
+    "evopress_greedy": ("evopress", {"start": "greedy"}),
+}
 
 
 def _model(options: Options) -> Path:
@@ -124,14 +138,17 @@ def more_text(options: Options, result: Result) -> None:
 
 def search(options: Options, result: Result) -> None:
     """Fill evopress_vs_greedy_kl, and the KL of each search's set of four as extra keys."""
-    names = ["single_drop", "block_influence", "macro_influence", "window", "greedy", "evopress"]
+    asked = {name: row for name, row in _SEARCHES.items() if name in (options.rows or _SEARCHES)}
     found = in_process(
-        unhealed, _model(options), _request(options), 4, names, preloaded=options.smoke
+        unhealed, _model(options), _request(options), 4, asked, preloaded=options.smoke
     )
     result.note("searches", found)
-    for name in names:
-        result.put(f"kl_unhealed_{name}", found[name]["kl"], **found[name])
-    result.put("evopress_vs_greedy_kl", found["evopress"]["kl"] / found["greedy"]["kl"])
+    for name, row in found.items():
+        result.put(f"kl_unhealed_{name}", row["kl"], **row)
+    if {"evopress", "greedy"} <= set(found):
+        result.put("evopress_vs_greedy_kl", found["evopress"]["kl"] / found["greedy"]["kl"])
+    else:
+        result.missing("evopress_vs_greedy_kl", "it was not asked for (--row)")
 
 
 def heal(options: Options, result: Result) -> None:

@@ -83,26 +83,28 @@ def served_with_latents(folder: Path, text: Path, small: bool) -> dict[str, Any]
     return asdict(ours)
 
 
-def unhealed(model: Path, request: dict[str, Any], count: int, names: list[str]) -> dict[str, Any]:
+def unhealed(
+    model: Path, request: dict[str, Any], count: int, searches: dict[str, Any]
+) -> dict[str, Any]:
     """Return the set and the KL on held-out text that each search finds, without healing.
 
     Args:
         model: Folder.
         request: As ``PruneRequest`` takes it, without what names the search.
         count: Blocks that go.
-        names: Of the searches.
+        searches: By row, name and settings of each.
     """
     found: dict[str, Any] = {}
     with bar() as progress:
-        shared = request | {"drop": count, "search": names[0], "search_settings": {}}
+        shared = request | {"drop": count, "search": "greedy", "search_settings": {}}
         shared["heal"] = "none"
         work = _pruning(model, PruneRequest(**shared), progress)
-        for name in names:
+        for row, (name, settings) in searches.items():
             begin = time.process_time()
-            dropped = build_search(name, {}).choose(count, work.ground, progress)
+            dropped = build_search(name, settings).choose(count, work.ground, progress)
             cpu = time.process_time() - begin
             loss = work.loss(dropped).rounded()
-            found[name] = {"dropped": list(dropped), "cpu_s": cpu, **loss}
+            found[row] = {"dropped": list(dropped), "cpu_s": cpu, **loss}
     return found
 
 
