@@ -76,7 +76,7 @@ def set_problems(dropped: Collection[int], depth: int, *, force: bool) -> list[s
 def count_problems(count: int, depth: int, *, force: bool) -> list[str]:
     """List what is wrong with a number of blocks to drop: see ``set_problems``."""
     if count >= depth:
-        return [f"{count} blocks are all that the model has; drop fewer"]
+        return [f"{count} blocks cannot go: the model has {depth}; drop fewer"]
     if count > depth - 2:
         return [f"at most {depth - 2} of {depth} blocks can go: the first and the last one stay"]
     if count > depth // LARGEST_SHARE and not force:

@@ -79,6 +79,7 @@ class Pruning:
             "loss_without_healing": self._unhealed(dropped).rounded(),
             "kl_alone": {str(index): round(cost, 6) for index, cost in alone.items()},
             "curve": self._curve(alone),
+            "heal": {"name": self.request.heal} | self.request.heal_settings,
             "calibration": self.request.calibration.model_dump(),
             "held_out_tokens": self.judge.blocks.tokens.numel(),
         }

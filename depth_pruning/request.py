@@ -48,9 +48,12 @@ class PruneRequest(BaseModel):
 
     @model_validator(mode="after")
     def _one_way_to_choose(self) -> Self:
-        given = [self.drop is not None, self.layers is not None, self.max_loss is not None]
-        if sum(given) != 1:
+        ways = {"--drop": self.drop, "--layers": self.layers, "--max-loss": self.max_loss}
+        given = [option for option, value in ways.items() if value is not None]
+        if not given:
             raise ValueError("give one of --drop, --layers and --max-loss")
+        if len(given) > 1:
+            raise ValueError(f"give only one of {' and '.join(given)}")
         if self.calibration.samples < PARTS:
             raise ValueError(f"give {PARTS} samples or more: two of {PARTS} are held out")
         return self

@@ -38,8 +38,11 @@ def read_chats(path: Path, count: int, hashed: Callable[[bytes], object]) -> lis
     hashed(text.encode())
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if len(lines) < count:
+        for number, line in lines:  # what is wrong with a line tells more than their number
+            _chat(f"{path}:{number}", line, path.parent, hashed)
         raise CompressError(
-            f"{path} has {len(lines)} chats, {count} are needed; give more, or lower the samples"
+            f"{path}: number of chats {len(lines)}, {count} are needed; give more, or lower the "
+            "samples"
         )
     stride = (len(lines) - 1) / max(count - 1, 1)
     chosen = [lines[round(index * stride)] for index in range(count)]

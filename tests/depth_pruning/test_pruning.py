@@ -219,7 +219,7 @@ def test_max_loss_takes_fewer_where_a_search_leaves_blocks_out(
     [
         ({"layers": (0,)}, "block 0 cannot be dropped"),
         ({"layers": (7, 9)}, "there is no block 9.*\n.*block 7 cannot be dropped"),
-        ({"drop": 8}, "8 blocks are all that the model has"),
+        ({"drop": 8}, "8 blocks cannot go: the model has 8"),
         ({"drop": 7, "force": True}, "at most 6 of 8 blocks can go"),
         ({"drop": 3}, "more than a quarter.*drop 2 or fewer, or give --force"),
         ({"drop": 1, "search": "greed"}, "did you mean 'greedy'"),

@@ -26,7 +26,7 @@ out = Console()
 err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="a model folder or hub id, 16-bit safetensors")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Quantization = Annotated[
     str | None, typer.Option(help="weight method: see `vllm-compress methods`")
 ]

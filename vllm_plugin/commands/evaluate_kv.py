@@ -30,6 +30,8 @@ from vllm_plugin.commands.common import (
 )
 from vllm_plugin.progress import bar
 
+_STEADY = 4  # prompts from which on a standard error tells something
+
 if TYPE_CHECKING:
     from vllm_plugin.commands.kv_evaluation import KVEvaluation
 
@@ -103,8 +105,11 @@ def evaluate_kv_settings(
             progress=progress,
         )
     if as_json:
-        print(json.dumps(as_rows(results)))
+        asked = {"text": text and str(text), "context": context, "windows": windows, "keys": keys}
+        print(json.dumps({"model": model, **asked, "settings": as_rows(results)}))
         return
+    if windows < _STEADY:
+        out.print(f"{windows} prompts: their standard error is a guess; raise --windows")
     for number, row in enumerate(results, start=1):
         out.print(f"#{number}  {row.setting}", markup=False, highlight=False, soft_wrap=True)
     out.print(comparison(results))

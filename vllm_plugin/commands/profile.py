@@ -120,7 +120,9 @@ def profile(
         _print_json(made, target, plot)
     else:
         _print_table(made, attention)
-        print_written(serve_command(model, policy="snap_kv", profile=target), target, plot)
+        pooling = {} if images is None else {"pool": 1}  # what a picture shows is in few tokens
+        command = serve_command(model, policy="snap_kv", **pooling, profile=target)
+        print_written(command, target, plot)
 
 
 def _settings(

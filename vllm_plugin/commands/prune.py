@@ -29,6 +29,7 @@ from vllm_plugin.commands.common import (
 from vllm_plugin.progress import bar
 
 _HEALER = "refit"
+_STEADY = 1000  # held-out tokens from which on a loss tells something
 _HEAL = "heal."  # what settings of the healer begin with
 _ANSWERS = (
     "exact answers (arithmetic, facts, recall) suffer more than nats say, and healing does not "
@@ -125,6 +126,7 @@ def prune(
     from compress_common.calibration.placement import chosen_device
     from compress_common.calibration.text import CalibrationSettings
     from compress_common.checkpoints.checkpoint import Checkpoint, resolve
+    from compress_common.checkpoints.partial import Partial
     from depth_pruning.cutting import block_numbers
     from depth_pruning.pruning import prune_checkpoint, sizes
     from depth_pruning.request import PruneRequest
@@ -144,8 +146,9 @@ def prune(
         force=force,
     )
     check_writable(plot)
+    Partial(target)  # it refuses a folder that exists
     figure: Any = None
-    if plot:
+    if plot and not request.nothing:
         from vllm_plugin.commands.profiling.profile_plot import canvas
 
         figure = canvas(plot)
@@ -156,7 +159,7 @@ def prune(
     err.print(f"computes on {device}")
     with bar() as progress:
         report = prune_checkpoint(source, target, request, device=device, progress=progress)
-    if plot and "curve" in report:
+    if figure and plot:
         from vllm_plugin.commands.prune_plot import draw
 
         draw(report, figure, Path(model).name)
@@ -166,11 +169,21 @@ def prune(
         print(json.dumps(report))
         return
     _print_table(report, target)
-    if plot:
+    if figure:
         out.print(f"written: {plot}", highlight=False, soft_wrap=True)
-    for line in (_ANSWERS, *([_TRAFFIC] if calibration == SELF and not request.nothing else [])):
+    for line in _notes(report, sampled=calibration == SELF):
         out.print(line, highlight=False, soft_wrap=True)
     _print_next(target)
+
+
+def _notes(report: dict[str, Any], sampled: bool) -> list[str]:
+    """Return what a user should know of a result."""
+    if not report["dropped"]:
+        return ["no block went: there is nothing to measure or to draw"]
+    judged = report["held_out_tokens"]
+    few = f"{judged} tokens judge it: differences of some hundredths are chance; raise --samples"
+    notes = [few] if judged < _STEADY else []
+    return [*notes, _ANSWERS, *([_TRAFFIC] if sampled else [])]
 
 
 def _cut(model: str, target: Path, keep_first: int, dimensions: int | None, as_json: bool) -> None:
@@ -203,7 +216,9 @@ def _print_table(report: dict[str, Any], target: Path) -> None:
     if loss := report.get("loss"):
         bare = report["loss_without_healing"]
         table.add_row("KL on held-out text", f"{loss['kl']:.3f} nats ({bare['kl']:.3f} unhealed)")
-        table.add_row("rise of its loss", f"{loss['nats']:.3f} nats ({bare['nats']:.3f} unhealed)")
+        table.add_row(
+            "loss above the original's", f"{loss['nats']:.3f} nats ({bare['nats']:.3f} unhealed)"
+        )
         table.add_row("held-out text", f"{report['held_out_tokens']:,} tokens")
     out.print(table)
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vllm_plugin import KEY
 from vllm_plugin.commands.common import out
 from vllm_plugin.presets import PRESETS, Preset, flags, text
 
 if TYPE_CHECKING:
     import argparse
 
+_SHORT = {"max_tokens": 16, "temperature": 0}
 # Unknown flags are vLLM's.
 PASSES_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -84,7 +86,7 @@ def serve(
 
 def _summary(parsed: "argparse.Namespace", url: str, preset: Preset | None) -> str:
     name = (parsed.served_model_name or [parsed.model])[0]
-    body = json.dumps({"model": name, "prompt": "The capital of Japan is", "max_tokens": 16})
+    body = json.dumps({"model": name, "prompt": "The capital of Japan is"} | _SHORT)
     secret = parsed.api_key or os.environ.get("VLLM_API_KEY")
     key = '-H "Authorization: Bearer $VLLM_API_KEY" ' if secret else ""
     header = f"{key}-H 'Content-Type: application/json'"
@@ -92,7 +94,10 @@ def _summary(parsed: "argparse.Namespace", url: str, preset: Preset | None) -> s
     lines = [f"{name} is served at {url}/v1"]
     if parsed.runner != "pooling":
         lines.append(f"  try it:   {request}")
-    lines.append(f"  figures:  vllm-compress status {url}, or {url}/metrics")
+    if parsed.quantization or (parsed.additional_config or {}).get(KEY):
+        lines.append(f"  figures:  vllm-compress status {url}, or {url}/metrics")
+    else:
+        lines.append(f"  nothing is compressed; --preset does it; vLLM's metrics: {url}/metrics")
     if preset:
         lines.append(f"  undo:     the same command without --preset {preset}")
     return "\n".join(lines)

@@ -98,7 +98,7 @@ def test_pictures_are_made_where_none_are_given() -> None:
         ([chat("missing.png")], "cannot read missing.png: No such file"),
         ([chat(uri("red")[:-40] + "AAAA")], "is not"),
         ([chat()], "no chat of .* has an image; give it as --text"),
-        ([], "has 0 chats, 1 are needed"),
+        ([], "number of chats 0, 1 are needed"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, rows: list[Any], expected: str) -> None:

@@ -152,7 +152,11 @@ def test_a_tiny_model_is_judged(run: Callable, tiny_model: Callable[..., Path]) 
     model = tiny_model("llama")
     code, output, errors = run("eval-kv", model, "--kv", "recent,keep=0.25", *SMALL, "--json")
     assert code == 0, errors
-    full, ours = json.loads(output)
+    answer = json.loads(output)
+    assert answer["model"] == str(model) and answer["windows"] == int(
+        SMALL[SMALL.index("--windows") + 1]
+    )
+    full, ours = answer["settings"]
     assert (full["setting"], ours["setting"]) == ("full cache", "recent, keep 0.25")
     assert full["nats_difference"] == full["standard_error"] == 0
     assert ours["kept"] == pytest.approx(0.3)  # 3 of 10 blocks of 32
@@ -169,7 +173,7 @@ def test_the_demo_model_forgets_what_recent_drops(run: Callable, demo_model: Pat
         "eval-kv", demo_model, *flags, "--windows", 6, "--context", 512, "--json"
     )
     assert code == 0, errors
-    rows: list[dict[str, Any]] = json.loads(output)
+    rows: list[dict[str, Any]] = json.loads(output)["settings"]
     full, snap, recent = rows
     assert full["keys"] >= 14 and full["recall"] == full["keys"] / 16
     assert snap["recall"] > 0.8 > recent["recall"]

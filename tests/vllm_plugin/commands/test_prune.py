@@ -68,10 +68,23 @@ def test_it_prunes_draws_and_says_what_nats_hide(
     assert "The model is pruned: blocks" in output and told in output
 
 
+def test_nothing_is_drawn_or_warned_of_where_nothing_goes(
+    run: Callable, deep_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole, plot = tmp_path / "whole", tmp_path / "a.png"
+    command = ("prune", deep_model(), "--drop", 0, "--out", whole, "--plot", plot)
+    code, output, errors = run(*command)
+    assert code == 0, errors
+    assert "nothing to measure or to draw" in output and "exact answers" not in output
+    assert not plot.exists() and "written" not in output
+    code, _, errors = run(*command)
+    assert code and "whole exists" in errors
+
+
 def test_options_that_exclude_each_other(run: Callable, deep_model: Callable[..., Path]) -> None:
     model = deep_model()
     for options, told in {
-        ("--drop", 1, "--layers", "3"): "give one of --drop, --layers and --max-loss",
+        ("--drop", 1, "--layers", "3"): "give only one of --drop and --layers",
         (): "give one of --drop, --layers and --max-loss",
         ("--layers", "a"): "is no list of blocks, such as 12-15 or 3,8-10",
         ("--keep-first", 2, "--drop", 1, "--plot", "a.png"): "--drop, --plot cannot be used with",
