@@ -70,7 +70,8 @@ def evaluate_kv_settings(
     Each setting is served by an engine of its own, the full cache first. `nats` are of 64 tokens
     behind each prompt, generated one by one, above the full cache. Keys are numbers in filler text,
     said in four wordings. They are asked for at the end of the prompt, and, as `asked later`,
-    within the answer, when the prompt has been compacted. Recall is a share of what the full cache recalls.
+    within the answer, when the prompt has been compacted. Recall is a share of what the full cache
+    recalls.
 
     After ± is the standard error. Nothing starts if an engine would refuse one of the settings.
 
