@@ -429,6 +429,20 @@ def running(process: int) -> bool:
         return False
 
 
+def test_figures_are_promised_where_something_is_compressed(
+    run: Callable, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_process, "run", lambda *given: given[-1]() or 0)
+    ours = (f"{KV}.policy", "recent", f"{KV}.keep", "0.5")
+    for flags, told, other in (
+        ((), "nothing is compressed", "vllm-compress status"),
+        (ours, "vllm-compress status", "nothing is compressed"),
+    ):
+        code, output, errors = run("serve", model, "--max-model-len", 256, *flags)
+        assert code == 0, errors
+        assert told in output and other not in output
+
+
 @pytest.mark.slow
 def test_it_serves_what_it_says_and_stops_at_once(demo_model: Path, tmp_path: Path) -> None:
     """The smallest preset, whose bases are fitted first. Its own request is sent as printed."""
