@@ -82,7 +82,7 @@ def _chat(where: str, line: str, folder: Path, hashed: Callable[[bytes], object]
 
 def _image(where: str, given: Any, folder: Path, hashed: Callable[[bytes], object]) -> Any:
     """The image of an ``image_url``."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     url = given.get("url") if isinstance(given, dict) else given
     if not isinstance(url, str):
@@ -91,6 +91,8 @@ def _image(where: str, given: Any, folder: Path, hashed: Callable[[bytes], objec
     hashed(content)
     try:
         return Image.open(BytesIO(content)).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise CompressError(f"{where}: {shown(url)} is not an image that Pillow knows") from error
     except Exception as error:  # Pillow raises many types for damaged files
         reason = str(error).strip() or type(error).__name__
         raise CompressError(f"{where}: {shown(url)} is not an image: {reason}") from error
