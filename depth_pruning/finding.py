@@ -2,7 +2,7 @@
 """Find the blocks that go and what replaces them, on a loaded model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -116,10 +116,9 @@ class Pruning:
         def compute() -> dict[str, torch.Tensor]:
             weights = healed(dropped)
             loss = judge(dropped, lambda index: weights.get(index, {}))
-            return {"loss": torch.tensor([loss.kl, loss.nats], dtype=torch.float64)}
+            return {"loss": torch.tensor(astuple(loss), dtype=torch.float64)}
 
-        kl, nats = self.stages.tensors(f"{name} {ranges(dropped)}", compute)["loss"].tolist()
-        return Loss(kl, nats)
+        return Loss(*self.stages.tensors(f"{name} {ranges(dropped)}", compute)["loss"].tolist())
 
     def _searched(self, count: int, report: dict[str, Any]) -> tuple[int, ...]:
         """Return the blocks that the search chooses."""

@@ -21,10 +21,12 @@ class Loss:
     Attributes:
         kl: KL(original || pruned) of the next token.
         nats: Rise of the negative log-likelihood of the text.
+        nats_error: Standard error of ``nats``, over tokens.
     """
 
     kl: float
     nats: float
+    nats_error: float = 0.0
 
     def rounded(self) -> dict[str, float]:
         """Return it as reports have it."""
@@ -58,11 +60,13 @@ class Judge:
         if not dropped:
             return Loss(0.0, 0.0)
         final = run_without(self.blocks, dropped, self.blocks.inputs(), weights=weights)
-        return Loss(self.reference.divergence(final), self._nats(final) - self.nats)
+        risen = self._nats(final) - self.nats
+        error = risen.std().item() / len(risen) ** 0.5
+        return Loss(self.reference.divergence(final), risen.mean().item(), error)
 
     @torch.no_grad()
-    def _nats(self, final: torch.Tensor) -> float:
-        """Return the mean negative log-likelihood of the next token at some positions."""
+    def _nats(self, final: torch.Tensor) -> torch.Tensor:
+        """Return the negative log-likelihood of the next token at some positions, [positions]."""
         length = final.shape[1]
         places = self.reference.positions
         places = places[places % length != length - 1]  # the last one of a sample has no next
@@ -73,4 +77,4 @@ class Judge:
             torch.log_softmax(self.logits(row), -1).gather(-1, token[:, None])
             for row, token in parts
         ]
-        return -torch.cat(found).mean().item()
+        return -torch.cat(found).flatten().double()

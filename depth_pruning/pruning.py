@@ -27,7 +27,7 @@ from depth_pruning.request import PruneRequest
 from depth_pruning.writing import marker_of, write_pruned
 
 KIND = "depth-stage"
-_REVISION = 3  # raised when the same request would give another result than before
+_REVISION = 4  # raised when the same request would give another result than before
 
 
 def sizes(checkpoint: Checkpoint, request: PruneRequest) -> Sizes:
