@@ -5,7 +5,7 @@ import os
 import statistics
 import tempfile
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,18 @@ def _bench(options: Options, model: Path) -> Bench:
     return Bench(model, folder, (text,), *((2, 64) if options.smoke else (16, 512)), calibration)
 
 
+@cache
+def _full_nats(options: Options) -> list[float]:
+    """Return the nats of the full model on a book, which all parts compare with."""
+    model = _model(options)
+    return in_process(nats_of, model, _bench(options, model), preloaded=options.smoke)
+
+
 def _nats(options: Options, result: Result, key: str, folder: Path) -> None:
     """Fill a key with the nats that a pruned model loses on a book."""
-    model = _model(options)
-    bench = _bench(options, model)
-    run = partial(in_process, nats_of, preloaded=options.smoke)
-    difference(result, key, run(folder, bench), run(model, bench))
+    bench = _bench(options, _model(options))
+    ours = in_process(nats_of, folder, bench, preloaded=options.smoke)
+    difference(result, key, ours, _full_nats(options))
 
 
 def _pruned(options: Options, result: Result, note: str, **request: Any) -> Path:
@@ -213,12 +219,9 @@ def _int4(
     options: Options, result: Result, key: str, folder: Path, calibration: dict[str, Any]
 ) -> None:
     """Fill a key with the nats that a model in int4 loses against the full one in 16 bits."""
-    model = _model(options)
-    run = partial(in_process, preloaded=options.smoke)
-    base = run(nats_of, model, _bench(options, model))
     contender = Contender("smoothquant_plus", {"group_size": GROUP}, calibration)
-    record = run(judge, contender, _bench(options, folder))
-    difference(result, key, record["nats"][0], base)
+    record = in_process(judge, contender, _bench(options, folder), preloaded=options.smoke)
+    difference(result, key, record["nats"][0], _full_nats(options))
 
 
 def cskv(options: Options, result: Result) -> None:

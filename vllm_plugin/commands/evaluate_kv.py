@@ -30,10 +30,10 @@ from vllm_plugin.commands.common import (
 )
 from vllm_plugin.progress import bar
 
-_STEADY = 4  # prompts from which on a standard error tells something
-
 if TYPE_CHECKING:
     from vllm_plugin.commands.kv_evaluation import KVEvaluation
+
+_STEADY = 4  # prompts from which on a standard error tells something
 
 
 def evaluate_kv_settings(

@@ -16,7 +16,6 @@ from vllm_plugin.presets import PRESETS, Preset, flags, text
 if TYPE_CHECKING:
     import argparse
 
-_SHORT = {"max_tokens": 16, "temperature": 0}
 # Unknown flags are vLLM's.
 PASSES_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -86,7 +85,8 @@ def serve(
 
 def _summary(parsed: "argparse.Namespace", url: str, preset: Preset | None) -> str:
     name = (parsed.served_model_name or [parsed.model])[0]
-    body = json.dumps({"model": name, "prompt": "The capital of Japan is"} | _SHORT)
+    sampling = {"max_tokens": 16, "temperature": 0}
+    body = json.dumps({"model": name, "prompt": "The capital of Japan is", **sampling})
     secret = parsed.api_key or os.environ.get("VLLM_API_KEY")
     key = '-H "Authorization: Bearer $VLLM_API_KEY" ' if secret else ""
     header = f"{key}-H 'Content-Type: application/json'"
