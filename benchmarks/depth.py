@@ -13,14 +13,19 @@ drop4    `prune --drop 4`: search auto, heal refit.
   heal_kl_ratio_drop4           KL after healing over KL before
 drop8    the same with eight blocks, more than a quarter (--force)
   nats_drop8                    nats
-  auto_vs_cosine_window_drop8   KL of auto over KL of the best cosine window, both healed
+  auto_vs_cosine_window_drop8   KL of auto over KL of the best cosine window, both healed.
+                                Extra: _unhealed and _linear, of neither healed and of both healed
+                                by that healer
 traffic4 calibrated on the first half of the book
-  nats_drop4_own_text           nats
+  nats_drop4_own_text           nats. Extra: heal_kl_ratio_drop4_own_text
   nats_drop4_int4_own_text      nats, quantized after it on the same half
 traffic8 the same with eight blocks
   nats_drop8_own_text           nats
-text     the set of drop4 again, healed on four times the text
-  nats_drop4_more_text          nats
+text4    the set of drop4 again, healed on four times the text
+  nats_drop4_more_text          nats. Extra: heal_kl_ratio_drop4_more_text
+  nats_drop4_int4_more_text     nats, quantized after it as in int4
+text8    the set of drop8 again, healed on four times the text
+  nats_drop8_more_text          nats
 search   each search's set of four, not healed; extra keys kl_unhealed_NAME, also of evopress_40
          (as many generations) and of evopress_greedy, which begins with the greedy set (--row NAME)
   evopress_vs_greedy_kl         KL of evopress over KL of greedy
@@ -54,7 +59,8 @@ PARTS = {
     "drop8": Part(("nats_drop8", "auto_vs_cosine_window_drop8"), parts.drop8),
     "traffic4": Part(("nats_drop4_own_text", "nats_drop4_int4_own_text"), parts.traffic4),
     "traffic8": Part(("nats_drop8_own_text",), parts.traffic8),
-    "text": Part(("nats_drop4_more_text",), parts.more_text),
+    "text4": Part(("nats_drop4_more_text", "nats_drop4_int4_more_text"), parts.text4),
+    "text8": Part(("nats_drop8_more_text",), parts.text8),
     "search": Part(("evopress_vs_greedy_kl",), parts.search),
     "heal": Part(("heal_cpu_s", "fusegpt_vs_refit_equal_cpu"), parts.heal),
     "serve": Part(("decode_ratio_drop4_b1",), parts.serve),

@@ -90,22 +90,42 @@ def _pruned(options: Options, result: Result, note: str, **request: Any) -> Path
     return folder
 
 
+def _heal_ratio(result: Result, key: str, folder: Path) -> None:
+    """Fill a key with what healing leaves of a pruned model's KL."""
+    report = report_of(folder)
+    result.put(key, report["loss"]["kl"] / report["loss_without_healing"]["kl"], **report["loss"])
+
+
+def _healed(
+    options: Options, dropped: tuple[int, ...], samples: int | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Return what each healer leaves of one set, by name, on some of the text."""
+    request = _request(options)
+    if samples:
+        request["calibration"]["samples"] = samples
+    return in_process(healed, _model(options), request, dropped, settings, preloaded=options.smoke)
+
+
 def drop4(options: Options, result: Result) -> None:
     """Fill nats_drop4 and heal_kl_ratio_drop4."""
     folder = _pruned(options, result, "drop4", drop=4)
-    report = report_of(folder)
-    ratio = report["loss"]["kl"] / report["loss_without_healing"]["kl"]
-    result.put("heal_kl_ratio_drop4", ratio, **report["loss"])
+    _heal_ratio(result, "heal_kl_ratio_drop4", folder)
     _nats(options, result, "nats_drop4", folder)
 
 
 def drop8(options: Options, result: Result) -> None:
     """Fill nats_drop8 and auto_vs_cosine_window_drop8."""
     auto = _pruned(options, result, "drop8", drop=8)
-    window = _pruned(options, result, "drop8_window", drop=8, search="window")
-    losses = [report_of(folder)["loss"]["kl"] for folder in (auto, window)]
-    result.put("auto_vs_cosine_window_drop8", losses[0] / losses[1], kl=losses)
     _nats(options, result, "nats_drop8", auto)
+    window = _pruned(options, result, "drop8_window", drop=8, search="window")
+    key = "auto_vs_cosine_window_drop8"
+    reports = [report_of(folder) for folder in (auto, window)]
+    for suffix, what in (("", "loss"), ("_unhealed", "loss_without_healing")):
+        losses = [report[what]["kl"] for report in reports]
+        result.put(key + suffix, losses[0] / losses[1], kl=losses)
+    sets = [tuple(report["dropped"]) for report in reports]
+    losses = [_healed(options, dropped, linear={})["linear"]["kl"] for dropped in sets]
+    result.put(f"{key}_linear", losses[0] / losses[1], kl=losses)
 
 
 def _own_text(options: Options) -> dict[str, Any]:
@@ -123,6 +143,7 @@ def traffic4(options: Options, result: Result) -> None:
     """Fill nats_drop4_own_text and nats_drop4_int4_own_text."""
     own = _own_text(options)
     folder = _pruned(options, result, "own_text", drop=4, calibration=own)
+    _heal_ratio(result, "heal_kl_ratio_drop4_own_text", folder)
     _nats(options, result, "nats_drop4_own_text", folder)
     _int4(options, result, "nats_drop4_int4_own_text", folder, own)
 
@@ -133,13 +154,27 @@ def traffic8(options: Options, result: Result) -> None:
     _nats(options, result, "nats_drop8_own_text", folder)
 
 
-def more_text(options: Options, result: Result) -> None:
-    """Fill nats_drop4_more_text: the set of drop4, healed on four times the text."""
-    dropped = report_of(_pruned(options, result, "drop4", drop=4))["dropped"]
+def text4(options: Options, result: Result) -> None:
+    """Fill nats_drop4_more_text and nats_drop4_int4_more_text."""
+    folder = _on_more_text(options, result, 4)
+    _heal_ratio(result, "heal_kl_ratio_drop4_more_text", folder)
+    _nats(options, result, "nats_drop4_more_text", folder)
+    calibration = _bench(options, folder).calibration
+    _int4(options, result, "nats_drop4_int4_more_text", folder, calibration)
+
+
+def text8(options: Options, result: Result) -> None:
+    """Fill nats_drop8_more_text."""
+    _nats(options, result, "nats_drop8_more_text", _on_more_text(options, result, 8))
+
+
+def _on_more_text(options: Options, result: Result, count: int) -> Path:
+    """Return the model without the set that auto takes, healed on four times the text."""
+    dropped = report_of(_pruned(options, result, f"drop{count}", drop=count))["dropped"]
     asked = _request(options)["calibration"]
     calibration = asked | {"samples": 4 * asked["samples"]}
-    folder = _pruned(options, result, "more_text", layers=dropped, calibration=calibration)
-    _nats(options, result, "nats_drop4_more_text", folder)
+    note = f"more_text{count}"
+    return _pruned(options, result, note, layers=dropped, calibration=calibration)
 
 
 def search(options: Options, result: Result) -> None:
@@ -162,23 +197,13 @@ def heal(options: Options, result: Result) -> None:
     dropped = (6, 7, 8, 9) if options.smoke else (12, 13, 14, 15)
     steps = {"steps": 2} if options.smoke else {"steps": 40}
     settings = {"none": {}, "linear": {}, "refit": {}, "fusegpt": steps}
-    found = in_process(
-        healed, _model(options), _request(options), dropped, settings, preloaded=options.smoke
-    )
+    found = _healed(options, dropped, **settings)
     result.note("healers", found)
     for name, row in found.items():
         result.put(f"kl_heal_{name}", row["kl"], **row)
     result.put("heal_cpu_s", found["refit"]["cpu_s"])
-    asked = _request(options)
-    calibration = asked["calibration"] | {"samples": asked["calibration"]["samples"] // 3}
-    less = in_process(
-        healed,
-        _model(options),
-        asked | {"calibration": calibration},
-        dropped,
-        {"none": {}, "refit": {}},
-        preloaded=options.smoke,
-    )
+    third = max(_request(options)["calibration"]["samples"] // 3, 8)
+    less = _healed(options, dropped, third, none={}, refit={})
     result.note("healers_third", less)
     result.put("heal_cpu_s_third", less["refit"]["cpu_s"])
     for key, row in (("heal_kl_ratio", found), ("heal_kl_ratio_third", less)):
