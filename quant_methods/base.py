@@ -10,7 +10,8 @@ from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError, joined
 from compress_common.progress import Progress, silent
 from compress_common.structure.derive import structure_of
-from compress_common.structure.structure import Structure, Unit
+from compress_common.structure.layer_structure import Unit
+from compress_common.structure.structure import Structure
 from quant_methods.allocators.allocation import read_allocation
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import GROUP_SIZES, PER_CHANNEL, SIXTEEN, Grid, pick_group_size

@@ -14,8 +14,9 @@ from compress_common.structure.experts import Experts, unstack
 from compress_common.structure.flow import Flow
 from compress_common.structure.follow import ATTENTION, follow, is_norm, is_router, unfollowed
 from compress_common.structure.layer import Layer
+from compress_common.structure.layer_structure import LayerStructure, Linear
 from compress_common.structure.norms import passes_rotation
-from compress_common.structure.structure import LayerStructure, Linear, Structure
+from compress_common.structure.structure import Structure
 from compress_common.structure.wrapper import decoder_class, towers_of
 
 _LATENT = "multi-head latent attention (MLA) was not served with int4 weights beside it"

@@ -8,8 +8,7 @@ from compress_common.structure.experts import Experts as StackedExperts
 from compress_common.structure.flow import Attention as Call
 from compress_common.structure.flow import Flow, Trace
 from compress_common.structure.follow import is_router
-from compress_common.structure.norms import norm_offset, passes_rotation
-from compress_common.structure.structure import (
+from compress_common.structure.layer_structure import (
     Attention,
     Experts,
     Fold,
@@ -17,6 +16,7 @@ from compress_common.structure.structure import (
     Linear,
     Unit,
 )
+from compress_common.structure.norms import norm_offset, passes_rotation
 
 
 class Layer:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from compress_common.calibration.blocks import Blocks
-from compress_common.structure.structure import Fold, LayerStructure
+from compress_common.structure.layer_structure import Fold, LayerStructure
 
 # Largest change of what a block adds to its input, as a share of the largest number in that.
 _TOLERANCE = 2e-4

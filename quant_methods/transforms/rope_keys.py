@@ -16,7 +16,7 @@ from compress_common.calibration.collectors import Collector
 from compress_common.errors import CompressError
 from compress_common.progress import Progress, silent
 from compress_common.structure.derive import structure_of
-from compress_common.structure.structure import Attention, Fold
+from compress_common.structure.layer_structure import Attention, Fold
 from quant_methods.formats.plan import Plan
 from quant_methods.transforms.prove import Proof
 from quant_methods.transforms.smoothing import to_consumer

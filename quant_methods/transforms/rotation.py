@@ -13,8 +13,9 @@ import torch
 from compress_common.calibration.blocks import Blocks
 from compress_common.errors import CompressError
 from compress_common.structure.derive import structure_of
+from compress_common.structure.layer_structure import Attention
 from compress_common.structure.norms import norm_offset
-from compress_common.structure.structure import EMBEDDING, HEAD, Attention
+from compress_common.structure.structure import EMBEDDING, HEAD
 from quant_methods.formats.plan import Plan
 
 _SMALLEST = 1e-6  # of a norm's weight that moves into its consumers

@@ -11,7 +11,7 @@ from compress_common.calibration.blocks import Blocks
 from compress_common.calibration.collectors import Energies, Maxima
 from compress_common.progress import Progress
 from compress_common.structure.experts import shown_all
-from compress_common.structure.structure import Fold
+from compress_common.structure.layer_structure import Fold
 from quant_methods.calibration.routing import enough_tokens
 from quant_methods.formats.plan import layer_grids
 from quant_methods.grid import Grid, fake_quantize

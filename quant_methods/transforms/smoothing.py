@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from compress_common.calibration.blocks import Blocks
-from compress_common.structure.structure import Fold
+from compress_common.structure.layer_structure import Fold
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid, searched_shrink
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from compress_common.calibration.blocks import Blocks
-from compress_common.structure.structure import Fold
+from compress_common.structure.layer_structure import Fold
 from quant_methods.formats.plan import Plan
 from quant_methods.transforms.prove import proved_folds
 from quant_methods.transforms.smoothing import add_fold, smoothing_vector

@@ -16,8 +16,9 @@ from compress_common.calibration.divergence import logits_of
 from compress_common.calibration.residency import widen
 from compress_common.errors import CompressError
 from compress_common.structure.derive import build, derive, known_structure, structure_of
+from compress_common.structure.layer_structure import Fold
 from compress_common.structure.norms import norm_offset, passes_rotation
-from compress_common.structure.structure import Fold, Structure
+from compress_common.structure.structure import Structure
 from quant_methods.formats.checkpoint_formats import patterns
 from quant_methods.transforms.prove import Proof, proved_folds
 from tests.conftest import MORE_MODELS, SHARED, TINY_MODELS

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_common.structure.structure import Fold
+from compress_common.structure.layer_structure import Fold
 from quant_methods.grid import Grid, fake_quantize
 from quant_methods.transforms.smoothing import (
     clip_percents,
