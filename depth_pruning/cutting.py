@@ -10,6 +10,7 @@ from compress_common.errors import CompressError
 
 MARKER = "vllm_compress_depth"  # a key of config.json
 _DEPTH = "num_hidden_layers"
+_MOST = 10_000  # blocks of a model
 # Lists of a config that can be as long as the model is deep by chance.
 _NOT_PER_LAYER = re.compile(r"(_token_ids?|_ids|architectures|_section)$")
 _NUMBERED = re.compile(r"(.*?(?:^|\.))(\d+)\.")
@@ -126,7 +127,10 @@ def block_numbers(text: str) -> tuple[int, ...]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise CompressError(f"--layers {text!r} is no list of blocks, such as 12-15 or 3,8-10")
-        numbers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= _MOST:
+            raise CompressError(f"--layers {text!r}: no model has a block {last}")
+        numbers |= set(range(first, last + 1))
     return tuple(sorted(numbers))
 
 

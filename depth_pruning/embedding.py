@@ -67,7 +67,6 @@ def cut_embedding_model(
         raise joined([f"{source} cannot be cut: {problem}" for problem in problems])
     module_folders(source)
     output = Partial(target)
-    check_space([Need(output.folder.parent, checkpoint.weight_bytes, "the checkpoint", "--out")])
     kept = range(request.keep_first)
     key = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
     written = cut_config(checkpoint.config, config.to_dict(), kept, depth, key)
@@ -83,6 +82,9 @@ def cut_embedding_model(
         }
     prefix = block_prefix(checkpoint.files, depth)
     rename = functools.partial(renamed, prefix=prefix, kept=kept, depth=depth)
+    need = sum(size for name, (_, size) in checkpoint.shapes().items() if rename(name))
+    need -= output.written
+    check_space([Need(output.folder.parent, need, "the checkpoint", "--out")])
     with output.writing():
         output.start_or_resume({"source": checkpoint.weights_digest} | request.model_dump())
         size = write_tensors(checkpoint, rename, output.folder, progress=progress)

@@ -81,7 +81,7 @@ class Pruning:
             "curve": self._curve(alone),
             "heal": {"name": self.request.heal} | self.request.heal_settings,
             "calibration": self.request.calibration.model_dump(),
-            "held_out_tokens": self.judge.blocks.tokens.numel(),
+            "held_out_tokens": len(self.judge.reference.positions),
         }
         return Found(dropped, healed, report)
 

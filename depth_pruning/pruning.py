@@ -2,6 +2,7 @@
 """From a checkpoint to a checkpoint with fewer blocks: check, load, search, heal, judge, write."""
 
 import json
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,9 @@ def _tokens(request: PruneRequest) -> int:
 
 def _states(checkpoint: Checkpoint, request: PruneRequest) -> int:
     """Return how many hidden states stay in memory: those of the search and those of healing."""
-    probed = request.build_search().settings.text_tokens
-    return probed * (checkpoint.hf_config.num_hidden_layers + 1) + 4 * _tokens(request)
+    length, tokens = request.calibration.length, _tokens(request)
+    probed = ceil(request.build_search().settings.text_tokens / length) * length
+    return min(probed, tokens) * (checkpoint.hf_config.num_hidden_layers + 1) + 4 * tokens
 
 
 def _key(checkpoint: Checkpoint, request: PruneRequest, dtype: torch.dtype | None) -> str:

@@ -6,6 +6,7 @@ that ``--help`` is quick. A command imports what it needs when it runs.
 """
 
 import platform
+import signal
 import sys
 from importlib import metadata
 from typing import Annotated, Any, NoReturn
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from compress_common.errors import CompressError, explain, joined
 from vllm_plugin.commands.calibrate_kv import calibrate_kv
-from vllm_plugin.commands.common import err
+from vllm_plugin.commands.common import INTERRUPTED, err
 from vllm_plugin.commands.demo_model import demo_model
 from vllm_plugin.commands.doctor import doctor
 from vllm_plugin.commands.evaluate import evaluate_models
@@ -33,7 +34,6 @@ from vllm_plugin.commands.status import status
 
 NAME = "vllm-compress"
 _USAGE = 2  # what the parser's errors exit with
-_INTERRUPTED = 130  # what typer returns after Ctrl-C
 _RESUMES = "run the same command again to continue"
 # What is left after Ctrl-C; of the other commands: nothing was written.
 _LEFT = dict.fromkeys(("prune", "quantize", "recommend", "search"), _RESUMES) | {
@@ -90,6 +90,8 @@ def main() -> None:
     """Console entry point."""
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    # As Ctrl-C: otherwise processes and temporary folders would be left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(arguments, prog_name=NAME, standalone_mode=False)
     except ValidationError as error:
@@ -107,7 +109,7 @@ def main() -> None:
         _fail(problem, debug)
     except _ClickException as error:
         _fail(usage_problem(error), debug, error.exit_code)
-    if code == _INTERRUPTED:
+    if code == INTERRUPTED:
         left = _LEFT.get(next(iter(arguments), ""), "nothing was written")
         err.print("interrupted" + (f"; {left}" if left else ""), style="red")
     sys.exit(code)

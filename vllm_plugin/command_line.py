@@ -17,6 +17,8 @@ from vllm_plugin import KEY
 
 NO_MODEL = "no model is given: name a folder or a hub id, or have it in --config"
 _FLAG = "--additional-config"
+# What vLLM does not log either.
+_SECRETS = ("--api-key", "--hf-token", "--watermark-config")
 
 
 def mixed_forms(arguments: Sequence[str]) -> list[str]:
@@ -226,6 +228,24 @@ def with_additional_config(arguments: Sequence[str], config: Mapping[str, Any]) 
         elif not equals:
             next(rest, None)
     return [*kept, _FLAG, json.dumps(config)]
+
+
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """Return a command line to be shown: ``***`` in place of keys and tokens.
+
+    Args:
+        arguments: of a command line.
+    """
+    shown: list[str] = []
+    secret = False
+    for argument in arguments:
+        flag, equals, _ = argument.partition("=")
+        if flag.startswith("--"):
+            secret = flag.replace("_", "-") in _SECRETS
+            shown.append(f"{flag}=***" if secret and equals else argument)
+        else:
+            shown.append("***" if secret else argument)
+    return shown
 
 
 def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -4,10 +4,11 @@
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from compress_common.errors import CompressError
@@ -15,6 +16,7 @@ from compress_common.store import Store, digest
 
 KIND = "calibration-stage"
 _FILE = "stage.safetensors"
+_KEY = "calibration"  # in the header of that file
 Tensors = dict[str, torch.Tensor]
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM only shows loggers below its own
@@ -43,7 +45,7 @@ class Stages:
         self.store = store or Store()
         self.kind = kind
         self.required = required
-        self._names: list[str] = []
+        self._keeps = key is not None
 
     def has(self, name: str) -> bool:
         """Return whether a stage is there already. Its content is not checked."""
@@ -65,10 +67,11 @@ class Stages:
         if self.key is None:
             return compute()
         entry = digest(self.key, name)
-        self._names.append(name)
         if found := self.store.find(self.kind, entry):
             return load_file(found / _FILE)
         result = compute()
+        if not self._keeps:
+            return result
         kept = self._keep(
             entry, {key: tensor.detach().cpu().contiguous() for key, tensor in result.items()}
         )
@@ -95,16 +98,20 @@ class Stages:
         return kept["value"].item()
 
     def clear(self) -> None:
-        """Remove the stages: what they were for is complete."""
-        if self.key is not None:
-            for name in self._names:
-                self.store.remove(self.kind, digest(self.key, name))
+        """Remove the stages, those of earlier runs too: what they were for is complete."""
+        if self.key is None:
+            return
+        for file in (self.store.root / self.kind).glob(f"*/{_FILE}"):
+            # A stage of another calibration may go, or be incomplete, while it is read.
+            with suppress(OSError, SafetensorError), safe_open(file, "pt") as stage:
+                if (stage.metadata() or {}).get(_KEY) == self.key:
+                    self.store.remove(self.kind, file.parent.name)
 
     def _keep(self, entry: str, tensors: Tensors) -> Path | None:
         """Store a stage. Returns its folder; None: it could not be stored."""
 
         def build(folder: Path) -> None:
-            save_file(tensors, folder / _FILE)
+            save_file(tensors, folder / _FILE, metadata={_KEY: str(self.key)})
 
         try:
             kept = self.store.make(self.kind, entry, build)
@@ -126,4 +133,4 @@ class Stages:
             ) from cause
         if cause is not None:
             logger.warning("an interrupted calibration will start again: %s", reason)
-        self.key = None
+        self._keeps = False

@@ -195,7 +195,7 @@ class _Training:
                     fused[f"{index} {name}"] = linear
             try:
                 self._learn(kept, [p for part in parts for p in part.parameters()], random)
-                if self._held_out_error(kept) >= before:
+                if not self._held_out_error(kept) < before:  # NaN where the steps diverged
                     for part in parts:
                         part.off()
                 return {n: stored_as(m.weight.detach(), self.blocks) for n, m in fused.items()}

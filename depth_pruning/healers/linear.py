@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
 from compress_common.calibration.blocks import Blocks
 from compress_common.progress import Progress, silent
@@ -23,7 +23,7 @@ from depth_pruning.student import run_block
 class LinearSettings(HealerSettings):
     """Settings of ``linear``."""
 
-    ridges: tuple[float, ...] = Field(
+    ridges: tuple[NonNegativeFloat, ...] = Field(
         RIDGES,
         min_length=1,
         description="in units of a channel's mean square; chosen on held-out text",

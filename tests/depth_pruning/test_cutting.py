@@ -55,6 +55,11 @@ def test_what_is_no_list_of_blocks_is_refused(text: str) -> None:
         block_numbers(text)
 
 
+def test_a_block_that_no_model_has_is_refused_before_it_is_counted_to() -> None:
+    with pytest.raises(CompressError, match="no model has a block 4000000000"):
+        block_numbers("1-4000000000")
+
+
 @given(cuts(), st.data())
 def test_lists_of_a_config_follow_the_blocks(
     cut: tuple[int, tuple[int, ...]], data: st.DataObject

@@ -18,6 +18,7 @@ from vllm_plugin import KEY
 # compress_common.calibration.text.SELF, which would import torch. A test compares them.
 SELF: Final = "self"
 
+INTERRUPTED: Final = 130  # what typer returns after Ctrl-C
 AUTO: Final = "auto"  # compress_common.calibration.placement.AUTO
 _KV: Final = f"{KEY}.kv"  # the section of --additional-config
 T = TypeVar("T")

@@ -15,12 +15,13 @@ from typing import Any
 from compress_common.calibration.text import CalibrationSettings
 from compress_common.checkpoints.checkpoint import Checkpoint, resolve
 from compress_common.checkpoints.local import local_folder
-from compress_common.errors import CompressError
+from compress_common.errors import CompressError, LimitError
 from compress_common.progress import Progress, silent
 from compress_common.store import Store, digest
 from kv_policies.registry import policies
 from vllm_plugin import KEY
 from vllm_plugin.commands.calibrate_kv import BITS, LENGTH, RATIOS, SAMPLES
+from vllm_plugin.commands.common import INTERRUPTED
 
 KIND = "kv-bases"
 _FILE = "bases.safetensors"
@@ -118,7 +119,9 @@ def default_bases(
             env=os.environ | dict(environment or {}),
         )
         if made.returncode:
-            raise CompressError(f"vllm-compress calibrate-kv {checkpoint.folder} failed, see above")
+            interrupted = made.returncode < 0 or made.returncode == INTERRUPTED
+            kind = LimitError if interrupted else CompressError  # another process may end it
+            raise kind(f"vllm-compress calibrate-kv {checkpoint.folder} failed, see above")
         progress("fit bases", 1, 1)
 
     return Store().make(KIND, _key(checkpoint, tensor_parallel), build) / _FILE

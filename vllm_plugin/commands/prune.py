@@ -19,6 +19,7 @@ from vllm_plugin.commands.common import (
     Model,
     Plot,
     Seed,
+    check_text,
     check_writable,
     err,
     gib,
@@ -145,6 +146,8 @@ def prune(
         ),
         force=force,
     )
+    request.build_search(), request.build_healer()  # before a download
+    check_text(calibration)
     check_writable(plot)
     Partial(target)  # it refuses a folder that exists
     figure: Any = None

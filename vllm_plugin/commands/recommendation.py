@@ -129,6 +129,11 @@ def recommend(
         problems.found.append(
             f"--context {wanted.context:,} is more than the model's {positions:,} positions"
         )
+    if positions is not None and positions < SIZES.longest:
+        problems.found.append(
+            f"settings are judged on requests of {SIZES.longest} tokens, and the model has "
+            f"{positions:,} positions; use eval and eval-kv with a lower --context"
+        )
     losses = problems.collect(lambda: Losses(model, checkpoint, known, text, SIZES, progress))
     problems.raise_found()
     assert losses is not None

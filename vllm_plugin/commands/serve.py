@@ -53,7 +53,7 @@ def serve(
     # Set before vLLM is imported, as its log is not part of the answer.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from vllm_plugin.command_line import with_additional_config
+    from vllm_plugin.command_line import with_additional_config, without_secrets
     from vllm_plugin.commands.address import Address
     from vllm_plugin.commands.launch import check, parse
     from vllm_plugin.commands.missing import (
@@ -74,7 +74,7 @@ def serve(
         parsed = with_bases(parsed, bases)
         arguments = with_additional_config(arguments, parsed.additional_config)
     check(parsed)
-    _say(f"starting: {shlex.join(['vllm', 'serve', *arguments])}")
+    _say(f"starting: {shlex.join(['vllm', 'serve', *without_secrets(arguments)])}")
     address = Address.given(parsed)
 
     def ready() -> None:

@@ -73,7 +73,7 @@ def warnings(figures: "Figures") -> list[str]:
     skipped = figures.by_label("kv_skipped_requests")
     if figures.total("kv_eligible_requests") or not skipped:
         return []
-    reasons = ", ".join(f"{count:,.0f} {_SKIPPED[key]}" for key, count in skipped.items())
+    reasons = ", ".join(f"{count:,.0f} {_SKIPPED.get(key, key)}" for key, count in skipped.items())
     found = f"nothing of {figures.model} was compacted yet: {reasons}"
     return [f"{found}; see min_prompt and decode_window in docs/kv_cache.md"]
 
@@ -149,7 +149,7 @@ def _saved(figures: "Figures") -> Rows:
         mean = 1e3 * figures.total("kv_compaction_seconds_sum") / count
         compactions += f"; {mean:.1f} ms of a step's host time, mean"
     skipped = figures.by_label("kv_skipped_requests")
-    reasons = "".join(f", {count:,.0f} {_SKIPPED[key]}" for key, count in skipped.items())
+    reasons = "".join(f", {count:,.0f} {_SKIPPED.get(key, key)}" for key, count in skipped.items())
     share = f"{evicted / tokens:.1%} of {tokens:,.0f} compacted" if tokens else "none yet"
     saved = f"{mib(figures.total('kv_saved_bytes'))}; running requests hold {kept:.1%} of"
     return [

@@ -86,6 +86,37 @@ def test_stages_of_other_work_are_not_used(tmp_path: Path, monkeypatch: pytest.M
     assert Stages().number("loss", lambda: 0.3) == 0.3
 
 
+def test_a_finished_calibration_leaves_none_of_its_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those within a stage that an earlier run finished, nor those before a full disk."""
+    store, folder = Store(tmp_path), tmp_path / "calibration-stage"
+
+    def outer(stages: Stages) -> float:
+        return stages.number("outer", lambda: stages.number("inner", lambda: 0.1))
+
+    def left() -> int:
+        return sum(path.is_dir() for path in folder.iterdir())
+
+    def full_disk(*args: object) -> None:
+        raise OSError(ENOSPC, "No space left on device")
+
+    outer(Stages(digest("one"), store))
+    Stages(digest("two"), store).number("outer", lambda: 0.2)
+    again = Stages(digest("one"), store)
+    assert outer(again) == 0.1 and left() == 3
+    again.clear()
+    assert left() == 1
+
+    full = Stages(digest("two"), store)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "make", full_disk)
+        assert full.number("later", lambda: 0.3) == 0.3
+    assert full.number("last", lambda: 0.4) == 0.4 and not full.has("last")
+    full.clear()
+    assert not left()
+
+
 def test_a_stage_is_read_again_from_its_file(tmp_path: Path) -> None:
     stages = Stages(digest("one"), Store(tmp_path))
     first = stages.tensors("part", lambda: {"x": torch.arange(8)})

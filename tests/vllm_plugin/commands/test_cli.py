@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -156,6 +157,18 @@ def test_interrupt_leaves_no_target(tiny_model: Callable[..., Path], tmp_path: P
     assert "interrupted; run the same command again to continue" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_sigterm_counts_as_an_interruption() -> None:
+    """Processes that a command has started end with it, as after Ctrl-C."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        command = [sys.executable, "-m", "vllm_plugin.cli", "status", url]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            silent.accept()[0].recv(1)
+            process.terminate()
+            _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and told == "interrupted\n"
 
 
 def test_eval_compares_models(run: Callable, tiny_model: Callable[..., Path]) -> None:

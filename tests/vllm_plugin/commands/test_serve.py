@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from vllm_plugin import presets
-from vllm_plugin.command_line import additional_config_of, with_additional_config
+from vllm_plugin.command_line import additional_config_of, with_additional_config, without_secrets
 from vllm_plugin.commands import early, launch, missing, server_process
 from vllm_plugin.commands.address import Address
 from vllm_plugin.commands.missing import lacks_bases
@@ -292,6 +292,18 @@ def test_bases_are_named_in_whatever_form_the_policy_was(tmp_path: Path, form: s
 )
 def test_dotted_flags_are_joined_as_vllm_joins_them(line: list[str]) -> None:
     assert additional_config_of(["M", *line]) == launch.parse(["M", *line]).additional_config
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("M --api-key a b --port 1", "M --api-key *** *** --port 1"),
+        ("M --api_key=a --hf-token=b --port=1", "M --api_key=*** --hf-token=*** --port=1"),
+        ("M --hf-token --port 1", "M --hf-token --port 1"),
+    ],
+)
+def test_keys_are_not_shown(line: str, shown: str) -> None:
+    assert without_secrets(line.split()) == shown.split()
 
 
 def test_dotted_keys_of_a_file_are_left_to_vllm(tmp_path: Path) -> None:

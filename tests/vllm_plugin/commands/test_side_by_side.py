@@ -12,17 +12,23 @@ import pytest
 
 from vllm_plugin.commands.recommending.side_by_side import SideBySide, side_by_side
 
+MODULE = "vllm_plugin.commands.recommending.side_by_side"
+
 
 def test_engines_share_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(f"{MODULE}.total_memory", lambda: 64 << 30)
     available = psutil.virtual_memory()._replace(available=64 << 30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: available)
     assert side_by_side(4, 1 << 20).at_once == 4
     assert side_by_side(4, 1 << 20).environment["OMP_NUM_THREADS"] == "2"
     assert side_by_side(4, 4 << 30).at_once == 3
     assert side_by_side(4, 16 << 30) == SideBySide(1, {})
+    with monkeypatch.context() as patch:  # a container
+        patch.setattr(f"{MODULE}.total_memory", lambda: 10 << 30)
+        assert side_by_side(4, 1 << 20).at_once == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert side_by_side(4, 1 << 20).at_once == 3
     assert side_by_side(4, 1 << 20).environment["OMP_NUM_THREADS"] == "1"
@@ -43,7 +49,7 @@ def test_an_interruption_ends_what_runs_and_starts_nothing_more() -> None:
         running = [pool.submit(wait) for _ in range(5)]
         while len(started) < 2:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
     assert len(started) == 2 and not any(psutil.pid_exists(pid) for pid in started)
     assert [future.cancelled() for future in running] == [False] * 2 + [True] * 3

@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,8 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress_common.errors import CompressError
+from compress_common.errors import CompressError, LimitError
 
+_ENDED = "{} ended its process; SIGKILL is often the system's, for lack of memory"
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
@@ -31,7 +33,7 @@ def in_process(
         environment: what the process gets beside our own environment.
 
     Raises:
-        CompressError: the process ended without an answer.
+        CompressError: the process ended without an answer; LimitError where a signal ended it.
     """
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "answer.json"
@@ -44,6 +46,9 @@ def in_process(
             env=_QUIET | os.environ | dict(environment or {}) | _ENVIRONMENT,
         )
         if not written.is_file():
+            if process.returncode < 0:
+                told = _ENDED.format(signal.Signals(-process.returncode).name)
+                raise LimitError(f"{name} was not served to its end: {told}")
             lines = [line for line in process.stdout.splitlines() if line.strip()]
             reason = next((x for x in reversed(lines) if "Error" in x), "\n".join(lines[-5:]))
             raise CompressError(f"{name} cannot be served: {reason}")

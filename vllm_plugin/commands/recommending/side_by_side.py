@@ -2,8 +2,6 @@
 """Engines that are measured at once: on a CPU several, each with a share of the cores."""
 
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -11,6 +9,8 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+
+from compress_common.calibration.precision import total_memory
 
 _PROGRAM = 3 << 30  # bytes of a process without weights, a small cache included
 _LOADED = 4  # times the weights of 16 bits: in float32, and once more while an engine loads
@@ -35,13 +35,11 @@ class SideBySide:
     def pool(self) -> Iterator[ThreadPoolExecutor]:
         """Yield a pool of threads that wait for processes.
 
-        After an error or an interruption nothing more starts, and what runs is ended. SIGTERM
-        counts as one: it would leave the processes behind.
+        After an error or an interruption nothing more starts, and what runs is ended.
         """
         pool, others = ThreadPoolExecutor(self.at_once), set(_children())
         try:
-            with _terminated_as_interrupted():
-                yield pool
+            yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(_children()) - others:
@@ -50,19 +48,6 @@ class SideBySide:
             raise
         finally:
             pool.shutdown()
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Raise KeyboardInterrupt at SIGTERM, where this is the main thread: no other gets signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _children() -> list[psutil.Process]:
@@ -80,7 +65,8 @@ def side_by_side(jobs: int, weights: int) -> SideBySide:
         return SideBySide(1, {})
     threads = _threads()
     each = _PROGRAM + _LOADED * weights
-    at_once = max(1, min(jobs, threads, psutil.virtual_memory().available // each))
+    free = min(psutil.virtual_memory().available, total_memory())  # a container has less
+    at_once = max(1, min(jobs, threads, free // each))
     if at_once == 1:
         return SideBySide(1, {})
     # vLLM would bind the threads of every engine to the same cores.
