@@ -19,6 +19,11 @@ def restricted(
     rows, chosen, starts_there, lengths = to_device(
         metadata.block_table_tensor.device, row, tokens, starts, part.end
     )
+    ranges = metadata.mm_req_doc_ranges  # rows -> positions of pictures, which attend both ways
+    if ranges is not None:
+        # Behind the prompt the places that a pass sees are shifted, and no picture is there.
+        prompts = np.flatnonzero((part.c < part.n) | (part.n == 0)).tolist()
+        ranges = {new: ranges[row[new]] for new in prompts if row[new] in ranges}
     prefilling = metadata.is_prefilling  # on the host also beside a GPU
     restricted = metadata.replace(
         query_start_loc=starts_there.to(metadata.query_start_loc.dtype),
@@ -31,6 +36,7 @@ def restricted(
         block_table_tensor=metadata.block_table_tensor[rows],
         slot_mapping=metadata.slot_mapping[chosen],
         positions=None if metadata.positions is None else metadata.positions[chosen],
+        mm_req_doc_ranges=ranges or None,
         is_prefilling=None if prefilling is None else prefilling[torch.from_numpy(row)],
     )
     return restricted, chosen

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -141,6 +142,11 @@ def _model_problems(config: VllmConfig, settings: KVSettings) -> list[str]:
         or (model.is_hybrid and model.hf_text_config.model_type not in HYBRIDS),
     }
     problems = [f"{problem}; remove compress.kv" for problem, present in found.items() if present]
+    if settings.prompt_window and model.is_mm_prefix_lm:
+        problems.append(
+            "compress.kv.prompt_window: tokens of a picture attend to each other in this model, "
+            "and a window would cut them; remove it"
+        )
     if settings.latents and model.using_transformers_backend():
         problems.append(
             "vLLM serves this model through transformers, where cskv does not find the rotation of "
@@ -193,6 +199,11 @@ def config_problems(config: VllmConfig, chosen_worker: str) -> list[str]:
         f"--worker-cls {chosen_worker}: KV compression brings its own; remove the flag": (
             chosen_worker not in ("auto", WORKER)
         ),
+        "VLLM_USE_RUST_FRONTEND: it does not check what requests ask for, and one that cannot be "
+        "served would end the engine; unset it": envs.VLLM_USE_RUST_FRONTEND,
+        "--disable-sliding-window: which layers it gives full attention differs by model; remove "
+        "it": model.disable_sliding_window
+        and "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ()),
         "the second model runner was never tested on a CPU; unset VLLM_USE_V2_MODEL_RUNNER": (
             current_platform.is_cpu() and config.use_v2_model_runner
         ),

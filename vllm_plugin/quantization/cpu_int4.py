@@ -12,6 +12,7 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
+from compress_common.errors import CompressError
 from vllm_plugin.quantization.cpu_int4_ops import cpu_int4_linear, cpu_w4a8_linear, crossover
 from vllm_plugin.quantization.cpu_int4_packing import pack_int4, pack_w4a8
 
@@ -34,12 +35,12 @@ def resolve_activations(requested: str = "auto") -> Literal["bf16", "int8"]:
             VLLM_CPU_INT4_W4A8 is on, which is its default.
 
     Raises:
-        ValueError: An unknown value, or "int8" without AMX.
+        CompressError: An unknown value, or "int8" without AMX.
     """
     if requested not in ("auto", "bf16", "int8"):
-        raise ValueError(f"{SETTING} is {requested!r}; allowed are 'auto', 'bf16' and 'int8'")
+        raise CompressError(f"{SETTING} is {requested!r}; allowed are 'auto', 'bf16' and 'int8'")
     if requested == "int8" and not _has_amx():
-        raise ValueError(
+        raise CompressError(
             f"{SETTING} is 'int8', which needs a CPU with AMX, and this one has none; "
             "use 'auto' or 'bf16'"
         )

@@ -165,9 +165,11 @@ def test_sigterm_counts_as_an_interruption() -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         command = [sys.executable, "-m", "vllm_plugin.cli", "status", url]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            silent.accept()[0].recv(1)
+            connection, _ = silent.accept()
+            connection.recv(1)
             process.terminate()
             _, told = process.communicate(timeout=60)
+    connection.close()
     assert process.returncode == 130 and told == "interrupted\n"
 
 

@@ -29,6 +29,7 @@ from kv_policies.latents.format import LatentFormat
 from kv_policies.latents.packing import Packer
 from kv_policies.latents.reading import Reading
 from kv_policies.layout.latents import LatentLayout
+from kv_policies.layout.step import Step
 from kv_policies.layout.tokens import TokenLayout
 from kv_policies.planner import Planner
 from kv_policies.policies.key_diff import KeyDiff
@@ -42,6 +43,7 @@ from vllm_plugin.kv_cache.batch import Batch
 from vllm_plugin.kv_cache.cpu import CPUBuilder
 from vllm_plugin.kv_cache.flash import FlashBuilder
 from vllm_plugin.kv_cache.pages import Pages
+from vllm_plugin.kv_cache.passes import restricted
 from vllm_plugin.kv_cache.runner_v1 import CompressedRunnerV1
 from vllm_plugin.kv_cache.runner_v2 import CompressedRunnerV2
 from vllm_plugin.kv_cache.spec import CompressedSpec
@@ -465,6 +467,40 @@ def test_passes_of_a_resumed_request_wait_for_nothing(configured: VllmConfig) ->
     row = 4 * WIDTH  # bytes; no room is made for other requests than those of a pass
     assert [x.untyped_storage().nbytes() // row for x in tables] == [2, 1, 1, 1]
     assert not seen.waits
+
+
+def test_pictures_attend_both_ways_in_the_passes_of_their_prompts_alone() -> None:
+    """Rows have other numbers in a pass, and behind a prompt places are shifted."""
+
+    def step(n: list[int], c: list[int], q: list[int], ids: list[str]) -> Step:
+        starts = np.cumsum([0, *q[:-1]])
+        return Step(np.array(n), np.array(c), np.array(q), starts, ids)
+
+    whole = step([9, 32, 0], [40, 0, 0], [1, 40, 8], ["decodes", "resumed", "opted out"])
+    metadata = CommonAttentionMetadata(
+        query_start_loc=torch.tensor([0, 1, 41, 49]),
+        query_start_loc_cpu=torch.tensor([0, 1, 41, 49]),
+        seq_lens=torch.tensor([41, 40, 8]),
+        num_reqs=3,
+        num_actual_tokens=49,
+        max_query_len=40,
+        max_seq_len=41,
+        block_table_tensor=torch.arange(6).view(3, 2),
+        slot_mapping=torch.arange(49),
+        mm_req_doc_ranges={0: [(2, 5)], 1: [(4, 9)], 2: [(1, 3)]},
+    )
+    prompts = step([9, 32, 0], [40, 0, 0], [1, 32, 8], ["decodes", "resumed", "opted out"])
+    tokens = np.r_[0:33, 41:49]
+    assert restricted(metadata, whole, prompts, tokens)[0].mm_req_doc_ranges == {
+        1: [(4, 9)],
+        2: [(1, 3)],
+    }
+    opted_out = step([0], [0], [8], ["opted out"])
+    found, _ = restricted(metadata, whole, opted_out, np.arange(41, 49))
+    assert found.mm_req_doc_ranges == {0: [(1, 3)]}
+    behind = step([32], [32], [8], ["resumed"])
+    found, _ = restricted(metadata, whole, behind, np.arange(33, 41))
+    assert found.mm_req_doc_ranges is None
 
 
 def test_windows_are_compacted_after_the_forward_pass(configured: VllmConfig) -> None:

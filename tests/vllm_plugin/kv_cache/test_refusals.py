@@ -339,6 +339,26 @@ def test_parallelism(demo_model: Path, field: str, value: Any, expected: str) ->
     assert expected in problem
 
 
+def test_sliding_layers_that_a_flag_makes_full(demo_model: Path) -> None:
+    """The flag leaves the list of layers as it was; without such a list it changes nothing."""
+    from vllm_plugin.kv_cache.support import config_problems
+
+    config = configure(demo_model)
+    config.kv_transfer_config = None
+    config.model_config.disable_sliding_window = True
+    assert config_problems(config, "auto") == []
+    config.model_config.hf_text_config.layer_types = ["sliding_attention", "full_attention"]
+    (problem,) = config_problems(config, "auto")
+    assert "--disable-sliding-window" in problem
+
+
+def test_the_rust_front_end_checks_no_request(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert "VLLM_USE_RUST_FRONTEND: it does not check" in refusal(demo_model)
+
+
 def write_config(folder: Path, base: Path, architecture: str, **fields: Any) -> Path:
     """A folder with a config only, made from that of ``base``."""
     content = json.loads((base / "config.json").read_text())
