@@ -25,6 +25,7 @@ from benchmarks.texts import opticks
 from benchmarks.weights_judge import Bench, Contender, judge
 from benchmarks.weights_quality import GROUP, difference
 from compress_common.calibration.precision import slow_in_16_bit
+from depth_pruning.request import PARTS
 from vllm_plugin.demo_model import demo_model_path
 
 _DEEP = {"num_hidden_layers": 16}
@@ -118,14 +119,15 @@ def drop8(options: Options, result: Result) -> None:
     auto = _pruned(options, result, "drop8", drop=8)
     _nats(options, result, "nats_drop8", auto)
     window = _pruned(options, result, "drop8_window", drop=8, search="window")
-    key = "auto_vs_cosine_window_drop8"
-    reports = [report_of(folder) for folder in (auto, window)]
-    for suffix, what in (("", "loss"), ("_unhealed", "loss_without_healing")):
-        losses = [report[what]["kl"] for report in reports]
-        result.put(key + suffix, losses[0] / losses[1], kl=losses)
-    sets = [tuple(report["dropped"]) for report in reports]
-    losses = [_healed(options, dropped, linear={})["linear"]["kl"] for dropped in sets]
-    result.put(f"{key}_linear", losses[0] / losses[1], kl=losses)
+    losses: dict[str, list[float]] = {"": [], "_unhealed": [], "_linear": []}
+    for report in (report_of(auto), report_of(window)):
+        losses[""].append(report["loss"]["kl"])
+        losses["_unhealed"].append(report["loss_without_healing"]["kl"])
+        linear = _healed(options, tuple(report["dropped"]), linear={})["linear"]
+        losses["_linear"].append(linear["kl"])
+    for suffix, (ours, theirs) in losses.items():
+        key = f"auto_vs_cosine_window_drop8{suffix}"
+        result.put(key, ours / theirs, kl=[ours, theirs])
 
 
 def _own_text(options: Options) -> dict[str, Any]:
@@ -159,8 +161,7 @@ def text4(options: Options, result: Result) -> None:
     folder = _on_more_text(options, result, 4)
     _heal_ratio(result, "heal_kl_ratio_drop4_more_text", folder)
     _nats(options, result, "nats_drop4_more_text", folder)
-    calibration = _bench(options, folder).calibration
-    _int4(options, result, "nats_drop4_int4_more_text", folder, calibration)
+    _int4(options, result, "nats_drop4_int4_more_text", folder)
 
 
 def text8(options: Options, result: Result) -> None:
@@ -173,8 +174,7 @@ def _on_more_text(options: Options, result: Result, count: int) -> Path:
     dropped = report_of(_pruned(options, result, f"drop{count}", drop=count))["dropped"]
     asked = _request(options)["calibration"]
     calibration = asked | {"samples": 4 * asked["samples"]}
-    note = f"more_text{count}"
-    return _pruned(options, result, note, layers=dropped, calibration=calibration)
+    return _pruned(options, result, f"more_text{count}", layers=dropped, calibration=calibration)
 
 
 def search(options: Options, result: Result) -> None:
@@ -202,7 +202,7 @@ def heal(options: Options, result: Result) -> None:
     for name, row in found.items():
         result.put(f"kl_heal_{name}", row["kl"], **row)
     result.put("heal_cpu_s", found["refit"]["cpu_s"])
-    third = max(_request(options)["calibration"]["samples"] // 3, 8)
+    third = max(_request(options)["calibration"]["samples"] // 3, PARTS)
     less = _healed(options, dropped, third, none={}, refit={})
     result.note("healers_third", less)
     result.put("heal_cpu_s_third", less["refit"]["cpu_s"])
@@ -237,15 +237,22 @@ def int4(options: Options, result: Result) -> None:
     """Fill nats_drop4_int4, and nats_int4 of the full model beside it."""
     folder = _pruned(options, result, "drop4", drop=4)
     for key, source in (("nats_drop4_int4", folder), ("nats_int4", _model(options))):
-        _int4(options, result, key, source, _bench(options, source).calibration)
+        _int4(options, result, key, source)
 
 
 def _int4(
-    options: Options, result: Result, key: str, folder: Path, calibration: dict[str, Any]
+    options: Options,
+    result: Result,
+    key: str,
+    folder: Path,
+    calibration: dict[str, Any] | None = None,
 ) -> None:
     """Fill a key with the nats that a model in int4 loses against the full one in 16 bits."""
-    contender = Contender("smoothquant_plus", {"group_size": GROUP}, calibration)
-    record = in_process(judge, contender, _bench(options, folder), preloaded=options.smoke)
+    bench = _bench(options, folder)
+    contender = Contender(
+        "smoothquant_plus", {"group_size": GROUP}, calibration or bench.calibration
+    )
+    record = in_process(judge, contender, bench, preloaded=options.smoke)
     difference(result, key, record["nats"][0], _full_nats(options))
 
 

@@ -60,6 +60,11 @@ class DropProbe(PrefixProbe):
         return run_without(self.blocks, (index,), hidden, first=index + 1)
 
 
+def samples_for(tokens: int, length: int) -> int:
+    """Return how many samples of a length have so many tokens or more."""
+    return ceil(tokens / length)
+
+
 def spread(blocks: Blocks, tokens: int | None) -> Blocks:
     """Return the blocks on some samples, evenly spread over the calibration text.
 
@@ -68,7 +73,8 @@ def spread(blocks: Blocks, tokens: int | None) -> Blocks:
         tokens: How many tokens, rounded up to whole samples; None: all.
     """
     samples, length = blocks.tokens.shape
-    if tokens is None or ceil(tokens / length) >= samples:
+    wanted = samples if tokens is None else samples_for(tokens, length)
+    if wanted >= samples:
         return blocks
-    chosen = torch.linspace(0, samples - 1, ceil(tokens / length)).long()
+    chosen = torch.linspace(0, samples - 1, wanted).long()
     return blocks.on(blocks.tokens[chosen])

@@ -2,7 +2,6 @@
 """From a checkpoint to a checkpoint with fewer blocks: check, load, search, heal, judge, write."""
 
 import json
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from compress_common.store import digest
 from depth_pruning.architecture import complete_cut
 from depth_pruning.cutting import MARKER
 from depth_pruning.finding import Found, Pruning
+from depth_pruning.probe import samples_for
 from depth_pruning.request import PruneRequest
 from depth_pruning.writing import marker_of, write_pruned
 
@@ -108,7 +108,7 @@ def _tokens(request: PruneRequest) -> int:
 def _states(checkpoint: Checkpoint, request: PruneRequest) -> int:
     """Return how many hidden states stay in memory: those of the search and those of healing."""
     length, tokens = request.calibration.length, _tokens(request)
-    probed = ceil(request.build_search().settings.text_tokens / length) * length
+    probed = samples_for(request.build_search().settings.text_tokens, length) * length
     return min(probed, tokens) * (checkpoint.hf_config.num_hidden_layers + 1) + 4 * tokens
 
 

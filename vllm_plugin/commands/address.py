@@ -10,6 +10,15 @@ import urllib.request
 from dataclasses import dataclass
 
 
+def local_opener() -> urllib.request.OpenerDirector:
+    """Return what reads URLs of this machine, whatever name their certificate has.
+
+    Not through a proxy, which the environment may name for other hosts.
+    """
+    unverified = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}), unverified)
+
+
 @dataclass(frozen=True)
 class Address:
     """Where a server listens.
@@ -78,15 +87,8 @@ class Address:
 
     def answers(self) -> bool:
         """Whether the server is healthy."""
-        # Not through a proxy that the environment names for other hosts.
-        handlers = [
-            urllib.request.ProxyHandler({}),
-            urllib.request.HTTPSHandler(context=ssl._create_unverified_context()),
-        ]
         try:
-            with urllib.request.build_opener(*handlers).open(
-                f"{self.url}/health", timeout=5
-            ) as got:
+            with local_opener().open(f"{self.url}/health", timeout=5) as got:
                 return bool(got.status == 200)
         except (OSError, http.client.HTTPException):
             return False

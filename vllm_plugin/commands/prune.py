@@ -146,7 +146,8 @@ def prune(
         ),
         force=force,
     )
-    request.build_search(), request.build_healer()  # before a download
+    request.build_search()  # as the rest down to `resolve`: before a download
+    request.build_healer()
     check_text(calibration)
     check_writable(plot)
     Partial(target)  # it refuses a folder that exists

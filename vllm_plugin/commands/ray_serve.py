@@ -90,7 +90,6 @@ def ray_serve(
         cpus=cpus,
         engine_kwargs=arguments,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with running_app(config, host=host, port=port, metrics_port=metrics_port):
             err.print(f"serving {config.model_id} on http://{host}:{port}/v1", highlight=False)

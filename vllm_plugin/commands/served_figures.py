@@ -2,7 +2,6 @@
 """The figures of a running server, read from its Prometheus endpoint. Imports no vLLM."""
 
 import http.client
-import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -13,6 +12,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from compress_common.errors import CompressError
+from vllm_plugin.commands.address import local_opener
 from vllm_plugin.metrics.catalogue import PREFIX
 
 NONE = "none"  # what vllm_compress_info says of something that is not used
@@ -105,11 +105,9 @@ def fetch(url: str) -> str:
 
 
 def _opener(address: str) -> urllib.request.OpenerDirector:
-    """Reads a URL: one of this machine without a proxy, and whatever name its certificate has."""
-    if urllib.parse.urlsplit(address).hostname not in ("localhost", "127.0.0.1", "::1"):
-        return urllib.request.build_opener()
-    unverified = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}), unverified)
+    """Reads a URL."""
+    local = urllib.parse.urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
+    return local_opener() if local else urllib.request.build_opener()
 
 
 def models_in(text: str, url: str) -> list[Figures]:

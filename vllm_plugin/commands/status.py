@@ -70,12 +70,17 @@ def rows(figures: "Figures") -> Rows:
 
 def warnings(figures: "Figures") -> list[str]:
     """Return what looks as if compression did nothing, and why."""
-    skipped = figures.by_label("kv_skipped_requests")
+    skipped = _skipped(figures)
     if figures.total("kv_eligible_requests") or not skipped:
         return []
-    reasons = ", ".join(f"{count:,.0f} {_SKIPPED.get(key, key)}" for key, count in skipped.items())
-    found = f"nothing of {figures.model} was compacted yet: {reasons}"
+    found = f"nothing of {figures.model} was compacted yet: {', '.join(skipped)}"
     return [f"{found}; see min_prompt and decode_window in docs/kv_cache.md"]
+
+
+def _skipped(figures: "Figures") -> list[str]:
+    """Return how many requests were not compacted, by reason; a newer server may know others."""
+    counts = figures.by_label("kv_skipped_requests").items()
+    return [f"{count:,.0f} {_SKIPPED.get(key, key)}" for key, count in counts]
 
 
 def _read(url: str) -> "list[Figures]":
@@ -148,8 +153,7 @@ def _saved(figures: "Figures") -> Rows:
     if count:
         mean = 1e3 * figures.total("kv_compaction_seconds_sum") / count
         compactions += f"; {mean:.1f} ms of a step's host time, mean"
-    skipped = figures.by_label("kv_skipped_requests")
-    reasons = "".join(f", {count:,.0f} {_SKIPPED.get(key, key)}" for key, count in skipped.items())
+    reasons = "".join(f", {reason}" for reason in _skipped(figures))
     share = f"{evicted / tokens:.1%} of {tokens:,.0f} compacted" if tokens else "none yet"
     saved = f"{mib(figures.total('kv_saved_bytes'))}; running requests hold {kept:.1%} of"
     return [
