@@ -23,6 +23,8 @@ def load_of(config: VllmConfig) -> Load:
     """
     scheduler = config.scheduler_config
     each = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
+    if config.model_config.is_hybrid:  # it cuts prompts at blocks, and the next gets the rest
+        each = min(each, config.cache_config.block_size)
     prompts = min(scheduler.max_num_seqs, -(-scheduler.max_num_batched_tokens // each))
     fp8 = scheduler.max_num_batched_tokens if config.cache_config.cache_dtype in FP8 else 0
     return Load(config.model_config.max_model_len, prompts, scheduler.max_num_seqs, fp8)

@@ -46,10 +46,10 @@ class Boundaries:
         if not self._layouts or opts_out(request.sampling_params):
             return
         end = hit_end(self._layouts, request.num_prompt_tokens)
-        if not request.shared_prefix_boundary:
-            request.shared_prefix_boundary = end
-        elif request.shared_prefix_boundary < end:
+        if 0 < request.shared_prefix_boundary < end:
             self._parting[request.request_id] = request
+        else:  # vLLM's can lie beyond it, where layers of one level share more than others
+            request.shared_prefix_boundary = end
 
     def scheduled(self, tokens: Mapping[str, int]) -> None:
         """Move on the boundary of each request that reaches vLLM's in this step.

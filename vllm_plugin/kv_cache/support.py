@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What KV compression cannot serve, found before a worker starts, and again by the worker."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -110,12 +110,8 @@ def _layouts(settings: KVSettings, config: VllmConfig) -> Mapping[int, Layout]:
     block_size = full_block_size(text, config.cache_config.block_size, ranks)
     made = layouts_of(settings, block_size, model.model, text, ranks)
     longest = model.max_model_len
-    if settings.budget and not any(each.freed(longest, longest) for each in made.values()):
-        raise CompressError(
-            f"compress.kv.budget is {settings.budget}, and requests have at most {longest} tokens "
-            "(--max-model-len): nothing would ever be compacted; set a smaller budget, or remove "
-            "compress.kv"
-        )
+    if not _ever_frees(made.values(), longest):
+        raise CompressError(_nothing_freed(settings, block_size, longest))
     if settings.prompt_window and made and all(x.head(longest) == longest for x in made.values()):
         raise CompressError(
             f"compress.kv.prompt_window is {settings.prompt_window}, and requests have at most "
@@ -123,6 +119,33 @@ def _layouts(settings: KVSettings, config: VllmConfig) -> Mapping[int, Layout]:
             "window, or remove it"
         )
     return made
+
+
+def _ever_frees(layouts: Iterable[Layout], longest: int) -> bool:
+    """Whether some request of up to ``longest`` tokens gives back a block; True at keep 1.
+
+    The longest prompt frees the most at its end, the shortest leaves the most for decode windows.
+    """
+    lossy = {each for each in layouts if each.share < 1}
+    prompts = (max(1, longest - 1), 1)
+    return not lossy or any(each.freed(n, longest) for each in lossy for n in prompts)
+
+
+def _nothing_freed(settings: KVSettings, block_size: int, longest: int) -> str:
+    if settings.budget:
+        asked, change = f"budget is {settings.budget}", "a smaller budget"
+    elif settings.keeps_latents:
+        asked = f"min_prompt is {settings.min_prompt}"
+        change = "a smaller min_prompt, or bases of a larger ratio"
+    else:
+        keep = "the profile's" if settings.keep is None else f"{float(settings.keep):g}"
+        asked = f"keep is {keep}, min_prompt {settings.min_prompt}"
+        change = "a smaller keep, min_prompt or min_blocks"
+    return (
+        f"compress.kv.{asked}, and requests have at most {longest} tokens (--max-model-len) in "
+        f"blocks of {block_size}: nothing would ever be compacted; set {change}, or remove "
+        "compress.kv"
+    )
 
 
 def _model_problems(config: VllmConfig, settings: KVSettings) -> list[str]:

@@ -27,6 +27,7 @@ from kv_policies.layout.bounded import BoundedLayout
 from kv_policies.layout.tokens import TokenLayout
 from tests.support.scheduling import SHAPE, Serving
 from vllm_plugin.kv_cache import windows
+from vllm_plugin.kv_cache.beside import load_of
 from vllm_plugin.kv_cache.hits import hit_end
 from vllm_plugin.kv_cache.spec import CompressedSpec
 from vllm_plugin.kv_cache.states import StateConnector
@@ -213,6 +214,27 @@ def test_layers_that_keep_other_shares_hit_together(make: Make, kind: str) -> No
     prompt = text(16 * block + 7)
     ours.serve("a", prompt)
     assert ours.serve("b", prompt) == hit_end(layouts(block), len(prompt)) == 6 * block
+
+
+def test_memory_is_kept_for_each_prompt_that_a_step_can_cut(configs: dict[str, VllmConfig]) -> None:
+    hybrid, mixed = configs["states ours"], configs["windows ours"]
+    blocks = -(-hybrid.scheduler_config.max_num_batched_tokens // hybrid.cache_config.block_size)
+    assert load_of(hybrid).prompts == min(blocks, hybrid.scheduler_config.max_num_seqs) > 1
+    assert load_of(mixed).prompts == 1
+
+
+def test_a_prompt_that_parts_beyond_its_hit_is_cut_at_the_hit(make: Make) -> None:
+    """vLLM cuts it where two prompts part, where only the layers of the lowest level can hit."""
+
+    def layouts(block: int) -> list[Any]:
+        return [TokenLayout(block, Fraction(part, 8), 0, 1, block) for part in (1, 5)]
+
+    ours = make("states", layouts=layouts)
+    block = block_of(ours)
+    prompt = [*text(10 * block), *text(6 * block + 7, 9000)]
+    ours.serve("a", text(32 * block + 7))
+    ours.serve("b", prompt)
+    assert ours.serve("c", prompt) == hit_end(layouts(block), len(prompt)) == 6 * block
 
 
 @pytest.mark.parametrize("kind", KINDS)

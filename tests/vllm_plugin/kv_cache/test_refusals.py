@@ -91,6 +91,8 @@ def refusal(model: Path | str, kv: dict[str, Any] | None = None, **engine: Any) 
         ),
         ({"policy": "snap_kv", "budget": 40}, "raise compress.kv.budget to 512"),
         ({"policy": "snap_kv", "budget": 8192}, "nothing would ever be compacted"),
+        (SNAP | {"min_prompt": 4096, "decode_window": 0}, "nothing would ever be compacted"),
+        (SNAP | {"keep": 0.999}, "keep is 0.999, min_prompt 128, and requests have at most"),
         ({"policy": "prefix_kv", "budget": 512}, "vllm-compress profile"),
         ({"policy": "prefix_kv", "keep": 0.25}, "vllm-compress profile"),
         (SNAP | {"levels": 3}, "add `profile`"),
