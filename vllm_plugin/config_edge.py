@@ -244,6 +244,12 @@ def _problems_at_load(
             f"--load-format {config.load_config.load_format} cannot be quantized at load; leave it "
             "at auto or quantize offline with `vllm-compress quantize`"
         )
+    if parallel.enable_ep_weight_filter:
+        problems.append(
+            "--enable-ep-weight-filter reads the experts of one rank alone, and quantizing at load "
+            "reads the whole checkpoint; remove the flag, or quantize offline with `vllm-compress "
+            "quantize`"
+        )
     return problems
 
 

@@ -153,6 +153,15 @@ class LayerStructure:
         return frozenset(name for name in self.names if start and name.startswith(start))
 
     @cached_property
+    def first_routed(self) -> dict[str, str]:
+        """``{linear of a routed expert: the first of the expert with the same input}``.
+
+        An expert's input is a choice of the tokens that ``first_sharing`` tells of.
+        """
+        stacks = (stack.linears for stack in self.stacks)
+        return {name: names[0] for names in stacks for name in names if name in self.routed}
+
+    @cached_property
     def stacks(self) -> tuple[Unit, ...]:
         """The units, cut into linears that share an input and a parent: they round as one."""
         return tuple(stack for unit in self.units for stack in self._cut(unit))

@@ -118,7 +118,7 @@ class SmoothQuantPlus:
     """
 
     name: ClassVar[str] = "smoothquant_plus"
-    revision: ClassVar[int] = 4
+    revision: ClassVar[int] = 5
     settings_type: ClassVar[type[GridSettings]] = SmoothQuantPlusSettings
     capabilities: ClassVar[Capabilities] = Capabilities(
         calibrates=True,

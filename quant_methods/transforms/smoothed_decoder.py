@@ -33,7 +33,8 @@ class Statistics:
 
     Attributes:
         amax: The largest |input| per channel, [K], by the first reader of the input.
-        mean_square: Mean of the squared input per channel, [K], by the same.
+        mean_square: Mean of the squared input per channel, [K], by the same. Linears of routed
+            experts have their own, of the tokens that went to the expert.
         wmax: The largest |weight| per channel over all consumers of a fold, [K], by the first.
     """
 
@@ -97,14 +98,17 @@ class SmoothedDecoder:
         hidden = blocks.inputs()
         for index in range(len(blocks)):
             progress("activations", index + 1, len(blocks))
-            watched = sorted(set(self.layers[index].first_sharing.values()))
-            maxima, energies = Maxima(watched), Energies(watched)
+            kind = self.layers[index]
+            shared = set(kind.first_sharing.values())
+            maxima, energies = Maxima(shared), Energies(shared | set(kind.first_routed.values()))
             with blocks.resident(index) as block, shown_all(block, self.everyone):
                 hidden = blocks.run(index, hidden, (maxima, energies), out=hidden)
-                for name in watched:
-                    few = self._saw_few(index, name, energies.tokens[name])
-                    for key, collector in (("amax", maxima), ("mean_square", energies)):
-                        value = torch.ones(few) if few else collector.value(name)
+                for key, collector in (("amax", maxima), ("mean_square", energies)):
+                    for name in sorted(collector.linears):
+                        few = self._saw_few(index, name, energies.tokens[name])
+                        reader = kind.first_sharing[name] if few and name in kind.names else name
+                        alike = few and reader == name
+                        value = torch.ones(few) if alike else collector.value(reader)
                         kept[f"{index}:{key}:{name}"] = value
                 for fold in self.folds[index]:
                     weights = [block.get_submodule(c).weight for c in fold.consumers]
@@ -115,7 +119,7 @@ class SmoothedDecoder:
     def _saw_few(self, index: int, name: str, tokens: int) -> int:
         """Return the inputs of a linear of an expert that too few tokens went to; 0: enough did.
 
-        All its inputs then count alike.
+        What all tokens give then stands for it, and where nothing does, its inputs count alike.
         """
         kind = self.layers[index]
         if self.everyone or name not in kind.routed:
@@ -185,7 +189,9 @@ class SmoothedDecoder:
             weight: Its smoothed weight, [N, K].
             scale: How many times smaller smoothing made its inputs, [K]; None: it is not smoothed.
         """
-        mean_square = self.statistics[index].mean_square[self.layers[index].first_sharing[name]]
+        kind = self.layers[index]
+        reader = kind.first_routed.get(name) or kind.first_sharing[name]
+        mean_square = self.statistics[index].mean_square[reader]
         if scale is not None:
             mean_square = mean_square / scale.square()
         return clip_percents(weight, self.grids[index][name], mean_square, self.scale_dtype)

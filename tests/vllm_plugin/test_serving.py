@@ -230,6 +230,10 @@ def test_two_ranks_agree_with_one(tiny_model: Callable[..., Path], tmp_path: Pat
             "--quantization smoothquant_plus",
         ),
         (
+            {"enable_ep_weight_filter": True},
+            "--enable-ep-weight-filter reads the experts of one rank alone",
+        ),
+        (
             {
                 "load_format": "sharded_state",
                 "enable_lora": True,
@@ -249,6 +253,24 @@ def test_bad_settings_are_refused_at_start(
     arguments = {"quantization": "smoothquant_plus"} | engine_args
     with pytest.raises(CompressError, match=expected):
         EngineArgs(model=str(tiny_model("llama")), **arguments).create_engine_config()
+
+
+def test_int8_activations_are_refused_where_no_kernel_rounds_them(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    from vllm_plugin.quantization.kernels import kernel_problems
+
+    args = EngineArgs(model=str(tiny_model("llama")), quantization="smoothquant_plus")
+    config = args.create_engine_config()
+    told = "compress.weights.activations is int8, which only kernels for CPUs do"
+    config.quant_config.activations = "int8"
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    assert any(problem.startswith(told) for problem in kernel_problems(config))
+    config.quant_config.activations = "auto"
+    assert not any(problem.startswith(told) for problem in kernel_problems(config))
 
 
 def test_settings_of_a_written_checkpoint_are_fixed(written: Path) -> None:

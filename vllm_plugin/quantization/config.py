@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``--quantization METHOD``, for 16-bit checkpoints and those we wrote."""
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -102,8 +101,14 @@ class MethodConfig(CompressedTensorsConfig):
             return super().get_quant_method(layer, prefix)
         if resolve_activations(self.activations) == "int8":
             # It does not take zero points, groups of 32 and some ways to route.
-            with suppress(NotImplementedError):
+            try:
                 return super().get_quant_method(layer, prefix)
+            except NotImplementedError as error:
+                if self.activations == "int8":  # asked for, not chosen
+                    raise CompressError(
+                        f"compress.weights.activations is int8, and vLLM's int8 kernel does not "
+                        f"take these experts: {error}; set it to auto or bf16"
+                    ) from error
         return CompressedTensorsCpuExperts(scheme["weights"], layer.moe_config)
 
     @classmethod

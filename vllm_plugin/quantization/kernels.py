@@ -63,6 +63,12 @@ def kernel_problems(config: VllmConfig) -> list[str]:
     Args:
         config: vLLM's own, of this engine.
     """
+    problems = []
+    rounded = getattr(config.quant_config, "activations", None) == "int8"
+    if rounded and not current_platform.is_cpu():
+        problems.append(
+            "compress.weights.activations is int8, which only kernels for CPUs do; remove it"
+        )
     found: dict[str, list[str]] = {}
     for unit in _units(config):
         try:
@@ -70,7 +76,7 @@ def kernel_problems(config: VllmConfig) -> list[str]:
         except CompressError as error:
             name = f"{unit.name} of {unit.layers}" if unit.layers else unit.name
             found.setdefault(str(error), []).append(name)
-    return [f"{', '.join(names)}: {problem}" for problem, names in found.items()]
+    return problems + [f"{', '.join(names)}: {problem}" for problem, names in found.items()]
 
 
 def _units(config: VllmConfig) -> Iterator[_Unit]:

@@ -16,6 +16,7 @@ from compress_common.calibration.blocks import Blocks
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.checkpoints.loading import _keep_mapped, load_model
 from compress_common.errors import CompressError
+from compress_common.progress import silent
 from compress_common.structure.derive import structure_of
 from quant_methods.calibration.routing import routed, routing_kept, tokens_for
 from quant_methods.formats.plan import Plan
@@ -24,6 +25,7 @@ from quant_methods.grid import Grid
 from quant_methods.plan_request import PlanRequest
 from quant_methods.planning import obtain_plan
 from quant_methods.roundings.experts import round_experts
+from quant_methods.transforms.smoothed_decoder import SmoothedDecoder
 from tests.support.peak import Peak
 
 TEXT = {"samples": 8, "length": 32}
@@ -78,6 +80,40 @@ def test_gptq_reaches_every_expert(tiny_model: Callable[..., Path]) -> None:
         ]
         assert not torch.equal(codes[0], codes[1])
         assert not torch.equal(codes[1], codes[2])
+
+
+def test_clipping_of_an_expert_follows_the_tokens_that_go_to_it(
+    tiny_model: Callable[..., Path],
+) -> None:
+    checkpoint = Checkpoint(tiny_model("qwen2_moe", num_experts=16))
+    structure = structure_of(checkpoint.hf_config)
+    kind = structure.layer(0)
+    # 896 tokens, 2 of 16 experts each: some get fewer than the 128 that are enough.
+    tokens = torch.randint(3, 512, (28, 32), generator=torch.Generator().manual_seed(1))
+    blocks = Blocks(load_model(checkpoint, None), structure, tokens)
+    grids = {f"{blocks.prefix(0)}{name}": Grid(32) for name in kind.names}
+    found = {
+        everyone: SmoothedDecoder(blocks, grids, "none", silent, everyone).statistics[0].mean_square
+        for everyone in (False, True)
+    }
+    with blocks.resident(0), routed(blocks, 0) as seen:
+        blocks.run(0, blocks.inputs())
+    assert seen.hidden is not None
+    chosen, everything = torch.cat(seen.chosen), seen.hidden.float().square().mean(0)
+    own = few = 0
+    for expert in range(16):
+        gate = f"mlp.experts.{expert}.gate_proj"
+        assert kind.first_routed[f"mlp.experts.{expert}.up_proj"] == gate
+        mine = (chosen == expert).any(-1)
+        expected = everything
+        if mine.sum() >= 128:
+            expected, own = seen.hidden[mine].float().square().mean(0), own + 1
+        else:
+            few += 1
+        assert torch.allclose(found[False][gate], expected, rtol=1e-4)
+        assert torch.allclose(found[True][gate], everything, rtol=1e-4)
+    assert few, "no expert that got few tokens"
+    assert own, "no expert that got enough"
 
 
 def test_inputs_of_experts_are_held_once(tiny_model: Callable[..., Path]) -> None:
