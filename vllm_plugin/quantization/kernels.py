@@ -175,8 +175,12 @@ def _experts_described(config: VllmConfig, unit: _Unit, structure: Structure) ->
         dtype, size = config.model_config.dtype, weights.group_size or -1
         if problem := experts_problem(weights.num_bits, size, dtype, sorted(shapes)):
             raise CompressError(problem)
-        if resolve_activations(config.quant_config.activations) == "int8":
-            return f"vLLM's for AMX where it takes them, else CompressedTensorsCpuExperts; {text}"
+        asked = config.quant_config.activations
+        if resolve_activations(asked) == "int8":
+            other = (
+                "" if asked == "int8" else " where it takes them, else CompressedTensorsCpuExperts"
+            )
+            return f"vLLM's for AMX{other}; {text}"
         return f"CompressedTensorsCpuExperts, bf16 activations; {text}"
     if weights.num_bits not in _CUDA_EXPERTS[bool(weights.symmetric)]:
         served = "4 bits, and of 8 bits without zero points (symmetric=true)"
