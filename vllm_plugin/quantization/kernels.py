@@ -177,10 +177,8 @@ def _experts_described(config: VllmConfig, unit: _Unit, structure: Structure) ->
             raise CompressError(problem)
         asked = config.quant_config.activations
         if resolve_activations(asked) == "int8":
-            other = (
-                "" if asked == "int8" else " where it takes them, else CompressedTensorsCpuExperts"
-            )
-            return f"vLLM's for AMX{other}; {text}"
+            where = " where it takes them, else CompressedTensorsCpuExperts"
+            return f"vLLM's for AMX{where if asked == 'auto' else ''}; {text}"
         return f"CompressedTensorsCpuExperts, bf16 activations; {text}"
     if weights.num_bits not in _CUDA_EXPERTS[bool(weights.symmetric)]:
         served = "4 bits, and of 8 bits without zero points (symmetric=true)"
