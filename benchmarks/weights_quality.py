@@ -19,7 +19,6 @@ from benchmarks.random_models import TINY, random_llama
 from benchmarks.texts import opticks
 from benchmarks.weights_judge import Bench, Contender, judge
 from benchmarks.weights_served import served
-from compress_common.calibration.precision import slow_in_16_bit
 from quant_methods.methods.smoothquant_plus import PAPER
 from vllm_plugin.commands.judging.texts import reference
 from vllm_plugin.demo_model import demo_model_path
@@ -32,10 +31,6 @@ PEERS = {
     "nats_gptq_sym": "gptq",
     "nats_autoround": "autoround",
     "nats_autoround_light": "autoround_light",
-}
-WHY_NOT = {
-    True: "--smoke does not run the peers",
-    False: "its 200 iterations a block take more than two hours on a processor without AVX-512",
 }
 # Bits per weight of codes alone -> the budget, which counts 16-bit scales and zero points too.
 BUDGETS = {bits: bits + (16 + bits) / GROUP for bits in (3.5, 4.5)}
@@ -70,7 +65,7 @@ def quality(options: Options, result: Result) -> None:
                 result.put(f"{key}_{what}", record[what])
     for key in PEERS.keys() - chosen.keys():
         for prefix in TEXTS:
-            result.missing(prefix + key, WHY_NOT[options.smoke])
+            result.missing(prefix + key, "--smoke does not run the peers")
     served(options, shared, chosen["nats_default"], result)
 
 
@@ -140,12 +135,9 @@ def contenders(options: Options, shared: Bench) -> dict[str, Contender]:
     }
     if options.smoke:
         return found
-    peers = {key: Contender(method, peer=True) for key, method in PEERS.items()}
-    if slow_in_16_bit():
-        del peers["nats_autoround"]
     return (
         found
-        | peers
+        | {key: Contender(method, peer=True) for key, method in PEERS.items()}
         | {
             "nats_rtn_sym": ours("rtn", symmetric=True),
             "nats_rsq": ours("rsq"),
