@@ -148,6 +148,8 @@ class GridSettings(BaseModel):
             if count != SIXTEEN
         }
         fit = {unit: size for unit, size in sizes.items() if size is not None}
+        if self.allocation is not None:
+            allocation.check_packs(fit, self.tensor_parallel)
         if not sizes:
             raise CompressError("the allocation leaves every unit at 16 bits: nothing to quantize")
         if not fit:

@@ -35,7 +35,7 @@ from quant_methods.roundings.gptq import GPTQ
 from quant_methods.search_request import TARGETS, SearchRequest
 
 KIND = "level-database"
-_REVISION = 2  # raised when the same request would give another database than before
+_REVISION = 3  # raised when the same request would give another database than before
 
 
 def search(
@@ -75,6 +75,7 @@ def search(
             "quantize it without a search"
         )
     plan = Plan("levels", given.grids(config))
+    _check_levels(given, levels, plan, config)
     counted = UnitSizes.counted(plan.grids, given, levels, config)
     _check_budget(request, counted)
     request.check_text()
@@ -186,6 +187,19 @@ def _texts(
     if every is None:
         return None
     return every[: given.samples].clone(), every[given.samples :].clone()
+
+
+def _check_levels(given: GridSettings, levels: tuple[int, ...], plan: Plan, config: Any) -> None:
+    """Raise CompressError when linears of the lowest level do not pack at another."""
+    for bits in levels:
+        if bits == SIXTEEN:
+            continue
+        level = given.model_copy(update={"bits": bits}).grids(config)
+        if left := sorted(plan.grids.keys() - level.keys()):
+            raise CompressError(
+                f"the channels of {left[0]} on {given.tensor_parallel} ranks do not pack in {bits} "
+                "bits; leave the level out with --levels"
+            )
 
 
 def _check_budget(request: SearchRequest, counted: UnitSizes) -> None:

@@ -244,11 +244,16 @@ def _problems_at_load(
             f"--load-format {config.load_config.load_format} cannot be quantized at load; leave it "
             "at auto or quantize offline with `vllm-compress quantize`"
         )
-    if parallel.enable_ep_weight_filter:
+    skipped = None
+    experts = config.model_config.is_moe and parallel.enable_expert_parallel
+    if experts and parallel.enable_ep_weight_filter and not parallel.enable_eplb:
+        skipped = "--enable-ep-weight-filter reads the experts of one rank alone"
+    elif config.is_mm_encoder_only:
+        skipped = "an engine of the encoder alone (--mm-encoder-only) reads no decoder"
+    if skipped is not None:
         problems.append(
-            "--enable-ep-weight-filter reads the experts of one rank alone, and quantizing at load "
-            "reads the whole checkpoint; remove the flag, or quantize offline with `vllm-compress "
-            "quantize`"
+            f"{skipped}, and quantizing at load reads the whole checkpoint; remove the flag or "
+            "--quantization, or quantize offline with `vllm-compress quantize`"
         )
     return problems
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from compress_common.errors import CompressError
 from compress_common.store import Store, digest
+from compress_common.tensor_file import save_tensors
 
 KIND = "calibration-stage"
 _FILE = "stage.safetensors"
@@ -111,11 +112,11 @@ class Stages:
         """Store a stage. Returns its folder; None: it could not be stored."""
 
         def build(folder: Path) -> None:
-            save_file(tensors, folder / _FILE, metadata={_KEY: str(self.key)})
+            save_tensors(tensors, folder / _FILE, metadata={_KEY: str(self.key)})
 
         try:
             kept = self.store.make(self.kind, entry, build)
-        except (CompressError, OSError, SafetensorError) as error:  # safetensors has its own
+        except (CompressError, OSError) as error:
             self._lost(str(error), error)
             return None
         if self.store.root not in kept.parents:  # said once by the store, not for every stage

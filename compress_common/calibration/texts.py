@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from compress_common.calibration.text import (
     SELF,
@@ -17,8 +17,10 @@ from compress_common.calibration.text import (
 )
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.checkpoints.identity import tensor_digest
+from compress_common.errors import CompressError
 from compress_common.progress import Progress
 from compress_common.store import Store, digest
+from compress_common.tensor_file import save_tensors
 
 KIND = "calibration-text"
 _TOKENS = "tokens.safetensors"
@@ -90,7 +92,14 @@ def stored_tokens(
     def build(folder: Path) -> None:
         start = start_token(checkpoint.tokenizer)
         tokens = sampled_tokens(settings, model, start, progress)
-        save_file({"tokens": tokens}, folder / _TOKENS)
+        save_tensors({"tokens": tokens}, folder / _TOKENS)
 
-    folder = Store().make(KIND, _text_key(checkpoint, settings, dtype), build)
+    store = Store()
+    try:
+        folder = store.make(KIND, _text_key(checkpoint, settings, dtype), build)
+    except OSError as error:
+        raise CompressError(
+            f"cannot write the sampled text to {store.root}: {error.strerror or error}; set "
+            "VLLM_COMPRESS_CACHE to a writable folder with free space"
+        ) from error
     return load_file(folder / _TOKENS)["tokens"]

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.checkpoints.folder import INDEX
 from compress_common.progress import Progress, silent
+from compress_common.tensor_file import save_tensors
 
 # Of source weights. While a shard is written, it is in memory twice.
 SHARD_BYTES = 1 << 30
@@ -82,8 +82,8 @@ def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     temporary.touch()
     mode = stat.S_IMODE(temporary.stat().st_mode)  # as the umask has it
     contents = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contents, temporary, metadata={"format": "pt"})
-    temporary.chmod(mode)  # save_file makes files that only we can read
+    save_tensors(contents, temporary, metadata={"format": "pt"})
+    temporary.chmod(mode)  # safetensors makes files that only we can read
     os.replace(temporary, file)
 
 

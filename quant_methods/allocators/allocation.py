@@ -2,6 +2,7 @@
 """The bits of each unit of a model, as ``vllm-compress search`` writes them."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -64,6 +65,21 @@ class Allocation(BaseModel):
         ]
         if problems:
             raise joined(problems)
+
+    def check_packs(self, fit: Collection[str], ranks: int) -> None:
+        """Raise CompressError when units would stay at 16 bits that are given fewer.
+
+        Args:
+            fit: Units whose channels pack in the bits that they are given.
+            ranks: That serve the model.
+        """
+        left = [unit for unit, bits in self.bits.items() if bits != SIXTEEN and unit not in fit]
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            raise CompressError(
+                f"the allocation gives {left[0]}{more} {self.bits[left[0]]} bits, in which its "
+                f"channels on {ranks} ranks do not pack; give it 16 bits, or others"
+            )
 
     def checked(self, units: dict[str, tuple[str, ...]]) -> dict[str, int]:
         """Return ``bits`` after a comparison with a model.

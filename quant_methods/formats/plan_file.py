@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from compress_common.checkpoints.identity import tensor_digest
 from compress_common.errors import CompressError
 from compress_common.store import digest
 from compress_common.structure.structure import Structure
+from compress_common.tensor_file import save_tensors
 from quant_methods.formats.packed import PackedWeight
 from quant_methods.formats.plan import Plan
 from quant_methods.grid import Grid
@@ -24,7 +24,7 @@ SCHEMA_VERSION = 5
 def save_plan(plan: Plan, path: Path) -> None:
     """Write a plan to a new file."""
     header = _header(plan) | {"report": plan.report}
-    save_file(_tensors(plan), path, metadata={"plan": json.dumps(header)})
+    save_tensors(_tensors(plan), path, metadata={"plan": json.dumps(header)})
 
 
 def plan_digest(plan: Plan) -> str:

@@ -3,6 +3,7 @@
 
 import functools
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ def estimate(
     compressed = sizes_of(checkpoint, grids, tied=False, embedding=embedding)
     own, mapped = working_memory(checkpoint, device, calibrates=request.calibrates)
     saved = compressed.original - compressed.compressed()
+    for name, (shape, size) in checkpoint.shapes().items():
+        if checkpoint.names.inner(name) is not None:  # the decoder is written in 16 bits
+            saved += max(0, size - 2 * prod(shape))
     return Estimate(memory=own + mapped, program=PROGRAM, disk=max(total - saved, total // 16))
 
 

@@ -18,6 +18,7 @@ from compress_common.checkpoints.local import local_folder, text_config
 from compress_common.errors import joined
 from compress_common.structure.derive import structure_of
 from kv_policies.layout.base import Layout
+from quant_methods.allocators.allocation import read_allocation
 from quant_methods.formats.checkpoint_formats import MARKER
 from quant_methods.formats.sizes import Packing, sizes_of
 from quant_methods.registry import methods
@@ -48,7 +49,7 @@ def weight_footprint(
     *,
     revision: str | None = None,
     download_dir: str | None = None,
-    tensor_parallel: int = 1,
+    tensor_parallel: int | None = None,
     packing: Packing = "checkpoint",
 ) -> Footprint | None:
     """Compute the bytes of a model's weights on all ranks, at 16 bits and as served.
@@ -60,7 +61,7 @@ def weight_footprint(
         settings: ``compress.weights``.
         revision: of the hub id.
         download_dir: the hub cache.
-        tensor_parallel: number of ranks.
+        tensor_parallel: number of ranks; None: those that an allocation was searched for, else 1.
         packing: how the kernel stores int4.
 
     Returns:
@@ -79,7 +80,9 @@ def weight_footprint(
     if not (written and MARKER in written):
         if quantization in methods():
             structure_of(config)
-            request = (settings or WeightSettings()).request(str(quantization), tensor_parallel)
+            given = settings or WeightSettings()
+            ranks = tensor_parallel or _searched_ranks(given)
+            request = given.request(str(quantization), ranks)
             request.check_head(checkpoint)
             chosen = request.build().settings
             grids, embedding = chosen.grids(config), chosen.embedding_grid(config)
@@ -88,6 +91,11 @@ def weight_footprint(
     tied = bool(config.tie_word_embeddings) and not checkpoint.own_head
     sizes = sizes_of(checkpoint, grids, tied, embedding)
     return Footprint(sizes.original, sizes.compressed(packing))
+
+
+def _searched_ranks(settings: WeightSettings) -> int:
+    file = (settings.model_extra or {}).get("allocation")
+    return 1 if file is None else int(read_allocation(file).grid.get("tensor_parallel", 1))
 
 
 def layer_token_bytes(config: Any, dtype: torch.dtype, cache_dtype: str = "auto") -> int:

@@ -3,6 +3,7 @@
 
 import json
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -137,10 +138,12 @@ def search(
         draw(made, figure, Path(model).name)
         with whole_file(plot) as partial:
             figure.savefig(partial)
-    folder = database_folder()
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    folder, taken = database_folder(), ""
+    with suppress(OSError):  # files of another search may go while they are counted
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        taken = f" ({mib(size)} of all models)"
     err.print(
-        f"the levels stay in {folder} for other budgets and methods ({mib(size)} of all models); "
+        f"the levels stay in {folder} for other budgets and methods{taken}; "
         "remove the folder to free the space",
         highlight=False,
         soft_wrap=True,

@@ -25,7 +25,7 @@ from quant_methods.formats.checkpoint_formats import (
 from quant_methods.grid import Grid
 from quant_methods.registry import served_methods
 from vllm_plugin.quantization.cpu_experts import CompressedTensorsCpuExperts
-from vllm_plugin.quantization.cpu_int4 import Activations, resolve_activations
+from vllm_plugin.quantization.cpu_int4 import SETTING, Activations, resolve_activations
 from vllm_plugin.quantization.embedding import QuantizedEmbedding
 from vllm_plugin.quantization.scheme import Int4Scheme
 
@@ -106,8 +106,8 @@ class MethodConfig(CompressedTensorsConfig):
             except NotImplementedError as error:
                 if self.activations == "int8":  # asked for, not chosen
                     raise CompressError(
-                        f"compress.weights.activations is int8, and vLLM's int8 kernel does not "
-                        f"take these experts: {error}; set it to auto or bf16"
+                        f"{SETTING} is 'int8', and vLLM's kernel does not take these experts: "
+                        f"{error}; use 'auto' or 'bf16'"
                     ) from error
         return CompressedTensorsCpuExperts(scheme["weights"], layer.moe_config)
 

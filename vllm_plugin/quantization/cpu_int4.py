@@ -73,15 +73,25 @@ class CpuInt4LinearKernel(MPLinearKernel):
         # The AMX kernel always needs zero points, so they need a name.
         w_zp_param_name = w_zp_param_name or "weight_zero_point"
         super().__init__(c, w_q_param_name, w_s_param_name, w_zp_param_name)
-        self.activations = resolve_activations(activations)
-        outputs = c.partition_weight_shape[1]
-        if self.activations == "int8" and outputs % 32:
-            if activations == "int8":
-                raise ValueError(
+        self.activations = self.served_activations(c, activations)
+
+    @staticmethod
+    def served_activations(c: MPLinearLayerConfig, requested: str) -> Literal["bf16", "int8"]:
+        """Return what the activations of a layer are multiplied in.
+
+        Raises:
+            CompressError: As of `resolve_activations`, or "int8" and the kernel for AMX does not
+                take the layer.
+        """
+        kind, outputs = resolve_activations(requested), c.partition_weight_shape[1]
+        if kind == "int8" and outputs % 32:
+            if requested == "int8":
+                raise CompressError(
                     f"{SETTING} is 'int8', which needs output sizes that are multiples of 32, and "
                     f"a layer has {outputs}; use 'auto' or 'bf16'"
                 )
-            self.activations = "bf16"
+            return "bf16"
+        return kind
 
     @classmethod
     def get_min_capability(cls) -> int:

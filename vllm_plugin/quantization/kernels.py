@@ -20,12 +20,13 @@ from compress_common.structure.wrapper import language_config
 from vllm_plugin.quantization.config import MethodConfig
 from vllm_plugin.quantization.cpu_experts import BITS as EXPERT_BITS
 from vllm_plugin.quantization.cpu_experts import experts_problem
-from vllm_plugin.quantization.cpu_int4 import CpuInt4LinearKernel, resolve_activations
+from vllm_plugin.quantization.cpu_int4 import SETTING, CpuInt4LinearKernel, resolve_activations
 from vllm_plugin.quantization.embedding import embedding_kernel
 from vllm_plugin.quantization.scheme import kernel_type
 
 # Bits of routed experts for which vLLM has kernels on CUDA (Marlin, Triton), by symmetry.
 _CUDA_EXPERTS = {True: (4, 8), False: (4,)}
+_NOT_FOR_AMX = 32  # input channels of a group that vLLM's kernel of experts does not take
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,7 @@ def kernel_problems(config: VllmConfig) -> list[str]:
     problems = []
     rounded = getattr(config.quant_config, "activations", None) == "int8"
     if rounded and not current_platform.is_cpu():
-        problems.append(
-            "compress.weights.activations is int8, which only kernels for CPUs do; remove it"
-        )
+        problems.append(f"{SETTING} is 'int8', which only kernels for CPUs do; remove it")
     found: dict[str, list[str]] = {}
     for unit in _units(config):
         try:
@@ -127,8 +126,11 @@ def _described(config: VllmConfig, unit: _Unit) -> str:
             f"{reason}, and vLLM's own int4 kernel needs AVX-512, which this processor lacks; use "
             "--dtype bfloat16"
         )
+    asked = config.quant_config.activations
+    if current_platform.is_cpu() and not ours and asked == "int8":
+        raise CompressError(f"{SETTING} is 'int8', and {reason}; use 'auto' or 'bf16'")
     if ours:
-        kind = resolve_activations(config.quant_config.activations)
+        kind = CpuInt4LinearKernel.served_activations(layer, asked)
         name = f"{CpuInt4LinearKernel.__name__}, {kind} activations"
     if layer.weight_type.size_bits != bits:
         name += f", {bits} bits unpacked to {layer.weight_type.size_bits}"
@@ -177,6 +179,11 @@ def _experts_described(config: VllmConfig, unit: _Unit, structure: Structure) ->
             raise CompressError(problem)
         asked = config.quant_config.activations
         if resolve_activations(asked) == "int8":
+            if asked == "int8" and (not weights.symmetric or size == _NOT_FOR_AMX):
+                raise CompressError(
+                    f"{SETTING} is 'int8', which vLLM's kernel of experts takes with symmetric "
+                    f"weights in groups other than {_NOT_FOR_AMX}; use 'auto' or 'bf16'"
+                )
             where = " where it takes them, else CompressedTensorsCpuExperts"
             return f"vLLM's for AMX{where if asked == 'auto' else ''}; {text}"
         return f"CompressedTensorsCpuExperts, bf16 activations; {text}"

@@ -55,4 +55,6 @@ def quantize_command(model: str, request: PlanRequest, target: str) -> str:
             words += ["--set", f"{name}={text}"]
     words += ["--calibration", given.source, "--samples", str(given.samples)]
     words += ["--length", str(given.length)]
+    if given.seed:
+        words += ["--seed", str(given.seed)]
     return shlex.join(words)

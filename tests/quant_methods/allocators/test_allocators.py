@@ -351,3 +351,31 @@ def final(blocks: Blocks) -> torch.Tensor:
     for index in range(len(blocks)):
         hidden = blocks.run(index, hidden)
     return hidden
+
+
+def test_a_probe_rounds_activations_where_the_served_kernel_does(
+    tiny_model: Callable[..., Path],
+) -> None:
+    model = load(tiny_model("qwen2"), torch.float32)
+    given, arch = (
+        SmoothQuantPlusSettings(group_size=32, eight_bit="w8a8"),
+        structure_of(model.config),
+    )
+    blocks = Blocks(model, arch, TOKENS, chunk_tokens=32)
+    plan = Plan("levels", given.grids(model.config))
+    database = build_levels(plan, blocks, GPTQ(), lambda bits, _: given.grid(bits, 32), (4, 8))
+    eight = dict.fromkeys(arch.all_units, 8)
+    probed = ModelProbe(blocks, database)(eight)
+    reference = NextTokenReference(model, arch, final(blocks))
+    chosen = database.chosen(eight, arch.all_units)
+    with_plan(model, chosen, rounded=True)  # changes the model
+    weights_alone = reference.divergence(final(blocks))
+
+    def eight_bits(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        largest = inputs[0].double().abs().amax(-1, keepdim=True)
+        return (((inputs[0].double() * 127 / largest).round() * largest / 127).float(),)
+
+    for name in chosen.grids:
+        model.get_submodule(name).register_forward_pre_hook(eight_bits)
+    assert probed == pytest.approx(reference.divergence(final(blocks)), rel=1e-2)
+    assert probed > 1.5 * weights_alone

@@ -95,7 +95,7 @@ def test_an_interrupted_run_goes_on(
     count = len(list(whole.glob("*.safetensors")))
     assert count > 3
     stop, written = random_numbers().randrange(1, count), list[str]()
-    save = shards.save_file
+    save = shards.save_tensors
 
     def save_some(tensors: dict, file: Path, **kwargs: object) -> None:
         if len(written) == stop:
@@ -103,7 +103,7 @@ def test_an_interrupted_run_goes_on(
         written.append(file.name)
         save(tensors, file, **kwargs)
 
-    monkeypatch.setattr(shards, "save_file", save_some)
+    monkeypatch.setattr(shards, "save_tensors", save_some)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(source, target, request_for())
     assert not target.exists()
@@ -113,7 +113,7 @@ def test_an_interrupted_run_goes_on(
         written.append(file.name)
         save(tensors, file, **kwargs)
 
-    monkeypatch.setattr(shards, "save_file", save_rest)
+    monkeypatch.setattr(shards, "save_tensors", save_rest)
     quantize_checkpoint(source, target, request_for())
     assert len(written) == count - stop
     for file in whole.glob("*.safetensors"):
@@ -128,7 +128,7 @@ def test_shards_of_a_plan_that_is_lost_are_not_kept(
     """The cache is deleted between the runs, and the same request gives another plan."""
     source, target, whole = tiny_model("qwen2"), tmp_path / "out", tmp_path / "whole"
     monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
-    save, saved = shards.save_file, []
+    save, saved = shards.save_tensors, []
 
     def save_three(*args: object, **kwargs: object) -> None:
         if len(saved) == 3:
@@ -137,7 +137,7 @@ def test_shards_of_a_plan_that_is_lost_are_not_kept(
         save(*args, **kwargs)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shards, "save_file", save_three)
+        patch.setattr(shards, "save_tensors", save_three)
         quantize_checkpoint(source, target, request_for())
     first, _ = obtain_plan(Checkpoint(source), request_for())
     shutil.rmtree(tmp_path / "cache")
@@ -170,7 +170,7 @@ def test_a_full_disk_names_the_folder(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "save_file", full)
+    monkeypatch.setattr(shards, "save_tensors", full)
     with pytest.raises(CompressError, match="No space left.*same command"):
         quantize_checkpoint(tiny_model("llama"), tmp_path / "out", request_for())
     assert not (tmp_path / "out").exists()
