@@ -75,7 +75,7 @@ def search(
             "quantize it without a search"
         )
     plan = Plan("levels", given.grids(config))
-    _check_levels(given, levels, plan, config)
+    _check_levels(given, levels, config)
     counted = UnitSizes.counted(plan.grids, given, levels, config)
     _check_budget(request, counted)
     request.check_text()
@@ -189,13 +189,16 @@ def _texts(
     return every[: given.samples].clone(), every[given.samples :].clone()
 
 
-def _check_levels(given: GridSettings, levels: tuple[int, ...], plan: Plan, config: Any) -> None:
-    """Raise CompressError when linears of the lowest level do not pack at another."""
-    for bits in levels:
-        if bits == SIXTEEN:
-            continue
-        level = given.model_copy(update={"bits": bits}).grids(config)
-        if left := sorted(plan.grids.keys() - level.keys()):
+def _check_levels(given: GridSettings, levels: tuple[int, ...], config: Any) -> None:
+    """Raise CompressError when linears of one level do not pack at another."""
+    packed = {
+        bits: given.model_copy(update={"bits": bits}).grids(config).keys()
+        for bits in levels
+        if bits != SIXTEEN
+    }
+    every = set().union(*packed.values())
+    for bits, linears in packed.items():
+        if left := sorted(every - linears):
             raise CompressError(
                 f"the channels of {left[0]} on {given.tensor_parallel} ranks do not pack in {bits} "
                 "bits; leave the level out with --levels"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model and a budget to an allocation: what it holds, and what interrupts it."""
 
+import json
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from quant_methods.calibration.entropy import cluster_entropy, mean_ranks
 from quant_methods.calibration.levels import build_levels
 from quant_methods.calibration.model_probe import ModelProbe
 from quant_methods.formats.plan import Plan
+from quant_methods.methods.smoothquant_plus import SmoothQuantPlusSettings
 from quant_methods.roundings.nearest import Nearest
 from quant_methods.search_request import SearchRequest
 from quant_methods.searching import search
@@ -72,6 +74,20 @@ def stopping(owner: object, name: str, at: int, error: BaseException) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, stopped)
         yield done
+
+
+def test_levels_that_do_not_pack_are_refused(
+    tiny_model: Callable[..., Path], request_for: Callable, tmp_path: Path
+) -> None:
+    """264 channels are whole words of 4 bits, and not of 3."""
+    checkpoint = Checkpoint(tiny_model("llama", intermediate_size=264))
+    with pytest.raises(CompressError, match=r"gate_proj on 1 ranks do not pack in 3 bits.*levels"):
+        search(checkpoint, request_for(levels=(3, 4)))
+    file = tmp_path / "bits.json"
+    file.write_text(json.dumps({"bits": {"model.layers.1.gate_up": 3}}))
+    told = r"gives model.layers.1.gate_up 3 bits, in which its channels on 1 ranks do not pack"
+    with pytest.raises(CompressError, match=told):
+        SmoothQuantPlusSettings(group_size=32, allocation=str(file)).grids(checkpoint.hf_config)
 
 
 def test_an_interrupted_search_ends_as_if_it_had_not_been(

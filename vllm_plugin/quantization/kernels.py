@@ -120,15 +120,16 @@ def _described(config: VllmConfig, unit: _Unit) -> str:
             name = choose_mp_linear_kernel(layer).__name__
     except ValueError as error:
         raise CompressError(_no_kernel(bits, layer, str(error))) from error
+    asked = config.quant_config.activations
     ours, reason = CpuInt4LinearKernel.can_implement(layer)
+    if current_platform.is_cpu() and not ours and asked == "int8":
+        resolve_activations(asked)  # raises without AMX
+        raise CompressError(f"{SETTING} is 'int8', and {reason}; use 'auto' or 'bf16'")
     if current_platform.is_cpu() and not ours and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         raise CompressError(
             f"{reason}, and vLLM's own int4 kernel needs AVX-512, which this processor lacks; use "
             "--dtype bfloat16"
         )
-    asked = config.quant_config.activations
-    if current_platform.is_cpu() and not ours and asked == "int8":
-        raise CompressError(f"{SETTING} is 'int8', and {reason}; use 'auto' or 'bf16'")
     if ours:
         kind = CpuInt4LinearKernel.served_activations(layer, asked)
         name = f"{CpuInt4LinearKernel.__name__}, {kind} activations"

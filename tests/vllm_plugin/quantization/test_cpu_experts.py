@@ -34,6 +34,7 @@ from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import Grid, QuantizedWeight, quantize
 from quant_methods.plan_request import PlanRequest
 from tests.support.generate import generate
+from vllm_plugin.quantization import cpu_int4
 from vllm_plugin.quantization.cpu_experts import (
     CompressedTensorsCpuExperts,
     _packed,
@@ -169,6 +170,27 @@ def test_a_written_mixture_is_served_as_one_quantized_at_load(
     written = generate(tmp_path / "out", PROMPTS, enforce_eager=False, **options)
     assert written["quantization"] == at_load["quantization"] == "smoothquant_plus"
     assert written["tokens"] == at_load["tokens"]
+
+
+def test_int8_is_refused_for_experts_that_no_kernel_takes_so(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is calibrated. Layers without experts are asked by their own kernel."""
+    vllm_plugin.register()
+    monkeypatch.setattr(cpu_int4, "_has_amx", lambda: True)
+    for dtype, said in (
+        ("bfloat16", "kernel of experts takes with symmetric weights in groups other than 32"),
+        ("float16", "takes activations of torch.bfloat16, not torch.float16; use 'auto'"),
+    ):
+        with pytest.raises(CompressError, match=said):
+            EngineArgs(
+                model=str(tiny_model("mixtral")),
+                quantization="rtn",
+                dtype=dtype,
+                additional_config={
+                    "compress": {"weights": {"group_size": 32, "activations": "int8"}}
+                },
+            ).create_engine_config()
 
 
 def test_what_experts_need_is_refused_at_start(tiny_model: Callable[..., Path]) -> None:

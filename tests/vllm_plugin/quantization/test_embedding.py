@@ -27,6 +27,7 @@ from vllm.plugins import load_general_plugins
 
 from compress_common.calibration.text import CalibrationSettings
 from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.errors import CompressError
 from compress_common.structure.structure import EMBEDDINGS
 from quant_methods.base import GridSettings
 from quant_methods.formats.checkpoint_formats import NEEDS_PLUGIN, compressed_tensors_config
@@ -200,6 +201,19 @@ def test_raw_and_written_models_answer_as_the_reference(
             logits = reference(ids[None]).logits[0, :-1].log_softmax(-1)
         expected = -logits[torch.arange(len(ids) - 1), ids[1:]]
         torch.testing.assert_close(torch.tensor(nats), expected, rtol=0, atol=0.08)
+
+
+def test_bytes_of_an_allocation_are_those_of_its_ranks(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """``plan`` is not told the ranks, and the file is."""
+    model, searched = tiny_model("llama"), tmp_path / "bits.json"
+    content = {"bits": {"model.layers.0.qkv": 4}, "grid": {"tensor_parallel": 2}}
+    searched.write_text(json.dumps(content))
+    settings = WeightSettings(group_size=32, allocation=str(searched))
+    assert weight_footprint(model, "rtn", settings) is not None
+    with pytest.raises(CompressError, match="searched with tensor_parallel 2, not 1"):
+        weight_footprint(model, "rtn", settings, tensor_parallel=1)
 
 
 @pytest.mark.parametrize("kind", sorted(GRIDS))

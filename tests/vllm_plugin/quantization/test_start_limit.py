@@ -70,3 +70,9 @@ def test_the_command_asks_for_the_same_plan() -> None:
     assert given["settings"] == ["bits=3", "symmetric=true", "rounding=gptq"]
     assert (given["samples"], given["length"], given["tensor_parallel_size"]) == (8, 64, 2)
     assert (given["calibration"], given["method"]) == ("some text.txt", "smoothquant_plus")
+
+
+def test_the_command_names_the_seed_of_sampled_text() -> None:
+    request = PlanRequest(calibration={"samples": 8, "length": 64, "seed": 5})
+    command = start_limit.quantize_command("org/model", request, "out")
+    assert command.endswith("--samples 8 --length 64 --seed 5")

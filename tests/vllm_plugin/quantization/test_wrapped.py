@@ -8,8 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from vllm.engine.arg_utils import EngineArgs
 
+import vllm_plugin
 from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.errors import CompressError
 from quant_methods.formats.plan import Plan
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import QuantizedWeight
@@ -38,6 +41,13 @@ SLOW = [
     ),
 ]
 CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+
+
+def test_an_encoder_alone_is_not_quantized_at_load(tmp_path: Path, demo_model: Path) -> None:
+    folder = wrapped.make("qwen3 vl", tmp_path / "model", demo_model)
+    vllm_plugin.register()
+    with pytest.raises(CompressError, match=r"--mm-encoder-only\) reads no decoder"):
+        EngineArgs(str(folder), quantization="rtn", mm_encoder_only=True).create_engine_config()
 
 
 @pytest.mark.parametrize(("family", "method", "settings", "at_load"), CASES)
