@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job on the real engine: 16-bit, written and exported checkpoints answer alike."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress_common.calibration.text import CalibrationSettings
 from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.structure.derive import structure_of
 from quant_methods.formats.writing import quantize_checkpoint
 from quant_methods.grid import QuantizedWeight
 from quant_methods.plan_request import PlanRequest
@@ -115,6 +117,25 @@ def test_stock_vllm_serves_the_awq_export(demo_model: Path, tmp_path: Path) -> N
     quantize_checkpoint(demo_model, tmp_path / "awq", request, format_name="awq")
     stock = generate(tmp_path / "awq", PROMPTS[:2], env={"VLLM_PLUGINS": ""})
     assert "Paris" in stock["texts"][0]
+
+
+def test_a_mixed_checkpoint_answers_with_and_without_the_plugin(
+    demo_model: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """4 bits in even layers, 8 in odd ones. Stock vLLM needs an int4 kernel of its own."""
+    units = structure_of(Checkpoint(demo_model).hf_config).all_units
+    bits = {unit: 8 if int(unit.split(".")[2]) % 2 else 4 for unit in units}
+    allocation = tmp_path / "bits.json"
+    allocation.write_text(json.dumps({"bits": bits}))
+    mixed = {"allocation": str(allocation), "group_size": 64}
+    quantize_checkpoint(demo_model, tmp_path / "mixed", PlanRequest(method="rtn", settings=mixed))
+    ours = generate(tmp_path / "mixed", PROMPTS[:4], env=SAME_ROUNDING)
+    assert ours["quantization"] == "rtn" and "Paris" in ours["texts"][0]
+    request.getfixturevalue("stock_int4")
+    stock = generate(tmp_path / "mixed", PROMPTS[:4], env={"VLLM_PLUGINS": ""})
+    assert stock["quantization"] == "compressed-tensors" and "Paris" in stock["texts"][0]
+    nats = [torch.tensor(sum(x["prompt_nats"], [])) for x in (stock, ours)]
+    assert (nats[0] - nats[1]).mean().abs() < 0.1
 
 
 @torch.no_grad()

@@ -228,7 +228,7 @@ def test_shards_of_other_weights_are_not_kept(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
-    save, saved = shards.save_file, []
+    save, saved = shards.save_tensors, []
 
     def interrupted(*args: object, **kwargs: object) -> None:
         if len(saved) == 3:
@@ -236,10 +236,10 @@ def test_shards_of_other_weights_are_not_kept(
         saved.append(args)
         save(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards, "save_file", interrupted)
+    monkeypatch.setattr(shards, "save_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(copy, tmp_path / "out", RTN)
-    monkeypatch.setattr(shards, "save_file", save)
+    monkeypatch.setattr(shards, "save_tensors", save)
     file = copy / "model.safetensors"
     start, header = header_of(file)
     flip(file, start + header["model.embed_tokens.weight"]["data_offsets"][0])
