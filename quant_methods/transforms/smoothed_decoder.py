@@ -8,7 +8,7 @@ from typing import Literal, Self
 import torch
 
 from compress_common.calibration.blocks import Blocks
-from compress_common.calibration.collectors import Energies, Maxima
+from compress_common.calibration.collectors import Collector, Energies, Maxima
 from compress_common.progress import Progress
 from compress_common.structure.experts import shown_all
 from compress_common.structure.layer_structure import Fold
@@ -105,29 +105,28 @@ class SmoothedDecoder:
                 hidden = blocks.run(index, hidden, (maxima, energies), out=hidden)
                 for key, collector in (("amax", maxima), ("mean_square", energies)):
                     for name in sorted(collector.linears):
-                        few = self._saw_few(index, name, energies.tokens[name])
-                        reader = kind.first_sharing[name] if few and name in kind.names else name
-                        alike = few and reader == name
-                        value = torch.ones(few) if alike else collector.value(reader)
-                        kept[f"{index}:{key}:{name}"] = value
+                        kept[f"{index}:{key}:{name}"] = self._value(index, name, collector)
                 for fold in self.folds[index]:
                     weights = [block.get_submodule(c).weight for c in fold.consumers]
                     wmax = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
                     kept[f"{index}:wmax:{fold.consumers[0]}"] = wmax
         return kept | {"final": hidden}
 
-    def _saw_few(self, index: int, name: str, tokens: int) -> int:
-        """Return the inputs of a linear of an expert that too few tokens went to; 0: enough did.
+    def _value(self, index: int, name: str, collector: Collector) -> torch.Tensor:
+        """Return a statistic of a linear's inputs.
 
-        What all tokens give then stands for it, and where nothing does, its inputs count alike.
+        Where too few tokens went to an expert, what all tokens give stands for it. Where there is
+        no such thing, all its inputs count alike.
         """
         kind = self.layers[index]
-        if self.everyone or name not in kind.routed:
-            return 0
-        inputs = kind.shapes[name][1]
-        if name not in self.grids[index]:  # it stays at 16 bits: any token will do
-            return 0 if tokens else inputs
-        return inputs if tokens < enough_tokens(self.grids[index][name], inputs) else 0
+        if name in kind.routed and not self.everyone:
+            grid, inputs = self.grids[index].get(name), kind.shapes[name][1]
+            # Without a grid it stays at 16 bits: any token will do.
+            enough = 1 if grid is None else enough_tokens(grid, inputs)
+            if collector.tokens[name] < enough:
+                reader = kind.first_sharing[name]
+                return torch.ones(inputs) if reader == name else collector.value(reader)
+        return collector.value(name)
 
     def vectors(self, index: int, alpha: float) -> dict[Fold, torch.Tensor]:
         """Return the smoothing vector of each fold of a block, by channel of its producer.
