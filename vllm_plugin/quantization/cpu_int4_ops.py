@@ -290,12 +290,16 @@ def cpu_w4a8_linear(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Multiply like `cpu_int4_linear`, with int8 activations and weights of `pack_w4a8`."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()  # vLLM's kernel assumes unit stride
-    n = scales.shape[0] * scales.shape[2]
-    # vLLM's kernel divides by M. Under torch.compile this test would add a guard, and vLLM never
-    # compiles an empty batch.
-    if not torch.compiler.is_compiling() and rows.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], n)
-    float_bias = None if bias is None else bias.float()
-    out = ops.int4_scaled_mm_cpu(rows, weights, zero_points, scales, float_bias)
-    return out.view(*x.shape[:-1], n)
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.float()
+    # vLLM's kernel assumes unit stride, and divides by M. Under torch.compile a test of M would add
+    # a guard, and vLLM never compiles an empty batch.
+    flat = x.dim() == 2 and x.is_contiguous()  # noqa: PLR2004
+    if flat and (torch.compiler.is_compiling() or len(x)):
+        # No views around it, which took 5 microseconds a call: this is run for each linear.
+        return ops.int4_scaled_mm_cpu(x, weights, zero_points, scales, bias)
+    shape = *x.shape[:-1], scales.shape[0] * scales.shape[2]
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if not torch.compiler.is_compiling() and not len(rows):
+        return x.new_empty(shape)
+    return ops.int4_scaled_mm_cpu(rows, weights, zero_points, scales, bias).view(shape)
