@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -123,6 +123,24 @@ class Store:
             f"no folder for the {kind}: {'; '.join(problems)}; set VLLM_COMPRESS_CACHE to a folder "
             "that only this user can write"
         )
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Give an error of the disk within the block its remedy.
+
+        Args:
+            what: What is written, as "the plan".
+
+        Raises:
+            CompressError: Of an OSError.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise CompressError(
+                f"cannot write {what} to {self.root}: {error.strerror or error}; set "
+                "VLLM_COMPRESS_CACHE to a writable folder with free space"
+            ) from error
 
     def report(self, step: str, done: int, total: int) -> None:
         """Tell the processes that wait for a build of this store how far it is. A ``Report``."""

@@ -18,7 +18,6 @@ from compress_common.checkpoints.loading import (
     load_model,
     release,
 )
-from compress_common.errors import CompressError
 from compress_common.progress import Progress, both, silent
 from compress_common.space import check_space
 from compress_common.store import Store
@@ -89,13 +88,8 @@ def obtain_plan(
         store.remove(KIND, key)
         checkpoint.forget_digests()
 
-    try:
+    with store.writing("the plan"):
         folder = store.make(KIND, key, build, progress)
-    except OSError as error:
-        raise CompressError(
-            f"cannot write the plan to {store.root}: {error.strerror or error}; set "
-            "VLLM_COMPRESS_CACHE to a writable folder with free space"
-        ) from error
     if made:  # the plan is in the store: its parts are not needed any more
         stages.clear()
     plan = made[0] if made else load_plan(folder / _FILE)

@@ -49,7 +49,8 @@ def demo_model_path() -> Path:
     store = Store()
     if (folder := store.find("demo-model", KEY)) is None:
         gguf_file = _find_gguf()
-        folder = store.make("demo-model", KEY, lambda scratch: _convert(gguf_file, scratch / NAME))
+        with store.writing("the demo model"):
+            folder = store.make("demo-model", KEY, lambda to: _convert(gguf_file, to / NAME))
     return folder / NAME
 
 

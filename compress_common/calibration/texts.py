@@ -17,7 +17,6 @@ from compress_common.calibration.text import (
 )
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.checkpoints.identity import tensor_digest
-from compress_common.errors import CompressError
 from compress_common.progress import Progress
 from compress_common.store import Store, digest
 from compress_common.tensor_file import save_tensors
@@ -95,11 +94,6 @@ def stored_tokens(
         save_tensors({"tokens": tokens}, folder / _TOKENS)
 
     store = Store()
-    try:
+    with store.writing("the sampled text"):
         folder = store.make(KIND, _text_key(checkpoint, settings, dtype), build)
-    except OSError as error:
-        raise CompressError(
-            f"cannot write the sampled text to {store.root}: {error.strerror or error}; set "
-            "VLLM_COMPRESS_CACHE to a writable folder with free space"
-        ) from error
     return load_file(folder / _TOKENS)["tokens"]

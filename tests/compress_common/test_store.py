@@ -10,6 +10,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from errno import ENOSPC
 from pathlib import Path
 from threading import Thread
 
@@ -445,6 +446,17 @@ def test_no_folder_at_all_is_one_error(store: Store, monkeypatch: pytest.MonkeyP
     with pytest.raises(CompressError, match="VLLM_COMPRESS_CACHE") as error:
         store.make("plan", KEY, never)
     assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_told_with_its_remedy(store: Store) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    with pytest.raises(CompressError) as error, store.writing("the plan"):
+        store.make("plan", KEY, full)
+    expected = f"cannot write the plan to {store.root}: No space left on device; set "
+    assert str(error.value).startswith(f"{expected}VLLM_COMPRESS_CACHE")
+    assert store.find("plan", KEY) is None
 
 
 def test_the_root_may_be_a_link_of_this_user(store: Store, tmp_path: Path) -> None:

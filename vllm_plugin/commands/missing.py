@@ -124,7 +124,9 @@ def default_bases(
             raise kind(f"vllm-compress calibrate-kv {checkpoint.folder} failed, see above")
         progress("fit bases", 1, 1)
 
-    return Store().make(KIND, _key(checkpoint, tensor_parallel), build) / _FILE
+    store = Store()
+    with store.writing("the bases"):
+        return store.make(KIND, _key(checkpoint, tensor_parallel), build) / _FILE
 
 
 def _ranks(tensor_parallel: int) -> list[str]:

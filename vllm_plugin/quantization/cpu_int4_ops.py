@@ -292,14 +292,13 @@ def cpu_w4a8_linear(
     """Multiply like `cpu_int4_linear`, with int8 activations and weights of `pack_w4a8`."""
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
-    # vLLM's kernel assumes unit stride, and divides by M. Under torch.compile a test of M would add
-    # a guard, and vLLM never compiles an empty batch.
-    flat = x.dim() == 2 and x.is_contiguous()  # noqa: PLR2004
-    if flat and (torch.compiler.is_compiling() or len(x)):
-        # No views around it, which took 5 microseconds a call: this is run for each linear.
-        return ops.int4_scaled_mm_cpu(x, weights, zero_points, scales, bias)
-    shape = *x.shape[:-1], scales.shape[0] * scales.shape[2]
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if not torch.compiler.is_compiling() and not len(rows):
-        return x.new_empty(shape)
-    return ops.int4_scaled_mm_cpu(rows, weights, zero_points, scales, bias).view(shape)
+    # vLLM's kernel assumes unit stride. A view takes microseconds, and this is run for each linear.
+    plain = x.dim() == 2 and x.is_contiguous()  # noqa: PLR2004
+    rows = x if plain else x.reshape(-1, x.shape[-1]).contiguous()
+    # It divides by M. Under torch.compile a test of M would add a guard, and vLLM never compiles an
+    # empty batch.
+    if torch.compiler.is_compiling() or len(rows):
+        out = ops.int4_scaled_mm_cpu(rows, weights, zero_points, scales, bias)
+    else:
+        out = x.new_empty(0, scales.shape[0] * scales.shape[2])
+    return out if plain else out.view(*x.shape[:-1], out.shape[1])

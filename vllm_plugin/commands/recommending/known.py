@@ -56,12 +56,16 @@ class Known:
         Args:
             question: All that the answer depends on beside the model and the machine.
             answer: Finds it out. Nothing is kept if it raises.
+
+        Raises:
+            CompressError: The answer cannot be kept.
         """
 
         def build(folder: Path) -> None:
             (folder / _FILE).write_text(json.dumps(answer()), encoding="utf-8")
 
-        return _read(self._store.make(KIND, self._key(question), build))
+        with self._store.writing("what was judged"):
+            return _read(self._store.make(KIND, self._key(question), build))
 
     @property
     def folder(self) -> Path:
