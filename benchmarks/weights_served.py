@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Options, Result, machine
+from benchmarks.common import Options, Result
 from benchmarks.engine import Engine, in_process
 from benchmarks.weights_judge import Bench, Contender, windows
-from benchmarks.weights_speed import TRUE_W4A16
+from benchmarks.weights_speed import TRUE_W4A16, no_amx, no_avx512
 
 WINDOWS = 4
 TOLERANCE = 0.03  # nats: what bfloat16 of an engine may add or take on so few windows
@@ -25,6 +25,10 @@ SERVED: dict[str, dict[str, Any]] = {
     "nats_default_int8": {},
     "nats_default_vllm_kernel": {"plugin": False, "env": TRUE_W4A16},
 }
+
+
+# Key -> says why this processor has no such engine.
+NEEDS = {"nats_default_int8": no_amx, "nats_default_vllm_kernel": no_avx512}
 
 
 def served(options: Options, bench: Bench, default: Contender, result: Result) -> None:
@@ -44,7 +48,7 @@ def served(options: Options, bench: Bench, default: Contender, result: Result) -
         written = Path(scratch) / "default"
         in_process(_write, default, bench, written, preloaded=options.smoke)
         for key, arguments in SERVED.items():
-            if why := _why_not(key):
+            if (needs := NEEDS.get(key)) and (why := needs()):
                 result.missing(key, why)
                 continue
             nats = engine(key, written, arguments)
@@ -53,16 +57,6 @@ def served(options: Options, bench: Bench, default: Contender, result: Result) -
             if key == "nats_default_served":
                 gap = abs(statistics.fmean(windows) - judged)
                 result.put("nats_default_served_gap", gap, tolerance=TOLERANCE)
-
-
-def _why_not(key: str) -> str | None:
-    """Say why this processor has no engine for a key; None: it has."""
-    features = machine()["cpu_features"]
-    if key == "nats_default_int8" and "amx_int8" not in features:
-        return "activations stay bf16 here: the CPU has no AMX"
-    if key == "nats_default_vllm_kernel" and "avx512f" not in features:
-        return "vLLM's own int4 kernel needs AVX-512"
-    return None
 
 
 def _write(contender: Contender, bench: Bench, target: Path) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of int4 weights: five engines of one random 1.1B Llama that take turns.
+"""Speed of int4 weights: up to five engines of one random 1.1B Llama that take turns.
 
-All serve the same weights, four of them from the same int4 checkpoint. Eager mode: compiling
-changes the linears, which are what differs here, in no way.
+All serve the same weights, all but one from the same int4 checkpoint. Eager mode: compiling changes
+the linears, which are what differs here, in no way.
 """
 
 import tempfile
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Options, Result, alternate, cache_folder
+from benchmarks.common import Options, Result, alternate, cache_folder, machine
 from benchmarks.engine import Engine
 from benchmarks.random_models import bench_model, write_rtn
 
@@ -40,6 +40,7 @@ EXTRAS = {
 def speed(options: Options, result: Result) -> None:
     """Fill decode_ratio_*, prefill_ratio and the comparisons with vLLM's own int4 kernel."""
     model = bench_model(options)
+    left_out = {name: why for name, needs in NEEDS.items() if (why := needs())}
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=cache_folder()))
         int4 = write_rtn(model, Path(scratch) / "int4", options)
@@ -53,11 +54,13 @@ def speed(options: Options, result: Result) -> None:
                 )
             )
             for name, (quantized, arguments) in CONTENDERS.items()
+            if name not in left_out
         }
         started = {name: engine.started for name, engine in engines.items()}
         result.details["speed_engines"] = started
-        for name in ("ours", "ours, bf16 activations"):
-            if started[name]["quantization"] != "rtn":  # then the figures would be vLLM's own
+        for name in started:
+            if name.startswith("ours") and started[name]["quantization"] != "rtn":
+                # The figures would be vLLM's own.
                 raise RuntimeError(f"{name} is served as {started[name]['quantization']}, not rtn")
 
         for batch, tokens in BATCHES.items():
@@ -70,7 +73,7 @@ def speed(options: Options, result: Result) -> None:
                 partial(_ask, engines, "decode", request),
                 f"decode, batch {batch}",
             )
-            _record(result, f"b{batch}", f"decode_ratio_b{batch}", samples)
+            _record(result, f"b{batch}", f"decode_ratio_b{batch}", samples, left_out)
         length = 64 if options.smoke else PREFILL
         samples = alternate(
             list(engines),
@@ -78,15 +81,44 @@ def speed(options: Options, result: Result) -> None:
             partial(_ask, engines, "prefill", {"tokens": length, "seed": options.seed}),
             "prefill",
         )
-        _record(result, "prefill", "prefill_ratio", samples)
+        _record(result, "prefill", "prefill_ratio", samples, left_out)
+
+
+def no_amx() -> str | None:
+    """Say why our activations are never int8 on this processor; None: they are."""
+    has = "amx_int8" in machine()["cpu_features"]
+    return None if has else "activations stay bf16 here: the CPU has no AMX"
+
+
+def no_avx512() -> str | None:
+    """Say why stock vLLM serves no int4 on this processor; None: it does."""
+    has = "avx512f" in machine()["cpu_features"]
+    return None if has else "vLLM's own int4 kernel needs AVX-512"
+
+
+# Contender -> says why it is left out.
+NEEDS = {
+    "ours, bf16 activations": no_amx,  # else they are those of "ours"
+    "vLLM W4A16": no_avx512,
+    "vLLM default": no_avx512,
+}
 
 
 def _ask(engines: dict[str, Engine], method: str, request: dict[str, int], name: str) -> float:
     return engines[name].ask(method, **request)
 
 
-def _record(result: Result, what: str, key: str, samples: dict[str, list[float]]) -> None:
+def _record(
+    result: Result,
+    what: str,
+    key: str,
+    samples: dict[str, list[float]],
+    left_out: dict[str, str],
+) -> None:
     result.details[f"tokens_per_s_{what}"] = samples
     result.ratio(key, samples["ours"], samples["bf16"])
     for name, (ours, theirs) in EXTRAS.items():
-        result.ratio(f"{name}_{what}", samples[ours], samples[theirs])
+        if why := left_out.get(ours) or left_out.get(theirs):
+            result.missing(f"{name}_{what}", why)
+        else:
+            result.ratio(f"{name}_{what}", samples[ours], samples[theirs])

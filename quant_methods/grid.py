@@ -67,6 +67,11 @@ class Grid:
         """Whether checkpoints hold its codes packed into words; False: one int8 each, for w8a8."""
         return not (self.bits == 8 and self.activations == "int8")
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether CPUs have kernels for it at all. Sizes and processors may rule them out."""
+        return self.bits <= 4 if self.packed else self.activations == "int8"
+
     def groups(self, in_features: int) -> int:
         """Return the number of groups of a row."""
         return 1 if self.group_size == PER_CHANNEL else in_features // self.group_size

@@ -13,7 +13,6 @@ from compress_common.calibration.text import CalibrationSettings
 from compress_common.checkpoints.checkpoint import Checkpoint
 from compress_common.errors import CompressError
 from compress_common.structure.derive import structure_of
-from quant_methods.allocators.allocation import LEVELS
 from quant_methods.allocators.base import Allocator
 from quant_methods.allocators.registry import build_allocator
 from quant_methods.base import GridSettings
@@ -84,7 +83,9 @@ class SearchRequest(BaseModel):
                 f"{_listed(servable)}. Leave them out of the levels{elsewhere}"
             )
         if not chosen or chosen == [SIXTEEN]:
-            raise CompressError(f"no level to quantize to; valid: {_listed(LEVELS)}")
+            raise CompressError(
+                f"no level to quantize to; the target {self.target} serves {_listed(target.levels)}"
+            )
         return tuple(chosen)
 
     def grid_settings(self) -> GridSettings:

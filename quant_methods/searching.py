@@ -91,6 +91,8 @@ def search(
     if known is not None:
         stages = Stages(_key(checkpoint, given, known[0], dtype), kind=KIND, required=True)
     _check_space(stages, plan, given, levels, config)
+    if stages is not None and (kept := _kept(stages, levels, config.num_hidden_layers)):
+        progress("found levels", kept, config.num_hidden_layers)
 
     allocator.images = None if images is None else images(progress)  # before the other model
     progress("load model", 0, 1)
@@ -221,6 +223,11 @@ def _check_budget(request: SearchRequest, counted: UnitSizes) -> None:
     )
 
 
+def _kept(stages: Stages, levels: tuple[int, ...], layers: int) -> int:
+    """Return how many layers of a database are there already."""
+    return sum(stages.has(stage_name(levels, index)) for index in range(layers))
+
+
 def _check_space(
     stages: Stages | None,
     plan: Plan,
@@ -228,7 +235,7 @@ def _check_space(
     levels: tuple[int, ...],
     config: Any,
 ) -> None:
-    """Raise CompressError when the rest of the database does not fit the disk.
+    """Raise CompressError when the rest of the database cannot be kept, or does not fit the disk.
 
     Args:
         stages: Where finished blocks are; None: nothing can be there yet.
@@ -238,9 +245,13 @@ def _check_space(
         config: The text model's ``transformers`` config.
     """
     structure, layers = structure_of(config), config.num_hidden_layers
-    missing = layers
-    if stages is not None:
-        missing = sum(not stages.has(stage_name(levels, index)) for index in range(layers))
+    missing = layers if stages is None else layers - _kept(stages, levels, layers)
+    store = Store()
+    if missing and store.place(KIND) != store.root:  # another place would not outlast the process
+        raise CompressError(
+            f"cannot keep the work in {store.root}; set VLLM_COMPRESS_CACHE to a folder with free "
+            "space that only this user can write"
+        )
     size = sum(
         packed_bytes(given.grid(bits, grid.group_size), *structure.shape(linear))
         for linear, grid in plan.grids.items()
@@ -248,7 +259,7 @@ def _check_space(
         if bits != SIXTEEN
     )
     what = f"the database of {len(levels)} levels"
-    need = Need(Store().root, size * missing / layers, what, "VLLM_COMPRESS_CACHE")
+    need = Need(store.root, size * missing / layers, what, "VLLM_COMPRESS_CACHE")
     try:
         check_space([need])
     except CompressError as error:

@@ -86,6 +86,12 @@ app.command("methods")(list_methods)
 app.command("demo-model")(demo_model)
 
 
+def _as_flag(line: str) -> str:
+    """Name the flag of a setting: ``option.search_samples: ...`` is of --search-samples."""
+    name, separator, rest = line.removeprefix("option.").partition(": ")
+    return f"--{name.replace('_', '-')}{separator}{rest}"
+
+
 def main() -> None:
     """Console entry point."""
     debug = "--debug" in sys.argv
@@ -95,7 +101,7 @@ def main() -> None:
     try:
         code = app(arguments, prog_name=NAME, standalone_mode=False)
     except ValidationError as error:
-        _fail(joined(explain(error, "option", [])), debug)
+        _fail(joined([_as_flag(line) for line in explain(error, "option", [])]), debug)
     except (CompressError, RuntimeError) as error:
         _fail(error, debug)
     except ImportError as error:

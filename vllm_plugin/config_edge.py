@@ -10,6 +10,7 @@ nothing of ours, it returns vLLM's config unchanged.
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,10 +19,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 from compress_common.checkpoints.checkpoint import Checkpoint
+from compress_common.checkpoints.folder import CONFIG
 from compress_common.checkpoints.local import local_folder
 from compress_common.errors import MISSING, CompressError, joined, nearest
 from compress_common.structure.derive import structure_of
 from compress_common.structure.wrapper import language_config
+from quant_methods.formats.source_check import check_source
 from quant_methods.plan_request import PlanRequest
 from vllm_plugin.command_line import mixed_forms, name_problems
 from vllm_plugin.compatibility import refuse_diffusion
@@ -192,7 +195,7 @@ def _apply_weights(
     config: VllmConfig, quant_config: MethodConfig, settings: WeightSettings
 ) -> None:
     quant_config.activations = settings.activations
-    problems = []
+    problems = _file_problems(config, quant_config)
     if quant_config.quantizes_at_load:
         problems += _problems_at_load(config, quant_config, settings)
     else:
@@ -213,6 +216,18 @@ def _problems_without_config(config: VllmConfig) -> list[str]:
     """List problems where vLLM's own config serves the weights, also those of our awq format."""
     problems = lora_problems(config, WeightSettings())
     return problems + speculative_problems(config) + pooling_problems(config)
+
+
+def _file_problems(config: VllmConfig, quant_config: MethodConfig) -> list[str]:
+    """List what is wrong with the files of a folder. A hub id may not be downloaded yet."""
+    folder = Path(config.model_config.model)
+    if config.load_config.load_format not in _LOAD_FORMATS or not (folder / CONFIG).is_file():
+        return []
+    try:
+        check_source(folder, quant_config.method if quant_config.quantizes_at_load else None)
+    except CompressError as error:
+        return error.problems
+    return []
 
 
 def _problems_at_load(
@@ -266,7 +281,7 @@ def _head_problems(config: VllmConfig, request: PlanRequest) -> list[str]:
         return []
     try:
         checkpoint = Checkpoint(folder, hf_config=language_config(model.hf_config))
-    except CompressError:  # no checkpoint, which the loader refuses
+    except CompressError:  # see _file_problems; of a hub id, the loader refuses it
         return []
     try:
         request.check_head(checkpoint)

@@ -12,6 +12,7 @@ from compress_common.structure.wrapper import language_config
 from kv_policies.base import KVPolicy
 from kv_policies.layout.base import Layout
 from kv_policies.layout.bounded import BoundedLayout
+from quant_methods.formats.checkpoint_formats import EMBEDDING_TARGETS
 from vllm_plugin.capacity.blocks import requests_in_pool
 from vllm_plugin.capacity.footprint import Footprint, kv_footprint, weight_footprint
 from vllm_plugin.depth import described
@@ -132,7 +133,19 @@ def _weights(config: VllmConfig, settings: Settings) -> Rows:
         rows.append(("embeddings, lm_head", f"int{weights.num_bits}, in the bytes above"))
     if found.ratio == 1:
         return [("weights", f"not compressed, {before:.1f} MiB")]
-    return [("weights", f"{method}, {before:.1f} -> {after:.1f} MiB ({found.ratio:.3f})"), *rows]
+    told = f"{method}{_bits(config)}, {before:.1f} -> {after:.1f} MiB ({found.ratio:.3f})"
+    return [("weights", told), *rows]
+
+
+def _bits(config: VllmConfig) -> str:
+    """Say which bits codes have, where that is not 4."""
+    schemes = getattr(config.quant_config, "target_scheme_map", {})
+    linears = {target: each for target, each in schemes.items() if target not in EMBEDDING_TARGETS}
+    bits = sorted({each["weights"].num_bits for each in linears.values() if each})
+    if bits in ([], [4]):
+        return ""
+    unpacked = ", those below 4 unpacked to 4" if bits[0] < 4 else ""
+    return f" of {' and '.join(map(str, bits))} bits{unpacked}"
 
 
 def _depth(config: VllmConfig) -> Rows:

@@ -88,9 +88,18 @@ class Allocation(BaseModel):
             units: ``{unit: linears}`` of the model.
 
         Raises:
-            CompressError: A unit is not the model's, or has bits that no grid has.
+            CompressError: A unit is not the model's, or has bits that no grid has. A unit of the
+                model is missing in a file that a search wrote, which names all.
         """
         problems = []
+        if self.model is not None and (
+            missing := [unit for unit in units if unit not in self.bits]
+        ):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            problems.append(
+                f"the allocation was searched, and has no bits for {missing[0]}{more}; search "
+                "again, or remove its 'model' if you mean to give bits by hand"
+            )
         linears = {name: unit for unit, names in units.items() for name in names}
         for name, bits in self.bits.items():
             if name in linears and name not in units:
@@ -133,6 +142,8 @@ def read_allocation(path: str | Path) -> Allocation:
         raise CompressError(f"cannot read the allocation {path}: {error.strerror}") from error
     except ValueError as error:
         raise CompressError(f"the allocation {path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CompressError(f"the allocation {path} is not a JSON object")
     try:
         return Allocation.model_validate(content)
     except ValidationError as error:

@@ -86,7 +86,7 @@ class EvoPress(Allocator):
             fitness,
             self.settings,
             stages=self.stages,
-            name=name,
+            name=f"{name} {start}",
             progress=progress,
         )
         self.report = {

@@ -45,6 +45,12 @@ class LevelDatabase:
             raise CompressError(f"{linear} was not rounded to {bits} bits: not among the levels")
         return self.plan.unfolded(linear, packed.to(device).unpacked().dequantize())
 
+    @property
+    def rounding_inputs(self) -> frozenset[int]:
+        """Bits whose kernel rounds activations too, which ``losses`` do not count."""
+        grids = {(bits, packed.grid.activations) for (_, bits), packed in self.weights.items()}
+        return frozenset(bits for bits, activations in grids if activations != "none")
+
     def chosen(self, bits: Mapping[str, int], units: Mapping[str, tuple[str, ...]]) -> Plan:
         """Return the plan of an allocation, with the codes of its levels.
 

@@ -186,6 +186,19 @@ def test_a_full_disk_is_one_error_and_loses_nothing(
             search(checkpoint, request)
 
 
+def test_a_cache_that_cannot_be_used_is_refused_before_any_work(
+    tiny_model: Callable[..., Path], request_for: Callable, cache: Callable
+) -> None:
+    folder = cache("everyone's")
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o777)
+    with (
+        stopping(searching, "load_model", 1, AssertionError("work before a refusal")),
+        pytest.raises(CompressError, match=f"cannot keep the work in {folder}; set VLLM_COMPRESS"),
+    ):
+        search(Checkpoint(tiny_model("qwen2")), request_for())
+
+
 def test_a_gram_matrix_that_cannot_be_inverted_is_named_and_loses_nothing(
     tiny_model: Callable[..., Path],
     request_for: Callable,

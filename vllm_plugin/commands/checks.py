@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,6 +24,9 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.v1.attention.selector import get_attn_backend
 
+from compress_common.checkpoints.folder import CONFIG
+from compress_common.errors import CompressError
+from quant_methods.formats.source_check import check_source
 from vllm_plugin import SUPPORTED_VLLM, why_disabled
 from vllm_plugin.commands.common import gib
 from vllm_plugin.kv_cache.latent_cpu_build import latent_reader
@@ -81,7 +85,8 @@ def model_checks(args: EngineArgs) -> list[Check]:
         config = args.create_engine_config()
         settings = parse_settings(config.additional_config)
     except Exception as error:  # vLLM raises many types for what a user got wrong
-        return [Check("engine arguments", False, _reason(error))]
+        damage = None if isinstance(error, CompressError) else _damage(args)
+        return [Check("engine arguments", False, damage or _reason(error))]
     return [
         Check("engine arguments", True, f"accepted, {config.model_config.architecture}"),
         *_memory(config),
@@ -92,6 +97,17 @@ def model_checks(args: EngineArgs) -> list[Check]:
         *(Check(name, True, found) for name, found in table(config, settings)),
         *(Check(name, True, found) for name, found in _shares(config, settings)),
     ]
+
+
+def _damage(args: EngineArgs) -> str | None:
+    """Say what is wrong with the files of a checkpoint, where vLLM fails before our checks."""
+    folder = Path(args.model)
+    if (folder / CONFIG).is_file():
+        try:
+            check_source(folder, None)
+        except CompressError as error:
+            return str(error)
+    return None
 
 
 def _reason(error: Exception) -> str:

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress_common.checkpoints.folder import CONFIG, read_config, weight_files
-from compress_common.errors import CompressError
+from compress_common.checkpoints.folder import CONFIG, read_config
 from vllm_plugin.command_line import (
     NO_MODEL,
     additional_config_of,
@@ -62,7 +61,7 @@ def refuse_early(given: Sequence[str], arguments: Sequence[str], preset: Preset 
 
 
 def refuse_settings(arguments: Sequence[str]) -> None:
-    """Refuse settings of compression that suit no engine, or not the folder. Imports torch.
+    """Refuse settings of compression that suit no engine, and damaged folders. Imports torch.
 
     Args:
         arguments: all flags, which ``refuse_early`` has passed.
@@ -72,6 +71,7 @@ def refuse_settings(arguments: Sequence[str]) -> None:
     """
     from kv_policies.budget import profile
     from kv_policies.latents.bases import Bases
+    from quant_methods.formats.source_check import check_source
     from quant_methods.registry import served_methods
     from vllm_plugin.commands.missing import lacks_bases, whole
     from vllm_plugin.settings import method_problems, parse_settings
@@ -93,23 +93,12 @@ def refuse_settings(arguments: Sequence[str]) -> None:
     method = str(values.get("--quantization"))
     problems.found += method_problems(config, method)
     model = model_of(arguments)
-    if model is not None and method in {each.name for each in served_methods()}:
+    if model is not None and not values.keys() & _OTHER_CONFIG:
         folder = Path(model).expanduser()
-        plain = not values.keys() & _OTHER_CONFIG
-        if plain and (folder / CONFIG).is_file():
-            problems.collect(lambda: _check_source(folder, method))
+        ours = method if method in {each.name for each in served_methods()} else None
+        if (folder / CONFIG).is_file():
+            problems.collect(lambda: check_source(folder, ours))
     problems.raise_found()
-
-
-def _check_source(folder: Path, method: str) -> None:
-    """Refuse a folder that a weight method cannot take."""
-    from quant_methods.formats.checkpoint_formats import quantized_problem
-
-    quantized = read_config(folder).get("quantization_config")
-    if not quantized:
-        weight_files(folder)
-    elif problem := quantized_problem(quantized, method):
-        raise CompressError(problem)
 
 
 def _check_config(folder: Path, values: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from compress_common.checkpoints.folder import check_model
+from compress_common.checkpoints.partial import Partial
 from vllm_plugin.commands.common import (
     AUTO,
     SELF,
@@ -35,10 +36,12 @@ def quantize(
     method: Annotated[str, typer.Option(help="see `vllm-compress methods`")] = "smoothquant_plus",
     settings: MethodSettings = None,
     bits: Annotated[
-        int | None, typer.Option(help="bits of a weight, 2 to 8 (default: the method's, 4)")
+        int | None,
+        typer.Option(min=2, max=8, help="bits of a weight (default: the method's, 4)"),
     ] = None,
     allocation: Annotated[
-        str | None, typer.Option(help="file with the bits of each unit, instead of --bits")
+        str | None,
+        typer.Option(help="file with the bits of each unit; units it does not name get --bits"),
     ] = None,
     group_size: Annotated[
         int | None,
@@ -59,15 +62,17 @@ def quantize(
     device: Device = AUTO,
     as_json: AsJson = False,
 ) -> None:
-    """Write an int4 checkpoint that vLLM serves, with or without this plugin.
+    """Write a quantized checkpoint.
 
-    After an interruption, the same command continues where it stopped.
+    vLLM serves 4 and 8 bits also without this plugin, on a CPU only with AVX-512. After an
+    interruption, the same command continues where it stopped.
 
     Example: vllm-compress quantize meta-llama/Llama-3.1-8B-Instruct --out llama-int4
     """
     problems = Problems()
     problems.collect(lambda: check_model(model))
     problems.collect(lambda: check_text(calibration))
+    problems.collect(lambda: Partial(target))  # before minutes of work
     own = problems.collect(lambda: settings_of(settings)) or {}
     problems.raise_found()
     from compress_common.calibration.text import CalibrationSettings
@@ -95,6 +100,14 @@ def quantize(
     source = resolve(model)
     checkpoint = Checkpoint(source)
     device = request.chosen_device(checkpoint, device)
+    grids = request.build().settings.grids(checkpoint.hf_config).values()
+    if rare := sorted({f"{grid.bits}" for grid in grids if not grid.on_cpu}):
+        err.print(
+            f"No CPU serves these weights ({', '.join(rare)} bits), and of vLLM's kernels for CUDA "
+            "only some do: `vllm-compress doctor` tells before a server starts",
+            style="yellow",
+            highlight=False,
+        )
     need = estimate(checkpoint, request, device)
     err.print(
         f"computes on {device}, needs about {gib(need.memory)} of memory ({gib(need.program)} for "

@@ -32,6 +32,7 @@ def draw(made: Allocation, figure: Any, title: str) -> None:
     right.plot([size], [loss], "o", color="#d94801", label=made.report["method"])
     # 16 bits lose nothing, which a logarithmic axis cannot show.
     smallest = min((y for _, y in [*points, (size, loss)] if y > 0), default=1e-6)
-    right.set_yscale("symlog", linthresh=smallest)
+    right.set_yscale("symlog", linthresh=smallest, subs=range(2, 10))
+    right.yaxis.set_minor_formatter("{x:.2g}")
     right.set(xlabel="bits per weight, with scales", ylabel="KL, nats per token")
     right.legend(frameon=False)

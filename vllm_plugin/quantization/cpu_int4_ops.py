@@ -297,7 +297,7 @@ def cpu_w4a8_linear(
     rows = x if plain else x.reshape(-1, x.shape[-1]).contiguous()
     # It divides by M. Under torch.compile a test of M would add a guard, and vLLM never compiles an
     # empty batch.
-    if torch.compiler.is_compiling() or len(rows):
+    if torch.compiler.is_compiling() or rows.numel():
         out = ops.int4_scaled_mm_cpu(rows, weights, zero_points, scales, bias)
     else:
         out = x.new_empty(0, scales.shape[0] * scales.shape[2])

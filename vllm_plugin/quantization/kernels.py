@@ -114,7 +114,7 @@ def _described(config: VllmConfig, unit: _Unit) -> str:
     layer, bits = _layer(config, unit), unit.scheme["weights"].num_bits
     inputs, outputs = layer.full_weight_shape
     if unit.scheme["input_activations"] is not None:
-        return f"vLLM's own; {inputs} x {outputs}, {bits} bits, rounded activations{where}"
+        return f"vLLM's own W8A8; {inputs} x {outputs}, {bits} bits, rounded activations{where}"
     try:
         with set_current_vllm_config(config):  # has --linear-backend
             name = choose_mp_linear_kernel(layer).__name__

@@ -106,6 +106,18 @@ def test_evopress_meets_the_budget_and_never_loses_to_its_start(
         assert probe(bits) <= probe(first) * (1 + 1e-9)
 
 
+def test_probe_measures_a_level_that_rounds_activations() -> None:
+    """By the curve 8 bits would lose next to nothing in both units."""
+    levels = {unit: {4: 0.01, 8: 1e-4} for unit in ("layers.0.o", "layers.0.down")}
+    sizes = {unit: {4: 4.0, 8: 8.0} for unit in levels}
+    probe = Additive({"layers.0.o": {4: 0.1, 8: 0.01}, "layers.0.down": {4: 0.1, 8: 0.2}})
+    allocator = build("probe", levels)
+    allocator.rounding_inputs = frozenset({8})
+    assert allocator.allocate(levels, sizes, 16.0, probe) == {"layers.0.o": 8, "layers.0.down": 4}
+    allocator = build("probe", levels)
+    assert set(allocator.allocate(levels, sizes, 16.0, probe).values()) == {8}
+
+
 @given(tables(), st.floats(0, 1), st.integers(0, 99))
 @settings(deadline=None, max_examples=60)
 def test_mutations_stay_in_the_budget(table: tuple[Table, Table], share: float, seed: int) -> None:
@@ -365,6 +377,7 @@ def test_a_probe_rounds_activations_where_the_served_kernel_does(
     plan = Plan("levels", given.grids(model.config))
     database = build_levels(plan, blocks, GPTQ(), lambda bits, _: given.grid(bits, 32), (4, 8))
     eight = dict.fromkeys(arch.all_units, 8)
+    assert database.rounding_inputs == {8}
     probed = ModelProbe(blocks, database)(eight)
     reference = NextTokenReference(model, arch, final(blocks))
     chosen = database.chosen(eight, arch.all_units)

@@ -60,6 +60,20 @@ def test_quantize_prints_json(run: Callable, tiny_model: Callable[..., Path]) ->
     assert report["calibration"]["seed"] == 3
 
 
+def test_bits_that_no_cpu_serves_are_told_before_the_work(
+    run: Callable, tiny_model: Callable[..., Path]
+) -> None:
+    model, quick = tiny_model("llama"), ("--method", "rtn", "--group-size", "32")
+    code, output, errors = run("quantize", model, "--out", "5", *quick, "--bits", "5")
+    assert code == 0 and "No CPU serves these weights (5 bits)" in errors
+    code, output, errors = run("quantize", model, "--out", "3", *quick, "--bits", "3")
+    assert code == 0 and "No CPU" not in errors
+    code, _, errors = run("quantize", model, "--out", "3", *quick, "--bits", "9")
+    assert code == 2 and "less than or equal to 8" in errors
+    code, _, errors = run("quantize", model, "--out", "3", *quick)
+    assert code == 1 and errors.strip() == "error: 3 exists; give another folder or remove it"
+
+
 def test_a_method_keeps_its_own_defaults(run: Callable, tiny_model: Callable[..., Path]) -> None:
     """Options that were not given leave them alone: fireq is symmetric, and takes nothing else."""
     model, quick = tiny_model("llama"), ("--samples", "2", "--length", "16", "--json")

@@ -194,6 +194,22 @@ def test_a_written_checkpoint(tiny_model: Callable[..., Path], tmp_path: Path) -
     assert found["KV cache"].startswith("not compressed, ")
 
 
+@pytest.mark.parametrize("content", ["half", "a damaged header"])
+def test_a_written_checkpoint_that_is_incomplete(
+    tiny_model: Callable[..., Path], tmp_path: Path, content: str
+) -> None:
+    request = PlanRequest(method="rtn", settings={"group_size": 64, "symmetric": True})
+    quantize_checkpoint(tiny_model("llama"), tmp_path / "int4", request)
+    (file,) = (tmp_path / "int4").glob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:5000] if content == "half" else b"\xff" * 8 + whole[8:])
+    installation()  # loads the plugin
+    (problem,) = model_checks(EngineArgs(model=str(tmp_path / "int4")))
+    assert not problem.ok
+    assert f"{file.name} is damaged or incomplete" in problem.found
+    assert problem.found.endswith("fetch the checkpoint again")
+
+
 def test_a_model_that_would_be_refused(
     demo_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ both = pytest.mark.parametrize("command", [PROFILE, BASES], ids=lambda command: 
 # Options, and a part of the error.
 BAD: dict[Command | None, list[tuple[str, str]]] = {
     None: [
-        ("--samples 0", "option.samples"),
+        ("--samples 0", "--samples: "),
         ("--length 4000", "exceeds the model's 2048 positions"),
         ("--text missing.txt", "missing.txt is not a file"),
         ("--samples 400", "00 are needed"),

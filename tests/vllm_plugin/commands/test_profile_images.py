@@ -112,7 +112,7 @@ def test_chats_of_a_file(run: Callable, llava: Path, tmp_path: Path) -> None:
         ("--images bad.jsonl", "bad.jsonl:1: messages[0]: cannot read none.png"),
         ("--images made --text bad.jsonl", "--images takes the place of a text"),
         ("--images made --length 64", "--images takes the place of a text"),
-        ("--images made --samples 0", "option.samples"),
+        ("--images made --samples 0", "--samples: "),
         ("--images made --keep 0.001", "picture 0 has"),
     ],
 )

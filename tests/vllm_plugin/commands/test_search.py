@@ -75,6 +75,12 @@ def test_search_and_quantize(
     assert code == 1 and "the allocation is of another model" in errors
     code, _, errors = run("quantize", folder, "--allocation", "bits.json", "--out", "other")
     assert code == 1 and "searched with group_size 32, not 128" in errors
+    whole = content["bits"].copy()
+    del content["bits"]["model.layers.1.down"]
+    Path("bits.json").write_text(json.dumps(content))
+    code, _, errors = run("quantize", folder, *command[2:], "--group-size", 32)
+    assert code == 1 and "was searched, and has no bits for model.layers.1.down;" in errors
+    content["bits"] = whole
     content["version"] = 2
     Path("bits.json").write_text(json.dumps(content))
     code, _, errors = run(*command)
@@ -100,7 +106,7 @@ def test_the_printed_command_calibrates_on_the_same_text(seed: int) -> None:
         (("--budget", 4.5, "--target", "cpu", "--levels", "4,6"), "cannot serve units of 6 bits"),
         (("--budget", 4.5, "--target", "cpu", "--levels", "low"), "not a list of numbers"),
         (("--budget", 40, "--target", "cpu"), "less than or equal to 16"),
-        (("--budget", 5, "--target", "cpu", "--group-size", 48), "group_size"),
+        (("--budget", 5, "--target", "cpu", "--group-size", 48), "--group-size: "),
         (("--budget", 5, "--target", "cpu", "--out", "no/bits.json"), "cannot write no/bits.json"),
     ],
 )

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from quant_methods.formats.checkpoint_formats import MARKER
 from vllm_plugin import presets
 from vllm_plugin.command_line import additional_config_of, with_additional_config, without_secrets
 from vllm_plugin.commands import early, launch, missing, server_process
@@ -69,6 +70,15 @@ def folder(tmp_path: Path, model: Path) -> Path:
     config = json.loads((quantized / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
     (quantized / "config.json").write_text(json.dumps(config))
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        MARKER: {"method": "rtn"},
+    }
+    for name in ("incomplete", "damaged"):
+        shutil.copytree(model, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        file = tmp_path / name / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:5000] if name == "incomplete" else b"\xff" * 5000)
     return tmp_path
 
 
@@ -128,6 +138,8 @@ MISTAKES = {
     ),
     "adapters": ("./model --preset small --enable-lora", "--enable-lora"),
     "quantized": ("./quantized --preset balanced", "quantized"),
+    "half a file": ("./incomplete --preset safe", "model.safetensors is damaged or incomplete"),
+    "a damaged file": ("./damaged", "model.safetensors is damaged or incomplete"),
     "too long": ("./model --preset safe --max-model-len 99999999", "max_model_len"),
     "a budget of latents": (
         f"./model {KV}.policy cskv {KV}.budget 256",
@@ -161,6 +173,7 @@ NEED_VLLM = {"a flag's name", "our flag's name", "a method's name", "adapters", 
 NEED_TORCH = {
     *("a key's name", "a section's name", "a share", "a group size"),
     *("bases", "quantized", "no weights", "a budget of latents", "blocks of latents"),
+    *("half a file", "a damaged file"),
 }
 REFUSED = """if True:
     import json, sys

@@ -101,11 +101,10 @@ def test_a_mixed_checkpoint_answers_as_at_load(
     raw, served = both(model, out, "smoothquant_plus", settings, tmp_path / "cache")
     assert raw["quantization"] == served["quantization"] == "smoothquant_plus"
     assert raw["tokens"] == served["tokens"]
-    found = [
-        f"{check.name}: {check.found}"
-        for check in model_checks(EngineArgs(str(out), max_model_len=256))
-        if check.name.startswith("kernel of")
-    ]
+    checks = model_checks(EngineArgs(str(out), max_model_len=256))
+    (told,) = (check.found for check in checks if check.name == "weights")
+    assert told.startswith("smoothquant_plus of 4 and 8 bits, ")
+    found = [f"{each.name}: {each.found}" for each in checks if each.name.startswith("kernel of")]
     assert len(found) == 7, found  # qkv, gate+up and down have two kinds each
     assert any(f.startswith("kernel of q+k+v: vLLM's own") and "layers 0" in f for f in found)
     assert "kernel of down: vLLM's own, 16 bits; layers 1" in found
