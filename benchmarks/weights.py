@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized weights on CPU: speed, memory, start, quality.
 
-    .venv/bin/python -m benchmarks.weights [--part speed|memory|load|quality|cost] [--out FILE]
+    .venv/bin/python -m benchmarks.weights [--part speed|call|memory|load|quality|cost] [--out FILE]
 
 speed    Tokens per second of int4 over bf16, 1.1B random Llama (TinyLlama's shape), eager mode,
          groups of 128. Our default for activations, which is int8 on a CPU with AMX.
@@ -11,6 +11,8 @@ speed    Tokens per second of int4 over bf16, 1.1B random Llama (TinyLlama's sha
   Extra, for W in b1, b8, b32, prefill: vs_vllm_w4a16_W for the other two, vs_vllm_default_W (vLLM's
   kernel as it comes: int8 activations on AMX), bf16_activations_ratio_W (ours with 16-bit
   activations over bf16), bf16_activations_vs_vllm_w4a16_W (like against like).
+call     Linears of one of its layers, without an engine, where both call vLLM's AMX kernel.
+  call_ratio_b1, _b8, _b32       vLLM's time over ours, with 1, 8, 32 rows
 memory   The same model.
   weight_bytes_ratio             bytes of the written tensors, int4 over bf16, embeddings included
   resident_ratio                 growth of anonymous memory by loading, without KV cache
@@ -59,6 +61,7 @@ say nothing about quality and everything about speed. Timings need a machine tha
 import sys
 
 from benchmarks.common import Part, main
+from benchmarks.weights_call import ROWS, call
 from benchmarks.weights_cost import cost
 from benchmarks.weights_quality import TEXTS, quality
 from benchmarks.weights_speed import speed
@@ -75,6 +78,7 @@ BITS = tuple(f"{key}_bits" for key in NATS if "bit_" in key)
 SERVED = ("nats_default_served", "nats_default_served_gap")
 PARTS = {
     "speed": Part((*DECODE, "prefill_ratio", *VERSUS), speed),
+    "call": Part(tuple(f"call_ratio_b{rows}" for rows in ROWS), call),
     "memory": Part(("weight_bytes_ratio", "resident_ratio"), memory),
     "load": Part(("calibrate_pack_cpu_s", "second_start_extra_s"), load),
     "quality": Part((*(prefix + key for prefix in TEXTS for key in NATS), *BITS, *SERVED), quality),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.weights_speed import no_avx512
+from benchmarks.weights_speed import no_amx, no_avx512
 from tests.support.benchmark import smoke
 
 NATS = {
@@ -26,6 +26,9 @@ CONTRACT = {
     "decode_ratio_b8",
     "decode_ratio_b32",
     "prefill_ratio",
+    "call_ratio_b1",
+    "call_ratio_b8",
+    "call_ratio_b32",
     "vs_vllm_w4a16_b1",
     "vs_vllm_w4a16_b8",
     "weight_bytes_ratio",
@@ -51,6 +54,8 @@ def test_smoke_prints_every_key(demo_model: Path, tmp_path: Path):
     nulls = {key for key in CONTRACT if line[key] is None}
     # --smoke does not install the peers
     expected = {p + k for p in ("", "second_text_") for k in PEERS} | {"vs_awq_wall_ratio"}
+    if no_amx():
+        expected |= {"call_ratio_b1", "call_ratio_b8", "call_ratio_b32"}
     if no_avx512():
         expected |= {"vs_vllm_w4a16_b1", "vs_vllm_w4a16_b8"}
     assert nulls == expected
