@@ -61,7 +61,7 @@ say nothing about quality and everything about speed. Timings need a machine tha
 import sys
 
 from benchmarks.common import Part, main
-from benchmarks.weights_call import ROWS, call
+from benchmarks.weights_call import KEYS, call
 from benchmarks.weights_cost import cost
 from benchmarks.weights_quality import TEXTS, quality
 from benchmarks.weights_speed import speed
@@ -78,7 +78,7 @@ BITS = tuple(f"{key}_bits" for key in NATS if "bit_" in key)
 SERVED = ("nats_default_served", "nats_default_served_gap")
 PARTS = {
     "speed": Part((*DECODE, "prefill_ratio", *VERSUS), speed),
-    "call": Part(tuple(f"call_ratio_b{rows}" for rows in ROWS), call),
+    "call": Part(tuple(KEYS.values()), call),
     "memory": Part(("weight_bytes_ratio", "resident_ratio"), memory),
     "load": Part(("calibrate_pack_cpu_s", "second_start_extra_s"), load),
     "quality": Part((*(prefix + key for prefix in TEXTS for key in NATS), *BITS, *SERVED), quality),

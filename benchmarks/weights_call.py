@@ -14,19 +14,18 @@ from benchmarks.random_models import LLAMA_1B, TINY
 from benchmarks.weights_speed import no_amx
 
 GROUP = 128
-ROWS = (1, 8, 32)
+KEYS = {rows: f"call_ratio_b{rows}" for rows in (1, 8, 32)}
 CALLS = 5  # of each linear in a sample
 
 
 def call(options: Options, result: Result) -> None:
     """Fill call_ratio_*: vLLM's time of a layer's linears over ours, with 1, 8 and 32 rows."""
-    keys = {rows: f"call_ratio_b{rows}" for rows in ROWS}
     if why := no_amx():
-        for key in keys.values():
+        for key in KEYS.values():
             result.missing(key, why)
         return
     samples = in_process(_samples, options, preloaded=options.smoke)
-    for rows, key in keys.items():
+    for rows, key in KEYS.items():
         result.note(f"call_ns_b{rows}", samples[rows])
         result.ratio(key, samples[rows]["vLLM"], samples[rows]["ours"])
 
@@ -43,7 +42,7 @@ def _samples(options: Options) -> dict[int, dict[str, list[float]]]:
     shapes = (hidden, hidden + 2 * kv), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)
     linears = [_linears(*shape) for shape in shapes]
     found = {}
-    for rows in ROWS:
+    for rows in KEYS:
         inputs = [torch.randn(rows, shape[0]).bfloat16() for shape in shapes]
 
         def sample(whose: str, inputs: list[Any] = inputs) -> float:

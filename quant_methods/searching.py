@@ -90,9 +90,11 @@ def search(
     stages = None
     if known is not None:
         stages = Stages(_key(checkpoint, given, known[0], dtype), kind=KIND, required=True)
-    _check_space(stages, plan, given, levels, config)
-    if stages is not None and (kept := _kept(stages, levels, config.num_hidden_layers)):
-        progress("found levels", kept, config.num_hidden_layers)
+    layers = range(config.num_hidden_layers)
+    kept = sum(stages is not None and stages.has(stage_name(levels, i)) for i in layers)
+    _check_space(kept, plan, given, levels, config)
+    if kept:
+        progress("found levels", kept, len(layers))
 
     allocator.images = None if images is None else images(progress)  # before the other model
     progress("load model", 0, 1)
@@ -223,13 +225,8 @@ def _check_budget(request: SearchRequest, counted: UnitSizes) -> None:
     )
 
 
-def _kept(stages: Stages, levels: tuple[int, ...], layers: int) -> int:
-    """Return how many layers of a database are there already."""
-    return sum(stages.has(stage_name(levels, index)) for index in range(layers))
-
-
 def _check_space(
-    stages: Stages | None,
+    kept: int,
     plan: Plan,
     given: GridSettings,
     levels: tuple[int, ...],
@@ -238,14 +235,14 @@ def _check_space(
     """Raise CompressError when the rest of the database cannot be kept, or does not fit the disk.
 
     Args:
-        stages: Where finished blocks are; None: nothing can be there yet.
+        kept: Blocks that are finished already.
         plan: Has the linears that are quantized.
         given: Say what the grid of a level is.
         levels: Bits that a unit may have.
         config: The text model's ``transformers`` config.
     """
     structure, layers = structure_of(config), config.num_hidden_layers
-    missing = layers if stages is None else layers - _kept(stages, levels, layers)
+    missing = layers - kept
     store = Store()
     if missing and store.place(KIND) != store.root:  # another place would not outlast the process
         raise CompressError(

@@ -144,7 +144,8 @@ def _bits(config: VllmConfig) -> str:
     bits = sorted({each["weights"].num_bits for each in linears.values() if each})
     if bits in ([], [4]):
         return ""
-    unpacked = ", those below 4 unpacked to 4" if bits[0] < 4 else ""
+    unpacks = current_platform.is_cpu() and bits[0] < 4
+    unpacked = ", those below 4 unpacked to 4" if unpacks else ""
     return f" of {' and '.join(map(str, bits))} bits{unpacked}"
 
 

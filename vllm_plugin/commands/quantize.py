@@ -100,6 +100,7 @@ def quantize(
     source = resolve(model)
     checkpoint = Checkpoint(source)
     device = request.chosen_device(checkpoint, device)
+    need = estimate(checkpoint, request, device)
     grids = request.build().settings.grids(checkpoint.hf_config).values()
     if rare := sorted({f"{grid.bits}" for grid in grids if not grid.on_cpu}):
         err.print(
@@ -108,7 +109,6 @@ def quantize(
             style="yellow",
             highlight=False,
         )
-    need = estimate(checkpoint, request, device)
     err.print(
         f"computes on {device}, needs about {gib(need.memory)} of memory ({gib(need.program)} for "
         f"Python, torch and transformers) and {gib(need.disk)} of disk"
