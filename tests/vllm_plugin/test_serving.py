@@ -321,3 +321,19 @@ def test_damaged_weights_stop_the_engine(tiny_model: Callable[..., Path], tmp_pa
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(EngineFailed, match="damaged or incomplete"):
         generate(folder, PROMPTS[:1], quantization="smoothquant_plus")
+
+
+def test_a_scale_that_is_not_a_number_stops_the_engine(written: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(written, folder)
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("o_proj.weight_scale"))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(EngineFailed, match=f"{name} holds NaN or infinity"):
+        generate(folder, PROMPTS[:1])

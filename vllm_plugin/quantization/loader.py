@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load a model as int4. A 16-bit checkpoint is calibrated, or its stored plan reused, and rounded
-while it streams in. A checkpoint that we wrote loads as it is.
+while it streams in. A checkpoint that we wrote loads as it is, unless it holds NaN.
 
 The plan works on Hugging Face tensors before vLLM fuses and shards them, and hands on the tensors
 of a compressed-tensors checkpoint. So what is served is bit for bit what ``vllm-compress quantize``
@@ -25,6 +25,7 @@ from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from compress_common.calibration.placement import HOST
 from compress_common.calibration.precision import slow_in_16_bit
+from compress_common.checkpoints.finite import check_finite
 from compress_common.checkpoints.folder import hugging_face_files
 from compress_common.checkpoints.loading import release
 from compress_common.errors import CompressError
@@ -132,8 +133,10 @@ class QuantizingLoader(DefaultModelLoader):
         """
         config = get_current_vllm_config()
         tensors = super().get_all_weights(model_config, model)
-        if not _quantizes(config, model_config):
+        if not _ours(config, model_config):
             return tensors
+        if not _quantizes(config, model_config):
+            return _finite(tensors)
         plan = self.plan or self._obtain_plan(config, model_config)
         needed = needed_by(model, plan.copies)
         return QuantizedStream(plan, tensors, model_config.dtype, _device(config), needed)
@@ -185,11 +188,23 @@ def needed_by(model: nn.Module, copies: Mapping[str, str]) -> Callable[[str], bo
     return lambda name: name in sources or not is_pp_missing_parameter(name, model)
 
 
+def _ours(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
+    """Whether a method of ours serves a model. It does not serve the draft model of an engine."""
+    method = getattr(vllm_config.quant_config, "method", None)
+    return method is not None and model_config.quantization == method
+
+
 def _quantizes(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
-    """Whether a model is quantized at load. The draft model of an engine is not."""
-    quant_config = vllm_config.quant_config
-    at_load = getattr(quant_config, "quantizes_at_load", False)
-    return at_load and model_config.quantization == getattr(quant_config, "method", None)
+    """Whether a model is quantized at load."""
+    at_load = getattr(vllm_config.quant_config, "quantizes_at_load", False)
+    return at_load and _ours(vllm_config, model_config)
+
+
+def _finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a checkpoint that we wrote; refuse NaN, which would serve nonsense."""
+    for name, tensor in tensors:
+        check_finite(name, tensor)
+        yield name, tensor
 
 
 def _device(vllm_config: VllmConfig) -> torch.device:
