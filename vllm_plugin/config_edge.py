@@ -32,6 +32,7 @@ from vllm_plugin.diffusion import support as diffusion
 from vllm_plugin.exits import end_command
 from vllm_plugin.kv_cache.support import apply_kv, choose_engine_args
 from vllm_plugin.metrics.connector import report
+from vllm_plugin.metrics.cpu_cores import restore
 from vllm_plugin.quantization.config import CONFIGS, MethodConfig
 from vllm_plugin.quantization.embedding import embedding_problems
 from vllm_plugin.quantization.fp8 import fp8_problems
@@ -92,6 +93,7 @@ def _configured(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfi
     Raises:
         CompressError: lists every problem found.
     """
+    restore()
     settings = _settings(args)
     if settings.kv is not None:
         choose_engine_args(args, settings.kv)

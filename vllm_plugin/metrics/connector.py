@@ -19,6 +19,7 @@ from vllm_plugin.kv_cache.activity import Activity, Done
 from vllm_plugin.kv_cache.manager import CompressedManager
 from vllm_plugin.kv_cache.requests import asked, opts_out
 from vllm_plugin.kv_cache.states import StateConnector
+from vllm_plugin.metrics.cpu_cores import reserve_as_stock
 from vllm_plugin.metrics.prometheus import CompressMetrics, publish
 from vllm_plugin.metrics.stats import CompressStats
 from vllm_plugin.self_check import log_table
@@ -165,10 +166,10 @@ def report(config: VllmConfig, settings: Settings) -> None:
         log_table(config, settings)
         states = config.model_config.is_hybrid and config.cache_config.enable_prefix_caching
         if settings.kv is not None and states:
-            config.kv_transfer_config = _connected_by(StateConnector)
+            _connect(config, StateConnector)
         return
     if chosen is None:
-        config.kv_transfer_config = _connected_by(StatsConnector)
+        _connect(config, StatsConnector)
         return
     children = chosen.kv_connector_extra_config.get("connectors", ())
     names = {chosen.kv_connector, *(child.get("kv_connector") for child in children)}
@@ -184,8 +185,9 @@ def report(config: VllmConfig, settings: Settings) -> None:
             )
 
 
-def _connected_by(kind: type[StateConnector]) -> KVTransferConfig:
+def _connect(config: VllmConfig, kind: type[StateConnector]) -> None:
     # A consumer would make the scheduler hold back blocks that are freed.
-    return KVTransferConfig(
+    config.kv_transfer_config = KVTransferConfig(
         kv_connector=kind.__name__, kv_connector_module_path=kind.__module__, kv_role="kv_producer"
     )
+    reserve_as_stock(config)

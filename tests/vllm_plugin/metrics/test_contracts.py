@@ -2,6 +2,7 @@
 """What the metrics build on in vLLM 0.32: an upgrade that changes it fails here."""
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import kv_transfer_utils
+from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 import vllm_plugin
 from tests.support.llada import random_llada
-from vllm_plugin.metrics import connector
+from vllm_plugin.metrics import connector, cpu_cores
 from vllm_plugin.metrics.catalogue import METRICS
 from vllm_plugin.metrics.connector import StatsConnector
 from vllm_plugin.metrics.prometheus import CompressMetrics, publish
@@ -104,6 +106,33 @@ def test_metrics_can_be_switched_off(demo_model: Path, caplog: pytest.LogCapture
         config = configure(demo_model, additional_config={"compress": section})
     assert config.kv_transfer_config is None
     assert "key_diff" in caplog.text.partition("What is compressed")[2]
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"additional_config": {"compress": {"kv": {"policy": "key_diff", "keep": 0.5}}}},
+        {"quantization": "smoothquant_plus"},
+    ],
+)
+def test_as_many_cores_compute_as_in_a_stock_engine(
+    demo_model: Path, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM leaves one more idle for a connector."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    monkeypatch.delenv(cpu_cores.NAME, raising=False)
+
+    def reserved(**engine: Any) -> int:
+        return OMPProcessManager(configure(demo_model, **engine)).reserve_cpu_num
+
+    stock = reserved()
+    assert reserved(**engine) == stock
+    own = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    assert reserved(kv_transfer_config=own) == stock + 1  # of a later engine: as ever
+    monkeypatch.setenv(cpu_cores.NAME, "3")
+    assert reserved(**engine) == 3  # a user's stays
+    configure(demo_model)
+    assert os.environ[cpu_cores.NAME] == "3"
 
 
 def test_nothing_is_reported_where_nothing_is_compressed(demo_model: Path) -> None:
