@@ -4,6 +4,7 @@
 Connectors are vLLM's typed channel from workers and scheduler to the metrics of the front end.
 """
 
+import os
 from typing import Any
 
 from vllm.config import KVTransferConfig, VllmConfig
@@ -13,6 +14,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
+from compress_common.errors import CompressError
 from vllm_plugin.diffusion.activity import Activity as Denoising
 from vllm_plugin.diffusion.activity import Done as Denoised
 from vllm_plugin.kv_cache.activity import Activity, Done
@@ -22,6 +24,7 @@ from vllm_plugin.kv_cache.states import StateConnector
 from vllm_plugin.metrics.cpu_cores import reserve_as_stock
 from vllm_plugin.metrics.prometheus import CompressMetrics, publish
 from vllm_plugin.metrics.stats import CompressStats
+from vllm_plugin.quantization.speculative import drafts_with_a_model
 from vllm_plugin.self_check import log_table
 from vllm_plugin.settings import Settings, parse_settings
 
@@ -186,6 +189,18 @@ def report(config: VllmConfig, settings: Settings) -> None:
 
 
 def _connect(config: VllmConfig, kind: type[StateConnector]) -> None:
+    expandable = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if (
+        expandable
+        and drafts_with_a_model(config)
+        and not config.model_config.enable_cumem_allocator
+    ):
+        # vLLM would say so when it makes the draft's config: once the target's weights are loaded.
+        raise CompressError(
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: vLLM refuses it beside a draft "
+            "model and a KV connector, and figures travel through a connector; unset it, or do "
+            "without figures: --additional-config.compress.metrics false"
+        )
     # A consumer would make the scheduler hold back blocks that are freed.
     config.kv_transfer_config = KVTransferConfig(
         kv_connector=kind.__name__, kv_connector_module_path=kind.__module__, kv_role="kv_producer"

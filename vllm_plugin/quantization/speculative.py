@@ -13,6 +13,12 @@ _HEADS = {"eagle3": ("Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle3")}
 _OURS = tuple(config.method for config in CONFIGS)
 
 
+def drafts_with_a_model(config: VllmConfig) -> bool:
+    """Whether an engine has a draft model, or a head of the target that drafts."""
+    speculative = config.speculative_config
+    return speculative is not None and speculative.method not in _WITHOUT_MODEL
+
+
 def speculative_problems(config: VllmConfig) -> list[str]:
     """List what keeps an engine from its drafts, where the target or the draft is quantized by us.
 

@@ -162,3 +162,20 @@ def test_what_was_not_tested_is_refused(demo_model: Path) -> None:
     kv = {"compress": {"kv": {"policy": "snap_kv", "keep": 0.5}}}
     with pytest.raises(CompressError, match="--speculative-config"):
         configure(demo_model, quantization="rtn", additional_config=kv, speculative_config=NGRAM)
+
+
+def test_an_allocator_that_vllm_refuses_beside_drafts_and_figures(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM refuses it for the draft's config alone, once the target is loaded."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with pytest.raises(CompressError, match=r"PYTORCH_CUDA_ALLOC_CONF.*compress\.metrics false"):
+        configure(demo_model, quantization="rtn", speculative_config=draft(demo_model))
+    without = {"compress": {"metrics": False}}
+    assert configure(
+        demo_model,
+        quantization="rtn",
+        speculative_config=draft(demo_model),
+        additional_config=without,
+    )
+    assert configure(demo_model, quantization="rtn", speculative_config=NGRAM)
