@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized weights on CPU: speed, memory, start, quality.
 
-    .venv/bin/python -m benchmarks.weights [--part speed|call|memory|load|quality|cost] [--out FILE]
+    .venv/bin/python -m benchmarks.weights [--part NAME, of the list below] [--out FILE]
 
 speed    Tokens per second of int4 over bf16, 1.1B random Llama (TinyLlama's shape), eager mode,
          groups of 128. Our default for activations, which is int8 on a CPU with AMX.
@@ -13,7 +13,9 @@ speed    Tokens per second of int4 over bf16, 1.1B random Llama (TinyLlama's sha
   activations over bf16), bf16_activations_vs_vllm_w4a16_W (like against like).
 call     Linears of one of its layers, without an engine, where both call vLLM's AMX kernel.
   call_ratio_b1, _b8, _b32       vLLM's time over ours, with 1, 8, 32 rows
-memory   The same model.
+step     Whole decode steps of the demo model in engines of ours and of stock, likewise.
+  step_ratio_b1, _b8, _b32       our tokens per second over stock's, with 1, 8, 32 requests
+memory   The model of speed.
   weight_bytes_ratio             bytes of the written tensors, int4 over bf16, embeddings included
   resident_ratio                 growth of anonymous memory by loading, without KV cache
   Extra: resident_ratio_at_load (the bf16 checkpoint, quantized while loading).
@@ -64,7 +66,7 @@ from benchmarks.common import Part, main
 from benchmarks.weights_call import KEYS, call
 from benchmarks.weights_cost import cost
 from benchmarks.weights_quality import TEXTS, quality
-from benchmarks.weights_speed import speed
+from benchmarks.weights_speed import STEP_KEYS, speed, step
 from benchmarks.weights_start import load, memory
 
 DECODE = ("decode_ratio_b1", "decode_ratio_b8", "decode_ratio_b32")
@@ -79,6 +81,7 @@ SERVED = ("nats_default_served", "nats_default_served_gap")
 PARTS = {
     "speed": Part((*DECODE, "prefill_ratio", *VERSUS), speed),
     "call": Part(tuple(KEYS.values()), call),
+    "step": Part(tuple(STEP_KEYS.values()), step),
     "memory": Part(("weight_bytes_ratio", "resident_ratio"), memory),
     "load": Part(("calibrate_pack_cpu_s", "second_start_extra_s"), load),
     "quality": Part((*(prefix + key for prefix in TEXTS for key in NATS), *BITS, *SERVED), quality),

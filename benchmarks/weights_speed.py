@@ -6,7 +6,8 @@ the linears, which are what differs here, in no way.
 """
 
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 from benchmarks.common import Options, Result, alternate, cache_folder, machine
 from benchmarks.engine import Engine
 from benchmarks.random_models import bench_model, write_rtn
+from vllm_plugin.demo_model import demo_model_path
 
 PROMPT, PREFILL = 32, 512
 BATCHES = {1: 24, 8: 24, 32: 16}  # requests at once -> tokens each
+STEPS = 10
+STEP_KEYS = {batch: f"step_ratio_b{batch}" for batch in BATCHES}
 TRUE_W4A16 = {"VLLM_CPU_INT4_W4A8": "0"}
 BF16_ACTIVATIONS = {"compress": {"weights": {"activations": "bf16"}}}
 
@@ -39,30 +43,11 @@ EXTRAS = {
 
 def speed(options: Options, result: Result) -> None:
     """Fill decode_ratio_*, prefill_ratio and the comparisons with vLLM's own int4 kernel."""
-    model = bench_model(options)
     left_out = {name: why for name, needs in NEEDS.items() if (why := needs())}
-    with ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=cache_folder()))
-        int4 = write_rtn(model, Path(scratch) / "int4", options)
-        engines = {
-            name: stack.enter_context(
-                Engine(
-                    int4 if quantized else model,
-                    skip_tokenizer_init=True,
-                    preloaded=options.smoke,
-                    **arguments,
-                )
-            )
-            for name, (quantized, arguments) in CONTENDERS.items()
-            if name not in left_out
-        }
+    names = [name for name in CONTENDERS if name not in left_out]
+    with _engines(names, bench_model(options), options) as engines:
         started = {name: engine.started for name, engine in engines.items()}
         result.details["speed_engines"] = started
-        for name in started:
-            if name.startswith("ours") and started[name]["quantization"] != "rtn":
-                # The figures would be vLLM's own.
-                raise RuntimeError(f"{name} is served as {started[name]['quantization']}, not rtn")
-
         for batch, tokens in BATCHES.items():
             request = {"batch": batch, "prompt": PROMPT, "tokens": tokens, "seed": options.seed}
             if options.smoke:
@@ -82,6 +67,46 @@ def speed(options: Options, result: Result) -> None:
             "prefill",
         )
         _record(result, "prefill", "prefill_ratio", samples, left_out)
+
+
+def step(options: Options, result: Result) -> None:
+    """Fill step_ratio_*: our decoding of the demo model over that of vLLM's same kernel."""
+    if why := no_amx():
+        for key in STEP_KEYS.values():
+            result.missing(key, why)
+        return
+    model = bench_model(options) if options.smoke else demo_model_path()
+    with _engines(["ours", "vLLM default"], model, options) as engines:
+        for batch, key in STEP_KEYS.items():
+            request = {"batch": batch, "prompt": 8, "tokens": STEPS, "seed": options.seed}
+            samples = alternate(
+                list(engines),
+                options.rounds,
+                partial(_ask, engines, "decode", request),
+                f"decode steps, batch {batch}",
+            )
+            result.details[f"tokens_per_s_step_b{batch}"] = samples
+            result.ratio(key, samples["ours"], samples["vLLM default"])
+
+
+@contextmanager
+def _engines(names: list[str], model: Path, options: Options) -> Iterator[dict[str, Engine]]:
+    """Engines of some contenders, on one model and its int4 checkpoint."""
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=cache_folder()))
+        int4 = write_rtn(model, Path(scratch) / "int4", options)
+        engines = {}
+        for name in names:
+            quantized, arguments = CONTENDERS[name]
+            served = int4 if quantized else model
+            engines[name] = stack.enter_context(
+                Engine(served, skip_tokenizer_init=True, preloaded=options.smoke, **arguments)
+            )
+            quantization = engines[name].started["quantization"]
+            if name.startswith("ours") and quantization != "rtn":
+                # The figures would be vLLM's own.
+                raise RuntimeError(f"{name} is served as {quantization}, not rtn")
+        yield engines
 
 
 def no_amx() -> str | None:

@@ -26,6 +26,7 @@ CONTRACT = {
     "decode_ratio_b8",
     "decode_ratio_b32",
     "prefill_ratio",
+    *(f"step_ratio_b{batch}" for batch in (1, 8, 32)),
     "call_ratio_b1",
     "call_ratio_b8",
     "call_ratio_b32",
@@ -55,7 +56,7 @@ def test_smoke_prints_every_key(demo_model: Path, tmp_path: Path):
     # --smoke does not install the peers
     expected = {p + k for p in ("", "second_text_") for k in PEERS} | {"vs_awq_wall_ratio"}
     if no_amx():
-        expected |= {"call_ratio_b1", "call_ratio_b8", "call_ratio_b32"}
+        expected |= {f"{part}_ratio_b{n}" for part in ("call", "step") for n in (1, 8, 32)}
     if no_avx512():
         expected |= {"vs_vllm_w4a16_b1", "vs_vllm_w4a16_b8"}
     assert nulls == expected
