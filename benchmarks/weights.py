@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized weights on CPU: speed, memory, start, quality.
 
-    .venv/bin/python -m benchmarks.weights [--part NAME, of the list below] [--out FILE]
+    .venv/bin/python -m benchmarks.weights [--part NAME] [--out FILE]
 
 speed    Tokens per second of int4 over bf16, 1.1B random Llama (TinyLlama's shape), eager mode,
          groups of 128. Our default for activations, which is int8 on a CPU with AMX.
