@@ -21,6 +21,7 @@ from compress_common.errors import CompressError
 from kv_policies.layout.bounded import BoundedLayout
 from tests.support import kv_engine
 from tests.support.child import ROOT
+from tests.support.logs import logged
 from tests.vllm_plugin.kv_cache.conftest import save_bases
 from vllm_plugin.exits import is_vllm_command
 from vllm_plugin.guard import METHODS, SECTION
@@ -187,13 +188,14 @@ def test_a_refusal_inside_a_pydantic_error_is_ours(
 def test_an_empty_section_says_that_nothing_is_compressed(
     demo_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    configure(demo_model, additional_config={"compress": {}})
-    assert "nothing: the section 'compress' of --additional-config is empty" in caplog.text
-    caplog.clear()
-    configure(demo_model)
-    configure(demo_model, additional_config={"of_another_plugin": {"enabled": True}})
-    configure(demo_model, additional_config=SNAP)  # its scheduler logs the table
-    assert "compress" not in caplog.text
+    with logged(caplog, "vllm_plugin.self_check"):
+        configure(demo_model, additional_config={"compress": {}})
+        assert "nothing: the section 'compress' of --additional-config is empty" in caplog.text
+        caplog.clear()
+        configure(demo_model)
+        configure(demo_model, additional_config={"of_another_plugin": {"enabled": True}})
+        configure(demo_model, additional_config=SNAP)  # its scheduler logs the table
+        assert "compress" not in caplog.text
 
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])

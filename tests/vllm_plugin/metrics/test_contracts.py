@@ -21,6 +21,7 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 import vllm_plugin
 from tests.support.llada import random_llada
+from tests.support.logs import logged
 from vllm_plugin.metrics import connector, cpu_cores
 from vllm_plugin.metrics.catalogue import METRICS
 from vllm_plugin.metrics.connector import StatsConnector
@@ -102,7 +103,7 @@ def test_a_diffusion_model_is_reported_and_described(
 def test_metrics_can_be_switched_off(demo_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Then vLLM has no connector, for which each rank would answer in each step."""
     section = {"kv": {"policy": "key_diff", "keep": 0.5}, "metrics": False}
-    with caplog.at_level("INFO", "vllm.vllm_plugin.self_check"):
+    with logged(caplog, "vllm_plugin.self_check"):
         config = configure(demo_model, additional_config={"compress": section})
     assert config.kv_transfer_config is None
     assert "key_diff" in caplog.text.partition("What is compressed")[2]
@@ -143,7 +144,7 @@ def test_beside_a_users_own_connector_the_weights_are_reported_and_described(
     demo_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
-    with caplog.at_level("INFO", "vllm.vllm_plugin.self_check"):
+    with logged(caplog, "vllm_plugin.self_check"):
         config = configure(demo_model, quantization="smoothquant_plus", kv_transfer_config=own)
     assert config.kv_transfer_config.kv_connector == "ExampleConnector"
     assert "smoothquant_plus" in caplog.text.partition("What is compressed")[2]
@@ -166,7 +167,7 @@ def test_figures_that_fail_beside_a_users_own_connector_end_no_engine(
     monkeypatch.setattr(connector, "publish", fail)
     own = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
     config = VllmConfig(kv_transfer_config=own)
-    with caplog.at_level("WARNING", "vllm.vllm_plugin.metrics.connector"):
+    with logged(caplog, "vllm_plugin.metrics.connector"):
         connector.report(config, Settings())
     assert config.kv_transfer_config is own
     (warning,) = [each for each in caplog.records if "missing from /metrics" in each.message]
@@ -200,7 +201,7 @@ def test_a_multi_connector_with_ours_is_left_to_itself(
         kv_role="kv_both",
         kv_connector_extra_config={"connectors": children},
     )
-    with caplog.at_level("INFO", "vllm.vllm_plugin.self_check"):
+    with logged(caplog, "vllm_plugin.self_check"):
         config = configure(demo_model, quantization="smoothquant_plus", kv_transfer_config=own)
     assert config.kv_transfer_config.kv_connector == "MultiConnector"
     assert "What is compressed" not in caplog.text
