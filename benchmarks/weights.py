@@ -4,7 +4,7 @@
     .venv/bin/python -m benchmarks.weights [--part NAME] [--out FILE]
 
 speed    Tokens per second of int4 over bf16, 1.1B random Llama (TinyLlama's shape), eager mode,
-         groups of 128. Our default for activations, which is int8 on a CPU with AMX.
+         groups of 128. Our default for activations, which is int8 on a CPU with AMX. Takes --row.
   decode_ratio_b1, _b8, _b32     1, 8, 32 requests at once
   prefill_ratio                  one prompt of 512 tokens
   vs_vllm_w4a16_b1, _b8          over vLLM's int4 kernel on the same checkpoint, 16-bit activations

@@ -49,6 +49,8 @@ def speed(options: Options, result: Result) -> None:
         started = {name: engine.started for name, engine in engines.items()}
         result.details["speed_engines"] = started
         for batch, tokens in BATCHES.items():
+            if not _asked(options, f"decode_ratio_b{batch}"):
+                continue
             request = {"batch": batch, "prompt": PROMPT, "tokens": tokens, "seed": options.seed}
             if options.smoke:
                 request |= {"prompt": 8, "tokens": 4}
@@ -59,6 +61,8 @@ def speed(options: Options, result: Result) -> None:
                 f"decode, batch {batch}",
             )
             _record(result, f"b{batch}", f"decode_ratio_b{batch}", samples, left_out)
+        if not _asked(options, "prefill_ratio"):
+            return
         length = 64 if options.smoke else PREFILL
         samples = alternate(
             list(engines),
@@ -127,6 +131,10 @@ NEEDS = {
     "vLLM W4A16": no_avx512,
     "vLLM default": no_avx512,
 }
+
+
+def _asked(options: Options, key: str) -> bool:
+    return not options.rows or key.startswith(options.rows)
 
 
 def _ask(engines: dict[str, Engine], method: str, request: dict[str, int], name: str) -> float:
